@@ -1,0 +1,1 @@
+"""Fused contrastive-learning kernels; see ``vito_kernels.reference`` for their specification."""

@@ -1,0 +1,1 @@
+"""Drop-in losses with the signatures of other codebases."""

@@ -1,0 +1,1 @@
+"""vito-fast: self-supervised image encoders from video."""
