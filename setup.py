@@ -1,4 +1,4 @@
-"""Build of vito-fast: the C++ sampler (csrc/, CMake + Ninja) and two import packages, ``vito_fast`` and ``vito_kernels``.
+"""Build of vito-fast: the C++ sampler (csrc/, CMake + Ninja), and the packages ``vito_fast`` and ``vito_kernels``.
 
 Metadata, dependencies and tool settings live in pyproject.toml; this file holds only what needs code.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Builds ``vito_fast._sampler`` by CMake, so that the extension and its own C++ tests share one build description."""
+    """Builds ``vito_fast._sampler`` by CMake: one build description for the extension and its own C++ tests."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

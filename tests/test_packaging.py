@@ -1,0 +1,71 @@
+"""The wheel, built from the sdist, works outside the checkout: right files in it, both packages import, the kernels stay light."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """sdist of the tree, the wheel made from that sdist alone, and the wheel unpacked where an install would put it."""
+    out = tmp_path_factory.mktemp("dist")
+    # A copy of the tracked files: the build must not depend on, or litter, the working tree.
+    tree = out / "tree"
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(tree), cwd=out)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        tar.extractall(out / "src", filter="data")
+    (source,) = (out / "src").iterdir()
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(source), cwd=out)
+    (wheel,) = out.glob("*.whl")
+    site = out / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return {"sdist": sdist, "wheel": wheel, "site": site}
+
+
+def test_wheel_holds_what_users_need_and_nothing_else(built: dict[str, Path]) -> None:
+    names = zipfile.ZipFile(built["wheel"]).namelist()
+    for needed in ("vito_kernels/py.typed", "vito_fast/py.typed", "vito_fast/configs/demo.yaml"):
+        assert needed in names
+    assert any(name.startswith("vito_fast/_sampler.") and name.endswith(".so") for name in names)
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vito_fast", "vito_kernels"}
+
+
+def test_imports_come_from_the_wheel_outside_the_checkout(built: dict[str, Path], tmp_path: Path) -> None:
+    code = "import vito_kernels, vito_fast._sampler as s; print(vito_kernels.__file__); print(s.__file__)"
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(built["site"]))
+    assert all(Path(line).is_relative_to(built["site"]) for line in printed.split())
+
+
+def test_kernels_import_needs_torch_alone(tmp_path: Path) -> None:
+    """No DALI, PyAV or vito_fast; and triton only once a CUDA tensor or the interpreter asks for it."""
+    code = (
+        "import sys, vito_kernels\n"
+        "heavy = {"triton", "nvidia.dali", "av", "vito_fast", "torchvision", "timm"} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "own = [m for m in sys.modules if m.startswith('vito_kernels')]\n"
+        "print(len(own))"
+    )
+    assert int(run(sys.executable, "-c", code, cwd=tmp_path)) >= 1
