@@ -1,4 +1,4 @@
-"""The wheel, built from the sdist, works outside the checkout: right files in it, both packages import, the kernels stay light."""
+"""The wheel, built from the sdist, works outside the checkout: right files, both packages import, kernels stay light."""
 
 import os
 import subprocess
@@ -63,9 +63,6 @@ def test_kernels_import_needs_torch_alone(tmp_path: Path) -> None:
     """No DALI, PyAV or vito_fast; and triton only once a CUDA tensor or the interpreter asks for it."""
     code = (
         "import sys, vito_kernels\n"
-        "heavy = {"triton", "nvidia.dali", "av", "vito_fast", "torchvision", "timm"} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "own = [m for m in sys.modules if m.startswith('vito_kernels')]\n"
-        "print(len(own))"
+        "print({'triton', 'nvidia.dali', 'av', 'vito_fast', 'torchvision', 'timm'} & set(sys.modules) or 'light')"
     )
-    assert int(run(sys.executable, "-c", code, cwd=tmp_path)) >= 1
+    assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "light"
