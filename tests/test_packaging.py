@@ -1,4 +1,4 @@
-"""The wheel, built from the sdist, works outside the checkout: right files, both packages import, kernels stay light."""
+"""The wheel, built from the sdist, works outside the checkout: right files, both packages import, light kernels."""
 
 import os
 import subprocess
