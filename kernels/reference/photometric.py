@@ -1,4 +1,4 @@
-"""Specification of the photometric augmentations in plain PyTorch: the colour pipeline of BYOL and DetCon, image by image.
+"""Specification of the photometric augmentations in plain PyTorch: the colour chain of BYOL and DetCon, image by image.
 
 Formulas: ``byol/utils/augmentations.py`` of google-deepmind/deepmind-research (2020) and ``utils/augmentations.py`` of
 google-deepmind/detcon (2021), which agree. What is easily got wrong, and settled there:
@@ -7,7 +7,8 @@ google-deepmind/detcon (2021), which agree. What is easily got wrong, and settle
 - brightness adds a delta; contrast scales about the mean of each channel *at that point of the order*;
 - saturation and hue go through HSV: s is scaled and clipped to [0, 1], h is shifted modulo one turn;
 - grey is 0.2989 R + 0.5870 G + 0.1140 B;
-- blur is separable and zero-padded ('SAME'), so borders darken; its radius is ``int(height / 10 / 2)`` whatever sigma is;
+- blur is separable and zero-padded ('SAME'), so borders darken; its radius is ``int(height / 10 / 2)``,
+  whatever sigma is;
 - solarise replaces x >= threshold by 1 - x; a last clip to [0, 1] precedes the normalisation.
 """
 

@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted mean of the features of all locations: ``weights = softmax(logits)``, ``pooled = sum_l weights_l features_l``.
+    """Weighted mean over all locations: ``weights = softmax(logits)``, ``pooled = sum_l weights_l features_l``.
 
     Args:
         features: (B, L, C), or (B, C, H, W) with L = H * W in row-major order.
         logits: (B, L), one score per location.
 
     Returns:
-        ``pooled`` (B, C) in the features' dtype and ``weights`` (B, L). Softmax and sum run in float32, or in float64 if
-        either input is float64; the weights keep that dtype.
+        ``pooled`` (B, C) in the features' dtype and ``weights`` (B, L). Softmax and sum run in float32, or in float64
+        if either input is float64; the weights keep that dtype.
     """
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)
