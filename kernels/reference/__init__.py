@@ -1,6 +1,9 @@
-"""What every fused op computes, in plain PyTorch: functions of the same names and arguments as the fused ones."""
+"""The specification of every op: plain PyTorch, the same names and arguments, differentiable by autograd, any float
+dtype.
+"""
 
+from .contrastive import clip_loss, info_nce, ntxent, similarity_lse
 from .photometric import photometric
 from .pooling import attention_pool
 
-__all__ = ["attention_pool", "photometric"]
+__all__ = ["attention_pool", "clip_loss", "info_nce", "ntxent", "photometric", "similarity_lse"]

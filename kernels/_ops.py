@@ -1,0 +1,41 @@
+"""Autograd for custom ops: one pair of functions that serves eager, compiled and ``torch.func`` code alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers the gradient of ``op``, and returns the op to call from Python.
+
+    The autograd that ``torch.library`` generates for a custom op is what ``torch.compile`` traces, but it does not
+    take part in ``torch.func`` transforms; an ``autograd.Function`` with a ``setup_context`` of its own does. Both
+    are made of the same two functions.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    methods = {
+        "forward": staticmethod(lambda *args: op(*args)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    function = type(op._name, (torch.autograd.Function,), methods)
+
+    def call(*args: Any) -> Any:
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    return call
+
+
+def refuse_double_backward(op: Any) -> Callable[..., Any]:
+    """Gives a backward op a derivative that raises: fused gradients keep what one derivative needs and no more."""
+    name = op._name.removesuffix("_backward")
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{name} is fused and has no second derivative; for double backward use vito_kernels.reference"
+        )
+
+    return autograd_op(op, lambda ctx, inputs, output: None, refuse)

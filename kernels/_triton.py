@@ -1,0 +1,91 @@
+"""Triton on first use: kernels are declared where they are read, and importing this package never imports triton.
+
+``jit`` stands for ``triton.jit``; a decorated function becomes a real Triton kernel when it is first launched, which
+is also when ``tl`` and ``triton`` appear in its module. A machine without triton can therefore import every module
+and use the CPU paths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+class LazyKernel:
+    """A function to be compiled by Triton: a kernel (launched as ``kernel[grid](...)``) or a device function it
+    calls.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def compiled(self) -> Any:
+        import triton
+        import triton.language as tl
+
+        # The kernel's names must resolve to real Triton objects, device functions of other modules included.
+        names = self.function.__globals__
+        names.update(triton=triton, tl=tl)
+        kernel = triton.jit(self.function)
+        self.__dict__["compiled"] = kernel
+        for name, value in list(names.items()):
+            if isinstance(value, LazyKernel):
+                names[name] = value.compiled
+        return kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.compiled[grid]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Declares a Triton kernel or device function without importing triton."""
+    return LazyKernel(function)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does."""
+    return tensor.dtype != torch.float64 and (tensor.is_cuda or interpreting())
+
+
+def arch() -> int:
+    """Compute capability that kernels compile for, as 80, 90 or 100; 0 in the interpreter. Asked of Triton's active
+    driver.
+    """
+    if interpreting():
+        return 0
+    import triton
+
+    return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; those of an A100 where there is no device to ask (compile-only,
+    interpreter).
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A shipped launch, for ``vito_kernels.inspect``: ``launch()`` calls the same launcher as the custom op, at a
+    nominal size.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    flops: float
+    min_bytes: float
+    tensor_cores: bool = True

@@ -1,0 +1,140 @@
+"""What users may pass. Every error names the argument, the value that is wrong and what is expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
+    """Two matrices of embeddings of one width, type and device, neither of them empty."""
+    for name, x in zip(names, (q, k), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"{names[0]} and {names[1]} must have the same width, got {q.shape[1]} and {k.shape[1]}")
+    if q.dtype != k.dtype:
+        raise TypeError(f"{names[0]} and {names[1]} must have the same dtype, got {q.dtype} and {k.dtype}")
+    check_device(names[1], k, q)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, but the embeddings are on {like.device}; move it there")
+
+
+def check_paired(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
+    """Embeddings of which row i of one belongs to row i of the other."""
+    check_pair(x, y, names)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"{names[0]} and {names[1]} must have as many rows, got {x.shape[0]} and {y.shape[0]}")
+
+
+def check_locked(name: str, x: Tensor) -> None:
+    """Keys that a loss promises to give no gradient to."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name} requires grad, but this loss gives locked keys no gradient; pass {name}.detach()")
+
+
+def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
+    """The factor on the dot products as a 0-d tensor: float64 beside float64 embeddings, otherwise float32.
+
+    A number must be finite. The value of a tensor on a GPU is not looked at: that would stop the host.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or a tensor of one element, got shape {tuple(scale.shape)}")
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"scale must be a floating-point tensor, got {scale.dtype}")
+        check_device("scale", scale, like)
+        return scale.reshape(()).to(dtype)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return torch.full((), float(scale), dtype=dtype, device=like.device)
+
+
+def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
+    """1 / temperature, of a positive number or of a (learnable) tensor of one element."""
+    if isinstance(temperature, Tensor):
+        return temperature.reciprocal()
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return 1 / temperature
+
+
+def check_ids(name: str, ids: Tensor, rows: int, like: Tensor) -> None:
+    """One whole number for each row: a group, or a label."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
+    if ids.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one entry for each row, got {tuple(ids.shape)}")
+    check_device(name, ids, like)
+
+
+def check_groups(q_group: Tensor | None, k_group: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Both groups or neither."""
+    if (q_group is None) != (k_group is None):
+        missing = "q_group" if q_group is None else "k_group"
+        raise ValueError(f"q_group and k_group go together, but {missing} is None")
+    if q_group is not None and k_group is not None:
+        check_ids("q_group", q_group, q.shape[0], q)
+        check_ids("k_group", k_group, k.shape[0], k)
+
+
+def positive_columns(positive: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The positives as (M, P) int64 key indices. None (query i's positive is key i) stays None: its layout is known."""
+    if positive is None:
+        if q.shape[0] > k.shape[0]:
+            raise ValueError(
+                f"positive=None pairs query i with key i, but there are {q.shape[0]} queries and {k.shape[0]} keys"
+            )
+        return None
+    if not isinstance(positive, Tensor):
+        raise TypeError(f"positive must be a tensor, got {type(positive).__name__}")
+    if positive.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"positive must hold int64 or int32 key indices, got {positive.dtype}")
+    if positive.dim() not in (1, 2) or positive.shape[0] != q.shape[0] or positive.numel() == 0:
+        raise ValueError(f"positive must have shape ({q.shape[0]},) or ({q.shape[0]}, P), got {tuple(positive.shape)}")
+    check_device("positive", positive, q)
+    return positive.long().reshape(q.shape[0], -1)
+
+
+def check_positive_range(positive: Tensor, keys: int) -> None:
+    """Indices within the keys; looked at where looking is free (on the CPU)."""
+    low, high = (int(x) for x in positive.aminmax())
+    if low < 0 or high >= keys:
+        raise ValueError(f"positive must lie in [0, {keys}), got {low if low < 0 else high}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    """``loss`` (M,) as its mean, its sum, or itself."""
+    check_reduction(reduction)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
