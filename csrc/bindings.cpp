@@ -10,11 +10,14 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "bitstream.hpp"
 #include "feistel.hpp"
 #include "hash.hpp"
 #include "index.hpp"
 #include "index_writer.hpp"
 #include "philox.hpp"
+#include "planner.hpp"
+#include "reader.hpp"
 #include "sampler.hpp"
 
 namespace py = pybind11;
@@ -217,6 +220,110 @@ void bind_sampler(py::module_& m) {
       "Where the epoch's shuffle of [0, size) sends each position.");
 }
 
+// Hands a vector's memory to numpy without a copy.
+template <class T>
+Array<T> to_array(std::vector<T>&& values) {
+  auto owner = std::make_unique<std::vector<T>>(std::move(values));
+  const py::ssize_t size = static_cast<py::ssize_t>(owner->size());
+  T* data = owner->data();
+  const py::capsule base(owner.get(), [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  owner.release();
+  return Array<T>(size, data, base);
+}
+
+template <class To, class From>
+Array<To> copied(const std::vector<From>& values) {
+  Array<To> out(static_cast<py::ssize_t>(values.size()));
+  std::copy(values.begin(), values.end(), out.mutable_data());
+  return out;
+}
+
+py::tuple plan_arrays(const Plan& plan) {
+  Array<int64_t> runs({static_cast<py::ssize_t>(plan.runs.size()), py::ssize_t{2}});
+  int64_t* row = runs.mutable_data();
+  for (const auto& [first, last] : plan.runs) *row++ = first, *row++ = last;
+  return py::make_tuple(copied<int64_t>(plan.packets), copied<int32_t>(plan.pictures), runs);
+}
+
+std::vector<uint32_t> checked_frames(const Array<int64_t>& frames) {
+  std::vector<uint32_t> out;
+  for (py::ssize_t i = 0; i < frames.size(); ++i) {
+    const int64_t frame = frames.data()[i];
+    if (frame < 0 || frame > int64_t{UINT32_MAX})
+      throw std::out_of_range("frame " + std::to_string(frame) + " does not exist");
+    out.push_back(static_cast<uint32_t>(frame));
+  }
+  return out;
+}
+
+py::list read(Reader& reader, const Index& index, const Array<int64_t>& clips, const Array<int64_t>& frames,
+              bool miniclip, bool single_stream) {
+  const py::ssize_t batch = clips.size();
+  check_length(clips, batch, "clips");
+  if (frames.ndim() != 2 || frames.shape(0) != batch || frames.shape(1) < 1)
+    throw std::invalid_argument("frames has shape " + py::str(frames.attr("shape")).cast<std::string>() +
+                                ", must be (" + std::to_string(batch) + ", views)");
+  std::vector<uint64_t> numbers;
+  for (py::ssize_t i = 0; i < batch; ++i) numbers.push_back(checked_clip(clips.data()[i], index));
+  const std::vector<uint32_t> wanted = checked_frames(frames);
+  std::vector<ReadResult> results;
+  {
+    const py::gil_scoped_release release;
+    results = reader.read(numbers.data(), wanted.data(), static_cast<size_t>(batch),
+                          static_cast<size_t>(frames.shape(1)), miniclip, single_stream);
+  }
+  py::list out;
+  for (ReadResult& result : results) {
+    const py::tuple plan = plan_arrays(result.plan);
+    // Messages quote file names, which need not be UTF-8.
+    const py::object error = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+        result.error.data(), static_cast<py::ssize_t>(result.error.size()), "replace"));
+    out.append(py::make_tuple(name(result.code), error, to_array(std::move(result.data)),
+                              copied<int64_t>(result.sizes), plan[0], plan[1], plan[2]));
+  }
+  return out;
+}
+
+Bytes contiguous_bytes(const py::buffer_info& info) {
+  if (!PyBuffer_IsContiguous(info.view(), 'C')) throw std::invalid_argument("data must be contiguous");
+  return {static_cast<const unsigned char*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
+}
+
+void bind_reader(py::module_& m) {
+  m.def(
+      "packet_flags",
+      [](const std::string& codec, const py::buffer& extradata, const py::buffer& packet) {
+        const py::buffer_info head = extradata.request(), body = packet.request();
+        return packet_flags(codec, contiguous_bytes(head), contiguous_bytes(body));
+      },
+      py::arg("codec"), py::arg("extradata"), py::arg("packet"));
+  m.def(
+      "plan_packets",
+      [](const Index& index, int64_t clip, const Array<int64_t>& frames, bool single_stream) {
+        check_length(frames, frames.size(), "frames");
+        const std::vector<uint32_t> wanted = checked_frames(frames);
+        return plan_arrays(
+            plan_packets(index.clip(checked_clip(clip, index)), wanted.data(), wanted.size(), single_stream));
+      },
+      py::arg("index"), py::arg("clip"), py::arg("frames").noconvert(), py::arg("single_stream"));
+
+  // Keeps the index at hand for checks at the border.
+  struct BoundReader {
+    const Index& index;
+    Reader reader;
+  };
+  py::class_<BoundReader>(m, "Reader")
+      .def(py::init([](const Index& index, std::string directory, int threads) {
+             return std::unique_ptr<BoundReader>(new BoundReader{index, {index, std::move(directory), threads}});
+           }),
+           py::arg("index"), py::arg("directory"), py::arg("threads"), py::keep_alive<1, 2>())
+      .def(
+          "read",
+          [](BoundReader& self, const Array<int64_t>& clips, const Array<int64_t>& frames, bool miniclip,
+             bool single_stream) { return read(self.reader, self.index, clips, frames, miniclip, single_stream); },
+          py::arg("clips").noconvert(), py::arg("frames").noconvert(), py::arg("miniclip"), py::arg("single_stream"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sampler, m) {
@@ -236,11 +343,12 @@ PYBIND11_MODULE(_sampler, m) {
       "checksum",
       [](const py::buffer& data) {
         const py::buffer_info info = data.request();
-        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw std::invalid_argument("data must be contiguous");
+        const Bytes bytes = contiguous_bytes(info);
         const py::gil_scoped_release release;
-        return packet_checksum(info.ptr, static_cast<size_t>(info.size * info.itemsize));
+        return packet_checksum(bytes.data(), bytes.size());
       },
       py::arg("data"), "Checksum of a packet: the low 32 bits of XXH64 with seed 0.");
   bind_index(m);
   bind_sampler(m);
+  bind_reader(m);
 }

@@ -58,6 +58,18 @@ void check_clip(const ClipInput& c, const std::vector<Shard>& shards, const Chec
   }
 }
 
+// A frame that no key comes before cannot be decoded: the packer must say that it is none (kNoPicture, kDiscard).
+void check_decodable(const ClipInput& c, const Checker& check) {
+  size_t key = 0;
+  while (key < c.num_packets && !(c.flags[key] & kKey)) ++key;
+  check(key < c.num_packets, "the number of keys", 0, "at least 1");
+  for (size_t i = 0; i < c.num_packets; ++i) {
+    const bool shown = !(c.flags[i] & (kDiscard | kNoPicture));
+    const bool decodable = i >= key && (c.pts[i] >= c.pts[key] || !(c.flags[key] & kOpen));
+    check(!shown || decodable, "the first key", static_cast<int64_t>(key), "decoded and shown before every frame");
+  }
+}
+
 // Packet numbers of the frames, in presentation order.
 std::vector<uint32_t> presentation_order(const ClipInput& c) {
   std::vector<uint32_t> order;
@@ -131,6 +143,7 @@ void IndexWriter::add(const ClipInput& c) {
   const uint64_t number = records_.size();
   const Checker check(number);
   check_clip(c, shards_, check);
+  check_decodable(c, check);
   const std::vector<uint32_t> order = presentation_order(c);
   check(!order.empty(), "the number of frames", 0, "at least 1");
   check(c.end > c.pts[order.back()] && c.end <= kMaxPts, "end", c.end, "later than the last frame's pts");

@@ -140,6 +140,87 @@ def checksum(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> in
     return _sampler.checksum(data)
 
 
+def packet_flags(codec: str, extradata: bytes, packet: bytes | memoryview) -> int | None:
+    """The packet's flags (``DISCARD`` apart) read from its coded bits; ``None`` for a codec that is not known here.
+
+    Knows h264, hevc, vp8, vp9, av1 and mjpeg. To be preferred to the container's key flags, which some files lack.
+    For other codecs take ``KEY | OPEN`` where the container flags a key.
+    """
+    return _sampler.packet_flags(codec, extradata, packet)
+
+
+class Plan(NamedTuple):
+    """The fewest packets that show the wanted frames."""
+
+    packets: Integers
+    """(P,) packet numbers in decoding order."""
+    pictures: npt.NDArray[np.int32]
+    """(V,) which of the pictures that come out of the decoder, in presentation order, each wanted frame is."""
+    runs: Integers
+    """(R, 2) first and last + 1 row of ``packets`` of each run from a key to its last wanted frame."""
+
+
+def plan_packets(index: Index, clip: int, frames: npt.ArrayLike, *, single_stream: bool = True) -> Plan:
+    """Plan the decoding of ``frames`` of a clip, (V,) in presentation order.
+
+    With ``single_stream`` one decoder takes all packets without a reset in between, as in a mini-clip; else the decoder
+    is reset before each run, which saves packets where groups of pictures are open. Left out are packets that no other
+    refers to and those that an open key's decoder would drop. Raises ``IndexError`` for a clip or a frame that does not
+    exist.
+    """
+    return Plan(*_sampler.plan_packets(index.native, clip, exact_array(frames, "int64", "frames"), single_stream))
+
+
+class Read(NamedTuple):
+    """What one sample needs from the shards, or why it cannot be had."""
+
+    code: str
+    """``ok``, ``missing``, ``io``, ``truncated``, ``checksum``, ``index``, ``unsupported`` or ``memory``."""
+    error: str
+    """One line with clip, file and reason; empty if ok."""
+    data: npt.NDArray[np.uint8]
+    """The plan's packets one after another, or a Matroska file."""
+    sizes: Integers
+    """(P,) bytes of each packet as stored."""
+    packets: Integers
+    pictures: npt.NDArray[np.int32]
+    runs: Integers
+    """As in ``Plan``."""
+
+    def split(self) -> list[npt.NDArray[np.uint8]]:
+        """``data`` as one array a packet (not for a Matroska file)."""
+        return np.split(self.data, np.cumsum(self.sizes)[:-1])
+
+
+class Reader:
+    """Reads frames' packets from a store's shards by a pool of threads, the GIL released, every checksum verified.
+
+    Thread-safe. ``directory`` is where the shards lie; they are opened when first needed.
+    """
+
+    def __init__(self, index: Index, directory: str | os.PathLike[str], *, threads: int = 4):
+        self._native = _sampler.Reader(index.native, os.fspath(directory), threads)
+
+    def read(
+        self, clips: npt.ArrayLike, frames: npt.ArrayLike, *, miniclip: bool = False, single_stream: bool = True
+    ) -> list[Read]:
+        """What ``frames``, (B, V) in presentation order, of ``clips``, (B,), need: one ``Read`` a clip.
+
+        ``miniclip`` wraps the packets into a Matroska file whose pictures ``Read.pictures`` numbers; it implies
+        ``single_stream``. Bad data never raise, ``Read.code`` tells; a clip or frame that does not exist raises
+        ``IndexError``.
+        """
+        return [
+            Read(*values)
+            for values in self._native.read(
+                exact_array(clips, "int64", "clips"),
+                exact_array(frames, "int64", "frames"),
+                miniclip,
+                single_stream or miniclip,
+            )
+        ]
+
+
 def write_index(
     path: str | os.PathLike[str], clips: Iterable[ClipRecord], *, format: str, shards: Sequence[tuple[str, int]]
 ) -> int:

@@ -1,0 +1,76 @@
+#include "planner.hpp"
+
+#include <algorithm>
+#include <string_view>
+
+namespace vito {
+
+namespace {
+
+// A run in packet numbers, both ends included.
+struct Run {
+  uint32_t first, last;
+};
+
+// Whether a run that starts at `key` shows a picture of time `pts`. One shown before its key may refer to what lies
+// before the key (an open group of pictures), so it needs an earlier start.
+bool can_start(const Packet& key, int64_t pts, bool closed_only) {
+  return (key.flags & kKey) && key.pts <= pts && !(closed_only && (key.flags & kOpen));
+}
+
+std::vector<Run> find_runs(const Index::Clip& clip, const std::vector<uint32_t>& targets, bool single_stream) {
+  // HEVC can be told that a sequence ends, after which any key starts anew (the mini-clip writer does so).
+  const bool reset_by_stream = std::string_view(clip.record().codec) == "hevc";
+  std::vector<Run> runs;
+  for (const uint32_t target : targets) {
+    const bool closed_only = !runs.empty() && single_stream && !reset_by_stream;
+    const uint32_t floor = runs.empty() ? 0 : runs.back().last + 1;  // what lies before is decoded anyway
+    const int64_t pts = clip.packet(target).pts;
+    uint32_t start = target;
+    while (start > floor && !can_start(clip.packet(start), pts, closed_only)) --start;
+    if (!runs.empty() && (start == floor && !can_start(clip.packet(start), pts, closed_only)))
+      runs.back().last = target;
+    else
+      runs.push_back({start, target});
+  }
+  return runs;
+}
+
+}  // namespace
+
+Plan plan_packets(const Index::Clip& clip, const uint32_t* frames, size_t count, bool single_stream) {
+  std::vector<uint32_t> targets(count);
+  for (size_t i = 0; i < count; ++i) targets[i] = clip.order(frames[i]);
+  std::vector<uint32_t> distinct = targets;
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+
+  Plan plan;
+  uint32_t shown = 0;  // pictures of the runs before
+  std::vector<std::pair<int64_t, uint32_t>> pictures;  // (pts, row of plan.packets) of this run
+  for (const Run& run : find_runs(clip, distinct, single_stream)) {
+    const uint32_t begin = static_cast<uint32_t>(plan.packets.size());
+    const Packet key = clip.packet(run.first);
+    pictures.clear();
+    for (uint32_t number = run.first; number <= run.last; ++number) {
+      const Packet packet = clip.packet(number);
+      const bool wanted = std::binary_search(distinct.begin(), distinct.end(), number);
+      // Left out: what nothing refers to, and what an open key's decoder would drop, as it refers to what is not there.
+      if (!wanted && ((packet.flags & kDisposable) || ((key.flags & kOpen) && packet.pts < key.pts))) continue;
+      if (!(packet.flags & kNoPicture)) pictures.emplace_back(packet.pts, static_cast<uint32_t>(plan.packets.size()));
+      plan.packets.push_back(number);
+    }
+    std::sort(pictures.begin(), pictures.end());
+    plan.ranks.resize(plan.packets.size(), shown);
+    for (size_t i = 0; i < pictures.size(); ++i) plan.ranks[pictures[i].second] = shown + static_cast<uint32_t>(i);
+    shown += static_cast<uint32_t>(pictures.size());
+    plan.runs.emplace_back(begin, static_cast<uint32_t>(plan.packets.size()));
+  }
+  for (const uint32_t target : targets) {
+    const auto row = std::lower_bound(plan.packets.begin(), plan.packets.end(), target) - plan.packets.begin();
+    plan.pictures.push_back(plan.ranks[static_cast<size_t>(row)]);
+  }
+  return plan;
+}
+
+}  // namespace vito
