@@ -1,0 +1,191 @@
+"""InfoNCE with keys that carry no gradient (momentum targets, queues, locked towers): loss and the gradient of the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import vito_kernels
+from bench.harness import Budget, Candidate, Result, Work
+from bench.limits import matmuls
+from bench.peers import compiled, one_sided, truth_of, with_gradients
+from vito_kernels import reference
+
+TEMPERATURE = 0.1
+FULL = pytest.mark.full
+
+
+def pair(m: int, n: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Raw embeddings whose positives are closer than chance: query i belongs to key i."""
+    generator = torch.Generator().manual_seed(m * 1_000_003 + n * 1009 + d)
+    k = torch.randn(n, d, generator=generator)
+    q = k[:m] + torch.randn(m, d, generator=generator)
+    return q.to(device, dtype).requires_grad_(), k.to(device, dtype)
+
+
+def ours(q: Tensor, k: Tensor) -> Tensor:
+    return vito_kernels.info_nce(normalize(q, dim=1), normalize(k, dim=1), temperature=TEMPERATURE)
+
+
+def plain(q: Tensor, k: Tensor) -> Tensor:
+    return reference.info_nce(normalize(q, dim=1), normalize(k, dim=1), temperature=TEMPERATURE)
+
+
+def work(m: int, n: int, d: int, size: int = 4) -> Work:
+    """4 M N D flops; queries read twice, keys once, the gradient written once."""
+    return Work(flops=4.0 * m * n * d, bytes=size * (3.0 * m * d + n * d), items=m, unit="queries")
+
+
+def every(step: int, truth: Callable[[], Result]) -> tuple[Callable[[Result, Result], float], Callable[[], Result]]:
+    """Compares each ``step``-th row of the gradient only, where a float64 truth of all rows would take minutes."""
+    from bench.harness import relative_error
+
+    return lambda got, true: relative_error([got[1][::step]], true), truth
+
+
+def rows_of_truth(q: Tensor, k: Tensor, step: int) -> Callable[[], Result]:
+    """Rows 0, step, 2 step ... of the gradient of the mean loss over all M queries, in float64."""
+
+    def call() -> Result:
+        some = q.detach()[::step].double().requires_grad_()
+        logits = normalize(some, dim=1) @ normalize(k, dim=1).double().T / TEMPERATURE
+        labels = torch.arange(0, len(q), step, device=q.device)
+        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(q)
+        return torch.autograd.grad(total, some)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "n", [pytest.param(1024, marks=FULL), 4096, pytest.param(8192, marks=FULL), pytest.param(16384, marks=FULL)]
+)
+def test_over_n(race: Any, device: torch.device, n: int) -> None:
+    q, k = pair(n, n, 256, device)
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, q, k), "ours"),
+        Candidate("reference", with_gradients(plain, q, k), "reference"),
+        *one_sided(q, k, TEMPERATURE),
+        matmuls(q, k, 2),
+    ]
+    if n <= 8192:
+        compiled_call = with_gradients(compiled(plain), q, k)
+        candidates.insert(2, Candidate("torch.compile of the reference", compiled_call))
+    race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("n", [32768, 65536, 262144, 1048576])
+def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
+    """Where the matrix no longer fits: ours and the limit alone, for time and memory against N."""
+    if device.type == "cpu" and n > 65536:
+        pytest.skip("for a GPU: hours on a CPU")
+    q, k = pair(n, n, 256, device)
+    step = n // 64
+    agree, truth = every(step, rows_of_truth(q, k, step))
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, q, k), "ours"),
+        *(candidate for candidate in one_sided(q, k, TEMPERATURE) if device.type == "cuda" or candidate.call is None),
+        matmuls(q, k, 2),
+    ]
+    budget = Budget(seconds=1.0, fewest=3 if n < 65536 else 1, most=3)
+    race(
+        "info_nce",
+        {"N": n, "D": 256},
+        candidates,
+        truth=truth,
+        agree=agree,
+        bound=1e-4,
+        work=work(n, n, 256),
+        budget=budget,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("d", [64, 128, 192, 512, 1024])
+def test_over_d(race: Any, device: torch.device, d: int) -> None:
+    q, k = pair(4096, 4096, d, device)
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, q, k), "ours"),
+        Candidate("reference", with_gradients(plain, q, k), "reference"),
+        *one_sided(q, k, TEMPERATURE),
+        matmuls(q, k, 2),
+    ]
+    race("info_nce", {"N": 4096, "D": d}, candidates, truth=truth_of(plain, q, k), work=work(4096, 4096, d))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=FULL)], ids=["bf16"])
+def test_low_precision(race: Any, device: torch.device, dtype: torch.dtype) -> None:
+    q, k = pair(4096, 4096, 256, device, dtype)
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, q, k), "ours"),
+        Candidate("reference", with_gradients(plain, q, k), "reference"),
+        *one_sided(q, k, TEMPERATURE),
+        matmuls(q, k, 2),
+    ]
+    params = {"N": 4096, "D": 256, "dtype": str(dtype).removeprefix("torch.")}
+    race("info_nce", params, candidates, truth=truth_of(plain, q, k), work=work(4096, 4096, 256, 2))
+
+
+@pytest.mark.parametrize("views", [2, pytest.param(3, marks=FULL), pytest.param(4, marks=FULL)])
+def test_over_views(race: Any, device: torch.device, views: int) -> None:
+    """The loss of a step: every view's queries against every other view's keys, 1024 videos; no key of the same video counts."""
+    batch, d = 1024, 256
+    q, k = pair(views * batch, views * batch, d, device)
+    video = torch.arange(batch, device=device)
+
+    def total(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(q: Tensor, k: Tensor) -> Tensor:
+            queries, keys = normalize(q, dim=1).chunk(views), normalize(k, dim=1).chunk(views)
+            pairs = [(v, w) for v in range(views) for w in range(views) if v != w]
+            options = {"temperature": TEMPERATURE, "q_group": video, "k_group": video}
+            losses = [loss(queries[v], keys[w], **options) for v, w in pairs]
+            return torch.stack(losses).sum()
+
+        return call
+
+    candidates = [
+        Candidate("vito_kernels", with_gradients(total(vito_kernels.info_nce), q, k), "ours"),
+        Candidate("reference", with_gradients(total(reference.info_nce), q, k), "reference"),
+        matmuls(q, k[: (views - 1) * batch], 2),
+    ]
+    flops = 4.0 * views * (views - 1) * batch**2 * d
+    truth = truth_of(total(reference.info_nce), q, k)
+    amount = Work(flops, items=views * batch, unit="queries")
+    race("info_nce_views", {"V": views, "B": batch}, candidates, truth=truth, work=amount)
+
+
+def test_queue(race: Any, device: torch.device) -> None:
+    """MoCo's shape: few queries, many keys, and the positives are the first keys."""
+    m, n, d = 256, 65536, 128
+    q, k = pair(m, n, d, device)
+
+    def queue_peer() -> Callable[[Tensor, Tensor], Tensor]:
+        from info_nce import InfoNCE
+
+        loss = InfoNCE(temperature=TEMPERATURE)
+        return lambda q, k: loss(q, k[: len(q)], k[len(q) :])
+
+    def moco(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Each query's negatives are the queue: the other queries' positives are excluded by their common group."""
+        groups = torch.arange(n, device=device).clamp(min=m - 1)
+        q_group = torch.full((m,), m - 1, device=device)
+        groups[:m] = m - 1
+        positive = torch.arange(m, device=device)
+        options = {"temperature": TEMPERATURE, "positive": positive, "q_group": q_group, "k_group": groups}
+        return lambda q, k: loss(normalize(q, dim=1), normalize(k, dim=1), **options)
+
+    from bench.peers import peer
+
+    candidates = [
+        Candidate("vito_kernels", with_gradients(moco(vito_kernels.info_nce), q, k), "ours"),
+        Candidate("reference", with_gradients(moco(reference.info_nce), q, k), "reference"),
+        peer("info-nce-pytorch", queue_peer, q, k, matrices=4.0 * 4 * m * n),
+        matmuls(q, k, 2),
+    ]
+    truth = truth_of(moco(reference.info_nce), q, k)
+    race("info_nce_queue", {"M": m, "N": n, "D": d}, candidates, truth=truth, work=work(m, n, d))

@@ -1,0 +1,70 @@
+"""The other losses on the same primitive: CLIP (both towers trained), NT-Xent, SupCon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import vito_kernels
+from bench.bench_infonce import TEMPERATURE, pair
+from bench.harness import Candidate, Work
+from bench.limits import matmuls
+from bench.peers import compiled, self_similar, truth_of, two_sided, with_gradients
+from vito_kernels import reference
+
+FULL = pytest.mark.full
+
+
+def both_trained(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = pair(n, n, d, device)
+    return x, y.requires_grad_()
+
+
+@pytest.mark.parametrize("n", [pytest.param(1024, marks=FULL), 2048, pytest.param(4096, marks=FULL), pytest.param(8192, marks=FULL)])
+def test_clip(race: Any, device: torch.device, n: int) -> None:
+    x, y = both_trained(n, 256, device)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return vito_kernels.clip_loss(normalize(x, dim=1), normalize(y, dim=1), 1 / TEMPERATURE)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return reference.clip_loss(normalize(x, dim=1), normalize(y, dim=1), 1 / TEMPERATURE)
+
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, x, y), "ours"),
+        Candidate("reference", with_gradients(plain, x, y), "reference"),
+        *two_sided(x, y, TEMPERATURE),
+        matmuls(x, y, 3),
+    ]
+    if n == 4096:
+        candidates.insert(2, Candidate("torch.compile of the reference", with_gradients(compiled(plain), x, y)))
+    amount = Work(flops=6.0 * n * n * 256, bytes=4 * 6.0 * n * 256, items=n, unit="pairs")
+    race("clip_loss", {"N": n, "D": 256}, candidates, truth=truth_of(plain, x, y), work=amount)
+
+
+@pytest.mark.parametrize("n", [1024, pytest.param(2048, marks=FULL), pytest.param(4096, marks=FULL)])
+def test_ntxent(race: Any, device: torch.device, n: int) -> None:
+    """2N embeddings against each other."""
+    z1, z2 = both_trained(n, 128, device)
+
+    def ours(z1: Tensor, z2: Tensor) -> Tensor:
+        return vito_kernels.ntxent(z1, z2, TEMPERATURE)
+
+    def plain(z1: Tensor, z2: Tensor) -> Tensor:
+        return reference.ntxent(z1, z2, TEMPERATURE)
+
+    z = torch.cat([z1, z2])
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, z1, z2), "ours"),
+        Candidate("reference", with_gradients(plain, z1, z2), "reference"),
+        *self_similar(z1, z2, TEMPERATURE),
+        matmuls(z, z, 2),
+    ]
+    if n == 2048:
+        candidates.insert(2, Candidate("torch.compile of the reference", with_gradients(compiled(plain), z1, z2)))
+    amount = Work(flops=4.0 * (2 * n) ** 2 * 128, bytes=4 * 4.0 * n * 128, items=n, unit="pairs")
+    race("ntxent", {"N": n, "D": 128}, candidates, truth=truth_of(plain, z1, z2), work=amount)

@@ -1,0 +1,142 @@
+"""The ``race`` fixture, and the results file written at the end of the session. Options: ``--device --quick --results --cold``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine as machines
+from bench.clock import CudaClock, wall_clock
+from bench.harness import Budget, Candidate, Race, timestamp
+
+SCHEMA = 1
+QUICK = Budget(seconds=2.0, fewest=7, most=40)
+FULL = Budget(seconds=6.0, fewest=7, most=60)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vito-fast benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the races run")
+    group.addoption("--quick", action="store_true", help="the quick set: fewer cases, fewer rounds")
+    group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
+    group.addoption("--results", metavar="FILE", help="write the results as JSON to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: left out of the quick set")
+    config.addinivalue_line("markers", "cpu_only: what is measured does not depend on a GPU")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config.stash[RECORDS] = []
+    config.stash[STARTED] = time.perf_counter()
+
+
+RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    clock = CudaClock() if config.getoption("--device") == "cuda" else wall_clock
+    kept, dropped = [], []
+    for item in items:
+        full = config.getoption("--quick") and item.get_closest_marker("full")
+        other = config.getoption("--device") == "cuda" and item.get_closest_marker("cpu_only")
+        (dropped if full or other else kept).append(item)
+        item.add_marker(pytest.mark.benchmark(group=item.path.stem.removeprefix("bench_"), timer=clock))
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--quick"))
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Any]]:
+    """``race(case, params, candidates, truth=..., ...) -> record``: the arguments of :class:`bench.harness.Race`.
+
+    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds. The suite is
+    the file's name without ``bench_``.
+    """
+    config = request.config
+
+    def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
+        options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)
+        options.setdefault("device", config.getoption("--device"))
+        contest = Race(case, params, candidates, cold=config.getoption("--cold"), **options)
+        contest.check()
+        contest.calibrate()
+        benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
+        contest.count_cost()
+        record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
+        benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
+        config.stash[RECORDS].append(record)
+        _say(config, record)
+        return record
+
+    return run
+
+
+def _say(config: pytest.Config, record: dict[str, Any]) -> None:
+    """One line a candidate, as soon as the case is over; who was left out is named with the reason."""
+    from bench.text import bytes_text, seconds_text
+
+    write = config.get_terminal_writer().line
+    write(f"\n{record['id']}  ({record['rounds']} rounds)")
+    for row in record["candidates"]:
+        if row["status"] != "ok":
+            write(f"  {row['name']:<34} {row['status']}: {row['reason']}")
+            continue
+        times = f"{seconds_text(row['median_s']):>10} ±{row['spread'] / 2:4.0%}"
+        memory = bytes_text(row["peak_bytes"]) if "peak_bytes" in row else ""
+        speedup = f"ours x{row['speedup']:.2f}" if "speedup" in row else "ours"
+        write(f"  {row['name']:<34} {times}  {memory:>10}  {speedup}  {row['role'] if row['role'] != 'ours' else ''}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    target = session.config.getoption("--results")
+    if not target or session.config.getoption("collectonly"):
+        return
+    config = session.config
+    cases = config.stash[RECORDS]
+    results = {
+        "schema": SCHEMA,
+        "date": timestamp(),
+        "commit": machines.commit(),
+        "device": config.getoption("--device"),
+        "quick": config.getoption("--quick"),
+        "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
+        "threads": torch.get_num_threads(),
+        "machine": machines.machine(config.getoption("--device")),
+        "versions": machines.versions(),
+        "skipped": _skipped(cases),
+        "cases": cases,
+    }
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _skipped(cases: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every peer that did not race somewhere: name, first reason, and in how many cases."""
+    found: dict[tuple[str, str], int] = {}
+    for record in cases:
+        for row in record["candidates"]:
+            if row["status"] != "ok":
+                key = (row["name"], f"{row['status']}: {row['reason']}")
+                found[key] = found.get(key, 0) + 1
+    return [{"name": name, "reason": reason, "cases": str(count)} for (name, reason), count in sorted(found.items())]

@@ -1,0 +1,346 @@
+"""A race: the same work done by us, the reference, the peers and the machine's own limit, in interleaved rounds.
+
+Order of events, in one process and on the same inputs:
+
+1. every candidate runs once and its result (values and gradients) is compared with a float64 truth; who fails gets no time,
+   and when it is ours the race ends as a test failure;
+2. warm-up, which also finds how many rounds the time budget allows;
+3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of two
+   candidates is the median over the rounds of the ratio *within* a round;
+4. peak memory and flops, counted in a run of their own.
+
+The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.clock import ColdCache, CudaClock, graphed, wall_clock
+from bench.memory import cost
+
+Role = Literal["ours", "reference", "peer", "context", "limit"]
+Result = Sequence[Tensor]
+
+SHORT = 2e-3  # seconds: samples of calls below this are made of several calls
+MICRO = 2e-4  # seconds: on CUDA, calls below this are replayed as a graph
+FEW_ROUNDS = 3  # for candidates that alone would take more than their share of the budget
+
+
+@dataclass
+class Candidate:
+    """One way of doing the work.
+
+    ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare decode) does
+    the unavoidable part only, and a ``context`` candidate does more or other work, worth knowing but not a peer: neither is
+    compared with the truth unless it brings its own. ``None`` as ``call`` says why in ``note`` and stays in the record.
+    """
+
+    name: str
+    call: Callable[[], Result] | None
+    role: Role = "peer"
+    note: str = ""
+    truth: Callable[[], Result] | None = None
+
+
+def absent(name: str, why: str) -> Candidate:
+    """A peer that is not raced, and why; named in the output and in the JSON."""
+    return Candidate(name, None, "peer", why)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the task demands of any implementation: arithmetic and the least traffic, per call."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    items: float = 0.0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to race: seconds for the rounds of a case, and between how many rounds."""
+
+    seconds: float = 6.0
+    fewest: int = 7
+    most: int = 60
+
+
+@dataclass
+class _Runner:
+    candidate: Candidate
+    status: str = "ok"
+    reason: str = ""
+    error: float | None = None
+    bound: float | None = None
+    repeats: int = 1
+    estimate: float = 0.0
+    sample: Callable[[], object] | None = None
+    times: dict[int, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    flops: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times.values())
+
+    def record(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"name": self.candidate.name, "role": self.candidate.role, "status": self.status}
+        row |= {"reason": self.reason or self.candidate.note}
+        if self.error is not None:
+            row |= {"error": self.error, "error_bound": self.bound}
+        if self.times:
+            ordered = sorted(self.times.values())
+            row |= {"median_s": self.median, "low_s": ordered[0], "spread": spread(ordered)}
+            row |= {"rounds": len(ordered), "repeats": self.repeats}
+        if self.peak_bytes is not None:
+            row |= {"peak_bytes": self.peak_bytes, "flops": self.flops}
+        return row
+
+
+def spread(ordered: Sequence[float]) -> float:
+    """Interquartile range over the median, from sorted samples."""
+    count = len(ordered)
+    return (ordered[(3 * count) // 4] - ordered[count // 4]) / ordered[count // 2] if count > 1 else 0.0
+
+
+def relative_error(got: Result, truth: Result) -> float:
+    """The largest ``|got - truth| / |truth|`` (Euclidean norms, float64) over the results; inf for NaN or a wrong shape."""
+    if len(got) != len(truth):
+        return float("inf")
+    worst = 0.0
+    for mine, true in zip(got, truth, strict=True):
+        if mine.shape != true.shape:
+            return float("inf")
+        true64 = true.detach().double()
+        distance = (mine.detach().to(true64) - true64).norm().item()
+        error = distance / max(true64.norm().item(), 1e-300) if distance else 0.0
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+class Race:
+    """Runs one case; see the module. ``agree`` replaces :func:`relative_error`, ``bound`` the rule on the reference's error.
+
+    Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does, and
+    never needs to be closer than 1e-5 (what float32 sums of other order differ by).
+    """
+
+    def __init__(
+        self,
+        case: str,
+        params: dict[str, Any],
+        candidates: Sequence[Candidate],
+        *,
+        truth: Callable[[], Result],
+        work: Work | None = None,
+        agree: Callable[[Result, Result], float] = relative_error,
+        bound: float | None = None,
+        device: torch.device | str = "cpu",
+        budget: Budget | None = None,
+        cold: bool = False,
+        memory: bool = True,
+    ) -> None:
+        roles = [candidate.role for candidate in candidates]
+        if roles.count("ours") != 1:
+            raise ValueError(f"a race has exactly one candidate of ours, {case} has {roles.count('ours')}")
+        self.case, self.params, self.work = case, params, work or Work()
+        self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
+        self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
+        self._runners = [_Runner(candidate) for candidate in candidates]
+        self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
+        self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
+        self._flush = ColdCache(self.device) if cold and self.device.type == "cuda" else None
+        self._round = 0
+        self.rounds = 0
+
+    @property
+    def id(self) -> str:
+        """``case[name=value,...]``: the same in every run, what the gate and the tables look a case up by."""
+        return f"{self.case}[{','.join(f'{name}={value}' for name, value in self.params.items())}]"
+
+    def check(self) -> None:
+        """Step 1. Raises AssertionError when our own result is wrong, before anything is timed."""
+        truth = [tensor.detach() for tensor in self._truth()]
+        order = sorted(self._runners, key=lambda runner: runner.candidate.role != "reference")
+        bound = self._bound
+        for runner in order:
+            self._check_one(runner, truth, bound)
+            if runner.candidate.role == "reference" and bound is None:
+                bound = max(2 * (runner.error or 0.0), 1e-5)
+            gc.collect()
+        if self.ours.status != "ok":
+            raise AssertionError(f"{self.id}: {self.ours.candidate.name}: {self.ours.reason}; no time is reported")
+
+    def _check_one(self, runner: _Runner, truth: Result, bound: float | None) -> None:
+        candidate = runner.candidate
+        if candidate.call is None:
+            runner.status, runner.reason = "skipped", candidate.note
+            return
+        try:
+            result = candidate.call()
+        except Exception as error:
+            if candidate.role == "ours":
+                raise
+            runner.status, runner.reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            return
+        if candidate.truth is not None:
+            truth = candidate.truth()
+        elif candidate.role in ("limit", "context"):
+            return
+        runner.error = self._agree(result, truth)
+        runner.bound = 1e-2 if bound is None else bound
+        if not runner.error <= runner.bound:
+            runner.status = "wrong"
+            runner.reason = f"differs from the float64 truth by {runner.error:.2g}, allowed {runner.bound:.2g}"
+
+    def calibrate(self) -> None:
+        """Step 2: warm-up, repeats within a sample, and the number of rounds that the budget allows."""
+        for runner in self._racing():
+            call = runner.candidate.call
+            assert call is not None
+            estimate = min(self._timed(call) for _ in range(2))
+            if self.device.type == "cuda" and estimate < MICRO and self._flush is None:
+                estimate = self._make_graph(runner, estimate)
+            runner.repeats = 1 if self._flush else max(runner.repeats, min(1000, int(SHORT / max(estimate, 1e-7)) + 1))
+            if runner.sample is None:
+                runner.sample = _repeated(call, runner.repeats)
+            runner.estimate = min(estimate, self._timed(runner.sample) / runner.repeats)
+        total = sum(runner.estimate * runner.repeats for runner in self._racing() if not self._slow(runner))
+        self.rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
+
+    def _make_graph(self, runner: _Runner, estimate: float) -> float:
+        assert runner.candidate.call is not None
+        repeats = min(100, int(MICRO * 5 / max(estimate, 1e-6)) + 1)
+        try:
+            runner.sample = graphed(runner.candidate.call, repeats)
+        except RuntimeError as error:
+            runner.reason = f"not captured as a graph: {str(error).splitlines()[0][:120]}"
+            return estimate
+        runner.repeats = repeats
+        return self._timed(runner.sample) / repeats
+
+    def _slow(self, runner: _Runner) -> bool:
+        return runner is not self.ours and runner.estimate * runner.repeats * self.budget.fewest > self.budget.seconds
+
+    def _racing(self) -> list[_Runner]:
+        return [runner for runner in self._runners if runner.status == "ok"]
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        if self._flush is not None:
+            self._flush()
+        start = self.clock()
+        kept = call()
+        seconds = self.clock() - start
+        del kept
+        return seconds
+
+    def time_others(self) -> None:
+        """Everybody's turn but ours; opens a round."""
+        for runner in self._racing():
+            if runner is not self.ours and (self._round < FEW_ROUNDS or not self._slow(runner)):
+                self._sample(runner)
+
+    def time_ours(self) -> None:
+        """Our turn; closes the round."""
+        self._sample(self.ours)
+        self._round += 1
+
+    def _sample(self, runner: _Runner) -> None:
+        assert runner.sample is not None
+        runner.times[self._round] = self._timed(runner.sample) / runner.repeats
+
+    def count_cost(self) -> None:
+        """Step 4: peak memory and flops of each candidate that has a time."""
+        if not self._memory:
+            return
+        for runner in self._racing():
+            assert runner.candidate.call is not None
+            counted = cost(runner.candidate.call, self.device)
+            runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops
+
+    def run(self) -> dict[str, Any]:
+        """The whole race without pytest-benchmark."""
+        self.check()
+        self.calibrate()
+        for _ in range(self.rounds):
+            self.time_others()
+            self.time_ours()
+        self.count_cost()
+        return self.record()
+
+    def speedup(self, runner: _Runner) -> dict[str, float]:
+        """How many times as fast as ``runner`` we are: median over the rounds of the ratio within a round, and its spread."""
+        common = [turn for turn in runner.times if turn in self.ours.times]
+        ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in common)
+        return {"speedup": statistics.median(ratios), "speedup_spread": spread(ratios)}
+
+    def record(self) -> dict[str, Any]:
+        """The case as it goes into the results file."""
+        rows = []
+        for runner in self._runners:
+            row = runner.record()
+            if runner.times and runner is not self.ours:
+                row |= self.speedup(runner)
+            rows.append(row)
+        seconds = self.ours.median
+        rates: dict[str, float] = {}
+        if self.work.flops:
+            rates["tflops"] = self.work.flops / seconds / 1e12
+        if self.work.bytes:
+            rates["gbytes"] = self.work.bytes / seconds / 1e9
+        if self.work.items:
+            rates["items"] = self.work.items / seconds
+        return {
+            "id": self.id,
+            "case": self.case,
+            "params": self.params,
+            "device": self.device.type,
+            "rounds": self._round,
+            "cold": self._flush is not None,
+            "work": {"flops": self.work.flops, "bytes": self.work.bytes, "items": self.work.items, "unit": self.work.unit},
+            "rates": rates,
+            "vs": summary(rows),
+            "candidates": rows,
+        }
+
+
+def _repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+    if repeats == 1:
+        return call
+
+    def several() -> None:
+        for _ in range(repeats):
+            call()
+
+    return several
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Our speed over the reference's, over the best peer's, and as a fraction of the limit, in the same run."""
+    found: dict[str, Any] = {}
+    timed = [row for row in rows if "speedup" in row]
+    for row in timed:
+        if row["role"] == "reference":
+            found["reference"] = row["speedup"]
+        elif row["role"] == "limit":
+            found["limit"] = min(row["speedup"], found.get("limit", float("inf")))
+    peers = [row for row in timed if row["role"] == "peer"]
+    if peers:
+        best = min(peers, key=lambda row: row["speedup"])
+        found |= {"best_peer": best["speedup"], "best_peer_name": best["name"]}
+    return found
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,58 @@
+"""What a call costs besides time: peak memory and matrix-multiplication flops, counted rather than sampled.
+
+On the CPU both come from PyTorch's profiler: it reports every allocation and release of the CPU allocator, so the peak is
+exact and the same on every run, which the resident set size is not. On CUDA the caching allocator keeps the peak itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``peak_bytes`` above what was allocated before the call; ``flops`` of the matmuls and convolutions that it ran."""
+
+    peak_bytes: int
+    flops: int
+
+
+def cost(call: Callable[[], object], device: torch.device) -> Cost:
+    """Runs ``call`` once, under the profiler on the CPU, and says what it allocated and multiplied.
+
+    Memory outside PyTorch's allocators (numpy, decoders, MKL's scratch) is not seen. The call's result counts as allocated.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return Cost(torch.cuda.max_memory_allocated(device) - before, _cuda_flops(call))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_flops=True, record_shapes=True) as recorded:
+        kept = call()
+    del kept
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    current = peak = 0
+    for _, change in changes:
+        current += change
+        peak = max(peak, current)
+    # Elementwise products and sums have a flop count there too; they are bandwidth, and would blur the comparison.
+    flops = sum(event.flops() for event in events if event.flops() and event.name() not in ("aten::mul", "aten::add"))
+    return Cost(peak, int(flops))
+
+
+def _cuda_flops(call: Callable[[], object]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())

@@ -1,0 +1,205 @@
+"""Other people's losses, each brought to the same calling convention, or named with the reason why it is not raced.
+
+Every function of a family takes the *raw* embeddings and normalises them itself: most peers do that inside and cannot be told
+not to, so all candidates do it, ours included, and all gradients are those of the raw embeddings.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bench.harness import Candidate, Result, Role, absent
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+FULL_MATRIX = 4 * 2**30  # bytes that a peer may need for its matrices on a CPU; above it is named, not raced
+
+
+def with_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Result]:
+    """A candidate's call: the loss and its gradients with respect to those inputs that ask for one."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def call() -> Result:
+        value = loss(*inputs)
+        return (value, *torch.autograd.grad(value, wanted))
+
+    return call
+
+
+def truth_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Result]:
+    """The same in float64."""
+
+    def call() -> Result:
+        doubles = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        return with_gradients(loss, *doubles)()
+
+    return call
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a reference, fixed shapes."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def peer(
+    name: str,
+    make: Callable[[], Loss],
+    *inputs: Tensor,
+    matrices: float = 0.0,
+    cuda_only: bool = False,
+    role: Role = "peer",
+    note: str = "",
+    truth: Callable[[], Result] | None = None,
+) -> Candidate:
+    """A candidate from a third-party package; ``matrices`` is how many bytes its M x N temporaries take.
+
+    ``make`` imports the package and returns the loss. What cannot race stays in the record with its reason: not installed,
+    CUDA only, or too large for this machine's memory.
+    """
+    on_cuda = inputs[0].is_cuda
+    if cuda_only and not on_cuda:
+        return absent(name, "runs on CUDA only")
+    room = torch.cuda.mem_get_info()[0] if on_cuda else FULL_MATRIX
+    if matrices > room:
+        return absent(name, f"its M x N temporaries need about {matrices / 2**30:.1f} GiB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = make()
+    except ImportError as error:
+        return absent(name, f"not installed ({error})")
+    return Candidate(name, with_gradients(loss, *inputs), role, note, truth)
+
+
+def _info_nce_pytorch(temperature: float) -> Loss:
+    return import_module("info_nce").InfoNCE(temperature=temperature)
+
+
+def _metric_learning_info_nce(temperature: float) -> Loss:
+    loss = import_module("pytorch_metric_learning.losses").NTXentLoss(temperature=temperature)
+
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        labels = torch.arange(len(q), device=q.device)
+        return loss(q, labels, ref_emb=k, ref_labels=labels)
+
+    return call
+
+
+def _memeff_lit(temperature: float) -> Loss:
+    return import_module("memeff").MemoryEfficientLiTLoss(temperature=temperature, stable=False)
+
+
+def _open_clip(temperature: float) -> Loss:
+    loss = import_module("open_clip.loss").ClipLoss()
+    return lambda x, y: loss(normalize(x, dim=1), normalize(y, dim=1), 1 / temperature)
+
+
+def _memeff_clip(temperature: float) -> Loss:
+    return import_module("memeff").MemoryEfficientCLIPLoss(temperature=temperature, stable=False)
+
+
+def _inf_cl(temperature: float) -> Loss:
+    flash = import_module("inf_cl").cal_flash_loss
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        x, y = normalize(x, dim=1), normalize(y, dim=1)
+        head = min(256, x.shape[1])
+        both = [flash(a, b, scale=1 / temperature, head_dim=head) for a, b in ((x, y), (y, x))]
+        return (both[0] + both[1]).mean() / 2
+
+    return call
+
+
+def _inf_cl_one_sided(temperature: float) -> Loss:
+    flash = import_module("inf_cl").cal_flash_loss
+
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        head = min(256, q.shape[1])
+        return flash(normalize(q, dim=1), normalize(k, dim=1), scale=1 / temperature, head_dim=head).mean()
+
+    return call
+
+
+def _lightly(temperature: float) -> Loss:
+    return import_module("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=temperature)
+
+
+def _metric_learning_ntxent(temperature: float) -> Loss:
+    losses = import_module("pytorch_metric_learning.losses")
+    loss = losses.NTXentLoss(temperature=temperature)
+
+    def call(z1: Tensor, z2: Tensor) -> Tensor:
+        return loss(torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device).repeat(2))
+
+    return call
+
+
+def _metric_learning_supcon(temperature: float) -> Loss:
+    return import_module("pytorch_metric_learning.losses").SupConLoss(temperature=temperature)
+
+
+def one_sided(q: Tensor, k: Tensor, temperature: float) -> list[Candidate]:
+    """Peers of InfoNCE with locked keys; open_clip's two-sided loss comes along as context: it is what people use instead."""
+    entries = len(q) * len(k) * q.element_size()
+    pairs = len(q) * len(k) * 60.0  # index pairs, in int64, and the matrices gathered by them
+    two_sided = truth_of(lambda x, y: _reference_clip(x, y, temperature), q, k)
+    return [
+        peer("info-nce-pytorch", lambda: _info_nce_pytorch(temperature), q, k, matrices=4 * entries),
+        peer("pytorch-metric-learning", lambda: _metric_learning_info_nce(temperature), q, k, matrices=pairs),
+        peer("memeff (LiT)", lambda: _memeff_lit(temperature), q, k, cuda_only=True),
+        peer("inf-cl (flash)", lambda: _inf_cl_one_sided(temperature), q, k, cuda_only=True),
+        peer(
+            "open_clip ClipLoss",
+            lambda: _open_clip(temperature),
+            q,
+            k,
+            matrices=8 * entries,
+            role="context",
+            note="two-sided: more work",
+            truth=two_sided,
+        ),
+    ]
+
+
+def _reference_clip(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    from vito_kernels import reference
+
+    return reference.clip_loss(normalize(x, dim=1), normalize(y, dim=1), 1 / temperature)
+
+
+def two_sided(x: Tensor, y: Tensor, temperature: float) -> list[Candidate]:
+    """Peers of the CLIP loss."""
+    entries = len(x) * len(y) * x.element_size()
+    return [
+        peer("open_clip", lambda: _open_clip(temperature), x, y, matrices=8 * entries),
+        peer("memeff (CLIP)", lambda: _memeff_clip(temperature), x, y, cuda_only=True),
+        peer("inf-cl (flash)", lambda: _inf_cl(temperature), x, y, cuda_only=True),
+    ]
+
+
+def self_similar(z1: Tensor, z2: Tensor, temperature: float) -> list[Candidate]:
+    """Peers of NT-Xent."""
+    entries = 4 * len(z1) * len(z2) * z1.element_size()
+    pairs = 4 * len(z1) * len(z2) * 60.0
+    return [
+        peer("lightly", lambda: _lightly(temperature), z1, z2, matrices=6 * entries),
+        peer("pytorch-metric-learning", lambda: _metric_learning_ntxent(temperature), z1, z2, matrices=pairs),
+    ]
+
+
+def supervised(z: Tensor, labels: Tensor, temperature: float) -> list[Candidate]:
+    """Peers of SupCon; ``labels`` are the classes of the embeddings."""
+    pairs = len(z) ** 2 * 60.0
+
+    def make() -> Any:
+        loss = _metric_learning_supcon(temperature)
+        return lambda z: loss(z, labels)
+
+    return [peer("pytorch-metric-learning", make, z, matrices=pairs)]
