@@ -1,14 +1,260 @@
-"""Attention pooling: a softmax over the locations of a feature map, and the weighted sum of its features."""
+"""Attention pooling: a softmax over the locations of a feature map, and the mean of its features under it.
+
+weights = softmax(logits, dim=1)                                      (B, L)
+pooled  = (weights[:, :, None] * features).sum(dim=1)                 (B, C)
+
+Forward and backward each read the features once, in whatever layout they come: (B, L, C), (B, C, H, W) channels_last
+and (B, C, H, W) contiguous are strides, never copies. The backward also writes their gradient, d features_l = weights_l
+g with d logits_l = weights_l (g . features_l - g . pooled). Deterministic: no atomics, sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .reference import pooling
+from vito_kernels._ops import autograd_op, refuse_double_backward
+from vito_kernels._triton import Spec, jit, processors, use_triton
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import triton.language as tl
+
+# One tile for all targets: the work is streaming, 16 kB in flight per program is what matters, not the architecture.
+BLOCK_L, BLOCK_C, WARPS = 32, 128, 4
+LOGITS_BLOCK = 1024  # logits of a row are reread from cache in chunks of at most this many
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def pool_forward(
+    features, logits, pooled, weights,
+    L, C, split_rows, stride_b, stride_l, stride_c, pooled_split,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_C channels of one row, and the locations of one split: its part of ``pooled``."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    b = (tl.program_id(0) // channel_blocks).to(tl.int64)
+    block = tl.program_id(0) % channel_blocks
+    split = tl.program_id(1)
+    logits += b * L
+    top = tl.full((LOGITS_BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, L, LOGITS_BLOCK):
+        l = start + tl.arange(0, LOGITS_BLOCK)
+        top = tl.maximum(top, tl.load(logits + l, mask=l < L, other=float("-inf")).to(tl.float32))
+    highest = tl.max(top, 0)
+    total = tl.zeros((LOGITS_BLOCK,), tl.float32)
+    for start in range(0, L, LOGITS_BLOCK):
+        l = start + tl.arange(0, LOGITS_BLOCK)
+        total += tl.exp(tl.load(logits + l, mask=l < L, other=float("-inf")).to(tl.float32) - highest)
+    normaliser = tl.sum(total, 0)
+
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = features + b * stride_b + c.to(tl.int64) * stride_c
+    acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, L)
+    for start in range(first, last, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        x = tl.load(logits + l, mask=l < last, other=float("-inf")).to(tl.float32)
+        w = tl.exp(x - highest) / normaliser
+        if block == 0:
+            tl.store(weights + b * L + l, w, mask=l < last)
+        inside = (l < last)[:, None] & (c < C)[None, :]
+        f = tl.load(columns[None, :] + l.to(tl.int64)[:, None] * stride_l, mask=inside, other=0.0)
+        acc += w[:, None] * f.to(tl.float32)
+    tl.store(pooled + split * pooled_split + b * C + c, tl.sum(acc, 0), mask=c < C)
+
+
+@jit
+def pool_backward(
+    features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
+    L, C, stride_b, stride_l, stride_c, d_stride_b, d_stride_l, d_stride_c,
+    HAS_G_WEIGHTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_L locations of one row, and goes through all channels."""
+    row_blocks = tl.cdiv(L, BLOCK_L)
+    b = (tl.program_id(0) // row_blocks).to(tl.int64)
+    l = (tl.program_id(0) % row_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    w = tl.load(weights + b * L + l, mask=l < L, other=0.0)
+    rows = features + b * stride_b + l.to(tl.int64) * stride_l
+    d_rows = d_features + b * d_stride_b + l.to(tl.int64) * d_stride_l
+    dots = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    means = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (l < L)[:, None] & (c < C)[None, :]
+        g = tl.load(g_pooled + b * C + c, mask=c < C, other=0.0)
+        means += g * tl.load(pooled + b * C + c, mask=c < C, other=0.0)
+        f = tl.load(rows[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+        dots += g[None, :] * f.to(tl.float32)
+        d = (w[:, None] * g[None, :]).to(d_features.dtype.element_ty)
+        tl.store(d_rows[:, None] + c.to(tl.int64)[None, :] * d_stride_c, d, mask=inside)
+    pull = tl.sum(dots, 1) - tl.sum(means, 0)
+    if HAS_G_WEIGHTS:
+        mean = tl.zeros((LOGITS_BLOCK,), tl.float32)
+        for start in range(0, L, LOGITS_BLOCK):
+            j = start + tl.arange(0, LOGITS_BLOCK)
+            w_j = tl.load(weights + b * L + j, mask=j < L, other=0.0)
+            mean += w_j * tl.load(g_weights + b * L + j, mask=j < L, other=0.0)
+        pull += tl.load(g_weights + b * L + l, mask=l < L, other=0.0) - tl.sum(mean, 0)
+    tl.store(d_logits + b * L + l, (w * pull).to(d_logits.dtype.element_ty), mask=l < L)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _logits_block(locations: int) -> int:
+    return min(LOGITS_BLOCK, 1 << max(locations - 1, 15).bit_length())
+
+
+def launch_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits the locations of a row among programs when rows and channels alone would leave the GPU idle."""
+    batch, locations, channels = features.shape
+    channel_blocks = -(-channels // BLOCK_C)
+    wanted = -(-2 * processors(features.device) // (batch * channel_blocks))
+    split_rows = BLOCK_L * max(2, -(-locations // (wanted * BLOCK_L)))
+    splits = -(-locations // split_rows)
+    parts = features.new_empty((splits, batch, channels), dtype=torch.float32)
+    weights = features.new_empty((batch, locations), dtype=torch.float32)
+    pool_forward[(batch * channel_blocks, splits)](
+        features, logits, parts, weights, locations, channels, split_rows, *features.stride(), parts.stride(0),
+        BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
+    )  # fmt: skip
+    return (parts[0] if splits == 1 else parts.sum(0)), weights
+
+
+def launch_backward(
+    features: Tensor, weights: Tensor, pooled: Tensor, g_pooled: Tensor, g_weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch, locations, channels = features.shape
+    d_features, d_logits = torch.empty_like(features), torch.empty_like(weights, dtype=dtype)
+    pool_backward[(batch * -(-locations // BLOCK_L),)](
+        features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
+        locations, channels, *features.stride(), *d_features.stride(), HAS_G_WEIGHTS=g_weights is not None,
+        BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
+    )  # fmt: skip
+    return d_features, d_logits
+
+
+# ----------------------------------------------------------------------------------------------------------- custom op
+
+
+@torch.library.custom_op("vito_kernels::attention_pool", mutates_args=())
+def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """features (B, L, C), logits (B, L) -> pooled (B, C), weights (B, L), both float32 (float64 if either input is)."""
+    dtype = _compute_dtype(features, logits)
+    if features.shape[0] and dtype == torch.float32 and use_triton(features):
+        return launch_forward(features, logits.contiguous())
+    weights = torch.softmax(logits.to(dtype), 1)
+    return torch.bmm(weights[:, None], features.to(dtype))[:, 0], weights
+
+
+@attention_pool_op.register_fake
+def _(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, channels = features.shape
+    dtype = _compute_dtype(features, logits)
+    return features.new_empty((batch, channels), dtype=dtype), features.new_empty(logits.shape, dtype=dtype)
+
+
+@torch.library.custom_op("vito_kernels::attention_pool_backward", mutates_args=())
+def attention_pool_backward_op(
+    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, pooled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``features`` and of the logits, in the dtypes and layouts of the inputs."""
+    g_pooled = g_pooled.contiguous()
+    g_weights = None if g_weights is None else g_weights.contiguous()
+    if features.shape[0] and weights.dtype == torch.float32 and use_triton(features):
+        return launch_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
+    pull = torch.bmm(features.to(weights.dtype), g_pooled[:, :, None])[:, :, 0]
+    pull = pull if g_weights is None else pull + g_weights
+    d_logits = weights * (pull - (weights * pull).sum(1, keepdim=True))
+    d_features = torch.empty_like(features)
+    torch.mul(weights[:, :, None], g_pooled[:, None], out=d_features)
+    return d_features, d_logits.to(logits_like.dtype)
+
+
+@attention_pool_backward_op.register_fake
+def _(
+    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, pooled: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), weights.new_empty(weights.shape, dtype=logits_like.dtype)
+
+
+def _compute_dtype(features: Tensor, logits: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(features.dtype, logits.dtype), torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    features, logits = inputs
+    pooled, weights = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, logits.new_empty(0), weights, pooled)
+
+
+def _backward(ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if g_pooled is None and g_weights is None:
+        return None, None
+    features, logits_like, weights, pooled = ctx.saved_tensors
+    g_pooled = torch.zeros_like(pooled) if g_pooled is None else g_pooled
+    return _apply_backward(g_pooled, g_weights, features, logits_like, weights, pooled)
+
+
+_apply = autograd_op(attention_pool_op, _setup_context, _backward)
+_apply_backward = refuse_double_backward(attention_pool_backward_op)
+
+# ------------------------------------------------------------------------------------------------------ public function
 
 
 def attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`vito_kernels.reference.attention_pool`."""
-    return pooling.attention_pool(features, logits)
+    """Mean of the features of all locations under the softmax of their logits.
+
+    Equivalent to ``weights = logits.softmax(1); pooled = (weights[:, :, None] * features).sum(1)``, in float32.
+
+    Args:
+        features: (B, L, C), or (B, C, H, W) in either memory format with L = H * W in row-major order. float32,
+            bfloat16, float16 or float64; not copied.
+        logits: (B, L), any of these dtypes. A logit of -inf masks its location; a row of nothing else gives NaN.
+
+    Returns:
+        ``pooled`` (B, C) in the features' dtype and ``weights`` (B, L) in float32 (float64 if an input is). Both carry
+        gradients; a second derivative raises RuntimeError.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices do not match, or there is no location or channel.
+
+    Deterministic.
+    """
+    _check(features, logits)
+    if features.ndim == 4:
+        features = features.permute(0, 2, 3, 1).flatten(1, 2)
+    pooled, weights = _apply(features, logits)
+    return pooled.to(features.dtype), weights
+
+
+def _check(features: Tensor, logits: Tensor) -> None:
+    for name, x in (("features", features), ("logits", logits)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if features.ndim not in (3, 4):
+        raise ValueError(f"features must be (B, L, C) or (B, C, H, W), got shape {tuple(features.shape)}")
+    batch = features.shape[0]
+    locations = features.shape[1] if features.ndim == 3 else features.shape[2] * features.shape[3]
+    channels = features.shape[2] if features.ndim == 3 else features.shape[1]
+    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] != locations:
+        raise ValueError(
+            f"logits must be (B, L) = ({batch}, {locations}) for features of shape {tuple(features.shape)}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    if locations == 0 or channels == 0:
+        raise ValueError(f"features must have at least one location and one channel, got shape {tuple(features.shape)}")
+    if features.device != logits.device:
+        raise ValueError(f"features are on {features.device} but logits on {logits.device}")
 
 
 class AttentionPool(nn.Module):
@@ -17,11 +263,16 @@ class AttentionPool(nn.Module):
     Args:
         channels: C of the features.
         hidden: width of the MLP; by default ``channels``.
+
+    Raises:
+        ValueError: a width below 1.
     """
 
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()
-        hidden = hidden or channels
+        hidden = channels if hidden is None else hidden
+        if channels < 1 or hidden < 1:
+            raise ValueError(f"channels and hidden must be positive, got {channels} and {hidden}")
         self.hidden = nn.Linear(channels, hidden)
         self.score = nn.Linear(hidden, 1)
 
@@ -30,3 +281,30 @@ class AttentionPool(nn.Module):
         x = features.permute(0, 2, 3, 1).flatten(1, 2)
         logits = self.score(torch.relu(self.hidden(x))).squeeze(-1)
         return attention_pool(x, logits)
+
+
+# ---------------------------------------------------------------------------------------------------------- inspection
+
+
+def specs() -> Iterator[Spec]:
+    """The two feature maps of a ResNet-50 at 224 pixels, channels_last bfloat16; and a row long enough to be split."""
+    for batch, locations, channels in ((256, 196, 1024), (256, 49, 2048), (1, 65536, 512)):
+        features = torch.empty(batch, locations, channels, dtype=torch.bfloat16, device="meta")
+        rows = torch.empty(batch, locations, device="meta")
+        pooled = torch.empty(batch, channels, device="meta")
+        size, small = features.numel(), 4 * (rows.numel() + pooled.numel())
+        shape = f"B={batch} L={locations} C={channels} bf16"
+        yield Spec(
+            f"attention_pool {shape}",
+            lambda f=features, r=rows: launch_forward(f, r),
+            flops=2 * size,
+            min_bytes=2 * size + small + 4 * rows.numel(),
+            tensor_cores=False,
+        )
+        yield Spec(
+            f"attention_pool_backward {shape}",
+            lambda f=features, r=rows, p=pooled: launch_backward(f, r, p, p, r, torch.bfloat16),
+            flops=3 * size,
+            min_bytes=4 * size + 2 * small,
+            tensor_cores=False,
+        )
