@@ -110,6 +110,7 @@ Buffer make_hvcc(Bytes stream) {
 // How the track's NAL units are stored: taken as they are, or Annex B made into lengths of four bytes.
 struct Track {
   Buffer private_data;
+  bool hevc = false;
   bool convert = false;
   int length_size = 0;
 };
@@ -117,6 +118,7 @@ struct Track {
 Track make_track(const MiniClip& clip) {
   const bool hevc = clip.codec == "hevc";
   Track track;
+  track.hevc = hevc;
   if (!hevc && clip.codec != "h264") {
     if (clip.codec != "vp8" && clip.codec != "vp9" && clip.codec != "mjpeg")
       track.private_data.assign(clip.extradata.begin(), clip.extradata.end());
@@ -137,24 +139,38 @@ Track make_track(const MiniClip& clip) {
   return track;
 }
 
-void put_block(Buffer& out, const Track& track, const MiniPacket& packet, uint32_t cluster_rank, Bytes ending) {
+// A key of HEVC that continues a sequence (CRA) becomes one that starts anew (BLA without leading pictures), which is
+// what the standard has for spliced streams; and what was decoded before it shall still be shown.
+void splice(unsigned char* nal, size_t size) {
+  const int type = nal[0] >> 1 & 63;
+  if (type < 16 || type > 21 || size < 3) return;
+  if (type == 21) nal[0] = static_cast<unsigned char>((nal[0] & 0x81) | 18 << 1);
+  if (nal[2] & ~0x40) nal[2] &= 0xBF;  // no_output_of_prior_pics_flag; never leaves a zero that would need an escape
+}
+
+// The packet as the track stores it.
+Buffer convert(const Track& track, const MiniPacket& packet) {
+  Buffer out;
+  const int stored = track.convert ? 0 : track.length_size;
+  for (Bytes rest = packet.data, nal; !(nal = next_nal(rest, stored)).empty();) {
+    put_big_endian(out, nal.size(), track.length_size);
+    put(out, nal);
+    if (packet.resets && track.hevc) splice(out.data() + out.size() - nal.size(), nal.size());
+  }
+  return out;
+}
+
+void put_block(Buffer& out, const Track& track, const MiniPacket& packet, uint32_t cluster_rank) {
   Buffer converted;
   Bytes data = packet.data;
-  if (track.convert) {
-    for (Bytes rest = data, nal; !(nal = next_nal(rest, 0)).empty();) {
-      put_big_endian(converted, nal.size(), 4);
-      put(converted, nal);
-    }
-    data = converted;
-  }
+  if (track.convert || (packet.resets && track.hevc)) data = converted = convert(track, packet);
   const int32_t time = (static_cast<int32_t>(packet.rank) - static_cast<int32_t>(cluster_rank)) * int32_t{kFrameMs};
   put_id(out, 0xA3);  // SimpleBlock: track number, time, flags, data
-  put_size(out, 4 + data.size() + ending.size());
+  put_size(out, 4 + data.size());
   out.push_back(0x81);
   put_big_endian(out, static_cast<uint16_t>(time), 2);
   out.push_back(static_cast<unsigned char>((packet.key ? 0x80 : 0) | (packet.invisible ? 0x08 : 0)));
   put(out, data);
-  put(out, ending);
 }
 
 void put_tracks(Buffer& out, const MiniClip& clip, const Track& track) {
@@ -189,11 +205,6 @@ void put_info(Buffer& out, uint32_t pictures) {
 
 std::vector<unsigned char> write_miniclip(const MiniClip& clip) {
   const Track track = make_track(clip);
-  // End of sequence, after which HEVC's decoder starts anew.
-  Buffer ending;
-  put_big_endian(ending, 2, track.length_size);
-  put(ending, std::string_view("\x48\x01"));
-
   Buffer head, out, segment, cluster;
   uint32_t pictures = 0;
   for (const MiniPacket& packet : clip.packets) pictures += !packet.invisible;
@@ -217,8 +228,7 @@ std::vector<unsigned char> write_miniclip(const MiniClip& clip) {
       cluster_rank = packet.rank;
       put_number(cluster, 0xE7, uint64_t{cluster_rank} * kFrameMs);
     }
-    const bool ends = clip.codec == "hevc" && i + 1 < clip.packets.size() && clip.packets[i + 1].resets;
-    put_block(cluster, track, packet, cluster_rank, ends ? Bytes(ending) : Bytes{});
+    put_block(cluster, track, packet, cluster_rank);
   }
   if (!cluster.empty()) put_bytes(segment, 0x1F43B675, cluster);
   put_bytes(out, 0x18538067, segment);

@@ -19,19 +19,17 @@ bool can_start(const Packet& key, int64_t pts, bool closed_only) {
 }
 
 std::vector<Run> find_runs(const Index::Clip& clip, const std::vector<uint32_t>& targets, bool single_stream) {
-  // HEVC can be told that a sequence ends, after which any key starts anew (the mini-clip writer does so).
-  const bool reset_by_stream = std::string_view(clip.record().codec) == "hevc";
+  // The mini-clip writer can make any key of HEVC start anew; of other codecs only closed ones do.
+  const bool any_key_resets = std::string_view(clip.record().codec) == "hevc";
   std::vector<Run> runs;
   for (const uint32_t target : targets) {
-    const bool closed_only = !runs.empty() && single_stream && !reset_by_stream;
-    const uint32_t floor = runs.empty() ? 0 : runs.back().last + 1;  // what lies before is decoded anyway
+    const bool closed_only = !runs.empty() && single_stream && !any_key_resets;
     const int64_t pts = clip.packet(target).pts;
-    uint32_t start = target;
-    while (start > floor && !can_start(clip.packet(start), pts, closed_only)) --start;
-    if (!runs.empty() && (start == floor && !can_start(clip.packet(start), pts, closed_only)))
-      runs.back().last = target;
-    else
-      runs.push_back({start, target});
+    Run run{target, target};
+    while (run.first > 0 && !can_start(clip.packet(run.first), pts, closed_only)) --run.first;
+    for (; !runs.empty() && runs.back().last >= run.first; runs.pop_back())
+      run.first = std::min(run.first, runs.back().first);
+    runs.push_back(run);
   }
   return runs;
 }
