@@ -1,0 +1,138 @@
+"""Presets, YAML loading and its one-line errors."""
+
+from dataclasses import replace
+
+import pytest
+
+from vito_fast.config import (
+    Config,
+    LossConfig,
+    dotted_names,
+    load_config,
+    method_differences,
+    preset_files,
+    save_config,
+)
+from vito_fast.errors import UserError
+
+PRESETS = {p.stem: p for p in preset_files()}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text, name="c.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_load_and_survive_saving(name, tmp_path):
+    config = load_config(name)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_ablations_differ_from_the_demo_in_one_field_each():
+    changed = {
+        "ablation_same_frame": {"sampler.window"},
+        "ablation_average_pooling": {"model.pooling"},
+        "ablation_single_scale": {"model.scales"},
+        "ablation_byol": {"loss.kind"},
+    }
+    base = load_config("demo")
+    for name, fields in changed.items():
+        assert set(method_differences(base, load_config(name))) == fields
+
+
+def test_detcon_b_and_the_paper_scale_presets_state_the_method():
+    detcon = load_config("detcon_b")
+    assert (detcon.optimizer.base_lr, detcon.optimizer.weight_decay, detcon.schedule.base_ema) == (0.2, 1.5e-6, 0.996)
+    assert detcon.loss.negatives == "both_views"
+    paper = load_config("vito_r50_8xh100")
+    assert method_differences(paper, replace(Config(), seed=paper.seed)) == []
+
+
+def test_defaults_are_the_methods():
+    c = Config()
+    assert (c.optimizer.base_lr, c.optimizer.weight_decay, c.optimizer.momentum, c.optimizer.eta) == (
+        0.3,
+        1e-6,
+        0.9,
+        1e-3,
+    )
+    assert (c.schedule.epochs, c.schedule.base_ema, c.train.batch_size) == (300, 0.99, 4096)
+    assert (c.model.projector_hidden, c.model.projector_out, c.model.scales, c.loss.temperature) == (4096, 256, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optimizer:\n  bas_lr: 1\n", "unknown key 'optimizer.bas_lr'; did you mean 'optimizer.base_lr'?"),
+        ("optimiser:\n  base_lr: 1\n", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("temperature: 1\n", "unknown key 'temperature'; did you mean 'loss.temperature'?"),
+        ("loss:\n  temperature: warm\n", "'loss.temperature' must be a number, got 'warm'"),
+        ("loss:\n  temperature: true\n", "'loss.temperature' must be a finite number, got True (bool)"),
+        ("loss:\n  temperature: .nan\n", "'loss.temperature' must be a finite number, got nan"),
+        ("loss:\n  temperature: 0\n", "loss.temperature must be above 0, got 0.0"),
+        ("train:\n  batch_size: 1.5\n", "'train.batch_size' must be a whole number, got 1.5 (float)"),
+        ("train:\n  batch_size: -2\n", "train.batch_size must be at least 1, got -2"),
+        ("train: 3\n", "'train' is a section"),
+        ("model:\n  predictor: 1\n", "'model.predictor' must be true or false, got 1 (int)"),
+        ("loss:\n  kind: bryol\n", "must be one of contrastive, byol, got 'bryol'; did you mean 'byol'?"),
+        ("sampler:\n  area: [0.4]\n", "'sampler.area' must be a list of 2 numbers, got [0.4]"),
+        ("sampler:\n  area: [0.4, x]\n", "'sampler.area' must be a number, got 'x'"),
+        ("sampler:\n  area: 0.4\n", "'sampler.area' must be a list of 2 numbers"),
+        ("sampler:\n  views: 9\n", "views"),
+        ("name: a/b\n", "name must be a folder's name, got 'a/b'"),
+        ("- 1\n", "a configuration is a mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("1: 2\n", "unknown key '1'"),
+        ("extends: nothing.yaml\n", "nothing.yaml"),
+    ],
+)
+def test_mistakes_name_key_and_file_in_one_line(write, text, says):
+    path = write(text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert says in message
+    assert "\n" not in message
+    assert str(path.parent) in message
+
+
+def test_a_circle_of_extends_is_refused(write):
+    write("extends: b.yaml\n", "a.yaml")
+    write("extends: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="circle"):
+        load_config(write("extends: a.yaml\n"))
+
+
+def test_extends_changes_only_what_it_names(write):
+    write("seed: 7\nloss: {temperature: 0.2}\n", "base.yaml")
+    config = load_config(write("extends: base.yaml\nloss: {negatives: both_views}\n"))
+    assert (config.seed, config.loss) == (7, LossConfig(temperature=0.2, negatives="both_views"))
+
+
+def test_numbers_as_people_write_them(write):
+    config = load_config(write("optimizer: {weight_decay: 1e-6, base_lr: 1}\n"))
+    assert config.optimizer.weight_decay == 1e-6
+    assert config.optimizer.base_lr == 1.0
+    assert isinstance(config.optimizer.base_lr, float)
+    assert load_config(write("sampler: {blur: [1, 0.5, 0.1]}\n")).sampler.blur == (1.0, 0.5, 0.1)
+
+
+def test_missing_files_and_empty_ones(write, tmp_path):
+    with pytest.raises(UserError, match=r"no configuration .*presets.*demo"):
+        load_config("no_such_preset")
+    with pytest.raises(UserError, match="cannot read"):
+        load_config(tmp_path)
+    assert load_config(write("")) == Config()
+
+
+def test_dotted_names_cover_sections_and_fields():
+    names = dotted_names(Config())
+    assert {"seed", "loss", "loss.temperature", "sampler.window", "train.batch_size"} <= set(names)
+    assert len(names) == len(set(names))

@@ -1,0 +1,360 @@
+"""Configuration: frozen dataclasses, strict YAML, and where each default comes from.
+
+Provenance words in the field docstrings: *paper* (VITO, arXiv 2210.06433), *recalled* (the paper's, from memory:
+switchable),
+*ancestor* (exact, from the public BYOL and DetCon code of the same group), *ours* (this project's choice).
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from vito_fast.data.sampler import SamplerConfig
+from vito_fast.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the frames come from, and how many threads bring them."""
+
+    store: str = "data/demo/store"
+    """Directory written by ``vito-fast pack`` (ours)."""
+    threads: int = 0
+    """Decoding threads of each process; 0 = the cores this process may use, shared among the ranks here (ours)."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step (ours)."""
+    max_bad_share: float = 0.05
+    """Share of samples that may fail to decode, and be replaced, before the run stops (ours)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder, its pooling and its heads."""
+
+    backbone: str = "resnet50"
+    """resnet18, resnet34, resnet50 (recalled: ResNet-50), or ``timm:NAME`` when timm is installed (ours)."""
+    scales: int = 2
+    """How many last stages are pooled and contrasted: 2 = strides 16 and 32 (recalled); 1 = the last alone
+    (ablation)."""
+    pooling: Literal["attention", "average"] = "attention"
+    """Spatial pooling of each scale: learned attention (paper) or the mean (ablation)."""
+    attention_hidden: int = 0
+    """Hidden width of the attention MLP; 0 = the stage's channels (recalled, the paper's width is unknown)."""
+    projector_hidden: int = 4096
+    """Hidden width of projector and predictor (ancestor)."""
+    projector_out: int = 256
+    """Width of the embedding that is contrasted (ancestor)."""
+    predictor: bool = True
+    """Whether the online network has a predictor after its projector (ancestor)."""
+    zero_init_residual: bool = True
+    """Start each residual block as the identity: the last norm's scale is 0 (ours, usual for large batches)."""
+    checkpoint_activations: bool = False
+    """Recompute each residual block in the backward pass instead of keeping its activations (ours)."""
+
+    def __post_init__(self) -> None:
+        _require(self.scales in (1, 2, 3, 4), "model.scales", self.scales, "1 to 4")
+        for name in ("projector_hidden", "projector_out"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(self.attention_hidden >= 0, "model.attention_hidden", self.attention_hidden, "0 or more")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the two networks are asked to agree on."""
+
+    kind: Literal["contrastive", "byol"] = "contrastive"
+    """InfoNCE against other videos (paper), or BYOL's cosine regression without negatives (ancestor, ablation)."""
+    temperature: float = 0.1
+    """Softmax temperature (recalled; DetCon: 0.1)."""
+    negatives: Literal["cross_view", "both_views"] = "cross_view"
+    """Keys of the other view only (MoCLR, recalled), or of both views: 2B-1 logits (DetCon-B, ancestor)."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.temperature < math.inf, "loss.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """LARS (ancestor). Bias and norm parameters are excluded from weight decay and from the trust ratio."""
+
+    base_lr: float = 0.3
+    """Learning rate for a batch of 256 clips, scaled by batch/256 (ancestor: BYOL, 300 epochs)."""
+    weight_decay: float = 1e-6
+    """Added to the gradient before the trust ratio (ancestor: BYOL, 300 epochs)."""
+    momentum: float = 0.9
+    """Heavy-ball momentum, applied after the trust ratio and before the learning rate (ancestor)."""
+    eta: float = 1e-3
+    """LARS trust coefficient (ancestor)."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, "optimizer.base_lr", self.base_lr, "above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        _require(self.eta > 0, "optimizer.eta", self.eta, "above 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and how learning rate and target network move."""
+
+    epochs: float = 300.0
+    """Passes over the clips; one pass shows each clip once (recalled)."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up of the learning rate, then cosine to 0 (ancestor: BYOL)."""
+    base_ema: float = 0.99
+    """tau_0 of the target's moving average; tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1)/2 (ancestor: BYOL, 300
+    epochs)."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "schedule.epochs", self.epochs, "above 0")
+        _require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 <= self.base_ema <= 1, "schedule.base_ema", self.base_ema, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The machine's side of the loop: none of these changes what is learned, but for rounding and ``batch_size``."""
+
+    batch_size: int = 4096
+    """Clips in one step over all ranks together (recalled)."""
+    micro_batches: int = 1
+    """Parts a rank's share is computed in; the loss still sees the whole batch by cached gradients. Batch norm then
+    takes its statistics over one part (ours)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU if there is one (ours)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16 = autocast with float32 weights and loss; float64 is for numerical checks (ours)."""
+    channels_last: bool = True
+    """Memory format of activations and convolution weights (ours)."""
+    compile: bool = False
+    """``torch.compile`` of both networks (ours)."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one more is written at the end (ours)."""
+    keep_last: int = 2
+    """Newest checkpoints kept (ours)."""
+    keep_every: int = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 = none (ours)."""
+    evaluate_every: int = 0
+    """Steps between retrieval evaluations; 0 = at the start and the end only (ours)."""
+    evaluate_clips: int = 512
+    """Clips that the retrieval evaluation uses at most (ours)."""
+    max_bad_steps: int = 20
+    """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
+    runs: str = "runs"
+    """Directory that holds the runs, each in a folder of its name (ours)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batches", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("keep_every", "evaluate_every", "evaluate_clips"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. ``vito-fast train FILE.yaml --section.field VALUE`` overrides any field."""
+
+    name: str = "run"
+    """Folder of the run inside ``train.runs``."""
+    seed: int = 0
+    """Decides the weights' start and every sample; the same seed gives the same run on one machine."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            "name",
+            self.name,
+            "a folder's name",
+        )
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration in a YAML file, defaults for what it leaves out.
+
+    ``extends: other.yaml`` (relative to the file) starts from another file. A name without a folder that is no file
+    here is looked up among the shipped presets. Raises UserError naming file and key for a missing file, an unknown
+    key (with the nearest valid name), a wrong type or a value out of range.
+    """
+    return _load(find_preset(path), ())
+
+
+def _load(path: Path, seen: tuple[Path, ...]) -> Config:
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    mapping = {} if loaded is None else loaded
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path}: a configuration is a mapping of names to values, not a {type(mapping).__name__}")
+    base = Config()
+    parent = mapping.pop("extends", None)
+    if parent is not None:
+        parent_path = path.parent / str(parent)
+        if parent_path in (*seen, path):
+            raise UserError(f"{path}: 'extends' goes in a circle through {parent_path}")
+        base = _load(parent_path, (*seen, path))
+    return from_mapping(base, mapping, str(path))
+
+
+def find_preset(path: str | Path) -> Path:
+    """The file itself, or the shipped preset of that name. Raises UserError that lists the presets if neither
+    exists."""
+    wanted = Path(path)
+    if wanted.exists():
+        return wanted
+    shipped = preset_files()
+    if wanted.parent == Path("."):
+        for preset in shipped:
+            if wanted.name in (preset.name, preset.stem):
+                return preset
+    names = ", ".join(preset.stem for preset in shipped)
+    raise UserError(f"no configuration {wanted}: give a YAML file, or one of the presets {names}")
+
+
+def preset_files() -> list[Path]:
+    """The presets that ship with the package (installed, or configs/ of a checkout), sorted by name."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            return sorted(folder.glob("*.yaml"))
+    return []
+
+
+def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = "") -> T:
+    """``base`` (a frozen dataclass) with the fields of ``mapping`` replaced, types checked; errors as in
+    load_config."""
+    hints = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if key not in hints:
+            raise UserError(f"{source}: unknown key '{prefix}{key}'{nearest(f'{prefix}{key}', dotted_names(Config()))}")
+        current = getattr(base, key)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: '{prefix}{key}' is a section with fields of its own, got {value!r}")
+            changes[key] = from_mapping(current, value, source, f"{prefix}{key}.")
+        else:
+            changes[key] = _convert(value, hints[key], f"{source}: '{prefix}{key}'")
+    try:
+        return replace(base, **changes)  # type: ignore[type-var]
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def dotted_names(config: Any, prefix: str = "") -> list[str]:
+    """Every field of a dataclass tree by its dotted name, sections included."""
+    names = []
+    for item in fields(config):
+        names.append(prefix + item.name)
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            names += dotted_names(value, f"{prefix}{item.name}.")
+    return names
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the known name nearest to ``name``, also when only the section is wrong."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not match:
+        last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+        match = last or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as YAML gave it, checked against (and for tuples and whole floats brought to) the field's type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value in args:
+            return value
+        choices = [str(a) for a in args]
+        raise UserError(f"{where} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or (Ellipsis not in args and len(value) != len(args)):
+            raise UserError(f"{where} must be a list of {_length(args)}, got {value!r}")
+        kinds = [args[0]] * len(value) if Ellipsis in args else list(args)
+        return tuple(_convert(item, kind, where) for item, kind in zip(value, kinds, strict=True))
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise UserError(f"{where} must be a number, got {value!r}") from None
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{where} must be {_TYPE_NAMES[hint]}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+_TYPE_NAMES = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def _length(args: tuple[Any, ...]) -> str:
+    return "numbers" if Ellipsis in args else f"{len(args)} numbers"
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dictionaries (tuples as lists), as saved in checkpoints and config.yaml."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the whole configuration as YAML that ``load_config`` reads back to an equal object."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+
+
+def method_differences(a: Config, b: Config) -> list[str]:
+    """Dotted names in which two configurations differ and that change what is learned: a run cannot be resumed over
+    them."""
+    left, right = to_mapping(a), to_mapping(b)
+
+    def value(mapping: Any, dotted: str) -> Any:
+        for part in dotted.split("."):
+            mapping = mapping[part]
+        return mapping
+
+    names = [n for n in dotted_names(a) if n in _METHOD_OF_TRAIN or n.split(".")[0] not in ("name", "data", "train")]
+    names = [n for n in names if n != "model.checkpoint_activations" and not isinstance(value(left, n), dict)]
+    return [n for n in names if value(left, n) != value(right, n)]
+
+
+_METHOD_OF_TRAIN = ("train.batch_size", "train.micro_batches")

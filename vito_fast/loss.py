@@ -1,0 +1,110 @@
+"""The objective: every view's queries must find the same clip's key in every other view, at every scale.
+
+Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, S scales.
+The contrastive term of view a looking for view b is, with unit queries q and keys k and temperature t,
+
+    -log  exp(q_i.k_i/t) / (exp(q_i.k_i/t) + sum over keys j of other videos exp(q_i.k_j/t))
+
+averaged over the clips i. Keys are those of view b (``cross_view``, MoCLR), or of views a and b (``both_views``,
+DetCon-B: a batch of distinct videos gives 2N-1 logits). The objective is the sum over ordered pairs (a,b) of views
+and over scales.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vito_fast.config import LossConfig
+from vito_kernels import info_nce
+
+
+class Keys(NamedTuple):
+    """The target's unit keys of all ranks' clips; this rank's are rows ``first`` to ``first + B``."""
+
+    embeddings: list[Tensor]
+    """One (V,N,D) a scale."""
+    video: Tensor
+    """(N,) int64: clips with equal numbers come from one video and are never each other's negatives."""
+    first: int
+
+
+def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
+    """(a,b) with a != b."""
+    return ((a, b) for a in range(views) for b in range(views) if a != b)
+
+
+def _key_rows(keys: Tensor, video: Tensor, a: int, b: int, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Keys (N or 2N, D) that queries of view a choose among when they look for view b, and their videos."""
+    if config.negatives == "cross_view":
+        return keys[b], video
+    return torch.cat([keys[b], keys[a]]), torch.cat([video, video])
+
+
+def objective(queries: list[Tensor], keys: Keys, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """(objective (), its mean term per scale (S,), detached). Queries: one (V,B,D) of unit rows a scale.
+
+    The mean term is what compares with ``chance``: the objective over the number of ordered pairs, by scale. With kind
+    ``byol`` a term is 2 - 2 q_i.k_i. Gradient flows to the queries only.
+    """
+    views, clips, _ = queries[0].shape
+    own = torch.arange(keys.first, keys.first + clips, device=queries[0].device)
+    video = keys.video[keys.first : keys.first + clips]
+    scales = []
+    for q, k in zip(queries, keys.embeddings, strict=True):
+        terms = []
+        for a, b in ordered_pairs(views):
+            if config.kind == "byol":
+                terms.append((2 - 2 * (q[a] * k[b, keys.first : keys.first + clips]).sum(-1)).mean())
+                continue
+            rows, groups = _key_rows(k, keys.video, a, b, config)
+            terms.append(
+                info_nce(q[a], rows, temperature=config.temperature, positive=own, q_group=video, k_group=groups)
+            )
+        scales.append(torch.stack(terms))
+    by_scale = torch.stack(scales)
+    return by_scale.sum(), by_scale.detach().mean(1)
+
+
+@torch.no_grad()
+def chance(keys: Keys, clips: int, config: LossConfig) -> Tensor:
+    """log(negatives + 1), averaged over this rank's queries (): the loss of a network that cannot tell clips apart."""
+    if config.kind == "byol":
+        return torch.tensor(2.0, device=keys.video.device)
+    video = keys.video[keys.first : keys.first + clips]
+    negatives = (video[:, None] != keys.video).sum(1)
+    return torch.log1p(negatives * (2 if config.negatives == "both_views" else 1)).mean()
+
+
+@torch.no_grad()
+def accuracy(queries: list[Tensor], keys: Keys, config: LossConfig) -> Tensor:
+    """Share of queries of view 0 that are nearer to their own key in view 1 than to every negative, by scale (S,)."""
+    clips = queries[0].shape[1]
+    video = keys.video[keys.first : keys.first + clips]
+    result = []
+    for q, k in zip(queries, keys.embeddings, strict=True):
+        rows, groups = _key_rows(k, keys.video, 0, 1, config)
+        similarity = q[0] @ rows.T
+        positive = (q[0] * k[1, keys.first : keys.first + clips]).sum(-1)
+        hardest = similarity.masked_fill(video[:, None] == groups, -torch.inf).amax(1)
+        result.append((positive > hardest).float().mean())
+    return torch.stack(result)
+
+
+@torch.no_grad()
+def embedding_std(queries: list[Tensor]) -> Tensor:
+    """Collapse alarm, by scale (S,): sqrt(D) times the mean over dimensions of the unit rows' standard deviation
+    over clips
+    (view 0). 1 = spread evenly over the sphere, 0 = all alike."""
+    return torch.stack([q[0].std(0, correction=0).mean() * q.shape[-1] ** 0.5 for q in queries])
+
+
+@torch.no_grad()
+def attention_entropy(weights: list[Tensor]) -> Tensor:
+    """Mean entropy of the pooling weights (B,L) as a share of log L, by scale (S,): 1 = plain averaging."""
+    shares = []
+    for w in weights:
+        entropy = torch.special.entr(w.float()).sum(1).mean()
+        shares.append(entropy / torch.log(torch.tensor(max(w.shape[1], 2), device=w.device)))
+    return torch.stack(shares)

@@ -1,0 +1,114 @@
+"""One branch (backbone, pooling, heads) and the pair of an online branch and its slowly moving target.
+
+Legend: B images of a forward (all views of all clips), C channels of a stage, L = H*W its locations, D embedding width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vito_fast.config import ModelConfig
+from vito_fast.errors import UserError
+from vito_fast.model.resnet import RESNETS
+from vito_kernels import AttentionPool
+
+
+class BranchOutput(NamedTuple):
+    """What a branch makes of B images, one entry a scale, finest first."""
+
+    embeddings: list[Tensor]
+    """(B,D), not normalised: predictions of the online branch, projections of the target."""
+    weights: list[Tensor]
+    """(B,L) pooling weights, each row summing to 1."""
+
+
+class AveragePool(nn.Module):
+    """Mean over locations, with AttentionPool's interface: (B,C,H,W) -> (B,C), uniform weights (B,L)."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        locations = features.shape[2] * features.shape[3]
+        return features.mean((2, 3)), features.new_full((features.shape[0], locations), 1 / locations)
+
+
+def build_backbone(config: ModelConfig) -> nn.Module:
+    """The backbone named in the configuration; UserError for an unknown name or a timm network that will not do."""
+    if config.backbone.startswith("timm:"):
+        from vito_fast.model.timm_backbone import TimmBackbone
+
+        return TimmBackbone(config.backbone.removeprefix("timm:"), config.scales)
+    if config.backbone not in RESNETS:
+        raise UserError(f"model.backbone must be {', '.join(RESNETS)} or timm:NAME, got {config.backbone!r}")
+    return RESNETS[config.backbone](
+        scales=config.scales,
+        zero_init_residual=config.zero_init_residual,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear(bias) - BN - ReLU - Linear(no bias), the ancestors' projector and predictor."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
+    )
+
+
+class Branch(nn.Module):
+    """Backbone, then for each scale: pooling, projector and, in the online branch, predictor."""
+
+    def __init__(self, config: ModelConfig, predictor: bool) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config)
+        channels: list[int] = self.backbone.channels  # type: ignore[assignment]
+        if config.pooling == "attention":
+            self.pools = nn.ModuleList(AttentionPool(c, config.attention_hidden or c) for c in channels)
+        else:
+            self.pools = nn.ModuleList(AveragePool() for _ in channels)
+        hidden, out = config.projector_hidden, config.projector_out
+        self.projectors = nn.ModuleList(mlp(c, hidden, out) for c in channels)
+        self.predictors = nn.ModuleList(mlp(out, hidden, out) for _ in channels) if predictor else None
+
+    def forward(self, images: Tensor) -> BranchOutput:
+        """(B,3,H,W) -> embeddings and pooling weights of each scale."""
+        embeddings, weights = [], []
+        for scale, features in enumerate(self.backbone(images)):
+            pooled, weight = self.pools[scale](features)
+            z = self.projectors[scale](pooled)
+            embeddings.append(z if self.predictors is None else self.predictors[scale](z))
+            weights.append(weight)
+        return BranchOutput(embeddings, weights)
+
+
+class VitoModel(nn.Module):
+    """The online branch, which learns, and the target branch, a moving average of it that makes the keys.
+
+    Both start equal. The target is in training mode as in the ancestors' code: its batch norms normalise by the
+    batch and its running statistics move by its own forwards; the average is taken over parameters only.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.online = Branch(config, predictor=config.predictor)
+        self.target = Branch(config, predictor=False)
+        self.target.load_state_dict(
+            {k: v for k, v in self.online.state_dict().items() if not k.startswith("predictors.")}
+        )
+        self.target.requires_grad_(False)
+
+    def averaged_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(target parameters, the online parameters that they follow), in the same order."""
+        online = dict(self.online.named_parameters())
+        names = [name for name, _ in self.target.named_parameters()]
+        return list(self.target.parameters()), [online[name] for name in names]
+
+    @torch.no_grad()
+    def update_target(self, tau: float | Tensor) -> None:
+        """target <- tau * target + (1 - tau) * online, over parameters."""
+        target, online = self.averaged_pairs()
+        torch._foreach_lerp_(target, online, 1 - tau)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 at least."""
+    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1)

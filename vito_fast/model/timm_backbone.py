@@ -1,0 +1,37 @@
+"""Any timm network that can return intermediate features, behind the same interface as ``ResNet``."""
+
+from torch import Tensor, nn
+
+from vito_fast.errors import UserError
+
+
+class TimmBackbone(nn.Module):
+    """``forward(x (B,3,H,W)) -> [last ``scales`` feature maps (B,C,H',W'), coarsest last]`` of
+    ``timm.create_model(name)``.
+
+    ``body`` is the plain timm model without its classifier, so its state dict has timm's own names.
+    """
+
+    def __init__(self, name: str, scales: int) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError(f"backbone 'timm:{name}' needs timm: pip install timm") from None
+        try:
+            self.body: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+        except RuntimeError as error:
+            raise UserError(f"backbone 'timm:{name}': {error}") from None
+        info = getattr(self.body, "feature_info", None)
+        if info is None or not hasattr(self.body, "forward_intermediates"):
+            raise UserError(f"backbone 'timm:{name}' cannot return intermediate features; choose another network")
+        levels = [info[i] for i in range(len(info))]
+        if scales > len(levels):
+            raise UserError(f"backbone 'timm:{name}' has {len(levels)} feature levels, model.scales asks for {scales}")
+        self.scales = scales
+        self.channels = [level["num_chs"] for level in levels][-scales:]
+        self.strides = [level["reduction"] for level in levels][-scales:]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features: list[Tensor] = self.body.forward_intermediates(x, indices=self.scales, intermediates_only=True)
+        return features

@@ -1,0 +1,111 @@
+"""LARS and the schedules of learning rate and target average: pure functions of the step.
+
+LARS as the BYOL code chains it: weight decay is added to the gradient, the sum is scaled by eta |w|/|g + wd w|,
+momentum gathers it, and the learning rate multiplies the momentum. Parameters with fewer than two dimensions
+(biases, norms) skip weight decay and trust ratio.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vito_fast.config import Config, OptimizerConfig, ScheduleConfig
+
+
+class Lars:
+    """Holds one momentum buffer per parameter. All work is in multi-tensor calls and nothing waits for the device.
+
+    Deterministic. ``step(lr, finite)`` with ``finite`` (a bool tensor ()) false leaves parameters and momentum
+    exactly as they were, whatever the gradients hold.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        named = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self.config = config
+        self.adapted = [(name, p) for name, p in named if p.dim() > 1]
+        self.plain = [(name, p) for name, p in named if p.dim() <= 1]
+        self.momentum = {name: torch.zeros_like(p) for name, p in self.adapted + self.plain}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for _, p in self.adapted + self.plain]
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients, zeros where a parameter took no part (which allocates them once)."""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, ()."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients())))
+
+    @torch.no_grad()
+    def step(self, lr: float, finite: Tensor | None = None) -> None:
+        """One update at learning rate ``lr``; uses up the gradients (they are overwritten)."""
+        gradients = self.gradients()
+        momentum = list(self.momentum.values())
+        keep: float | Tensor = self.config.momentum
+        rate: float | Tensor = -lr
+        if finite is not None:
+            for g in gradients:
+                g.copy_(torch.where(finite, g, torch.zeros((), dtype=g.dtype, device=g.device)))
+            usable = finite.double()
+            keep = keep * usable + (1 - usable)
+            rate = rate * usable
+        self._adapt(gradients[: len(self.adapted)], finite)
+        torch._foreach_mul_(momentum, keep)
+        torch._foreach_add_(momentum, gradients)
+        torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, rate))
+
+    def _adapt(self, gradients: list[Tensor], finite: Tensor | None) -> None:
+        """Weight decay and trust ratio, in place, on the gradients of the parameters that have them."""
+        if not gradients:
+            return
+        weights = [p for _, p in self.adapted]
+        torch._foreach_add_(gradients, weights, alpha=self.config.weight_decay)
+        weight_norm = torch.stack(torch._foreach_norm(weights))
+        update_norm = torch.stack(torch._foreach_norm(gradients))
+        usable = (weight_norm > 0) & (update_norm > 0)
+        ratio = torch.where(usable, self.config.eta * weight_norm / update_norm, 1.0)
+        if finite is not None:
+            ratio = torch.where(finite, ratio, 0.0)
+        torch._foreach_mul_(gradients, list(ratio.unbind()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Momentum by parameter name."""
+        return dict(self.momentum)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copies momentum in; ValueError if the names are not exactly this optimiser's."""
+        if state.keys() != self.momentum.keys():
+            raise ValueError(f"momentum of other parameters: {sorted(state.keys() ^ self.momentum.keys())[:3]} ...")
+        for name, buffer in self.momentum.items():
+            buffer.copy_(state[name])
+
+
+class Schedule:
+    """Learning rate and target average at each step of a run with ``steps_per_epoch`` steps an epoch."""
+
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+        schedule: ScheduleConfig = config.schedule
+        self.peak = config.optimizer.base_lr * config.train.batch_size / 256
+        self.total_steps = max(1, round(schedule.epochs * steps_per_epoch))
+        self.warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), self.total_steps)
+        self.base_ema = schedule.base_ema
+
+    def learning_rate(self, step: int) -> float:
+        """Linear from 0 over the warm-up, then cosine from the peak to 0; ``step`` counts from 0."""
+        if step < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def tau(self, step: int) -> float:
+        """1 - (1 - tau_0)(cos(pi k/K) + 1)/2: from base_ema at the start to 1 at the end."""
+        return 1 - (1 - self.base_ema) * (math.cos(math.pi * min(step / self.total_steps, 1.0)) + 1) / 2
