@@ -1,0 +1,24 @@
+"""Video in, training views out: packing (:mod:`.pack`), the store (:mod:`.store`) and :class:`ClipLoader`.
+
+``pack``, ``ClipLoader``, ``Store``, ``frames`` and ``SamplerConfig`` are loaded when first asked for, so that a packing process
+does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vito_fast.data.loader import ClipLoader
+    from vito_fast.data.pack import Report, pack
+    from vito_fast.data.sampler import SamplerConfig
+    from vito_fast.data.store import Store, frames
+
+__all__ = ["ClipLoader", "Report", "SamplerConfig", "Store", "frames", "pack"]
+
+_HOMES = {"ClipLoader": "loader", "Report": "pack", "SamplerConfig": "sampler", "Store": "store", "frames": "store"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"vito_fast.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

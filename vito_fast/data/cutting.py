@@ -1,0 +1,292 @@
+"""From a decoded video to clips: shot changes, clip lengths, and the encoders of the ``jpeg`` and ``h264`` stores."""
+
+import io
+from collections import deque
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+from PIL import Image
+
+from vito_fast.data.index import KEY, checksum, packet_flags
+from vito_fast.data.media import BadVideo, Source, fitted, presentation_times, rgb, upright
+
+TICKS = Fraction(1, 90000)
+"""Time base of re-encoded clips: exact for all usual frame rates."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What a store is made of; two runs with equal options on the same files make the same clips."""
+
+    format: str = "jpeg"
+    short_side: int = 256
+    """Pixels; smaller videos keep their size."""
+    quality: int = 90
+    """JPEG quality, 1 to 100 (jpeg stores)."""
+    crf: int = 20
+    """x264's constant rate factor, 0 to 51, lower is better (h264 stores)."""
+    gop: int = 8
+    """Frames from key to key (h264 stores)."""
+    encoder: str = "libx264"
+    """libx264 or h264_nvenc (h264 stores)."""
+    clip_length: float = 10.0
+    """Seconds at which a shot is split."""
+    min_length: float = 1.0
+    """Seconds; what is shorter is left out."""
+    shot_cuts: bool = True
+    """Whether clips end at shot changes."""
+    shard_mib: int = 256
+
+    def __post_init__(self) -> None:
+        rules = {
+            "format": (self.format in ("jpeg", "h264", "copy"), "jpeg, h264 or copy"),
+            "short_side": (16 <= self.short_side <= 4096, "16 to 4096"),
+            "quality": (1 <= self.quality <= 100, "1 to 100"),
+            "crf": (0 <= self.crf <= 51, "0 to 51"),
+            "gop": (1 <= self.gop <= 1000, "1 to 1000"),
+            "encoder": (self.encoder in ("libx264", "h264_nvenc"), "libx264 or h264_nvenc"),
+            "clip_length": (0 < self.clip_length < float("inf"), "above 0"),
+            "min_length": (0 <= self.min_length <= self.clip_length, "from 0 to clip_length"),
+            "shard_mib": (1 <= self.shard_mib <= 1 << 20, "1 to 1048576"),
+        }
+        for name, (good, rule) in rules.items():
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {rule}")
+
+
+@dataclass
+class PackedClip:
+    """A clip as written to a shard: what ``ClipRecord`` needs, its video number and source name apart."""
+
+    codec: str
+    width: int
+    height: int
+    rotation: int
+    shard: int
+    time_base: Fraction
+    end: int
+    extradata: bytes
+    pts: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    checksums: np.ndarray
+    flags: np.ndarray
+
+
+@dataclass
+class PackedFile:
+    """All clips of one source file."""
+
+    clips: list[PackedClip] = field(default_factory=list)
+    rate: float = 0.0
+    too_short: int = 0
+    """Shots left out for being shorter than ``min_length``."""
+
+
+class Shard(Protocol):
+    """Where packets go (see worker.ShardWriter)."""
+
+    number: int
+
+    def append(self, payload: bytes) -> int: ...
+
+
+class ShotDetector:
+    """Says whether a frame begins a new shot: its change against the frame before is large, and large for this shot.
+
+    The change is the mean absolute difference of thumbnails whose cells are averaged, so that noise and small motion vanish.
+    """
+
+    ABSOLUTE = 0.07
+    RELATIVE = 3.5
+
+    def __init__(self) -> None:
+        self._before: np.ndarray | None = None
+        self._changes: deque[float] = deque(maxlen=12)
+
+    def __call__(self, picture: np.ndarray) -> bool:
+        """``picture`` (H, W, 3) uint8 RGB; the first one begins no *new* shot."""
+        step = max(1, min(picture.shape[:2]) // 64)
+        small = picture[::step, ::step]
+        cell = min(4, *small.shape[:2])
+        h, w = (n // cell for n in small.shape[:2])
+        cells = small[: h * cell, : w * cell].reshape(h, cell, w, cell, 3)
+        thumb = cells.mean((1, 3), dtype=np.float32) / 255
+        before, self._before = self._before, thumb
+        if before is None or before.shape != thumb.shape:
+            return before is not None
+        change = float(np.abs(thumb - before).mean())
+        usual = float(np.mean(self._changes)) if self._changes else 0.0
+        cut = change > self.ABSOLUTE and change > self.RELATIVE * usual
+        if cut:
+            self._changes.clear()
+        else:
+            self._changes.append(change)
+        return cut
+
+
+class JpegEncoder:
+    """Every frame a JPEG (4:2:0, BT.601 full range as JFIF has it)."""
+
+    codec = "mjpeg"
+
+    def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
+        self._quality = options.quality
+
+    def encode(self, picture: np.ndarray) -> list[bytes]:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+        return [buffer.getvalue()]
+
+    def finish(self) -> tuple[list[bytes], bytes]:
+        return [], b""
+
+
+class H264Encoder:
+    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so that a frame costs at most ``gop`` packets."""
+
+    codec = "h264"
+
+    def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
+        context = av.CodecContext.create(options.encoder, "w")
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.framerate, context.time_base = rate, 1 / rate
+        context.gop_size, context.max_b_frames, context.thread_count = options.gop, 0, 1
+        if options.encoder == "libx264":
+            parameters = (
+                f"keyint={options.gop}:min-keyint={options.gop}:scenecut=0:open-gop=0:bframes=0:repeat-headers=1"
+            )
+            context.options = {"crf": str(options.crf), "preset": "fast", "x264-params": parameters}
+        else:
+            context.options = {
+                "rc": "vbr",
+                "cq": str(options.crf),
+                "no-scenecut": "1",
+                "forced-idr": "1",
+                "preset": "p5",
+            }
+        context.colorspace, context.color_range = 6, 1  # SMPTE 170M, limited: what swscale makes of RGB by default
+        self._context, self._count = context, 0
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            raise ValueError(f"encoder {options.encoder} cannot be used on this machine: {error.strerror}") from None
+
+    def encode(self, picture: np.ndarray) -> list[bytes]:
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+        frame.pts, frame.pict_type = self._count, 0
+        self._count += 1
+        return [bytes(packet) for packet in self._context.encode(frame)]
+
+    def finish(self) -> tuple[list[bytes], bytes]:
+        rest = [bytes(packet) for packet in self._context.encode(None)]
+        return rest, self._context.extradata or b""
+
+
+ENCODERS = {"jpeg": JpegEncoder, "h264": H264Encoder}
+
+
+@dataclass
+class _OpenClip:
+    encoder: JpegEncoder | H264Encoder
+    first: int
+    start: float
+    payloads: list[bytes] = field(default_factory=list)
+    frames: int = 0
+
+
+class Cutter:
+    """Encodes the frames of one source, in presentation order, into clips appended to a shard."""
+
+    def __init__(self, options: PackOptions, shard: Shard):
+        self.options, self.shard = options, shard
+        self.result = PackedFile()
+        self._ranges: list[tuple[int, int]] = []
+        self._clip: _OpenClip | None = None
+
+    def run(self, path: Path, heartbeat=lambda: None) -> PackedFile:
+        """Packs ``path``; raises BadVideo. The caller takes back what was appended if it raises."""
+        source, detector = Source(path), ShotDetector()
+        tokens: list[int] = []
+        size: tuple[int, int] | None = None
+        for token, frame in source.frames():
+            shape = fitted(*upright(frame), self.options.short_side)
+            if size is not None and shape != size:
+                raise BadVideo(f"frame size changes at frame {len(tokens)}")
+            size = shape
+            picture = rgb(frame, size)
+            number, seconds = len(tokens), self._seconds(source, token, len(tokens))
+            tokens.append(token)
+            cut = detector(picture) and self.options.shot_cuts
+            if self._clip and (cut or seconds - self._clip.start >= self.options.clip_length - 1e-6):
+                self._close(number, source)
+            if self._clip is None:
+                encoder = ENCODERS[self.options.format](self.options, *size, source.rate)
+                self._clip = _OpenClip(encoder, number, seconds)
+            self._clip.payloads += self._clip.encoder.encode(picture)
+            self._clip.frames += 1
+            heartbeat()
+        self._close(len(tokens), source)
+        self._set_times(source, tokens, size or (0, 0))
+        return self.result
+
+    @staticmethod
+    def _seconds(source: Source, token: int, number: int) -> float:
+        """Provisional time, good enough to split shots by; exact times are set at the end."""
+        ticks = source.pts[token] if token < len(source.pts) else None
+        return float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
+
+    def _close(self, end: int, source: Source) -> None:
+        clip, self._clip = self._clip, None
+        if clip is None:
+            return
+        if clip.frames / source.rate < self.options.min_length - 1e-6:
+            self.result.too_short += 1
+            return
+        rest, extradata = clip.encoder.finish()
+        payloads = clip.payloads + rest
+        if len(payloads) != clip.frames:
+            raise BadVideo(f"the encoder made {len(payloads)} packets of {clip.frames} frames")
+        flags = [packet_flags(clip.encoder.codec, extradata, payload) or 0 for payload in payloads]
+        if not flags[0] & KEY:
+            raise BadVideo("the encoder's first packet is no key")
+        self.result.clips.append(
+            PackedClip(
+                codec=clip.encoder.codec, width=0, height=0, rotation=0, shard=self.shard.number, time_base=TICKS, end=0,
+                extradata=extradata, pts=np.empty(0, np.int64),
+                offsets=np.array([self.shard.append(payload) for payload in payloads], np.int64),
+                sizes=np.array([len(payload) for payload in payloads], np.int64),
+                checksums=np.array([checksum(payload) for payload in payloads], np.uint32),
+                flags=np.array(flags, np.uint8),
+            )
+        )  # fmt: skip
+        self._ranges.append((clip.first, end))
+
+    def _set_times(self, source: Source, tokens: list[int], size: tuple[int, int]) -> None:
+        step = max(1, round(1 / (source.rate * source.time_base)))
+        native = presentation_times([source.pts[token] for token in tokens], step)
+        ticks = np.array([round((int(t) - int(native[0])) * source.time_base / TICKS) for t in native], np.int64)
+        ticks = _constant_rate(ticks, source.rate)
+        last = round(1 / (source.rate * TICKS))
+        for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
+            clip.height, clip.width = size
+            clip.pts = ticks[first:end] - ticks[first]
+            following = ticks[end] if end < len(ticks) else ticks[end - 1] + last
+            clip.end = int(max(following - ticks[first], clip.pts[-1] + 1))
+        self.result.rate = float(source.rate)
+
+
+def _constant_rate(ticks: np.ndarray, rate: Fraction) -> np.ndarray:
+    """Evenly spaced ticks where the given ones are even but for the rounding of their container's clock."""
+    if len(ticks) < 3:
+        return ticks
+    step = round((ticks[-1] - ticks[0]) / (len(ticks) - 1))
+    even = np.arange(len(ticks), dtype=np.int64) * step
+    slack = (
+        90 + np.arange(len(ticks)) // 2
+    )  # one millisecond, and the half tick a frame that rounding the step may add up to
+    return even if step > 0 and bool((np.abs(ticks - even) <= slack).all()) else ticks

@@ -1,0 +1,166 @@
+"""Sequential decoding of any video file: the truth that every faster way of reading is compared with.
+
+Frames are told apart by *tokens*: each packet's place in decoding order, handed through the decoder in the packet's pts. So a
+frame is tied to the packet it came from even where a file's own times are missing, repeated or out of order.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".3gp",
+        ".asf",
+        ".avi",
+        ".divx",
+        ".flv",
+        ".gif",
+        ".h264",
+        ".hevc",
+        ".ivf",
+        ".m2ts",
+        ".m2v",
+        ".m4v",
+        ".mjpeg",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogv",
+        ".qt",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    ]
+)
+
+
+class BadVideo(Exception):
+    """A file that cannot be used; the message is the reason that goes to the quarantine list."""
+
+
+@dataclass
+class Source:
+    """One video file being decoded in order by :meth:`frames`; the packet lists fill up as it goes.
+
+    After :meth:`frames` is exhausted ``pts`` (container ticks of ``time_base``, or None), ``sizes`` and ``discard`` (outside the
+    edit list: decoded, never shown) have one entry per packet in decoding order.
+    """
+
+    path: Path
+    width: int = 0
+    height: int = 0
+    codec: str = ""
+    time_base: Fraction = Fraction(1)
+    rate: Fraction = Fraction(25)
+    extradata: bytes = b""
+    pts: list[int | None] = field(default_factory=list)
+    discard: list[bool] = field(default_factory=list)
+
+    def frames(self, on_packet=None) -> Iterator[tuple[int, VideoFrame]]:
+        """Yields (token, frame) in presentation order; ``on_packet(av.Packet)`` sees every packet before it is decoded.
+
+        Raises BadVideo on anything a decoder complains of, and on frames it marks as corrupt: a software decoder otherwise
+        hides damage behind a copy of the frame before.
+        """
+        try:
+            with av.open(str(self.path), metadata_errors="ignore") as container:
+                if not container.streams.video:
+                    raise BadVideo("no video stream")
+                yield from self._decode(container, container.streams.video[0], on_packet)
+        except av.FFmpegError as error:
+            raise BadVideo(f"cannot be decoded: {error.strerror}") from None
+        except OSError as error:
+            raise BadVideo(f"cannot be read: {error.strerror or error}") from None
+
+    def _decode(self, container, stream, on_packet) -> Iterator[tuple[int, VideoFrame]]:
+        context = stream.codec_context
+        context.thread_count = 1
+        context.options = {"err_detect": "explode"}
+        self.width, self.height, self.codec = context.width, context.height, context.name
+        self.time_base = stream.time_base
+        self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        self.extradata = context.extradata or b""
+        seen: set[int] = set()
+        for packet in container.demux(stream):
+            if packet.size:
+                if packet.is_corrupt:
+                    raise BadVideo(f"packet {len(self.pts)} is damaged or cut short")
+                if on_packet is not None:
+                    on_packet(packet)
+                self.pts.append(packet.pts if packet.pts is not None else packet.dts)
+                self.discard.append(packet.is_discard)
+                packet.pts = len(self.pts) - 1
+            for frame in context.decode(packet if packet.size else None):
+                if frame.is_corrupt:
+                    raise BadVideo(f"frame {len(seen)} is damaged")
+                token = frame.pts
+                if token is None or token in seen or not 0 <= token < len(self.pts):
+                    token = _unclaimed(seen, len(self.pts))
+                seen.add(token)
+                yield token, frame
+        shown = len(self.pts) - sum(self.discard)
+        if not seen:
+            raise BadVideo("holds no frame")
+        if len(seen) < 0.9 * shown:
+            raise BadVideo(f"only {len(seen)} of {shown} frames can be decoded")
+
+
+def _unclaimed(seen: set[int], count: int) -> int:
+    return next(token for token in range(count + len(seen) + 1) if token not in seen)
+
+
+def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
+    """Ticks (int64, strictly increasing) of frames in the order in which the decoder gave them, from their packets' pts.
+
+    Good files pass unchanged. Where pts are out of order (written in decoding order by careless muxers) the same ticks are
+    handed out in order; repeated ticks move up by one; missing ones are ``step`` after the one before.
+    """
+    ticks: list[int] = []
+    for value in pts:
+        ticks.append(value if value is not None else (ticks[-1] + step if ticks else 0))
+    ordered = np.sort(np.asarray(ticks, np.int64))
+    index = np.arange(len(ordered), dtype=np.int64)
+    return np.maximum.accumulate(ordered - index) + index
+
+
+def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True) -> np.ndarray:
+    """The frame as (H, W, 3) uint8 RGB by its own colour matrix, turned upright; ``size`` (h, w) is after the turn.
+
+    Resizing is swscale's bicubic, which filters before it shrinks. Frames of unknown matrix are read as BT.601, as swscale does.
+    """
+    quarter = round(frame.rotation / 90) % 4 if turn else 0
+    height, width = size or (None, None)
+    if quarter % 2:
+        height, width = width, height
+    array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return np.ascontiguousarray(np.rot90(array, quarter)) if quarter else array
+
+
+def upright(frame: VideoFrame) -> tuple[int, int]:
+    """(height, width) of the frame once turned upright."""
+    turned = round(frame.rotation / 90) % 2
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def fitted(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(h, w) with the short side at ``short_side``, both even, the shape kept; smaller pictures are not enlarged."""
+    scale = min(1.0, short_side / min(height, width))
+    return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
+
+
+def last_at(times: Sequence[float], when: float) -> int:
+    """Index of the last of ascending ``times`` that is not after ``when`` (0 if all are)."""
+    return max(0, bisect.bisect_right(times, when) - 1)

@@ -1,0 +1,271 @@
+"""``vito-fast pack SRC DST``: any folder of videos into a store of clips that is fast to read.
+
+The store is a directory of shards (packets end to end), ``index.bin`` (written last, atomically: a store without it is not finished),
+``store.json`` (options and report) and ``quarantine.jsonl`` (every file left out, with the reason). While packing, finished
+files are recorded in ``DST/.pack``; after a crash or a kill the same command takes up from there.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vito_fast.data.crew import Crew
+from vito_fast.data.cutting import PackedClip, PackedFile, PackOptions
+from vito_fast.data.index import ClipRecord, Index, plan_packets, write_index
+from vito_fast.data.journal import Journal, Rejected
+from vito_fast.data.listing import Listing, list_videos
+from vito_fast.errors import UserError
+
+VERSION = 1
+
+
+@dataclass
+class Report:
+    """What packing did; also the ``report`` of ``store.json``."""
+
+    clips: int = 0
+    videos: int = 0
+    frames: int = 0
+    hours: float = 0.0
+    bytes: int = 0
+    frame_rates: dict[str, int] = field(default_factory=dict)
+    """Videos by frames a second."""
+    short_shots: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Files by reason (its first words; the full reasons are in quarantine.jsonl)."""
+    packets_per_frame: float = 0.0
+    """Packets decoded per frame used (d/u), as planned for pairs within 2.56 s."""
+    complete: bool = True
+    """False after one part of several: the store has no index yet."""
+
+    def lines(self) -> list[str]:
+        rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items())
+        result = [
+            f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, {self.frames} frames, {self.bytes / 1e6:.1f} MB",
+            f"frame rates: {rates}; packets decoded per frame used: {self.packets_per_frame:.2f}",
+        ]
+        if self.short_shots:
+            result.append(f"left out: {self.short_shots} shots shorter than the shortest clip")
+        result += [f"rejected {count}: {reason}" for reason, count in self.rejected.items()]
+        return result
+
+
+def pack(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    format: str = "jpeg",
+    short_side: int = 256,
+    quality: int = 90,
+    crf: int = 20,
+    gop: int = 8,
+    encoder: str = "libx264",
+    clip_length: float = 10.0,
+    min_length: float = 1.0,
+    shot_cuts: bool = True,
+    shard_mib: int = 256,
+    part: str = "1/1",
+    processes: int = 0,
+    patience: float = 120.0,
+    progress: bool = True,
+) -> Report:
+    """Packs every video under ``src`` (a folder, or one file) into the store ``dst``.
+
+    format: ``jpeg`` (every frame a JPEG, any frame in one read), ``h264`` (short groups of pictures), ``copy`` (no re-encoding).
+    part: ``i/n`` packs the i-th of n shares, so that machines can work side by side into one folder; the last one to finish
+    writes the index. processes: 0 = one per core. patience: seconds without a decoded frame after which a file is given up.
+    The other options are those of :class:`PackOptions`.
+
+    Links that lead outside ``src`` are not followed; identical files are packed once. Safe to kill at any time and to repeat: a
+    finished store is left as it is. The clips and their order depend on the files and options only, not on the processes.
+
+    Raises UserError for what the user can mend: no such folder, no usable video in it, a full disk, ``dst`` not writable or
+    holding another store; ValueError for options out of range.
+    """
+    options = PackOptions(
+        format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder, clip_length=clip_length,
+        min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
+    )  # fmt: skip
+    number, parts = _parse_part(part)
+    listing, store = list_videos(Path(src)), Path(dst)
+    if (store / "index.bin").exists():
+        return _finished(store, options, listing)
+    try:
+        (store / ".pack").mkdir(parents=True, exist_ok=True)
+        with _locked(store / ".pack" / f"part-{number}.lock", store):
+            _same_options(store / ".pack" / "options.json", options)
+            journal = Journal(store, number, parts)
+            _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), patience, progress)
+            return _finish(store, options, listing, parts)
+    except OSError as error:
+        raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
+
+
+def _parse_part(part: str) -> tuple[int, int]:
+    try:
+        number, parts = (int(text) for text in part.split("/"))
+    except ValueError:
+        number = parts = 0
+    if not 1 <= number <= parts:
+        raise ValueError(f"part is {part!r}, must be i/n with 1 <= i <= n, as 2/8")
+    return number, parts
+
+
+@contextlib.contextmanager
+def _locked(path: Path, store: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is packing into {store}; wait for it or stop it") from None
+        yield
+
+
+def _same_options(path: Path, options: PackOptions) -> None:
+    mine = asdict(options)
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise UserError(
+                    f"{path.parent.parent} was begun with {key}={theirs.get(key)}, not {value}: repeat that or pack into a new folder"
+                )
+    else:
+        write_atomically(path, json.dumps(mine, indent=1))
+
+
+def _finished(store: Path, options: PackOptions, listing: Listing) -> Report:
+    described = read_description(store)
+    for key, value in asdict(options).items():
+        if described["options"].get(key) != value:
+            raise UserError(
+                f"{store} is a finished store with {key}={described['options'].get(key)}, not {value}: pack into a new folder"
+            )
+    if described["sources"] != listing.fingerprint:
+        raise UserError(
+            f"{store} is a finished store of other files than those now in {listing.root}: pack into a new folder"
+        )
+    return Report(**described["report"])
+
+
+def read_description(store: Path) -> dict:
+    """``store.json``; UserError if ``store`` is no finished store or one of another version."""
+    if not (store / "index.bin").exists() or not (store / "store.json").exists():
+        unfinished = (store / ".pack").exists()
+        raise UserError(f"{store} is no {'finished ' if unfinished else ''}store: run `vito-fast pack SRC {store}`")
+    try:
+        described = json.loads((store / "store.json").read_text())
+        version = described["version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{store / 'store.json'} is damaged: pack the store again") from None
+    if version != VERSION:
+        raise UserError(f"{store} is a store of version {version}, this program reads version {VERSION}: pack it again")
+    return described
+
+
+def _run(
+    listing: Listing, journal: Journal, options: PackOptions, processes: int, patience: float, progress: bool
+) -> None:
+    for name, reason in listing.rejected.items():
+        if journal.mine(name) and name not in journal.entries:
+            journal.add(name, Rejected(reason))
+    todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
+    crew = Crew(listing, journal, options, min(processes, max(1, len(todo))), patience)
+    crew.run(todo, progress)
+    journal.mark_done()
+
+
+def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> Report:
+    entries = Journal.all_entries(store, parts)
+    if entries is None:
+        mine = Counter(type(entry) for entry in Journal.present_entries(store).values())
+        return Report(videos=mine[PackedFile], complete=False)
+    rejected = {name: entry.reason for name, entry in entries.items() if isinstance(entry, Rejected)}
+    packed = {name: entry for name, entry in sorted(entries.items()) if isinstance(entry, PackedFile)}
+    _write_quarantine(store, rejected)
+    if not any(entry.clips for entry in packed.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items())[:3])
+        short = sum(entry.too_short for entry in packed.values())
+        shutil.rmtree(store / ".pack")
+        for shard in store.glob("shard-*.bin"):
+            shard.unlink()
+        raise UserError(
+            f"no usable video in {listing.root}: {reasons or f'{short} shots, all shorter than {options.min_length} s'}"
+        )
+    shards = sorted(path for path in store.glob("shard-*.bin"))
+    numbers = {int(path.stem.split("-")[1]): place for place, path in enumerate(shards)}
+    records = (
+        _record(video, name, clip, numbers[clip.shard])
+        for video, (name, entry) in enumerate(packed.items())
+        for clip in entry.clips
+    )
+    report = _summary(packed, rejected, sum(path.stat().st_size for path in shards))
+    temporary = store / ".pack" / "index.bin"
+    write_index(temporary, records, format=options.format, shards=[(path.name, path.stat().st_size) for path in shards])
+    report.packets_per_frame = expected_packets(Index(temporary))
+    description = {
+        "version": VERSION,
+        "options": asdict(options),
+        "sources": listing.fingerprint,
+        "report": asdict(report),
+    }
+    write_atomically(store / "store.json", json.dumps(description, indent=1))
+    os.replace(temporary, store / "index.bin")
+    shutil.rmtree(store / ".pack")
+    return report
+
+
+def _record(video: int, name: str, clip: PackedClip, shard: int) -> ClipRecord:
+    values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
+    return ClipRecord(video=video, source=name, **{**values, "shard": shard})
+
+
+def _summary(packed: dict[str, PackedFile], rejected: dict[str, str], size: int) -> Report:
+    clips = [clip for entry in packed.values() for clip in entry.clips]
+    seconds = sum(float((clip.end - clip.pts.min()) * clip.time_base) for clip in clips)
+    rates = Counter(f"{entry.rate:.3f}".rstrip("0").rstrip(".") for entry in packed.values())
+    reasons = Counter(reason.split(":")[0] for reason in rejected.values())
+    return Report(
+        clips=len(clips), videos=sum(bool(entry.clips) for entry in packed.values()), frames=sum(len(clip.pts) for clip in clips),
+        hours=seconds / 3600, bytes=size, frame_rates=dict(rates.most_common()),
+        short_shots=sum(entry.too_short for entry in packed.values()), rejected=dict(reasons.most_common()),
+    )  # fmt: skip
+
+
+def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> float:
+    """Packets decoded per distinct frame used, by the planner, over pairs drawn as the sampler draws them (fixed seed)."""
+    from vito_fast.data.sampler import Sampler, SamplerConfig
+
+    samples = Sampler(index, SamplerConfig(window=window), seed=0).sample(np.arange(draws))
+    decoded = used = 0
+    for clip, frames in zip(samples.clip, samples.frame, strict=True):
+        decoded += len(plan_packets(index, int(clip), frames).packets)
+        used += len(set(frames.tolist()))
+    return decoded / used
+
+
+def _write_quarantine(store: Path, rejected: dict[str, str]) -> None:
+    lines = [json.dumps({"file": name, "reason": reason}) for name, reason in sorted(rejected.items())]
+    write_atomically(store / "quarantine.jsonl", "".join(line + "\n" for line in lines))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the whole new one, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
