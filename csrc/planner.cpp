@@ -61,6 +61,9 @@ Plan plan_packets(const Index::Clip& clip, const uint32_t* frames, size_t count,
     std::sort(pictures.begin(), pictures.end());
     plan.ranks.resize(plan.packets.size(), shown);
     for (size_t i = 0; i < pictures.size(); ++i) plan.ranks[pictures[i].second] = shown + static_cast<uint32_t>(i);
+    // A packet without a picture goes with the next one that has one.
+    for (size_t row = plan.packets.size() - 1; row-- > begin;)
+      if (clip.packet(plan.packets[row]).flags & kNoPicture) plan.ranks[row] = plan.ranks[row + 1];
     shown += static_cast<uint32_t>(pictures.size());
     plan.runs.emplace_back(begin, static_cast<uint32_t>(plan.packets.size()));
   }
