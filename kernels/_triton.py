@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,10 +73,21 @@ def arch() -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; those of an A100 where there is no device to ask (compile-only,
-    interpreter).
+    """Streaming multiprocessors of the device that kernels launch on; few in the interpreter, where programs run in
+    turn.
     """
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+    if interpreting():
+        return 4
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    import triton
+
+    return int(triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"])
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's own GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @dataclass(frozen=True)

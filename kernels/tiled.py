@@ -30,15 +30,32 @@ class Exclusion:
     q_group: Tensor | None = None
     k_group: Tensor | None = None
     positive: Tensor | None = None  # (M, P) columns
-    diagonal: int | None = None  # row i does not see column i + diagonal
+    diagonal: int | None = None  # row i does not see column i + diagonal ...
+    width: int = 1  # ... nor any other of its block of so many columns
+
+    @property
+    def blocks(self) -> int:
+        """Width of the excluded blocks on the diagonal, 0 for none."""
+        return 0 if self.diagonal is None else self.width
+
+    def flipped(self) -> Exclusion:
+        """The same pairs with queries and keys exchanged, for the layouts that both sides share."""
+        assert self.positive is None
+        return Exclusion(
+            self.k_group, self.q_group, None, None if self.diagonal is None else -self.diagonal, self.width
+        )
 
     def apply(self, tile: Tensor, row: int, column: int) -> None:
         """Writes -inf over the excluded elements of the tile whose first element is (row, column)."""
         rows, columns = tile.shape
         if self.diagonal is not None:
             offset = row + self.diagonal - column
-            if -rows < offset < columns:
+            if self.width == 1 and -rows < offset < columns:
                 tile.diagonal(offset).fill_(-math.inf)
+            elif self.width > 1 and -rows - self.width < offset < columns + self.width:
+                own = torch.arange(row + self.diagonal, row + self.diagonal + rows, device=tile.device) // self.width
+                other = torch.arange(column, column + columns, device=tile.device) // self.width
+                tile.masked_fill_(own[:, None] == other[None], -math.inf)
         if self.positive is not None:
             inside = self.positive[row : row + rows] - column
             i, p = ((inside >= 0) & (inside < columns)).nonzero(as_tuple=True)
@@ -215,10 +232,7 @@ def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tupl
     x, y = _computed(x), _computed(y)
     scale2 = scale * LOG2E
     if not _is_direct(x, y, scale2):
-        flipped = Exclusion(
-            exclusion.k_group, exclusion.q_group, None, None if exclusion.diagonal is None else -exclusion.diagonal
-        )
-        return forward(x, y, scale, exclusion, False)[0], forward(y, x, scale, flipped, False)[0]
+        return forward(x, y, scale, exclusion, False)[0], forward(y, x, scale, exclusion.flipped(), False)[0]
     rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
     buffer = _buffer(x, y)
     for row in range(0, x.shape[0], ROWS):

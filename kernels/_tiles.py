@@ -1,0 +1,307 @@
+"""Tiles: their sizes, and what every contrastive kernel does with them: load rows in column chunks, multiply, hide
+pairs.
+
+D is cut into chunks of W columns and one narrower TAIL, each a power of two, so that D = 192 costs 128 + 64 and not
+256. A matrix is read through pointers or, from sm_90 on, through tensor descriptors, whose copies no thread has to
+address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vito_kernels._triton import arch, interpreting, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def load_rows(
+    x,
+    x_tail,
+    row,
+    rows,
+    stride,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLEAN: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, zero beyond the matrix; CLEAN promises that no row
+    is.
+    """
+    chunks = ()
+    index = tl.arange(0, BLOCK)
+    if not TMA:  # one 64-bit address for the tile, 32-bit offsets within it
+        x += tl.cast(row, tl.int64) * stride
+    for c in tl.static_range(D // W):
+        if TMA:
+            chunks += (x.load([row, c * W]),)
+        else:
+            pointers = x + index[:, None] * stride + (c * W + tl.arange(0, W))[None]
+            if CLEAN:
+                chunks += (tl.load(pointers),)
+            else:
+                chunks += (tl.load(pointers, mask=(index < rows - row)[:, None], other=0.0),)
+    if TAIL > 0:
+        if TMA:
+            chunks += (x_tail.load([row, D // W * W]),)
+        else:
+            column = D // W * W + tl.arange(0, TAIL)
+            pointers = x + index[:, None] * stride + column[None]
+            if CLEAN and D % W == TAIL:
+                chunks += (tl.load(pointers),)
+            else:
+                chunks += (tl.load(pointers, mask=(index < rows - row)[:, None] & (column < D)[None], other=0.0),)
+    return chunks
+
+
+@jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc in float32. The interpreter multiplies bfloat16 by its bits, so there both are widened first
+    (exactly).
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """a (A, D) times the transpose of b (B, D), chunk by chunk."""
+    s = product(a[0], tl.trans(b[0]), None, PRECISION)
+    for c in tl.static_range(1, CHUNKS):
+        s = product(a[c], tl.trans(b[c]), s, PRECISION)
+    return s
+
+
+@jit
+def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b."""
+    sums = ()
+    for c in tl.static_range(FIRST, LAST):
+        sums += (product(p.to(b[c].dtype), b[c], accs[c - FIRST], PRECISION),)
+    return sums
+
+
+@jit
+def zero_sums(BLOCK: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
+tl.constexpr):  # fmt: skip
+    sums = ()
+    for c in tl.static_range(FIRST, LAST):
+        sums += (tl.zeros((BLOCK, W if c < D // W else TAIL), tl.float32),)
+    return sums
+
+
+@jit
+def store_sums(out, sums, row, rows, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, FIRST:
+tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """Writes column chunks FIRST .. LAST of rows ``row ..`` of a contiguous (rows, D) matrix."""
+    index = tl.arange(0, BLOCK)
+    out += tl.cast(row, tl.int64) * D
+    for c in tl.static_range(FIRST, LAST):
+        column = c * W + tl.arange(0, W if c < D // W else TAIL)
+        inside = (index < rows - row)[:, None] & (column < D)[None]
+        tl.store(out + index[:, None] * D + column[None], sums[c - FIRST], mask=inside)
+
+
+@jit
+def hide(
+    s,
+    own,
+    other,
+    owns,
+    others,
+    own_group,
+    other_group,
+    positive,
+    diagonal,
+    GROUPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    FLIPPED: tl.constexpr,
+):
+    """-inf for the pairs of ``own`` rows and ``other`` columns that do not count; FLIPPED: the queries are the columns.
+
+    DIAGONAL is the width of the blocks on the diagonal, 0 for none.
+    """
+    seen = (other < others)[None]
+    if DIAGONAL > 0:
+        seen = seen & (((own + diagonal) // DIAGONAL)[:, None] != (other // DIAGONAL)[None])
+    if GROUPS:
+        own_id = tl.load(own_group + own, mask=own < owns, other=0)
+        other_id = tl.load(other_group + other, mask=other < others, other=0)
+        seen = seen & (own_id[:, None] != other_id[None])
+    for p in tl.static_range(POSITIVES):
+        if FLIPPED:
+            key = tl.load(positive + tl.cast(other, tl.int64) * POSITIVES + p, mask=other < others, other=-1)
+            seen = seen & (key[None] != own[:, None])
+        else:
+            key = tl.load(positive + tl.cast(own, tl.int64) * POSITIVES + p, mask=own < owns, other=-1)
+            seen = seen & (key[:, None] != other[None])
+    return tl.where(seen, s, -float("inf"))
+
+
+@jit
+def plan_tiles(own, others, first, last, diagonal, BLOCK: tl.constexpr, TILE: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Of the tiles ``first .. last`` of columns, which need a mask: (first and number of the diagonal's, end of the
+    full).
+
+    The diagonal of rows ``own .. own + BLOCK`` crosses few tiles, and only the last one can be ragged.
+    """
+    full = tl.minimum(last, others // TILE)
+    crossed = first
+    crossing = 0
+    if DIAGONAL > 0:
+        crossed = tl.minimum(tl.maximum(tl.maximum(own + diagonal, 0) // TILE, first), full)
+        beyond = tl.maximum(own + BLOCK - 1 + diagonal + TILE, 0) // TILE
+        crossing = tl.maximum(tl.minimum(beyond, full) - crossed, 0)
+    return crossed, crossing, full
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program works: the rows it owns, the rows of the other matrix it takes at a time, the widest chunk of
+    columns.
+
+    ``lanes``: partial sums kept for each row in the loop; 8 where each thread holds whole groups of 8 columns, else
+    all. ``span``: columns of output that a program keeps in registers (or tensor memory); a wider output takes
+    several launches.
+    """
+
+    own: int
+    other: int
+    chunk: int
+    warps: int
+    stages: int
+    lanes: int = 0
+    span: int = 512
+
+
+# Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
+# of the compiled kernels. Keys: architecture and pass; then the largest D that a tile serves. "mean" and "lse" are
+# the forward pass with and without the keys' mean. A pass has a row of its own for the online variant where that
+# needs another tile.
+TILES: dict[tuple[int, str], dict[int, Tile]] = {
+    (80, "mean"): {
+        128: Tile(128, 64, 128, 8, 3, 8),
+        256: Tile(64, 64, 128, 8, 3),
+        1024: Tile(64, 64, 256, 8, 2, span=256),
+    },
+    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 64, 256, 8, 2)},
+    (80, "gradient"): {
+        128: Tile(128, 64, 128, 8, 3),
+        256: Tile(64, 64, 128, 8, 3),
+        1024: Tile(64, 64, 256, 8, 2, span=256),
+    },
+    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 64, 256, 8, 2)},
+    (90, "mean"): {
+        128: Tile(128, 128, 128, 8, 3, 8),
+        256: Tile(128, 64, 256, 8, 4, 8),
+        512: Tile(128, 32, 256, 8, 2, 8, span=256),
+    },
+    (90, "lse"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
+    (90, "gradient"): {
+        128: Tile(128, 128, 128, 8, 3),
+        256: Tile(128, 64, 256, 8, 4),
+        512: Tile(128, 32, 256, 8, 2, span=256),
+    },
+    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
+    (100, "mean"): {
+        128: Tile(128, 128, 128, 8, 3),
+        256: Tile(128, 64, 256, 8, 3),
+        512: Tile(64, 64, 256, 8, 2, span=256),
+    },
+    (100, "mean online"): {
+        128: Tile(128, 128, 128, 8, 3, 8),
+        256: Tile(128, 64, 256, 8, 3, 8),
+        512: Tile(64, 64, 256, 8, 2, 8, span=256),
+    },
+    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
+    (100, "gradient"): {
+        128: Tile(128, 128, 128, 8, 3),
+        256: Tile(128, 64, 256, 8, 3),
+        512: Tile(64, 64, 256, 8, 2, span=256),
+    },
+    (100, "two_sided"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
+}
+FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
+INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
+
+
+def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
+    """The pinned tile of a pass at this width: "mean fixed", "lse online", "gradient", "two_sided"."""
+    if interpreting():
+        return INTERPRETER
+    if dtype == torch.float32:
+        return FLOAT32
+    family = _family(arch())
+    table = TILES.get((family, kernel)) or TILES[family, kernel.split()[0]]
+    return table[min((width for width in table if width >= D), default=max(table))]
+
+
+def _family(capability: int) -> int:
+    """The row of the table for a GPU: the newest generation that is not newer than it."""
+    return max((known for known, _ in TILES if known <= capability), default=80)
+
+
+def precision() -> str:
+    """Float32 products: exact, unless ``torch.set_float32_matmul_precision`` allows TF32 (in three terms, or in
+    one).
+    """
+    if interpreting():
+        return "widened"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+class Operand:
+    """A matrix as a kernel reads it: how its columns are cut, and by what (pointers or descriptors) it is addressed."""
+
+    def __init__(self, x: Tensor, rows: int, tile: Tile):
+        D = x.shape[1]
+        self.chunk = chunk_width(D, tile)
+        rest = D % self.chunk
+        self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+        aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
+        self.tma = not interpreting() and arch() >= 90 and aligned
+        self.wide = self._descriptor(x, rows, self.chunk) if self.tma and D >= self.chunk else x
+        self.narrow = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.wide
+
+    @staticmethod
+    def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def chunk_width(D: int, tile: Tile) -> int:
+    """The largest power of two within D and the tile."""
+    return min(tile.chunk, max(16, 1 << (D.bit_length() - 1)))
+
+
+def spans(D: int, tile: Tile) -> list[tuple[int, int]]:
+    """(first, last) column chunks of the output of each launch."""
+    chunk = chunk_width(D, tile)
+    chunks, step = cdiv(D, chunk), max(1, tile.span // chunk)
+    return [(first, min(first + step, chunks)) for first in range(0, chunks, step)]
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Rows may lie anywhere; the elements of one must be neighbours, and a tile must span less than 2^31 elements."""
+    return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
+
+
+def columns_of(positive: Tensor | None) -> int:
+    return 0 if positive is None else positive.shape[1]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

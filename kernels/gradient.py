@@ -1,0 +1,209 @@
+"""The second pass: gradients that gather over the other side's softmax, one program per block of rows that it owns.
+
+    s   = scale * x @ y.T                                                      (M, N), never in memory
+    W   = x_weight[:, None] * exp(s - x_lse[:, None]) + y_weight * exp(s - y_lse)      either term may be absent
+    out = W @ y                                                                (M, D)
+
+The log-sum-exps are known, so every exponential is a probability: no maximum, no rescaling, no overflow, and 4 M N D
+flops. With x the keys and y the queries this is the key gradient of a one-sided loss (only the second term); with
+both terms it is one side of a two-sided loss, or all of a self-similarity, where p_ij and p_ji share a logit.
+Deterministic: rows are owned by programs, partial sums over splits are added in order, and nothing is atomic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vito_kernels import tiled
+from vito_kernels._tiles import (
+    Operand,
+    add_product,
+    cdiv,
+    choose_tile,
+    columns_of,
+    dot_rows,
+    hide,
+    load_rows,
+    plan_tiles,
+    precision,
+    rows_contiguous,
+    spans,
+    store_sums,
+    zero_sums,
+)
+from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels.tiled import Exclusion, Role
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def _gradient_step(
+    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse, y_weight, x_group, y_group, positive, M, N, y_stride,
+    diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: the weights of its rows for each row of x, and their sum of y."""
+    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA)
+    other = t * TILE + tl.arange(0, TILE)
+    s = dot_rows(x, rows, CHUNKS, PRECISION) * scale2
+    if not CLEAN:
+        s = hide(s, own, other, M, N, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, True)
+    if Y_ROLE:
+        lse2 = tl.load(y_lse + other, mask=other < N, other=0.0) * 1.4426950408889634
+        weights = tl.exp2(s - lse2[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
+        if X_ROLE:
+            weights += tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
+    else:
+        weights = tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
+    return add_product(accs, weights, rows, FIRST, LAST, PRECISION)
+
+
+@jit
+def _gradient_kernel(
+    x, y, y_tail, scale, out, x_lse, x_weight, y_lse, y_weight, x_group, y_group, positive, M, N, x_stride, y_stride,
+    diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
+    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
+    CHUNKS: tl.constexpr = D // W + (TAIL > 0)
+    MASKED: tl.constexpr = GROUPS or POSITIVES > 0
+    row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
+    own = row + tl.arange(0, BLOCK)
+    scale2 = tl.load(scale) * 1.4426950408889634
+    x_lse2 = own
+    weight = own
+    if X_ROLE:
+        x_lse2 = tl.load(x_lse + own, mask=own < M, other=0.0) * 1.4426950408889634
+        weight = tl.load(x_weight + own, mask=own < M, other=0.0)
+    rows = load_rows(x, x, row, M, x_stride, D, W, TAIL, BLOCK, False, False)
+    accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
+
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
+    crossed, crossing, full = plan_tiles(row, N, first, last, diagonal, BLOCK, TILE, DIAGONAL)
+    if MASKED:
+        crossed, crossing, full = first, last - first, last
+    else:
+        for i in tl.range(first, full - crossing, num_stages=STAGES):
+            t = tl.where(i < crossed, i, i + crossing)
+            accs = _gradient_step(
+                t, rows, accs, y, y_tail, scale2, own, x_lse2, weight, y_lse, y_weight, x_group, y_group, positive, M,
+                N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES,
+                X_ROLE, Y_ROLE, TMA, PRECISION,
+            )  # fmt: skip
+    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1):
+        t = tl.where(i < crossing, crossed + i, full)
+        accs = _gradient_step(
+            t, rows, accs, y, y_tail, scale2, own, x_lse2, weight, y_lse, y_weight, x_group, y_group, positive, M, N,
+            y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES, X_ROLE,
+            Y_ROLE, TMA, PRECISION,
+        )  # fmt: skip
+    store_sums(out + tl.cast(split, tl.int64) * M * D, accs, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
+
+
+def launch_gradient(
+    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+) -> Tensor:
+    """``W @ y`` (M, D) float32, not yet times ``scale``. ``hidden`` is seen from y: its queries are the rows of y."""
+    (M, D), N = x.shape, y.shape[0]
+    x, y = rows_contiguous(x), rows_contiguous(y)
+    gain = _gain(x, x_role, y_role)
+    x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
+    tile = choose_tile("gradient", D, x.dtype)
+    left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
+    blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
+    split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))
+    splits = cdiv(tiles, split_tiles)
+    out = scale.new_empty(splits, M, D)
+    with on_device(x):
+        for first, last in spans(D, tile):
+            _gradient_kernel[(blocks, splits)](
+                x, right.wide, right.narrow, scale, out, x_role and x_role.lse, x_role and x_role.weight,
+                y_role and y_role.lse, y_role and y_role.weight, hidden.k_group, hidden.q_group, hidden.positive, M, N,
+                x.stride(0), y.stride(0), -(hidden.diagonal or 0), split_tiles, D, left.chunk, left.tail, first, last,
+                tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
+                DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
+                Y_ROLE=y_role is not None, TMA=right.tma, PRECISION=precision(), num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
+    total = out[0] if splits == 1 else out.sum(0)
+    return total if gain is None else total.div_(gain)
+
+
+def _gain(x: Tensor, *roles: Role | None) -> Tensor | None:
+    """For float16, what brings the largest weight to 2^14: its W would lose the small gradients of a mean over a
+    batch.
+    """
+    if x.dtype != torch.float16:
+        return None
+    largest = torch.stack([role.weight.abs().max() for role in roles if role is not None]).max()
+    return torch.where(largest > 0, 2.0**14 / largest, 1.0)
+
+
+def _usable(role: Role | None, gain: Tensor | None) -> Role | None:
+    """A row that sees nothing (lse = -inf) has no share in any gradient, whatever arrives at it."""
+    if role is None:
+        return None
+    empty = role.lse == -torch.inf
+    weight = role.weight.masked_fill(empty, 0)
+    return Role(role.lse.masked_fill(empty, 0), weight if gain is None else weight * gain)
+
+
+def pair_gradient(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_role: Role | None,
+    y_role: Role | None,
+    exclusion: Exclusion,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """(W y, W^T x) as ``tiled.gradient``: on the CPU from one pass over s, by Triton in a pass for each side."""
+    if not use_triton(x):
+        return tiled.gradient(x, y, scale, x_role, y_role, exclusion, need_x, need_y)
+    gx, gy = scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
+    if need_x:  # seen from y, the other way round; lists of positives only ever come with need_y
+        gx = launch_gradient(x, y, scale, x_role, y_role, exclusion.flipped())
+    if need_y:
+        gy = launch_gradient(y, x, scale, y_role, x_role, exclusion)
+    return gx, gy
+
+
+def specs() -> list[Spec]:
+    """The key gradient under every layout, and the two-role pass of two-sided losses and self-similarity."""
+    cases = [("key gradient", layout) for layout in ("none", "diagonal", "groups", "positive")]
+    cases += [("two-role gradient", layout) for layout in ("none", "diagonal")]
+    return [
+        _spec(name, layout, width, dtype)
+        for width in (64, 128, 192, 256, 512, 1024)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for name, layout in cases
+    ]
+
+
+def _spec(name: str, layout: str, width: int, dtype: torch.dtype, rows: int = 32768) -> Spec:
+    def launch() -> None:
+        x = torch.empty(rows, width, dtype=dtype, device="meta")
+        ids = torch.empty(rows, dtype=torch.int64, device="meta")
+        role = Role(torch.empty(rows, device="meta"), torch.empty(rows, device="meta"))
+        group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
+        hidden = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
+        own_role = role if name == "two-role gradient" else None
+        launch_gradient(x, x, torch.empty((), device="meta"), own_role, role, hidden)
+
+    return Spec(
+        f"{name} D={width} {str(dtype)[6:]} {layout}",
+        launch,
+        flops=4.0 * rows * rows * width,
+        min_bytes=2.0 * rows * width * dtype.itemsize + rows * width * 4 + rows * 16,
+        tensor_cores=dtype != torch.float32,
+    )
