@@ -43,18 +43,18 @@ REACH = math.sqrt(48 * math.log(2))  # taps beyond REACH * sigma are below 2^-24
 
 
 @jit
-def load_jitter(params, b):
-    """One image's jitter; an order that is no rank counts as none."""
-    row = params + b * 8
+def load_jitter(table, b):
+    """One image's jitter; an order that is no rank counts as none. (Triton keeps the name ``params`` for itself.)"""
+    row = table + b * 8
     order = tl.load(row + 4)
     order = tl.where((order >= 0) & (order <= 23), order, -1.0).to(tl.int32)
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), order
 
 
 @jit
-def load_rest(params, b):
+def load_rest(table, b):
     """One image's other parameters, and whether all are valid; without blur (sigma 0) if not."""
-    row = params + b * 8
+    row = table + b * 8
     order, grey, sigma, threshold = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     valid = tl.sum(tl.abs(tl.load(row + tl.arange(0, 8))), 0) < float("inf")
     valid &= (order >= -1) & (order <= 23) & (tl.floor(order) == order)
@@ -140,11 +140,11 @@ def finish(x, threshold, valid, mean, std):
 
 
 @jit
-def channel_sums(images, params, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.constexpr):
+def channel_sums(images, table, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.constexpr):
     """A program adds up one split of one image, taken through the operations that come before contrast."""
     b_id = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
-    brightness, contrast, saturation, hue, order = load_jitter(params, b_id)
+    brightness, contrast, saturation, hue, order = load_jitter(table, b_id)
     if order < 0:
         return
     operations = unrank(order)
@@ -173,7 +173,7 @@ def channel_sums(images, params, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.
 
 @jit
 def colour(
-    images, params, sums, blurred, out, pixels, radius, reach_per_sigma,
+    images, table, sums, blurred, out, pixels, radius, reach_per_sigma,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     SPLITS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
@@ -181,8 +181,8 @@ def colour(
     blocks = tl.cdiv(pixels, PIXELS)
     b_id = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * PIXELS + tl.arange(0, PIXELS)
-    brightness, contrast, saturation, hue, order = load_jitter(params, b_id)
-    grey, sigma, threshold, valid = load_rest(params, b_id)
+    brightness, contrast, saturation, hue, order = load_jitter(table, b_id)
+    grey, sigma, threshold, valid = load_rest(table, b_id)
     r, g, b = load_pixels(images + b_id * pixels * 3, pixel, pixels)
     if order >= 0:
         part = sums + b_id * 3 * SPLITS + tl.arange(0, SPLITS)
@@ -213,7 +213,7 @@ def colour(
 
 @jit
 def blur_pass(
-    x, params, out, elements, period, step, radius, reach_per_sigma,
+    x, table, out, elements, period, step, radius, reach_per_sigma,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     TAPS: tl.constexpr, FINISH: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +224,7 @@ def blur_pass(
     """
     blocks = tl.cdiv(elements, ELEMENTS)
     b_id = (tl.program_id(0) // blocks).to(tl.int64)
-    _, sigma, threshold, valid = load_rest(params, b_id)
+    _, sigma, threshold, valid = load_rest(table, b_id)
     reach = tl.minimum((sigma * reach_per_sigma).to(tl.int32), radius)
     if reach == 0:
         return
