@@ -3,6 +3,36 @@
 from . import reference
 from .attention_pool import AttentionPool, attention_pool
 from .info_nce import info_nce, similarity_lse
+from .losses import (
+    CLIPLoss,
+    InfoNCELoss,
+    LiTLoss,
+    MoCoLoss,
+    NTXentLoss,
+    SupConLoss,
+    lit_loss,
+    moco_loss,
+    supcon_loss,
+)
 from .photometric import photometric
+from .two_sided import clip_loss, ntxent
 
-__all__ = ["AttentionPool", "attention_pool", "info_nce", "photometric", "reference", "similarity_lse"]
+__all__ = [
+    "AttentionPool",
+    "CLIPLoss",
+    "InfoNCELoss",
+    "LiTLoss",
+    "MoCoLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "attention_pool",
+    "clip_loss",
+    "info_nce",
+    "lit_loss",
+    "moco_loss",
+    "ntxent",
+    "photometric",
+    "reference",
+    "similarity_lse",
+    "supcon_loss",
+]

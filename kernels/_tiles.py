@@ -196,13 +196,13 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         256: Tile(64, 64, 128, 8, 3),
         1024: Tile(64, 64, 256, 8, 2, span=256),
     },
-    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 64, 256, 8, 2)},
+    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 32, 256, 8, 3)},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(64, 64, 128, 8, 3),
         1024: Tile(64, 64, 256, 8, 2, span=256),
     },
-    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 64, 256, 8, 2)},
+    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 32, 256, 8, 3)},
     (90, "mean"): {
         128: Tile(128, 128, 128, 8, 3, 8),
         256: Tile(128, 64, 256, 8, 4, 8),
@@ -211,6 +211,11 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (90, "lse"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
     (90, "gradient"): {
         128: Tile(128, 128, 128, 8, 3),
+        256: Tile(128, 64, 256, 8, 4),
+        512: Tile(128, 32, 256, 8, 2, span=256),
+    },
+    (90, "gradient both"): {
+        128: Tile(128, 64, 128, 8, 4),
         256: Tile(128, 64, 256, 8, 4),
         512: Tile(128, 32, 256, 8, 2, span=256),
     },
@@ -238,7 +243,7 @@ INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices t
 
 
 def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
-    """The pinned tile of a pass at this width: "mean fixed", "lse online", "gradient", "two_sided"."""
+    """The pinned tile of a pass at this width: "mean fixed", "lse online", "gradient both", "two_sided"."""
     if interpreting():
         return INTERPRETER
     if dtype == torch.float32:
@@ -272,7 +277,7 @@ class Operand:
         self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
         self.tma = not interpreting() and arch() >= 90 and aligned
-        self.wide = self._descriptor(x, rows, self.chunk) if self.tma and D >= self.chunk else x
+        self.wide = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
         self.narrow = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.wide
 
     @staticmethod

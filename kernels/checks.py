@@ -129,9 +129,21 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+def check_options(
+    label_smoothing: float, hard_negatives: float, debias: float, positive: Tensor | None, group: Tensor | None
+) -> None:
+    """The options of InfoNCE, and that they are combined only where they mean something."""
+    for name, value in (("label_smoothing", label_smoothing), ("debias", debias)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    if not (hard_negatives >= 0 and math.isfinite(hard_negatives)):
+        raise ValueError(f"hard_negatives must be finite and at least 0, got {hard_negatives}")
+    many = isinstance(positive, Tensor) and positive.dim() == 2 and positive.shape[1] > 1
+    if label_smoothing and (hard_negatives or debias or many or group is not None):
+        raise ValueError(
+            f"label_smoothing={label_smoothing} needs one positive for each query, no groups, no hard_negatives and no
+            debias"
+        )
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:

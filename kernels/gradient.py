@@ -117,7 +117,7 @@ def launch_gradient(
     x, y = rows_contiguous(x), rows_contiguous(y)
     gain = _gain(x, x_role, y_role)
     x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
-    tile = choose_tile("gradient", D, x.dtype)
+    tile = choose_tile("gradient both" if x_role and y_role else "gradient one", D, x.dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
     split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))

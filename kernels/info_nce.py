@@ -23,6 +23,7 @@ not trusted and leaves the others at once. No value is read by the host.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +50,7 @@ from vito_kernels._tiles import (
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import (
     check_groups,
+    check_options,
     check_pair,
     check_positive_range,
     inverse_temperature,
@@ -113,7 +115,7 @@ def _lse_kernel(
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0  # an excluded key may be anywhere
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
-    if REPEAT:
+    if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
         if tl.min(tl.load(trusted + tl.cast(split, tl.int64) * M + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
             return
     scale2 = tl.load(scale) * 1.4426950408889634
@@ -299,7 +301,7 @@ def contrast_backward(
     g_lse: Tensor,
     g_positive: Tensor,
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     scale: Tensor,
     q_group: Tensor | None,
     k_group: Tensor | None,
@@ -312,20 +314,20 @@ def contrast_backward(
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
-    dq, dk, dscale = q.new_empty(0), k.new_empty(0), scale.new_empty(0)
+    dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
     if need_q or need_scale:
         pull = mean * g_lse[:, None]
-        for p, (rows, keys) in enumerate(_pairs(q, k, positive, diagonal)):
-            pull[rows].addcmul_(k[keys].to(pull.dtype), g_positive[rows, p, None])
+        for p, keys in enumerate([] if k is None else _positive_keys(len(q), positive, diagonal)):
+            pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None])
         if need_scale:
             dscale = (pull * q).sum()
         if need_q:
             dq = pull.mul_(scale).to(q.dtype)
-    if need_k:
+    if need_k and k is not None:
         exclusion = Exclusion(q_group, k_group, positive, diagonal)
         _, push = pair_gradient(q, k, scale, Role(lse, g_lse), None, exclusion, need_x=False, need_y=True)
-        for p, (rows, keys) in enumerate(_pairs(q, k, positive, diagonal)):
-            part = q[rows].to(push.dtype) * g_positive[rows, p, None]
+        for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
+            part = q.to(push.dtype) * g_positive[:, p, None]
             if isinstance(keys, slice):
                 push[keys] += part
             else:
@@ -337,32 +339,34 @@ def contrast_backward(
 @contrast_backward.register_fake
 def _(g_lse, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse, mean, need_q, need_k, need_scale):
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0),
-        torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else k.new_empty(0),
-        scale.new_empty(()) if need_scale else scale.new_empty(0),
+        q.new_empty(q.shape if need_q else 0),
+        q.new_empty(k.shape if need_k else 0),
+        scale.new_empty(() if need_scale else 0),
     )
 
 
-def _pairs(q: Tensor, k: Tensor, positive: Tensor | None, diagonal: int | None) -> list[tuple[slice, slice | Tensor]]:
-    """(queries, their keys) for each column of positives."""
+def _positive_keys(queries: int, positive: Tensor | None, diagonal: int | None) -> list[slice | Tensor]:
+    """The positive keys of all queries, one entry for each column of positives."""
     if diagonal is not None:
-        return [(slice(None), slice(diagonal, diagonal + q.shape[0]))]
-    return [] if positive is None else [(slice(None), column) for column in positive.unbind(1)]
+        return [slice(diagonal, diagonal + queries)]
+    return [] if positive is None else list(positive.unbind(1))
 
 
 def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None) -> Tensor:
-    pairs = _pairs(q, k, positive, diagonal)
-    logits = scale.new_empty(q.shape[0], len(pairs))
+    columns = _positive_keys(len(q), positive, diagonal)
+    logits = scale.new_empty(q.shape[0], len(columns))
     wide = q.to(scale.dtype)
-    for p, (_, keys) in enumerate(pairs):
+    for p, keys in enumerate(columns):
         torch.sum(wide * k[keys], 1, dtype=scale.dtype, out=logits[:, p])
     return logits.mul_(scale)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, scale, q_group, k_group, positive, ctx.diagonal, ctx.bring_mean = inputs
+    q, k, scale, q_group, k_group, positive, ctx.diagonal, _ = inputs
     lse, _, mean = output
-    ctx.save_for_backward(q, k, scale, q_group, k_group, positive, lse, mean)
+    # Locked keys without positives are not kept: a queue may take new keys before the backward pass.
+    keep = k.requires_grad or positive is not None or ctx.diagonal is not None
+    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse, mean)
     ctx.set_materialize_grads(False)
 
 
@@ -428,6 +432,9 @@ def info_nce(
     positive: Tensor | None = None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hard_negatives: float = 0.0,
+    debias: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """InfoNCE of queries against keys: each query's positive against its negatives, ``softplus(lse_negatives -
@@ -442,14 +449,52 @@ def info_nce(
     differs from its ``q_group``. ``temperature`` is a positive number or a tensor of one element, which may require
     grad.
 
+    ``label_smoothing`` in [0, 1) is that of ``cross_entropy``, and needs one positive and no groups.
+    ``hard_negatives`` >= 0 weights each negative by ``exp(hard_negatives * logit)``, normalised to mean 1 (Robinson
+    et al., arXiv 2010.04592), at the cost of a second pass; ``debias`` in [0, 1) is the share of the positive's class
+    among the negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the
+    negatives as n of them.
+
     Returns a float32 scalar, or (M,) with ``reduction="none"``; a query without negatives has loss 0. Dtypes, cost,
     errors and determinism as for ``similarity_lse``.
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
+    check_options(label_smoothing, hard_negatives, debias, positive, q_group)
     columns = positive_columns(positive, q, k)
-    negatives, logits = negatives_and_positives(q, k, inverse_temperature(temperature), columns, 0, q_group, k_group)
-    return reduce(torch.nn.functional.softplus(negatives[:, None] - logits).mean(1), reduction)
+    scale = inverse_temperature(temperature)
+    groups = (q_group, k_group)
+    negatives, logits = negatives_and_positives(q, k, scale, columns, 0, *groups)
+    if hard_negatives or debias:
+        with torch.no_grad():  # a scale of zero counts the keys that are seen
+            log_count = negatives_and_positives(q[:, :16], k[:, :16], 0.0, columns, 0, *groups)[0]
+        if hard_negatives:
+            harder = negatives_and_positives(q, k, scale * (1 + hard_negatives), columns, 0, *groups)[0]
+            weights = negatives_and_positives(q, k, scale * hard_negatives, columns, 0, *groups)[0]
+            negatives = torch.where(negatives == -torch.inf, negatives, harder - weights + log_count)
+        if debias:
+            negatives = _debiased(negatives[:, None], logits, log_count[:, None], scale, debias)
+    loss = torch.nn.functional.softplus((negatives if debias else negatives[:, None]) - logits).mean(1)
+    if label_smoothing:
+        loss = loss + label_smoothing * (logits[:, 0] - _mean_logit(q, k, scale))
+    return reduce(loss, reduction)
+
+
+def _debiased(negatives: Tensor, positives: Tensor, log_count: Tensor, scale: float | Tensor, share: float) -> Tensor:
+    """log of (sum over negatives - share * n * e^positive) / (1 - share), at least that of n negatives at distance
+    2.
+    """
+    floor = log_count - scale
+    excess = (math.log(share) + log_count + positives - negatives).clamp(max=-1e-6)  # beyond, the floor holds
+    sums = negatives + torch.log(-torch.expm1(excess)) - math.log1p(-share)
+    below = (math.log(share) + log_count + positives >= negatives) | (sums < floor) & (log_count > -torch.inf)
+    return torch.where(below, floor + torch.zeros_like(sums), sums)
+
+
+def _mean_logit(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
+    """Mean over all keys of each query's logits: one product with the keys' mean."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (q.to(dtype) @ k.to(dtype).mean(0)) * scale
 
 
 def negatives_and_positives(

@@ -2,8 +2,18 @@
 dtype.
 """
 
-from .contrastive import clip_loss, info_nce, ntxent, similarity_lse
+from .contrastive import clip_loss, info_nce, lit_loss, moco_loss, ntxent, similarity_lse, supcon_loss
 from .photometric import photometric
 from .pooling import attention_pool
 
-__all__ = ["attention_pool", "clip_loss", "info_nce", "ntxent", "photometric", "similarity_lse"]
+__all__ = [
+    "attention_pool",
+    "clip_loss",
+    "info_nce",
+    "lit_loss",
+    "moco_loss",
+    "ntxent",
+    "photometric",
+    "similarity_lse",
+    "supcon_loss",
+]

@@ -39,6 +39,9 @@ def info_nce(
     positive: Tensor | None = None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hard_negatives: float = 0.0,
+    debias: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross entropy of each positive against the negatives, averaged over a query's positives; see
@@ -50,13 +53,54 @@ def info_nce(
     excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(1, positive, True)
     if q_group is not None and k_group is not None:
         excluded = excluded | (q_group[:, None] == k_group[None])
+    if hard_negatives or debias:
+        losses = _reweighted(logits, logits.gather(1, positive), excluded, 1 / temperature, hard_negatives, debias)
+        return _reduce(losses.mean(1), reduction)
     negatives = logits.masked_fill(excluded, -math.inf)
     first = torch.zeros_like(rows)
-    losses = [
+    columns = [
         cross_entropy(torch.cat([logits[rows, column, None], negatives], 1), first, reduction="none")
         for column in positive.unbind(1)
     ]
-    return _reduce(torch.stack(losses).mean(0), reduction)
+    loss = torch.stack(columns).mean(0)
+    if label_smoothing:
+        loss = cross_entropy(logits, positive[:, 0], label_smoothing=label_smoothing, reduction="none")
+    return _reduce(loss, reduction)
+
+
+def _reweighted(
+    logits: Tensor, positives: Tensor, excluded: Tensor, scale: float | Tensor, beta: float, share: float
+) -> Tensor:
+    """Robinson et al. 2021 (arXiv 2010.04592), eq. 4 and code; beta = 0 is Chuang et al. 2020 (arXiv 2007.00224), eq.
+    8.
+    """
+    seen = (~excluded).to(logits.dtype)
+    count = seen.sum(1, keepdim=True)
+    weights = torch.exp(beta * logits) * seen
+    weights = weights * count / weights.sum(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+    negatives = (weights * torch.exp(logits)).sum(1, keepdim=True)
+    if share:
+        floor = count * torch.exp(torch.as_tensor(-scale, dtype=logits.dtype))
+        negatives = torch.maximum((negatives - share * count * torch.exp(positives)) / (1 - share), floor)
+    return torch.log1p(negatives * torch.exp(-positives))
+
+
+def moco_loss(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean") ->
+Tensor:
+    """Query i's positive is k_i, its negatives are the queue (He et al. 2020, arXiv 1911.05722, algorithm 1)."""
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
+    return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction=reduction)
+
+
+def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
+    """Khosla et al. 2020 (arXiv 2004.11362), eq. 2 (L_out): the mean over rows that have a positive."""
+    z = normalize(z, dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    same = (labels[:, None] == labels[None]).fill_diagonal_(False)
+    log_p = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~same, 0)
+    count = same.sum(1)
+    loss = -log_p.sum(1) / count.clamp(min=1)
+    return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else _reduce(loss, reduction)
 
 
 def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
@@ -66,11 +110,16 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
-def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor) -> Tensor:
+def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """``clip_loss`` whose first tower is locked (Zhai et al. 2022, arXiv 2111.07991)."""
+    return clip_loss(locked.detach(), y, scale)
+
+
+def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
     """Each of the 2B embeddings, normalised, against all others; its positive is the other view of its sample."""
     z = normalize(torch.cat([z1, z2]), dim=1)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
+    return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)), reduction=reduction)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

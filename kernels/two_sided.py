@@ -1,0 +1,309 @@
+"""Losses in which both sides are queries: CLIP (rows and columns of one matrix of logits) and NT-Xent (one set
+against itself).
+
+    s            = scale * x @ y.T                                      (M, N), never in memory
+    row, column  = s.fill_diagonal_(-inf).logsumexp(1), .logsumexp(0)
+    clip_loss    = (softplus(row - s.diagonal()).mean() + softplus(column - s.diagonal()).mean()) / 2
+
+Row and column sums come from one pass over the logits (2 M N D flops), the gradients from two more that share each
+logit between both softmaxes (8 M N D; for NT-Xent, whose matrix is symmetric, one: 4 M N D). A program owns a block
+of rows and keeps their sums; column sums leave it as one partial sum for each block of rows, and these are added in
+order: deterministic, no atomics, M N / 128 floats of memory.
+
+Exponents are relative to the fixed shift of ``info_nce``, so partial sums merge by addition. Rows and columns whose
+sum left the trusted range are repeated by the online kernel of ``info_nce``, blocks that hold none are left at once;
+the host reads no value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from vito_kernels import tiled
+from vito_kernels._ops import autograd_op, refuse_double_backward
+from vito_kernels._tiles import Operand, cdiv, choose_tile, dot_rows, hide, load_rows, plan_tiles, precision,
+rows_contiguous from vito_kernels._triton import Spec, jit, on_device, processors, use_triton from vito_kernels.checks
+import check_paired, inverse_temperature, reduce, scale_tensor from vito_kernels.gradient import pair_gradient from
+vito_kernels.info_nce import autocast, launch_lse, run_lse from vito_kernels.tiled import Exclusion, Role
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+# ---- Triton kernel
+
+
+@jit
+def _two_sided_step(
+    t, x, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CHUNKS: tl.constexpr,
+    CLEAN: tl.constexpr, DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: its exponentials, added to the sums of rows and written out as sums of columns."""
+    BLOCK: tl.constexpr = total.shape[0]
+    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA)
+    other = t * TILE + tl.arange(0, TILE)
+    s = dot_rows(x, rows, CHUNKS, PRECISION) * scale2 - shifts[:, None]
+    if not CLEAN:
+        s = hide(s, own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False)
+    p = tl.exp2(s)
+    tl.store(column_sums + other, tl.sum(p, 0), mask=other < N)
+    return total + tl.sum(tl.reshape(p, (BLOCK, TILE // LANES, LANES)), 1)
+
+
+@jit
+def _two_sided_kernel(
+    x, y, y_tail, scale, row_sums, column_sums, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr, DIAGONAL: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """row_sums (splits, M) and column_sums (blocks of rows, N) of 2^(s log2(e) - shift)."""
+    CHUNKS: tl.constexpr = D // W + (TAIL > 0)
+    block, split = tl.program_id(0), tl.program_id(1)
+    own = block * BLOCK + tl.arange(0, BLOCK)
+    column_sums += tl.cast(block, tl.int64) * N
+    scale2 = tl.load(scale) * 1.4426950408889634
+    shifts = tl.where(own < M, tl.abs(scale2) - HEADROOM, float("inf"))  # rows beyond the matrix add nothing to columns
+    rows = load_rows(x, x, block * BLOCK, M, x_stride, D, W, TAIL, BLOCK, False, False)
+    total = tl.zeros((BLOCK, LANES), tl.float32)
+
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
+    crossed, crossing, full = plan_tiles(block * BLOCK, N, first, last, diagonal, BLOCK, TILE, DIAGONAL)
+    for i in tl.range(first, full - crossing, num_stages=STAGES):
+        t = tl.where(i < crossed, i, i + crossing)
+        total = _two_sided_step(
+            t, rows, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            LANES, CHUNKS, True, DIAGONAL, TMA, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, crossing + last - full, num_stages=1):
+        t = tl.where(i < crossing, crossed + i, full)
+        total = _two_sided_step(
+            t, rows, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            LANES, CHUNKS, False, DIAGONAL, TMA, PRECISION,
+        )  # fmt: skip
+    tl.store(row_sums + tl.cast(split, tl.int64) * M + own, tl.sum(total, 1), mask=own < M)
+
+
+# ---- launcher
+
+HEADROOM = 100.0
+
+
+def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+    """(row lse (M,), column lse (N,)), as ``tiled.two_sided``."""
+    (M, D), N = x.shape, y.shape[0]
+    x, y = rows_contiguous(x), rows_contiguous(y)
+    tile = choose_tile("two_sided", D, x.dtype)
+    left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
+    blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
+    split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))
+    row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
+    column_sums = scale.new_empty(blocks, N)
+    with on_device(x):
+        _two_sided_kernel[(blocks, row_sums.shape[0])](
+            x, right.wide, right.narrow, scale, row_sums, column_sums, M, N, x.stride(0), y.stride(0),
+            exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other,
+            tile.lanes or tile.other, tile.stages, DIAGONAL=exclusion.blocks, HEADROOM=HEADROOM, TMA=right.tma,
+            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
+    return rows, _trusted_lse(y, x, scale, exclusion.flipped(), column_sums.sum(0))
+
+
+def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> Tensor:
+    """The log of the sums, repeated by the online kernel where a sum is no longer to be trusted."""
+    trusted = ((sums > 2.0**-64) & (sums < 2.0**120)).to(torch.int8)[None]
+    lse = (sums.log2() + (scale.abs() * tiled.LOG2E - HEADROOM)).mul_(1 / tiled.LOG2E)[None]
+    every_key = 1 << (y.shape[0] - 1).bit_length() + 8
+    run_lse("online", x, y, scale, exclusion, lse, lse.new_empty(1, 0, x.shape[1]), trusted, (0, 0), every_key)
+    return lse[0]
+
+
+def specs() -> list[Spec]:
+    """The two-sided forward pass; its gradients are those of ``vito_kernels.gradient``."""
+    return [_spec(width, dtype) for width in (64, 128, 192, 256, 512, 1024) for dtype in (torch.bfloat16,
+    torch.float32)]
+
+
+def _spec(width: int, dtype: torch.dtype, rows: int = 32768) -> Spec:
+    def launch() -> None:
+        x = torch.empty(rows, width, dtype=dtype, device="meta")
+        launch_two_sided(x, x, torch.empty((), device="meta"), Exclusion(diagonal=0))
+
+    return Spec(
+        f"two-sided lse D={width} {str(dtype)[6:]}",
+        launch,
+        flops=2.0 * rows * rows * width,
+        min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,
+        tensor_cores=dtype != torch.float32,
+    )
+
+
+# ---- custom ops: rows and columns
+
+
+@torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
+def two_sided(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row lse (M,), column lse (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
+    see each other.
+    """
+    run = launch_two_sided if use_triton(x) else tiled.two_sided
+    rows, columns = run(x, y, scale, Exclusion(diagonal=diagonal))
+    return rows, columns, (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
+
+
+@two_sided.register_fake
+def _(x, y, scale, diagonal):
+    return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), scale.new_empty(x.shape[0])
+
+
+@torch.library.custom_op("vito_kernels::two_sided_backward", mutates_args=())
+def two_sided_backward(
+    g_row: Tensor,
+    g_column: Tensor,
+    g_pair: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    row: Tensor,
+    column: Tensor,
+    need_x: bool,
+    need_y: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale), each rounded once; what is not needed comes back empty."""
+    side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
+    hidden = Exclusion(diagonal=diagonal)
+    gx, gy = pair_gradient(x, y, scale, Role(row, g_row), Role(column, g_column), hidden, side, need_y)
+    dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
+    if side:
+        gx.addcmul_(y[pairs].to(gx.dtype), g_pair[:, None])
+        dscale = (gx * x).sum() if need_scale else dscale
+        dx = gx.mul_(scale).to(x.dtype) if need_x else dx
+    if need_y:
+        gy[pairs].addcmul_(x.to(gy.dtype), g_pair[:, None])
+        dy = gy.mul_(scale).to(y.dtype)
+    return dx, dy, dscale
+
+
+@two_sided_backward.register_fake
+def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, need_x, need_y, need_scale):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        y.new_empty(y.shape if need_y else 0),
+        scale.new_empty(() if need_scale else 0),
+    )
+
+
+def _two_sided_setup(ctx, inputs, output):
+    x, y, scale, ctx.diagonal = inputs
+    ctx.save_for_backward(x, y, scale, output[0], output[1])
+
+
+def _two_sided_backward(ctx, g_row, g_column, g_pair):
+    x, y, scale, row, column = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = [g.contiguous() for g in (g_row, g_column, g_pair)]
+    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, row, column, *needs)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None
+
+
+apply_two_sided = autograd_op(two_sided, _two_sided_setup, _two_sided_backward)
+apply_two_sided_backward = refuse_double_backward(two_sided_backward)
+
+# ---- custom ops: one set against itself
+
+
+@torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
+def self_contrast(z: Tensor, scale: Tensor, views: int) -> Tensor:
+    """lse (M,) of each embedding over those of other samples; a sample is ``views`` neighbouring rows."""
+    run = launch_lse if use_triton(z) else tiled.forward
+    return run(z, z, scale, Exclusion(diagonal=0, width=views), False)[0]
+
+
+@self_contrast.register_fake
+def _(z, scale, views):
+    return scale.new_empty(z.shape[0])
+
+
+@torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
+def self_contrast_backward(
+    g_lse: Tensor, z: Tensor, scale: Tensor, views: int, lse: Tensor, need_z: bool, need_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
+    role = Role(lse, g_lse)
+    gz, _ = pair_gradient(z, z, scale, role, role, Exclusion(diagonal=0, width=views), True, False)
+    dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
+    return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
+
+
+@self_contrast_backward.register_fake
+def _(g_lse, z, scale, views, lse, need_z, need_scale):
+    return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
+
+
+def _self_setup(ctx, inputs, output):
+    z, scale, ctx.views = inputs
+    ctx.save_for_backward(z, scale, output)
+
+
+def _self_backward(ctx, g_lse):
+    z, scale, lse = ctx.saved_tensors
+    need_z, need_scale = ctx.needs_input_grad[:2]
+    dz, dscale = apply_self_backward(g_lse.contiguous(), z, scale, ctx.views, lse, need_z, need_scale)
+    return dz if need_z else None, dscale if need_scale else None, None
+
+
+apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
+apply_self_backward = refuse_double_backward(self_contrast_backward)
+
+# ---- public functions
+
+
+def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """The symmetric loss of CLIP: x (M, D) and y (M, D), row i of one belongs to row i of the other. A float32 scalar.
+
+    Equivalent, with ``s = scale * x @ y.T`` and ``labels = arange(M)``:
+    ``(cross_entropy(s, labels) + cross_entropy(s.T, labels)) / 2``.
+
+    Nothing is normalised here. 2 M M D flops forward, 8 M M D backward. ``scale`` is a number or a tensor of one
+    element, which may require grad. Dtypes, errors, autocast and determinism as for ``similarity_lse``.
+    """
+    check_paired(x, y, ("x", "y"))
+    rows, columns, pairs = rows_and_columns(x, y, scale)
+    return (softplus(rows - pairs).mean() + softplus(columns - pairs).mean()) / 2
+
+
+def rows_and_columns(
+    x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
+    x, y = autocast(x, y)
+    return apply_two_sided(x, y, scale_tensor(scale, x), diagonal)
+
+
+def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
+    """NT-Xent (SimCLR): each of the 2B embeddings, normalised, finds the other view of its sample among the 2B - 1
+    others.
+
+    Equivalent: ``z = normalize(cat([z1, z2]))``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)``,
+    ``cross_entropy(s, arange(2 * B).roll(B))``.
+
+    z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
+    forward, 16 B B D backward. ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and
+    determinism as for ``similarity_lse``; embeddings are normalised in their own dtype.
+    """
+    check_paired(z1, z2, ("z1", "z2"))
+    scale = inverse_temperature(temperature)
+    z1, z2 = autocast(z1, z2)
+    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    z = torch.stack([z1, z2], 1).flatten(0, 1)
+    factor = scale_tensor(scale, z)
+    lse = apply_self(z, factor, 2).unflatten(0, (-1, 2))
+    pairs = (z1.to(factor.dtype) * z2.to(factor.dtype)).sum(1) * factor
+    return reduce(softplus(lse - pairs[:, None]).T.flatten(), reduction)
