@@ -1,1 +1,4 @@
-"""Benchmarks of vito-fast: races against the reference, the peers and the machine's own limit. Run ``python -m bench``."""
+"""Benchmarks of vito-fast:
+
+races against the reference, the peers and the machine's own limit. Run ``python -m bench``.
+"""

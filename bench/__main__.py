@@ -16,9 +16,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
-    parser.add_argument("--results", type=Path, help="default: bench/results/MACHINE.json, with -quick for the quick set")
+    parser.add_argument("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
+    parser.add_argument(
+        "--results", type=Path, help="default: bench/results/MACHINE.json, with -quick for the quick set"
+    )
     parser.add_argument("--report", type=Path, default=ROOT / "bench/report.html")
     parser.add_argument("-k", dest="keyword", help="only the cases that match, as pytest's -k")
+    parser.add_argument("--only", metavar="ID,ID", help="only the cases of these ids")
+    parser.add_argument("--no-static", dest="static", action="store_false", help="leave the counted figures out")
     options = parser.parse_args()
     os.chdir(ROOT)
 
@@ -32,11 +37,16 @@ def main() -> int:
     arguments = ["bench", "-q", "-s", "-o", "python_files=bench_*.py", "-o", "addopts=", "-p", "no:cacheprovider"]
     arguments += ["--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "--benchmark-quiet"]
     arguments += ["--device", options.device, "--results", str(results)]
-    arguments += ["--quick"] * options.quick + ["--cold"] * options.cold + (["-k", options.keyword] if options.keyword else [])
+    arguments += (
+        ["--quick"] * options.quick + ["--cold"] * options.cold + (["-k", options.keyword] if options.keyword else [])
+    )
+    arguments += ["--only", options.only] if options.only else []
+    arguments += ["--rounds", str(options.rounds)] if options.rounds else []
     status = int(pytest.main(arguments))
     if not results.exists():
         return status or 1
-    static.add(results, quick=options.quick)
+    if options.static:
+        static.add(results)
     report.write(results, options.report)
     print(f"results: {os.path.relpath(results)}\nreport:  {os.path.relpath(options.report)}")
     return status

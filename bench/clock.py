@@ -1,7 +1,7 @@
 """Clocks and CUDA helpers: one interface for timing a call on either device.
 
-A clock is a callable without arguments that returns seconds; the time of a call is ``clock()`` after it minus ``clock()``
-before it. That is all pytest-benchmark asks of a timer, so the same clock serves it and the harness.
+A clock is a callable without arguments that returns seconds; the time of a call is ``clock()`` after it minus
+``clock()`` before it. That is all pytest-benchmark asks of a timer, so the same clock serves it and the harness.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ wall_clock = time.perf_counter
 class CudaClock:
     """Time on the device between two calls, by CUDA events.
 
-    The first call of a pair records an event and returns at once, so that the host runs ahead and launch latency is hidden
-    as it is in training; the second records another, waits for it and adds the difference to the running total.
+    The first call of a pair records an event and returns at once, so that the host runs ahead and launch latency is
+    hidden as it is in training; the second records another, waits for it and adds the difference to the running
+    total.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,8 @@ def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
     """``repeats`` runs of ``call`` as one CUDA graph: what remains is the device's work, without Python and launches.
 
     Warm-up happens on a side stream, as capture asks for, so that lazy initialisation and autotuning are over by then.
-    Raises RuntimeError when the call does what a graph forbids (a host synchronisation, an allocation outside the pool).
+    Raises RuntimeError when the call does what a graph forbids (a host synchronisation, an allocation outside the
+    pool).
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

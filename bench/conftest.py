@@ -1,4 +1,7 @@
-"""The ``race`` fixture, and the results file written at the end of the session. Options: ``--device --quick --results --cold``."""
+"""The ``race`` fixture, and the results file written at the end of the session.
+
+Options: ``--device --quick --cold --rounds --only --results``.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the races run")
     group.addoption("--quick", action="store_true", help="the quick set: fewer cases, fewer rounds")
     group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
+    group.addoption("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
+    group.addoption("--only", metavar="ID,ID", help="race the cases of these ids alone")
     group.addoption("--results", metavar="FILE", help="write the results as JSON to FILE")
 
 
@@ -69,15 +74,20 @@ def quick(pytestconfig: pytest.Config) -> bool:
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Any]]:
     """``race(case, params, candidates, truth=..., ...) -> record``: the arguments of :class:`bench.harness.Race`.
 
-    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds. The suite is
-    the file's name without ``bench_``.
+    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds.
+    The suite is the file's name without ``bench_``.
     """
     config = request.config
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
         options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)
+        if rounds := config.getoption("--rounds"):
+            options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)
         options.setdefault("device", config.getoption("--device"))
         contest = Race(case, params, candidates, cold=config.getoption("--cold"), **options)
+        only = config.getoption("--only")
+        if only and contest.id not in _split_ids(only):
+            pytest.skip("not asked for")
         contest.check()
         contest.calibrate()
         benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
@@ -89,6 +99,11 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
         return record
 
     return run
+
+
+def _split_ids(text: str) -> set[str]:
+    """``a[x=1,y=2],b[x=1]``: a comma separates cases only outside brackets."""
+    return {part.rstrip(",") for part in text.replace("],", "]\n").split("\n")}
 
 
 def _say(config: pytest.Config, record: dict[str, Any]) -> None:

@@ -2,14 +2,15 @@
 
 Order of events, in one process and on the same inputs:
 
-1. every candidate runs once and its result (values and gradients) is compared with a float64 truth; who fails gets no time,
-   and when it is ours the race ends as a test failure;
+1. every candidate runs once and its result (values and gradients) is compared with a float64 truth; who fails gets no
+time, and when it is ours the race ends as a test failure;
 2. warm-up, which also finds how many rounds the time budget allows;
-3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of two
-   candidates is the median over the rounds of the ratio *within* a round;
+3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
+two candidates is the median over the rounds of the ratio *within* a round;
 4. peak memory and flops, counted in a run of their own.
 
-The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to pytest-benchmark.
+The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
+pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ FEW_ROUNDS = 3  # for candidates that alone would take more than their share of 
 class Candidate:
     """One way of doing the work.
 
-    ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare decode) does
-    the unavoidable part only, and a ``context`` candidate does more or other work, worth knowing but not a peer: neither is
-    compared with the truth unless it brings its own. ``None`` as ``call`` says why in ``note`` and stays in the record.
+    ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare
+    decode) does the unavoidable part only, and a ``context`` candidate does more or other work, worth knowing but not
+    a peer: neither is compared with the truth unless it brings its own. ``None`` as ``call`` says why in ``note`` and
+    stays in the record.
     """
 
     name: str
@@ -114,7 +116,10 @@ def spread(ordered: Sequence[float]) -> float:
 
 
 def relative_error(got: Result, truth: Result) -> float:
-    """The largest ``|got - truth| / |truth|`` (Euclidean norms, float64) over the results; inf for NaN or a wrong shape."""
+    """The largest ``|got - truth| / |truth|`` (Euclidean norms, float64) over the results;
+
+    inf for NaN or a wrong shape.
+    """
     if len(got) != len(truth):
         return float("inf")
     worst = 0.0
@@ -129,10 +134,11 @@ def relative_error(got: Result, truth: Result) -> float:
 
 
 class Race:
-    """Runs one case; see the module. ``agree`` replaces :func:`relative_error`, ``bound`` the rule on the reference's error.
+    """Runs one case; see the module. ``agree`` replaces :func:`relative_error`, ``bound`` the rule on the reference's
+    error.
 
-    Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does, and
-    never needs to be closer than 1e-5 (what float32 sums of other order differ by).
+    Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
+    and never needs to be closer than 1e-5 (what float32 sums of other order differ by).
     """
 
     def __init__(
@@ -279,7 +285,10 @@ class Race:
         return self.record()
 
     def speedup(self, runner: _Runner) -> dict[str, float]:
-        """How many times as fast as ``runner`` we are: median over the rounds of the ratio within a round, and its spread."""
+        """How many times as fast as ``runner`` we are:
+
+        median over the rounds of the ratio within a round, and its spread.
+        """
         common = [turn for turn in runner.times if turn in self.ours.times]
         ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in common)
         return {"speedup": statistics.median(ratios), "speedup_spread": spread(ratios)}
@@ -307,7 +316,12 @@ class Race:
             "device": self.device.type,
             "rounds": self._round,
             "cold": self._flush is not None,
-            "work": {"flops": self.work.flops, "bytes": self.work.bytes, "items": self.work.items, "unit": self.work.unit},
+            "work": {
+                "flops": self.work.flops,
+                "bytes": self.work.bytes,
+                "items": self.work.items,
+                "unit": self.work.unit,
+            },
             "rates": rates,
             "vs": summary(rows),
             "candidates": rows,

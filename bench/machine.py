@@ -51,7 +51,10 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """``{"name", "cpu", "cores", "memory_gib", "os", "gpu"}``; ``name`` names the results file: the GPU, or CPU and cores."""
+    """``{"name", "cpu", "cores", "memory_gib", "os", "gpu"}``;
+
+    ``name`` names the results file: the GPU, or CPU and cores.
+    """
     cpu, cores, gpu = _cpu_name(), len(os.sched_getaffinity(0)), _gpu()
     label = gpu["name"] if device == "cuda" and gpu else f"cpu {cpu.split('(family')[0]} {cores} cores"
     name = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
@@ -74,8 +77,12 @@ def commit() -> str:
     """The checkout's commit, with ``+`` when files differ from it; empty outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

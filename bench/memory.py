@@ -1,7 +1,8 @@
 """What a call costs besides time: peak memory and matrix-multiplication flops, counted rather than sampled.
 
-On the CPU both come from PyTorch's profiler: it reports every allocation and release of the CPU allocator, so the peak is
-exact and the same on every run, which the resident set size is not. On CUDA the caching allocator keeps the peak itself.
+On the CPU both come from PyTorch's profiler: it reports every allocation and release of the CPU allocator, so the
+peak is exact and the same on every run, which the resident set size is not. On CUDA the caching allocator keeps the
+peak itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Cost:
-    """``peak_bytes`` above what was allocated before the call; ``flops`` of the matmuls and convolutions that it ran."""
+    """``peak_bytes`` above what was allocated before the call;
+
+    ``flops`` of the matmuls and convolutions that it ran.
+    """
 
     peak_bytes: int
     flops: int
@@ -27,7 +31,8 @@ class Cost:
 def cost(call: Callable[[], object], device: torch.device) -> Cost:
     """Runs ``call`` once, under the profiler on the CPU, and says what it allocated and multiplied.
 
-    Memory outside PyTorch's allocators (numpy, decoders, MKL's scratch) is not seen. The call's result counts as allocated.
+    Memory outside PyTorch's allocators (numpy, decoders, MKL's scratch) and in threads that PyTorch did not start is
+    not seen. The call's result counts as allocated.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,7 +41,8 @@ def cost(call: Callable[[], object], device: torch.device) -> Cost:
         call()
         torch.cuda.synchronize(device)
         return Cost(torch.cuda.max_memory_allocated(device) - before, _cuda_flops(call))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_flops=True, record_shapes=True) as recorded:
+    options = {"profile_memory": True, "with_flops": True, "record_shapes": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as recorded:
         kept = call()
     del kept
     events = recorded.profiler.kineto_results.events()

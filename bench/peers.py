@@ -1,7 +1,7 @@
 """Other people's losses, each brought to the same calling convention, or named with the reason why it is not raced.
 
-Every function of a family takes the *raw* embeddings and normalises them itself: most peers do that inside and cannot be told
-not to, so all candidates do it, ours included, and all gradients are those of the raw embeddings.
+Every function of a family takes the *raw* embeddings and normalises them itself: most peers do that inside and cannot
+be told not to, so all candidates do it, ours included, and all gradients are those of the raw embeddings.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def peer(
 ) -> Candidate:
     """A candidate from a third-party package; ``matrices`` is how many bytes its M x N temporaries take.
 
-    ``make`` imports the package and returns the loss. What cannot race stays in the record with its reason: not installed,
-    CUDA only, or too large for this machine's memory.
+    ``make`` imports the package and returns the loss. What cannot race stays in the record with its reason: not
+    installed, CUDA only, or too large for this machine's memory.
     """
     on_cuda = inputs[0].is_cuda
     if cuda_only and not on_cuda:
@@ -87,7 +87,7 @@ def _metric_learning_info_nce(temperature: float) -> Loss:
 
     def call(q: Tensor, k: Tensor) -> Tensor:
         labels = torch.arange(len(q), device=q.device)
-        return loss(q, labels, ref_emb=k, ref_labels=labels)
+        return loss(q, labels, ref_emb=k, ref_labels=labels.clone())  # the same object would mean "the same embeddings"
 
     return call
 
@@ -141,18 +141,17 @@ def _metric_learning_ntxent(temperature: float) -> Loss:
     return call
 
 
-def _metric_learning_supcon(temperature: float) -> Loss:
-    return import_module("pytorch_metric_learning.losses").SupConLoss(temperature=temperature)
-
-
 def one_sided(q: Tensor, k: Tensor, temperature: float) -> list[Candidate]:
-    """Peers of InfoNCE with locked keys; open_clip's two-sided loss comes along as context: it is what people use instead."""
+    """Peers of InfoNCE with locked keys;
+
+    open_clip's two-sided loss comes along as context: it is what people use instead.
+    """
     entries = len(q) * len(k) * q.element_size()
-    pairs = len(q) * len(k) * 60.0  # index pairs, in int64, and the matrices gathered by them
+    triples = 8.0 * len(q) ** 2 * len(k)  # its mask holds every positive against every negative pair
     two_sided = truth_of(lambda x, y: _reference_clip(x, y, temperature), q, k)
     return [
         peer("info-nce-pytorch", lambda: _info_nce_pytorch(temperature), q, k, matrices=4 * entries),
-        peer("pytorch-metric-learning", lambda: _metric_learning_info_nce(temperature), q, k, matrices=pairs),
+        peer("pytorch-metric-learning", lambda: _metric_learning_info_nce(temperature), q, k, matrices=triples),
         peer("memeff (LiT)", lambda: _memeff_lit(temperature), q, k, cuda_only=True),
         peer("inf-cl (flash)", lambda: _inf_cl_one_sided(temperature), q, k, cuda_only=True),
         peer(
@@ -187,19 +186,8 @@ def two_sided(x: Tensor, y: Tensor, temperature: float) -> list[Candidate]:
 def self_similar(z1: Tensor, z2: Tensor, temperature: float) -> list[Candidate]:
     """Peers of NT-Xent."""
     entries = 4 * len(z1) * len(z2) * z1.element_size()
-    pairs = 4 * len(z1) * len(z2) * 60.0
+    triples = 8.0 * (2 * len(z1)) ** 3
     return [
         peer("lightly", lambda: _lightly(temperature), z1, z2, matrices=6 * entries),
-        peer("pytorch-metric-learning", lambda: _metric_learning_ntxent(temperature), z1, z2, matrices=pairs),
+        peer("pytorch-metric-learning", lambda: _metric_learning_ntxent(temperature), z1, z2, matrices=triples),
     ]
-
-
-def supervised(z: Tensor, labels: Tensor, temperature: float) -> list[Candidate]:
-    """Peers of SupCon; ``labels`` are the classes of the embeddings."""
-    pairs = len(z) ** 2 * 60.0
-
-    def make() -> Any:
-        loss = _metric_learning_supcon(temperature)
-        return lambda z: loss(z, labels)
-
-    return [peer("pytorch-metric-learning", make, z, matrices=pairs)]

@@ -1,1 +1,2 @@
-def add(results, quick): pass
+def add(results):
+    pass

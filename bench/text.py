@@ -19,7 +19,11 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    return _scaled(seconds, [(1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")]) if seconds >= 1e-6 else f"{seconds * 1e9:.3g} ns"
+    return (
+        _scaled(seconds, [(1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")])
+        if seconds >= 1e-6
+        else f"{seconds * 1e9:.3g} ns"
+    )
 
 
 def bytes_text(count: float) -> str:

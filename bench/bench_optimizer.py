@@ -1,0 +1,150 @@
+"""One LARS step on every parameter of a ResNet-50 branch, and the moving average of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.harness import Candidate, Result, Work, absent
+from bench.limits import traffic
+from vito_fast.config import ModelConfig, OptimizerConfig
+from vito_fast.model.pair import Branch, VitoModel
+from vito_fast.optim import Lars
+
+LEARNING_RATE, TAU = 0.2, 0.99
+PROBES = 8  # parameters, spread over the network, whose update is compared
+
+
+@pytest.fixture(scope="module")
+def shapes() -> list[tuple[int, ...]]:
+    """Of the parameters of the default online branch."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in Branch(ModelConfig(), predictor=True).parameters()]
+
+
+def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
+    """Weights and gradients drawn anew, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for shape in shapes:
+        parameter = nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device))
+        parameter.grad = (0.001 * torch.randn(shape, generator=generator)).to(device)
+        drawn.append(parameter)
+    return drawn
+
+
+def some(tensors: list[Tensor]) -> Result:
+    """What is compared: a few of the tensors, of every kind."""
+    return [tensor.detach().clone() for tensor in tensors[:: max(1, len(tensors) // PROBES)]]
+
+
+def once(change: Callable[[], object], tensors: list[Any]) -> Callable[[], Result]:
+    """The first call returns the changed tensors for the comparison; later ones only do the work."""
+    fresh = [True]
+
+    def call() -> Result:
+        change()
+        return some(tensors) if fresh and fresh.pop() else ()
+
+    return call
+
+
+def one_by_one(weights: list[Any], config: OptimizerConfig) -> Callable[[], None]:
+    """LARS as its formula reads, parameter by parameter: the reference."""
+    momentum = [torch.zeros_like(w) for w in weights]
+
+    @torch.no_grad()
+    def step() -> None:
+        for weight, buffer in zip(weights, momentum, strict=True):
+            gradient = weight.grad
+            if weight.dim() > 1:
+                gradient = gradient + config.weight_decay * weight
+                gradient = gradient * (config.eta * weight.norm() / gradient.norm())
+            buffer.mul_(config.momentum).add_(gradient)
+            weight.sub_(LEARNING_RATE * buffer)
+
+    return step
+
+
+def package_peer(
+    name: str, module: str, shapes: list[tuple[int, ...]], device: torch.device, **options: Any
+) -> Candidate:
+    """An optimiser class of another package, with weight decay and trust ratio on matrices and filters only."""
+    config = OptimizerConfig()
+    try:
+        imported = import_module(module)
+    except ImportError as error:
+        return absent(name, f"not installed ({error})")
+    optimizer_class = getattr(imported, "LARS", None) or imported.Lars
+    weights = parameters(shapes, device)
+    adapted, plain = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() <= 1]
+    groups = [{"params": adapted, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = optimizer_class(groups, lr=LEARNING_RATE, momentum=config.momentum, **options)
+    return Candidate(name, once(optimizer.step, weights))
+
+
+def test_lars(race: Any, device: torch.device, shapes: list[tuple[int, ...]]) -> None:
+    config = OptimizerConfig()
+    weights, plain = parameters(shapes, device), parameters(shapes, device)
+    lars = Lars([(str(i), weight) for i, weight in enumerate(weights)], config)
+    candidates = [
+        Candidate("vito_fast", once(lambda: lars.step(LEARNING_RATE), weights), "ours"),
+        Candidate("reference", once(one_by_one(plain, config), plain), "reference"),
+        package_peer("timm", "timm.optim.lars", shapes, device, trust_coeff=config.eta),
+        package_peer("lightly", "lightly.utils.lars", shapes, device, trust_coefficient=config.eta),
+    ]
+    count = sum(weight.numel() for weight in weights)
+    whole = torch.zeros(count, device=device)
+    candidates.append(traffic([whole], [(whole, torch.empty_like(whole)), (whole, torch.empty_like(whole))]))
+
+    def truth() -> Result:
+        doubles = [nn.Parameter(p.detach().double()) for p in parameters(shapes, device)]
+        for double, single in zip(doubles, parameters(shapes, device), strict=True):
+            assert single.grad is not None
+            double.grad = single.grad.double()
+        one_by_one(doubles, config)()
+        return some(list(doubles))
+
+    amount = Work(bytes=5.0 * 4 * count, items=count, unit="parameters")
+    race("lars", {"parameters": count}, candidates, truth=truth, work=amount)
+
+
+def test_target(race: Any, device: torch.device) -> None:
+    """target <- tau target + (1 - tau) online."""
+    torch.manual_seed(0)
+    model = VitoModel(ModelConfig()).to(device)
+    for parameter in model.online.parameters():
+        parameter.data.add_(0.01)
+    target, online = model.averaged_pairs()
+    copies = [[t.detach().clone() for t in target] for _ in range(2)]
+
+    @torch.no_grad()
+    def by_loop(averages: list[Tensor]) -> None:
+        for mine, new in zip(averages, online, strict=True):
+            mine.mul_(TAU).add_(new, alpha=1 - TAU)
+
+    @torch.no_grad()
+    def by_foreach(averages: list[Tensor]) -> None:
+        torch._foreach_mul_(averages, TAU)
+        torch._foreach_add_(averages, online, alpha=1 - TAU)
+
+    def truth() -> Result:
+        starts = [t.detach().double() for t in target]
+        ends = [TAU * start + (1 - TAU) * new.detach().double() for start, new in zip(starts, online, strict=True)]
+        return some(ends)
+
+    count = sum(t.numel() for t in target)
+    whole = torch.zeros(count, device=device)
+    candidates = [
+        Candidate("vito_fast", once(lambda: model.update_target(TAU), target), "ours"),
+        Candidate("reference", once(lambda: by_loop(copies[0]), copies[0]), "reference"),
+        Candidate("torch foreach mul + add", once(lambda: by_foreach(copies[1]), copies[1])),
+        traffic([whole], [(whole, torch.empty_like(whole))]),
+    ]
+    amount = Work(bytes=3.0 * 4 * count, items=count, unit="parameters")
+    race("target_average", {"parameters": count}, candidates, truth=truth, work=amount)

@@ -1,0 +1,110 @@
+"""Colour, blur, solarise and normalise of a batch of views, with parameters drawn as the sampler draws them."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vito_kernels
+from bench.harness import Candidate, Result, Work
+from bench.limits import traffic
+from vito_kernels import reference
+from vito_kernels.photometric import IMAGENET_MEAN, IMAGENET_STD
+
+FULL = pytest.mark.full
+
+
+def pictures(count: int, size: int) -> Tensor:
+    """Crops of a photograph, (B, S, S, 3) uint8."""
+    from skimage import data
+
+    photograph = data.astronaut()
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 512 - size, (count, 2))
+    return torch.from_numpy(np.stack([photograph[y : y + size, x : x + size] for y, x in corners]))
+
+
+def parameters(count: int, view: int) -> Tensor:
+    """(B, 8): the distribution of view 1 (always blurred) or view 2 (seldom blurred, sometimes solarised)."""
+    rng = np.random.default_rng(view)
+    chance = rng.random((count, 4))
+    rows = np.tile(np.array([0, 1, 1, 0, -1, 0, 0, 2], np.float32), (count, 1))
+    jitter = chance[:, 0] < 0.8
+    rows[:, :4] += (rng.uniform(-1, 1, (count, 4)) * [0.4, 0.4, 0.2, 0.1]) * jitter[:, None]
+    rows[jitter, 4] = rng.integers(0, 24, jitter.sum())
+    rows[:, 5] = chance[:, 1] < 0.2
+    rows[:, 6] = rng.uniform(0.1, 2, count) * (chance[:, 2] < (1.0 if view == 1 else 0.1))
+    rows[:, 7] = np.where((chance[:, 3] < 0.2) & (view == 2), 0.5, 2)
+    return torch.from_numpy(rows)
+
+
+def grey_levels(got: Result, truth: Result) -> float:
+    """The largest distance in grey levels of 255, but for the one pixel in ten thousand that lies on solarise's
+    threshold.
+    """
+    std = torch.tensor(IMAGENET_STD, device=got[0].device).double()[:, None, None]
+    distance = ((got[0].double() - truth[0].double()).abs() * std * 255).flatten()
+    return distance.kthvalue(int(0.9999 * len(distance)))[0].item()
+
+
+def torchvision_chain(images: Tensor, params: Tensor, kernel_size: int) -> Tensor:
+    """torchvision's operators of the same names (their formulas differ), each image by its parameters, in their
+    order.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    done = []
+    for image, row in zip(images.permute(0, 3, 1, 2), params.tolist(), strict=True):
+        steps = (
+            lambda x, row=row: F.adjust_brightness(x, 1 + row[0]),
+            lambda x, row=row: F.adjust_contrast(x, row[1]),
+            lambda x, row=row: F.adjust_saturation(x, row[2]),
+            lambda x, row=row: F.adjust_hue(x, row[3]),
+        )
+        for step in list(permutations(steps))[int(row[4])] if row[4] >= 0 else ():
+            image = step(image)
+        if row[5]:
+            image = F.rgb_to_grayscale(image, 3)
+        if row[6] > 0:
+            image = F.gaussian_blur(image, [kernel_size, kernel_size], [row[6], row[6]])
+        if row[7] <= 1:
+            image = F.solarize(image, row[7] * 255)
+        done.append(F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)))
+    return torch.stack(done).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("b", "view"),
+    [(16, 1), pytest.param(16, 2, marks=FULL), pytest.param(64, 1, marks=FULL), pytest.param(4, 1, marks=FULL)],
+)
+def test_photometric(race: Any, device: torch.device, b: int, view: int) -> None:
+    size = 224
+    images, params = pictures(b, size).to(device), parameters(b, view).to(device)
+    out = torch.empty(b, size, size, 3, device=device)
+    candidates = [
+        Candidate("vito_kernels", lambda: (vito_kernels.photometric(images, params),), "ours"),
+        Candidate("reference", lambda: (reference.photometric(images, params),), "reference"),
+        Candidate(
+            "torchvision v2 operators",
+            lambda: (torchvision_chain(images, params, 23),),
+            "context",
+            "formulas of its own: multiplicative brightness, contrast about mid-grey",
+        ),
+        traffic([], [(images, out)]),
+    ]
+    amount = Work(bytes=5.0 * images.numel(), items=b, unit="views")
+    race(
+        "photometric",
+        {"B": b, "view": view, "size": size},
+        candidates,
+        truth=lambda: (reference.photometric(images, params, dtype=torch.float64),),
+        agree=grey_levels,
+        bound=1.0,
+        work=amount,
+        memory=device.type == "cuda",  # its workers on the CPU are threads that the profiler does not see
+    )

@@ -1,0 +1,165 @@
+"""Tables and figures in Markdown, generated from results files: ``python -m bench.tables [--check] FILE.md ...``.
+
+Between ``<!-- bench:TABLE MACHINE -->`` and ``<!-- /bench -->`` stands the table of that name, made from
+``bench/results/MACHINE.json``; ``bench:value MACHINE CASE PATH`` puts a single figure into a sentence, where PATH is
+``vs.limit``, ``ours.peak_bytes``, ``rates.items`` and the like. Whatever else stands there is replaced; nothing else
+is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.text import bytes_text, count_text, seconds_text, significant
+
+Record = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"(<!-- bench:([a-z]+) ([^\n]*?)-->)(.*?)(<!-- /bench -->)", re.S)
+
+
+@cache
+def load(machine: str) -> Record:
+    """Results of a machine. FileNotFoundError names the file that a document relies on."""
+    return json.loads((ROOT / "bench/results" / f"{machine}.json").read_text())
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def ours_of(record: Record) -> Record:
+    return next(row for row in record["candidates"] if row["role"] == "ours")
+
+
+def _row(record: Record) -> list[str]:
+    ours, vs = ours_of(record), record["vs"]
+    return [
+        f"`{record['id']}`",
+        seconds_text(ours["median_s"]),
+        f"{significant(vs['reference'])}" if "reference" in vs else "–",
+        f"{significant(vs['best_peer'])} ({vs['best_peer_name']})" if "best_peer" in vs else "–",
+        f"{vs['limit']:.0%}" if "limit" in vs else "–",
+        bytes_text(ours["peak_bytes"]) if "peak_bytes" in ours else "–",
+    ]
+
+
+HEADER = ["case", "ours", "x reference", "x best peer", "of the limit", "peak memory"]
+
+
+def suites(results: Record, *names: str) -> str:
+    """The summary rows of some suites:
+
+    our median, how many times as fast as reference and best peer, share of the limit, memory.
+    """
+    return markdown(HEADER, [_row(record) for record in results["cases"] if record["suite"] in names])
+
+
+def memory(results: Record) -> str:
+    """Peak extra memory of loss and gradient against N, ours and the others'."""
+    family = [
+        r
+        for r in results["cases"]
+        if r["case"] == "info_nce" and r["params"].get("D") == 256 and "dtype" not in r["params"]
+    ]
+    family.sort(key=lambda record: record["params"]["N"])
+    names = [name for name in ("vito_kernels", "reference", "info-nce-pytorch", "open_clip ClipLoss")]
+    rows = []
+    for record in family:
+        by_name = {row["name"]: row for row in record["candidates"]}
+        cells = [by_name.get(name, {}) for name in names]
+        texts = [bytes_text(cell["peak_bytes"]) if "peak_bytes" in cell else "not run" for cell in cells]
+        rows.append([str(record["params"]["N"]), *texts])
+    return markdown(["N", *names], rows)
+
+
+def counts(results: Record) -> str:
+    """Instructions and packets, which are the same on every machine."""
+    return markdown(
+        ["figure", "value"], [[name, significant(value, 5)] for name, value in results["static"]["counts"].items()]
+    )
+
+
+def machine(results: Record) -> str:
+    """One line: on what and with what."""
+    on, versions = results["machine"], results["versions"]
+    gpu = f"{on['gpu']['name']}, driver {on['gpu']['driver']}, " if on["gpu"] else ""
+    shown = [
+        f"{name} {versions[name]}" for name in ("torch", "triton", "nvidia-dali-cuda130", "av") if name in versions
+    ]
+    return f"{gpu}{on['cpu']}, {on['cores']} cores; Python {versions['python']}, {', '.join(shown)}; {results['date'][:10]}."
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "losses": lambda results: suites(results, "infonce", "losses"),
+    "kernels": lambda results: suites(results, "pooling", "photometric", "optimizer"),
+    "data": lambda results: suites(results, "sampler", "decode", "loader"),
+    "step": lambda results: suites(results, "step"),
+    "memory": memory,
+    "counts": counts,
+    "machine": machine,
+}
+
+
+def value(results: Record, case: str, path: str) -> str:
+    """One figure. KeyError or StopIteration if the results do not hold it."""
+    record = next(record for record in results["cases"] if record["id"] == case)
+    node: Any = record | {"ours": ours_of(record)}
+    for part in path.split("."):
+        node = node[part]
+    if path.endswith("_bytes"):
+        return bytes_text(node)
+    if path.endswith("_s"):
+        return seconds_text(node)
+    if path.startswith("rates.items"):
+        return count_text(node)
+    return f"{node:.0%}" if path == "vs.limit" else significant(node)
+
+
+def fill(text: str) -> str:
+    """``text`` with everything between markers made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        start, name, arguments, _, end = match.groups()
+        words = arguments.split()
+        if name == "value":
+            return f"{start}{value(load(words[0]), ' '.join(words[1:-1]), words[-1])}{end}"
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}, known: value, {', '.join(TABLES)}")
+        made = TABLES[name](load(words[0]))
+        return f"{start}\n{made}\n{end}" if "\n" in made or made.startswith("|") else f"{start}{made}{end}"
+
+    return MARK.sub(make, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file differs")
+    options = parser.parse_args()
+    different = []
+    for file in options.files:
+        text = file.read_text(encoding="utf-8")
+        made = fill(text)
+        if made != text:
+            different.append(file)
+            if not options.check:
+                file.write_text(made, encoding="utf-8")
+    for file in different:
+        print(f"{'differs from its results' if options.check else 'updated'}: {file}")
+    return 1 if options.check and different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
