@@ -130,7 +130,9 @@ class Fetcher:
                 mine[places] = new
         return places
 
-    def _geometry_of(self, numbers: np.ndarray, samples: Samples, attempts: np.ndarray, pictures: list[Any]) -> torch.Tensor:
+    def _geometry_of(
+        self, numbers: np.ndarray, samples: Samples, attempts: np.ndarray, pictures: list[Any]
+    ) -> torch.Tensor:
         """Squares (V * B, S, S, 3) uint8, view by view. What DALI refuses is found one by one and replaced."""
         start = time.perf_counter()
         try:
@@ -190,5 +192,3 @@ class Fetcher:
                 place = view * len(rotation) + i
                 squares[place] = torch.rot90(squares[place], quarters, (0, 1))
         return squares
-
-

@@ -89,7 +89,9 @@ class ClipLoader:
         max_bad_share: float = 0.01,
     ):
         if batch_size < 1 or prefetch < 1 or threads < 0:
-            raise ValueError(f"batch_size {batch_size} and prefetch {prefetch} must be at least 1, threads {threads} at least 0")
+            raise ValueError(
+                f"batch_size {batch_size} and prefetch {prefetch} must be at least 1, threads {threads} at least 0"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, must be from 0 to world_size - 1 = {world_size - 1}")
         if not 0 <= max_bad_share <= 1:
@@ -100,7 +102,9 @@ class ClipLoader:
         self.stats = LoaderStats()
         self.step = 0
         if len(self) == 0:
-            raise UserError(f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: lower batch_size")
+            raise UserError(
+                f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: lower batch_size"
+            )
         self._fetcher = Fetcher(
             self.store, batch_size, sampler or SamplerConfig(), seed, self.stats,
             augment=augment, device=torch.device(device), dtype=dtype, threads=threads, max_bad_share=max_bad_share,
@@ -182,7 +186,9 @@ class _Producer:
         self._stopped = threading.Event()
         # the thread must not keep the loader alive: it holds a weak method
         method = weakref.WeakMethod(numbers)
-        self._thread = threading.Thread(target=self._run, args=(fetcher, method, position), name="clip-loader", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(fetcher, method, position), name="clip-loader", daemon=True
+        )
         _running.add(self)
         self._thread.start()
 

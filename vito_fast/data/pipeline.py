@@ -32,7 +32,9 @@ class Geometry:
     :mod:`vito_fast.data.geometry` for the specification).
     """
 
-    def __init__(self, source: str, size: int, max_batch: int, *, device: str = "cpu", threads: int = 2, depth: int = 1):
+    def __init__(
+        self, source: str, size: int, max_batch: int, *, device: str = "cpu", threads: int = 2, depth: int = 1
+    ):
         if source not in ("jpeg", "frames", "video"):
             raise ValueError(f"source is {source!r}, must be jpeg, frames or video")
         self.source, self.size, self.device, self.depth = source, size, torch.device(device), depth
@@ -61,7 +63,9 @@ class Geometry:
             else:
                 wanted = fn.external_source(name="wanted", dtype=types.INT32, ndim=1)
                 frames = fn.decoders.video(pictures, device="mixed" if gpu else "cpu", frames=wanted)
-                crop = fn.slice(fn.squeeze(frames, axes=0), start, shape, **{**window, "axis_names": None, "axes": (0, 1)})
+                crop = fn.slice(
+                    fn.squeeze(frames, axes=0), start, shape, **{**window, "axis_names": None, "axes": (0, 1)}
+                )
             square = fn.resize(crop, size=[self.size, self.size], interp_type=types.INTERP_CUBIC, antialias=False)
             pipeline.set_outputs(fn.flip(square, horizontal=flip))
         pipeline.build()
