@@ -141,8 +141,8 @@ def check_options(
     many = isinstance(positive, Tensor) and positive.dim() == 2 and positive.shape[1] > 1
     if label_smoothing and (hard_negatives or debias or many or group is not None):
         raise ValueError(
-            f"label_smoothing={label_smoothing} needs one positive for each query, no groups, no hard_negatives and no
-            debias"
+            f"label_smoothing={label_smoothing} needs one positive for each query and no groups, "
+            "and goes with neither hard_negatives nor debias"
         )
 
 

@@ -72,11 +72,13 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     order = labels.argsort(stable=True)
     rank = torch.zeros_like(order)
     rank[order[1:]] = (labels[order[1:]] != labels[order[:-1]]).long()
-    rank = torch.empty_like(order).index_copy_(0, order, rank[order].cumsum(0))  # labels as 0, 1, 2 ... without a
-    host sync wide = z.to(scale.dtype) sums = torch.zeros_like(wide).index_put((rank,), wide, accumulate=True)[rank] -
-    wide ones = torch.ones_like(lse) count = torch.zeros_like(lse).index_put((rank,), ones, accumulate=True)[rank] - 1
-    loss = torch.where(count > 0, lse - scale * (wide * sums).sum(1) / count.clamp(min=1), 0) return loss.sum() /
-    (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
+    rank = torch.empty_like(order).index_copy_(0, order, rank[order].cumsum(0))  # labels as 0, 1, 2 ...: no host sync
+    wide = z.to(scale.dtype)
+    sums = torch.zeros_like(wide).index_put((rank,), wide, accumulate=True)[rank] - wide
+    ones = torch.ones_like(lse)
+    count = torch.zeros_like(lse).index_put((rank,), ones, accumulate=True)[rank] - 1
+    loss = torch.where(count > 0, lse - scale * (wide * sums).sum(1) / count.clamp(min=1), 0)
+    return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
 
 class InfoNCELoss(nn.Module):

@@ -25,10 +25,22 @@ from torch.nn.functional import normalize, softplus
 
 from vito_kernels import tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._tiles import Operand, cdiv, choose_tile, dot_rows, hide, load_rows, plan_tiles, precision,
-rows_contiguous from vito_kernels._triton import Spec, jit, on_device, processors, use_triton from vito_kernels.checks
-import check_paired, inverse_temperature, reduce, scale_tensor from vito_kernels.gradient import pair_gradient from
-vito_kernels.info_nce import autocast, launch_lse, run_lse from vito_kernels.tiled import Exclusion, Role
+from vito_kernels._tiles import (
+    Operand,
+    cdiv,
+    choose_tile,
+    dot_rows,
+    hide,
+    load_rows,
+    plan_tiles,
+    precision,
+    rows_contiguous,
+)
+from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels.checks import check_paired, inverse_temperature, reduce, scale_tensor
+from vito_kernels.gradient import pair_gradient
+from vito_kernels.info_nce import autocast, launch_lse, run_lse
+from vito_kernels.tiled import Exclusion, Role
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -125,8 +137,9 @@ def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums
 
 def specs() -> list[Spec]:
     """The two-sided forward pass; its gradients are those of ``vito_kernels.gradient``."""
-    return [_spec(width, dtype) for width in (64, 128, 192, 256, 512, 1024) for dtype in (torch.bfloat16,
-    torch.float32)]
+    return [
+        _spec(width, dtype) for width in (64, 128, 192, 256, 512, 1024) for dtype in (torch.bfloat16, torch.float32)
+    ]
 
 
 def _spec(width: int, dtype: torch.dtype, rows: int = 32768) -> Spec:
@@ -279,9 +292,7 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return (softplus(rows - pairs).mean() + softplus(columns - pairs).mean()) / 2
 
 
-def rows_and_columns(
-    x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
     x, y = autocast(x, y)
     return apply_two_sided(x, y, scale_tensor(scale, x), diagonal)

@@ -85,8 +85,9 @@ def _reweighted(
     return torch.log1p(negatives * torch.exp(-positives))
 
 
-def moco_loss(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean") ->
-Tensor:
+def moco_loss(
+    q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean"
+) -> Tensor:
     """Query i's positive is k_i, its negatives are the queue (He et al. 2020, arXiv 1911.05722, algorithm 1)."""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
     return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction=reduction)
