@@ -1,5 +1,6 @@
 // Runs a fuzz target without libFuzzer: TARGET_replay COUNT tries mutations of the seeds, the same ones every time;
-// TARGET_replay FILE... tries the files, as libFuzzer leaves them.
+// TARGET_replay FILE... tries the files, as libFuzzer leaves them; TARGET_replay --seeds DIRECTORY writes the seeds there,
+// for libFuzzer to start from.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -50,6 +51,11 @@ void try_bytes(const std::string& bytes) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const std::vector<std::string> seeds = fuzz_seeds();
+  if (argc == 3 && std::string(argv[1]) == "--seeds") {
+    for (size_t i = 0; i < seeds.size(); ++i) write_file(argv[2] + ("/seed-" + std::to_string(i)), seeds[i]);
+    return 0;
+  }
   char* end = nullptr;
   const long count = argc == 2 ? std::strtol(argv[1], &end, 10) : 0;
   if (count <= 0 || *end) {
@@ -58,7 +64,6 @@ int main(int argc, char** argv) {
     return argc < 2;
   }
   Random random(20240607);
-  const std::vector<std::string> seeds = fuzz_seeds();
   for (const std::string& seed : seeds) try_bytes(seed);
   for (long i = 0; i < count; ++i) {
     std::string bytes = seeds[static_cast<size_t>(i) % seeds.size()];

@@ -1,4 +1,4 @@
-"""Builders of small stores for the tests: synthetic index records, and real coded clips as a `copy` store holds them."""
+"""Builders of small stores for the tests: synthetic index records, and coded clips as a `copy` store holds them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CopiedClip:
 
 
 def copy_store(source: Path, directory: Path) -> CopiedClip:
-    """Packs a file without coding it anew. The decoder's order of output is the presentation order, whatever the pts say."""
+    """Packs a file without coding it anew. The order in which the decoder puts frames out is that of presentation."""
     directory.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as container:
         stream = container.streams.video[0]
