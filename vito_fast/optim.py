@@ -7,6 +7,7 @@ momentum gathers it, and the learning rate multiplies the momentum. Parameters w
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,15 @@ class Lars:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p for _, p in self.adapted + self.plain]
+        return [p.detach() for _, p in self.adapted + self.plain]
 
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, zeros where a parameter took no part (which allocates them once)."""
-        for p in self.parameters:
+        named = self.adapted + self.plain
+        for _, p in named:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return [p.grad for _, p in named if p.grad is not None]
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -49,8 +51,8 @@ class Lars:
         """One update at learning rate ``lr``; uses up the gradients (they are overwritten)."""
         gradients = self.gradients()
         momentum = list(self.momentum.values())
-        keep: float | Tensor = self.config.momentum
-        rate: float | Tensor = -lr
+        keep: Any = self.config.momentum
+        rate: Any = -lr
         if finite is not None:
             for g in gradients:
                 g.copy_(torch.where(finite, g, torch.zeros((), dtype=g.dtype, device=g.device)))
@@ -66,7 +68,7 @@ class Lars:
         """Weight decay and trust ratio, in place, on the gradients of the parameters that have them."""
         if not gradients:
             return
-        weights = [p for _, p in self.adapted]
+        weights = [p.detach() for _, p in self.adapted]
         torch._foreach_add_(gradients, weights, alpha=self.config.weight_decay)
         weight_norm = torch.stack(torch._foreach_norm(weights))
         update_norm = torch.stack(torch._foreach_norm(gradients))

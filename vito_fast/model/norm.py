@@ -38,7 +38,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        module.__class__ = CpuSyncBatchNorm  # same parameters, buffers and names; only forward differs
+        module.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]  # same parameters, buffers and names; only forward differs
     for child in module.children():
         convert_sync_batchnorm(child, device)
     return module
@@ -92,7 +92,7 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total

@@ -3,7 +3,7 @@
 Legend: B images of a forward (all views of all clips), C channels of a stage, L = H*W its locations, D embedding width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +100,22 @@ class VitoModel(nn.Module):
         """(target parameters, the online parameters that they follow), in the same order."""
         online = dict(self.online.named_parameters())
         names = [name for name, _ in self.target.named_parameters()]
-        return list(self.target.parameters()), [online[name] for name in names]
+        return [p.detach() for p in self.target.parameters()], [online[name].detach() for name in names]
 
     @torch.no_grad()
-    def update_target(self, tau: float | Tensor) -> None:
-        """target <- tau * target + (1 - tau) * online, over parameters."""
+    def update_target(self, tau: float, finite: Tensor | None = None) -> None:
+        """target <- tau * target + (1 - tau) * online, over parameters; nothing where ``finite`` (a bool ()) is false."""
         target, online = self.averaged_pairs()
-        torch._foreach_lerp_(target, online, 1 - tau)
+        move: Any = 1 - tau if finite is None else (1 - tau) * finite.double()
+        torch._foreach_mul_(target, 1 - move)
+        torch._foreach_add_(target, torch._foreach_mul(online, move))
+
+    @torch.no_grad()
+    def target_distance(self) -> Tensor:
+        """|target - online| / |online| over all parameters that both have, ()."""
+        target, online = self.averaged_pairs()
+        apart, size = torch._foreach_norm(torch._foreach_sub(target, online)), torch._foreach_norm(online)
+        return torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(size))
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Any timm network that can return intermediate features, behind the same interface as ``ResNet``."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vito_fast.errors import UserError
@@ -19,7 +21,7 @@ class TimmBackbone(nn.Module):
         except ImportError:
             raise UserError(f"backbone 'timm:{name}' needs timm: pip install timm") from None
         try:
-            self.body: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+            self.body: Any = timm.create_model(name, pretrained=False, num_classes=0)
         except RuntimeError as error:
             raise UserError(f"backbone 'timm:{name}': {error}") from None
         info = getattr(self.body, "feature_info", None)

@@ -1,0 +1,7 @@
+"""``python -m vito_fast``, for torchrun."""
+
+import sys
+
+from vito_fast.cli import main
+
+sys.exit(main())

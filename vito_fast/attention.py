@@ -1,0 +1,109 @@
+"""Where the encoder looks: attention maps of a video's frames as a picture grid. People would rather look."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vito_fast.checkpoint import Checkpoint, find
+from vito_fast.errors import UserError
+from vito_fast.export import config_of
+from vito_fast.model.pair import Branch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, as in training."""
+Pixels = npt.NDArray[np.uint8]
+
+
+def load_online(checkpoint: Checkpoint) -> Branch:
+    """The online branch of a checkpoint, on the CPU, in evaluation mode."""
+    model = config_of(checkpoint).model
+    branch = Branch(model, predictor=model.predictor)
+    prefix = "model.online."
+    branch.load_state_dict({k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)})
+    return branch.eval()
+
+
+def video_frames(path: Path, count: int, size: int) -> Pixels:
+    """``count`` frames (n,H,W,3) evenly spaced over a video, short side about ``size``, both sides multiples of 32.
+
+    Fewer if the video has fewer. UserError if it cannot be read.
+    """
+    import av
+
+    if not path.is_file():
+        raise UserError(f"no video {path}")
+    try:
+        with av.open(str(path)) as container:
+            total = sum(1 for _ in container.decode(video=0))
+        if total == 0:
+            raise UserError(f"{path} has no frames")
+        wanted = {round(i) for i in np.linspace(0, total - 1, min(count, total))}
+        with av.open(str(path)) as container:
+            pictures = [f for i, f in enumerate(container.decode(video=0)) if i in wanted]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path} is not a video that can be read: {' '.join(str(error).split())}") from None
+    scale = size / min(pictures[0].width, pictures[0].height)
+    width, height = (max(32, round(side * scale / 32) * 32) for side in (pictures[0].width, pictures[0].height))
+    return np.stack([p.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA") for p in pictures])
+
+
+@torch.no_grad()
+def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
+    """Pooling weights as maps (n,h,w) of each scale, finest first, each summing to 1, of uint8 frames (n,H,W,3)."""
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    maps = []
+    for features, pool in zip(branch.backbone(images), branch.pools, strict=True):
+        maps.append(pool(features)[1].unflatten(1, features.shape[2:]))
+    return maps
+
+
+def overlay(frames: Pixels, maps: Tensor) -> Pixels:
+    """Frames (n,H,W,3) in grey, coloured by maps (n,h,w): red where a location weighs most in its frame, blue least."""
+    maps = F.interpolate(maps[:, None], frames.shape[1:3], mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    t = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()[..., None]
+    hot = np.concatenate([1.5 - np.abs(4 * t - 3), 1.5 - np.abs(4 * t - 2), 1.5 - np.abs(4 * t - 1)], -1).clip(0, 1)
+    grey = frames.mean(-1, keepdims=True) / 255
+    mixed: Pixels = ((0.55 * grey + 0.45 * hot) * 255).round().astype(np.uint8)
+    return mixed
+
+
+def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> None:
+    """Writes the grid: one column a frame; the frame itself, then its attention at each scale, finest first.
+
+    UserError if the run has no attention pooling, or run, video or output cannot be used.
+    """
+    from PIL import Image, ImageDraw
+
+    if count < 1 or size < 32:
+        raise UserError(f"--frames must be at least 1 and --size at least 32, got {count} and {size}")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"the picture must be a .png, got {out}")
+    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    branch = load_online(checkpoint)
+    if config_of(checkpoint).model.pooling != "attention":
+        raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")
+    frames = video_frames(video, count, size)
+    strides: list[int] = branch.backbone.strides  # type: ignore[assignment]
+    rows = [("frame", frames)]
+    for stride, maps in zip(strides, attention_maps(branch, frames), strict=True):
+        rows.append((f"attention, stride {stride}", overlay(frames, maps)))
+    gap, label = 4, 16
+    n, height, width, _ = frames.shape
+    canvas = Image.new("RGB", (n * (width + gap) + gap, len(rows) * (height + gap + label) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, (title, pictures) in enumerate(rows):
+        top = gap + r * (height + gap + label)
+        pen.text((gap, top), title, fill="black")
+        for c, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture), (gap + c * (width + gap), top + label))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None

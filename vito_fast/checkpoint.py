@@ -1,0 +1,167 @@
+"""Checkpoints: one safetensors file each, written whole or not at all, checked when read, never unpickled.
+
+A file ``step-00000123.safetensors`` holds the tensors, and in its header the rest of the state as JSON and a SHA-256 over
+both. It is written under another name, flushed to the disk and renamed, so that a name that matches is a whole file unless
+the disk itself failed, which the checksum tells.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vito_fast.errors import UserError
+
+FORMAT = "vito-fast checkpoint"
+VERSION = "1"
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds: tensors by name (on the CPU) and the rest as plain JSON values."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of a step."""
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The files with a checkpoint's name in ``folder``, newest first."""
+    found = [p for p in folder.glob("step-*.safetensors") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically; OSError if it cannot be written, and then ``path`` is as it was."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(state, sort_keys=True)
+    header = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _checksum(tensors, text)}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata=header)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads and checks a checkpoint; UserError naming the file if it is missing, torn, changed or not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise UserError(f"{path} is not a checkpoint of vito-fast")
+            if header.get("version") != VERSION:
+                raise UserError(f"{path} is a checkpoint of version {header.get('version')}, this program reads {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is torn or not a checkpoint: {error}") from None
+    if _checksum(tensors, header.get("state", "")) != header.get("sha256"):
+        raise UserError(f"{path} is damaged: its checksum does not match")
+    return Checkpoint(path, tensors, json.loads(header["state"]))
+
+
+def read_newest(folder: Path, refused: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that is whole; ``refused`` is told each newer one that is not, by name."""
+    for path in checkpoints(folder):
+        try:
+            return read(path)
+        except UserError as error:
+            refused(f"{error}; trying the one before")
+    return None
+
+
+def find(run_or_file: str | Path, refused: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in a file, or the newest of a run's folder. UserError if there is none."""
+    path = Path(run_or_file)
+    if path.is_file():
+        return read(path)
+    if not path.is_dir():
+        raise UserError(f"no run or checkpoint {path}")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = read_newest(folder, refused)
+    if found is None:
+        raise UserError(f"{path} holds no usable checkpoint")
+    return found
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's own entries (a rename) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Checkpointer:
+    """Writes checkpoints of one run behind the training's back, and deletes those that are no longer wanted.
+
+    ``save`` copies the state and returns; one write at a time. ``wait`` returns once the last one is on the disk and
+    raises what it raised. The newest ``keep_last`` stay, and every one whose step is a multiple of ``keep_every``.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*.partial"):
+            leftover.unlink()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Starts writing the state after ``step`` steps; returns the path it will have."""
+        self.wait()
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        path = path_of(self.folder, step)
+        self._pending = self._pool.submit(self._write, path, copies, state)
+        return path
+
+    def wait(self) -> None:
+        """Waits for the write in progress; OSError if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits and lets the thread go."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        write(path, tensors, state)
+        for old in checkpoints(self.folder)[self.keep_last :]:
+            step = int(old.stem.removeprefix("step-"))
+            if not (self.keep_every and step % self.keep_every == 0):
+                old.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""The trained encoder as a state dict with torchvision's and timm's names, which coincide for ResNets."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vito_fast.checkpoint import Checkpoint, find
+from vito_fast.config import Config, from_mapping
+from vito_fast.errors import UserError
+from vito_fast.model.resnet import RESNETS
+
+Extension = Literal["safetensors", "pth"]
+
+
+def encoder_state(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> dict[str, Tensor]:
+    """The backbone's state dict in a checkpoint: torchvision's names for ResNets, timm's for timm networks."""
+    prefix = f"model.{network}.backbone."
+    state = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix("body."): t for name, t in state.items()}
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was made with."""
+    return from_mapping(Config(), checkpoint.state["config"], str(checkpoint.path))
+
+
+def export(
+    run: Path,
+    out: Path,
+    format: Literal["torchvision", "timm"] = "torchvision",
+    ext: Extension | None = None,
+    network: Literal["online", "target"] = "online",
+) -> tuple[Path, str]:
+    """Writes the encoder of a run or checkpoint; returns the file's path and a line of Python that loads it.
+
+    The file holds no classifier. It appears whole or not at all. UserError for an unusable run, an extension that contradicts
+    ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
+    """
+    path = _with_extension(out, ext)
+    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    backbone = config_of(checkpoint).model.backbone
+    name = backbone.removeprefix("timm:")
+    if format == "torchvision" and backbone not in RESNETS:
+        raise UserError(f"{backbone} is no torchvision network: use --format timm")
+    state = {k: t.clone().contiguous() for k, t in encoder_state(checkpoint, network).items()}
+    _write(path, state, {"architecture": name, "format": format, "step": str(checkpoint.state["step"])})
+    loaded = f"safetensors.torch.load_file('{path}')" if path.suffix == ".safetensors" else f"torch.load('{path}')"
+    if format == "timm":
+        return path, f"timm.create_model('{name}', num_classes=0, checkpoint_path='{path}')"
+    return path, f"m = torchvision.models.{name}(); m.fc = torch.nn.Identity(); m.load_state_dict({loaded})"
+
+
+def _with_extension(out: Path, ext: Extension | None) -> Path:
+    given = out.suffix.removeprefix(".")
+    if given in ("safetensors", "pth"):
+        if ext not in (None, given):
+            raise UserError(f"{out} ends in .{given}, and --ext says {ext}: give one of them")
+        return out
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give the name of a file in it")
+    return out.with_name(f"{out.name}.{ext or 'safetensors'}")
+
+
+def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(state, partial, metadata=about)
+        else:
+            torch.save(state, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)

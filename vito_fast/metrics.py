@@ -1,0 +1,172 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal.
+
+metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit, except those
+of ``TIMINGS``, which are about this machine and this moment.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIMINGS = ("pairs_per_s", "data_wait", "seconds", "peak_memory", "decode_failures")
+"""pairs_per_s: clips a second over all ranks since the last row. data_wait: share of that time spent waiting for data, 0 to 1.
+seconds: since the process began training. peak_memory: bytes, of the GPU, or resident in main memory without one.
+decode_failures: samples replaced because they could not be decoded, since the process began."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file; a torn last line (a killed writer) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RowFile:
+    """A JSON-lines file of rows with a ``step`` that continues exactly after ``step`` steps: later rows are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row and hands it to the system, so that a killed process loses none."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Brings the rows to the disk: before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Recorder:
+    """Writes rows to metrics.jsonl and TensorBoard, and evaluations to evaluations.jsonl, from the main process alone."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics = RowFile(run / "metrics.jsonl", step)
+        self.evaluations = RowFile(run / "evaluations.jsonl", step)
+        self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One logged step."""
+        self.metrics.append(row)
+        self._scalars("train", row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One evaluation."""
+        self.evaluations.append(row)
+        self._scalars("evaluation", row)
+
+    def picture(self, name: str, image_hwc: Any, step: int) -> None:
+        """An (H,W,3) uint8 array for TensorBoard."""
+        self._board.add_image(name, image_hwc, step, dataformats="HWC")
+
+    def _scalars(self, group: str, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+
+    def sync(self) -> None:
+        self.metrics.sync()
+        self.evaluations.sync()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.evaluations.close()
+        self._board.close()
+
+
+class Clock:
+    """Rate and waiting time between rows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = self.last = time.perf_counter()
+        self.waited = 0.0
+        self.pairs = self.all_pairs = 0
+        self.training = 0.0
+
+    def count(self, pairs: int, waited: float) -> None:
+        """Adds one step of ``pairs`` clips over all ranks, ``waited`` seconds of it for data."""
+        self.pairs += pairs
+        self.all_pairs += pairs
+        self.waited += waited
+
+    def timings(self, decode_failures: int) -> dict[str, Any]:
+        """The values of TIMINGS since the last call."""
+        now = time.perf_counter()
+        span, self.last = now - self.last, now
+        self.training += span
+        result = {
+            "pairs_per_s": round(self.pairs / span, 3),
+            "data_wait": round(self.waited / span, 5),
+            "seconds": round(now - self.began, 3),
+            "peak_memory": peak_memory(self.device),
+            "decode_failures": decode_failures,
+        }
+        self.pairs, self.waited = 0, 0.0
+        return result
+
+    def pause(self) -> None:
+        """Leaves what happened since the last row or pause (an evaluation) out of the rate."""
+        self.last = time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """Clips a second over all logged steps of this process."""
+        return self.all_pairs / self.training if self.training else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory of this process so far in bytes: allocated on the GPU, or resident without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; a line now and then elsewhere. Silent unless ``show``."""
+
+    def __init__(self, total: int, start: int, show: bool) -> None:
+        self.total, self.show = total, show
+        self.live = show and sys.stderr.isatty()
+        self.next_line = start
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = ["[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+            self.bar = Bar(*columns, "left", TimeRemainingColumn(), TextColumn("{task.fields[note]}"), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("pretraining", total=total, completed=start, note="")
+
+    def update(self, step: int, row: dict[str, Any] | None) -> None:
+        """After each step; ``row`` where one was logged."""
+        note = f"loss {row['loss']:.3f}  {row['pairs_per_s']:.0f} pairs/s  wait {row['data_wait']:.0%}" if row else None
+        if self.live:
+            self.bar.update(self.task, completed=step, **({"note": note} if note else {}))
+        elif self.show and note and step >= self.next_line:
+            print(f"step {step}/{self.total}  {note}", flush=True)
+            self.next_line = step + max(1, self.total // 10)
+
+    def close(self) -> None:
+        if self.live:
+            self.bar.stop()

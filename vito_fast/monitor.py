@@ -1,0 +1,92 @@
+"""A cheap evaluation during pretraining: does an augmented frame find another augmented frame of its own clip?
+
+For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the second
+among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's own start) and
+the raw pixels answer the same question on the same frames.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vito_fast.config import Config
+from vito_fast.data.loader import ClipLoader
+
+SEED_OFFSET = 1_000_003
+"""The evaluation's frames come from the run's seed plus this, so that they are none of the first epochs' by design."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Two augmented frames of each of N clips: queries and gallery, both (N,3,S,S) float32 on the CPU."""
+
+    query: Tensor
+    gallery: Tensor
+
+
+def draw(config: Config, clips: int) -> Frames:
+    """Two augmented frames of up to ``train.evaluate_clips`` of the store's ``clips`` clips, the same for the same seed."""
+    wanted = min(clips, config.train.evaluate_clips)
+    batches = -(-wanted // 64)
+    size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
+    seed, threads = config.seed + SEED_OFFSET, config.data.threads
+    with ClipLoader(config.data.store, size, seed=seed, sampler=config.sampler, threads=threads) as loader:
+        views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
+    query, gallery = (torch.cat([v[i] for v in views]) for i in (0, min(1, len(views[0]) - 1)))
+    return Frames(query, gallery)
+
+
+def top1(query: Tensor, gallery: Tensor) -> float:
+    """Share of rows of ``query`` (N,F) whose nearest row of ``gallery`` (N,F) by cosine is the one of the same number."""
+    nearest = (F.normalize(query.flatten(1), dim=1) @ F.normalize(gallery.flatten(1), dim=1).T).argmax(1)
+    return (nearest == torch.arange(len(nearest), device=nearest.device)).double().mean().item()
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """(N,C) float32: the spatial mean of the coarsest stage, in whichever mode the backbone is."""
+    rows = []
+    for part in images.split(64):
+        part = part.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        rows.append(backbone(part)[-1].mean((2, 3)).float())
+    return torch.cat(rows)
+
+
+def rank_me(rows: Tensor) -> float:
+    """Effective rank of features (N,C): exp of the entropy of their normalised singular values (RankMe, 2210.02885)."""
+    values = torch.linalg.svdvals(rows.double())
+    share = values / values.sum() + 1e-7
+    return torch.exp(-(share * share.log()).sum()).item()
+
+
+def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
+    """Retrieval (share, 0 to 1) and RankMe of the network in evaluation mode; the network is left as it was."""
+    was_training = backbone.training
+    backbone.eval()
+    query = features(backbone, frames.query, device, config.train.channels_last)
+    gallery = features(backbone, frames.gallery, device, config.train.channels_last)
+    backbone.train(was_training)
+    return {"retrieval": top1(query, gallery), "rank_me": rank_me(gallery)}
+
+
+def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
+    """What the trained network must beat: the untrained one, its batch norms set to these frames, and raw pixels.
+
+    The statistics favour the untrained network: without them its features would be scaled for no images at all.
+    """
+    untrained = copy.deepcopy(backbone)
+    for module in untrained.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average over the batches
+    untrained.train()
+    features(untrained, torch.cat([frames.query, frames.gallery]), device, config.train.channels_last)
+    return {
+        "untrained": evaluate(untrained, frames, config, device)["retrieval"],
+        "pixels": top1(frames.query, frames.gallery),
+        "clips": len(frames.query),
+    }

@@ -1,0 +1,164 @@
+"""One training step: keys, queries, loss, gradient, update. One process or many, CPU or GPU: only configuration differs.
+
+Legend: V views, B clips of this rank, S scales, D embedding width; a part is the share of the clips computed at once.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vito_fast.checkpoint import Checkpoint
+from vito_fast.config import Config
+from vito_fast.distributed import PendingKeys, World, mean_over_ranks
+from vito_fast.errors import UserError
+from vito_fast.loss import accuracy, attention_entropy, chance, embedding_std, objective
+from vito_fast.model import VitoModel
+from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
+from vito_fast.model.pair import normalise
+from vito_fast.optim import Lars, Schedule
+
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
+
+
+class Trainer:
+    """Model, optimiser and schedule, and the step that moves them."""
+
+    def __init__(self, config: Config, world: World, steps_per_epoch: int) -> None:
+        self.config, self.world, self.step_count = config, world, 0
+        torch.manual_seed(config.seed)
+        model = VitoModel(config.model).to(world.device, WEIGHTS[config.train.dtype])
+        if config.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world.size > 1:
+            convert_sync_batchnorm(model, world.device)
+        self.model = model.train()
+        self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
+        self.schedule = Schedule(config, steps_per_epoch)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
+        self.online: nn.Module = torch.compile(model.online) if config.train.compile else model.online
+        self.target: nn.Module = torch.compile(model.target) if config.train.compile else model.target
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            single = config.train.micro_batches == 1
+            self.online = nn.parallel.DistributedDataParallel(
+                self.online, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=single
+            )
+
+    def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool) -> dict[str, Any]:
+        """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for."""
+        lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
+        parts = list(zip(*(v.chunk(self.config.train.micro_batches) for v in views), strict=True))
+        buffers = list(self.model.buffers())
+        buffers_before = [b.clone() for b in buffers]
+        for p in self.model.online.parameters():
+            p.grad = None
+
+        with torch.no_grad():  # keys first: they travel between ranks while the online branch runs
+            keys = [self._forward(self.target, part)[0] for part in parts]
+            pending = PendingKeys([normalise(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world)
+        if len(parts) == 1:
+            rows, weights = self._forward(self.online, parts[0])
+            queries = [normalise(z) for z in rows]
+            loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
+            loss.backward()
+        else:
+            queries, weights, every, loss, by_scale = self._cached_gradients(parts, pending)
+
+        norm = self.optimizer.gradient_norm()
+        finite = self._finite(loss.detach(), norm)
+        self.optimizer.step(lr, finite)
+        self.model.update_target(tau, finite)
+        for buffer, before in zip(buffers, buffers_before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self.step_count += 1
+        if not measure:
+            return {}
+        return self._measure(queries, weights, every, by_scale, norm) | {"lr": lr, "tau": tau}
+
+    def _forward(self, branch: nn.Module, part: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """All views of some clips in one pass: embeddings (V,b,D) and pooling weights (V*b,L) of each scale."""
+        device, config = self.world.device, self.config.train
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            images = torch.cat(part)
+            out = branch(images.double() if config.dtype == "float64" else images)
+        return [z.unflatten(0, (len(part), -1)) for z in out.embeddings], out.weights
+
+    def _cached_gradients(self, parts: list[tuple[Tensor, ...]], pending: PendingKeys) -> Any:
+        """The step of the whole batch with the activations of one part: embed all parts, differentiate the loss with
+        respect to the embeddings, then embed each part again and send its share of that gradient back."""
+        with torch.no_grad():
+            forwards = [self._forward(self.online, part) for part in parts]
+        rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
+        queries = [normalise(z) for z in rows]
+        loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
+        gradients = [g.split([len(p[0]) for p in parts], 1) for g in torch.autograd.grad(loss, rows)]
+        for i, part in enumerate(parts):
+            with self._without_sync(i < len(parts) - 1), frozen_statistics(self.model.online):
+                again, _ = self._forward(self.online, part)
+                torch.autograd.backward(again, [g[i] for g in gradients])
+        return queries, forwards[0][1], every, loss, by_scale
+
+    def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        online = self.online
+        if wanted and isinstance(online, nn.parallel.DistributedDataParallel):
+            return online.no_sync()
+        return contextlib.nullcontext()
+
+    def _finite(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether every rank's loss and the gradient are finite (); counts the steps that are not. No host sync."""
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if self.world.size > 1:
+            flag = finite.to(torch.uint8)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            finite = flag.bool()
+        bad = (~finite).long()
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
+        return finite
+
+    def _measure(self, queries: Any, weights: Any, keys: Any, by_scale: Tensor, norm: Tensor) -> dict[str, Any]:
+        """The row of metrics.jsonl: this is where the host waits for the device."""
+        config = self.config.loss
+        groups = {
+            "loss_scale": by_scale,
+            "accuracy_scale": accuracy(queries, keys, config),
+            "embedding_std_scale": embedding_std(queries),
+            "attention_entropy_scale": attention_entropy(weights),
+        }
+        scalars = [by_scale.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
+        flat = torch.cat([torch.stack([s.double() for s in scalars]), *(g.double() for g in groups.values())])
+        values = mean_over_ranks(flat).tolist()
+        row = dict(zip(("loss", "chance", "gradient_norm", "target_distance"), values, strict=False))
+        names = (f"{name}{s}" for name, group in groups.items() for s in range(len(group)))
+        row |= zip(names, values[len(scalars) :], strict=True)
+        row["skipped"], row["skipped_in_a_row"] = self.skipped.tolist()
+        return row
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, plain values) that a run continues from, bit for bit."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"momentum.{k}": v for k, v in self.optimizer.state_dict().items()}
+        tensors |= {"rng.cpu": torch.get_rng_state(), "skipped": self.skipped}
+        if self.world.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return tensors, {"step": self.step_count}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint; UserError naming it if it is of another model."""
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "rng": {}, "skipped": {}}
+        for name, tensor in checkpoint.tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = tensor
+        try:
+            self.model.load_state_dict(groups["model"])
+            self.optimizer.load_state_dict(groups["momentum"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{checkpoint.path} is of another model: {' '.join(str(error).split())[:200]}") from None
+        self.skipped.copy_(groups["skipped"][""])
+        torch.set_rng_state(groups["rng"]["cpu"])
+        if self.world.device.type == "cuda" and "cuda" in groups["rng"]:
+            torch.cuda.set_rng_state(groups["rng"]["cuda"], self.world.device)
+        self.step_count = checkpoint.state["step"]
