@@ -1,7 +1,7 @@
 """Video in, training views out: packing (:mod:`.pack`), the store (:mod:`.store`) and :class:`ClipLoader`.
 
-``pack``, ``ClipLoader``, ``Store``, ``frames`` and ``SamplerConfig`` are loaded when first asked for, so that a packing process
-does not load torch.
+``ClipLoader``, ``Store``, ``frames`` and ``SamplerConfig`` are loaded when first asked for, so that a packing
+process does not load torch.
 """
 
 from importlib import import_module
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vito_fast.data.loader import ClipLoader
-    from vito_fast.data.pack import Report, pack
+    from vito_fast.data.pack import Report
     from vito_fast.data.sampler import SamplerConfig
     from vito_fast.data.store import Store, frames
 
-__all__ = ["ClipLoader", "Report", "SamplerConfig", "Store", "frames", "pack"]
+__all__ = ["ClipLoader", "Report", "SamplerConfig", "Store", "frames"]
 
 _HOMES = {"ClipLoader": "loader", "Report": "pack", "SamplerConfig": "sampler", "Store": "store", "frames": "store"}
 

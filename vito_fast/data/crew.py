@@ -28,7 +28,7 @@ class _Member:
 
 
 class Crew:
-    """Packs files with ``processes`` workers; each appends to a shard of its own and begins a new one at the size limit."""
+    """Packs files with ``processes`` workers; each appends to a shard of its own, a new one at the size limit."""
 
     def __init__(self, listing: Listing, journal: Journal, options: PackOptions, processes: int, patience: float):
         self._listing, self._journal, self._options = listing, journal, options
@@ -67,7 +67,8 @@ class Crew:
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "vito_fast.data.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()], env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
         member = _Member(process, mine, -1)

@@ -98,7 +98,8 @@ class Shard(Protocol):
 class ShotDetector:
     """Says whether a frame begins a new shot: its change against the frame before is large, and large for this shot.
 
-    The change is the mean absolute difference of thumbnails whose cells are averaged, so that noise and small motion vanish.
+    The change is the mean absolute difference of thumbnails whose cells are averaged, so that noise and small motion
+    vanish.
     """
 
     ABSOLUTE = 0.07
@@ -147,7 +148,7 @@ class JpegEncoder:
 
 
 class H264Encoder:
-    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so that a frame costs at most ``gop`` packets."""
+    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so a frame costs at most ``gop`` packets."""
 
     codec = "h264"
 
@@ -187,7 +188,7 @@ class H264Encoder:
         return rest, self._context.extradata or b""
 
 
-ENCODERS = {"jpeg": JpegEncoder, "h264": H264Encoder}
+ENCODERS: dict[str, type[JpegEncoder] | type[H264Encoder]] = {"jpeg": JpegEncoder, "h264": H264Encoder}
 
 
 @dataclass
@@ -256,7 +257,8 @@ class Cutter:
             raise BadVideo("the encoder's first packet is no key")
         self.result.clips.append(
             PackedClip(
-                codec=clip.encoder.codec, width=0, height=0, rotation=0, shard=self.shard.number, time_base=TICKS, end=0,
+                codec=clip.encoder.codec, width=0, height=0, rotation=0, shard=self.shard.number,
+                time_base=TICKS, end=0,
                 extradata=extradata, pts=np.empty(0, np.int64),
                 offsets=np.array([self.shard.append(payload) for payload in payloads], np.int64),
                 sizes=np.array([len(payload) for payload in payloads], np.int64),

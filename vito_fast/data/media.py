@@ -1,7 +1,7 @@
 """Sequential decoding of any video file: the truth that every faster way of reading is compared with.
 
-Frames are told apart by *tokens*: each packet's place in decoding order, handed through the decoder in the packet's pts. So a
-frame is tied to the packet it came from even where a file's own times are missing, repeated or out of order.
+Frames are told apart by *tokens*: each packet's place in decoding order, handed through the decoder in the packet's
+pts. So a frame is tied to the packet it came from even where a file's own times are missing, repeated or out of order.
 """
 
 import bisect
@@ -55,8 +55,8 @@ class BadVideo(Exception):
 class Source:
     """One video file being decoded in order by :meth:`frames`; the packet lists fill up as it goes.
 
-    After :meth:`frames` is exhausted ``pts`` (container ticks of ``time_base``, or None), ``sizes`` and ``discard`` (outside the
-    edit list: decoded, never shown) have one entry per packet in decoding order.
+    After :meth:`frames` is exhausted ``pts`` (container ticks of ``time_base``, or None), ``sizes`` and ``discard``
+    (outside the edit list: decoded, never shown) have one entry per packet in decoding order.
     """
 
     path: Path
@@ -72,8 +72,8 @@ class Source:
     def frames(self, on_packet=None) -> Iterator[tuple[int, VideoFrame]]:
         """Yields (token, frame) in presentation order; ``on_packet(av.Packet)`` sees every packet before it is decoded.
 
-        Raises BadVideo on anything a decoder complains of, and on frames it marks as corrupt: a software decoder otherwise
-        hides damage behind a copy of the frame before.
+        Raises BadVideo on anything a decoder complains of, and on frames it marks as corrupt: a software decoder
+        otherwise hides damage behind a copy of the frame before.
         """
         try:
             with av.open(str(self.path), metadata_errors="ignore") as container:
@@ -123,10 +123,10 @@ def _unclaimed(seen: set[int], count: int) -> int:
 
 
 def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
-    """Ticks (int64, strictly increasing) of frames in the order in which the decoder gave them, from their packets' pts.
+    """Ticks (int64, strictly increasing) of frames in the order the decoder gave them in, from their packets' pts.
 
-    Good files pass unchanged. Where pts are out of order (written in decoding order by careless muxers) the same ticks are
-    handed out in order; repeated ticks move up by one; missing ones are ``step`` after the one before.
+    Good files pass unchanged. Where pts are out of order (written in decoding order by careless muxers) the same ticks
+    are handed out in order; repeated ticks move up by one; missing ones are ``step`` after the one before.
     """
     ticks: list[int] = []
     for value in pts:
@@ -139,7 +139,8 @@ def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
 def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True) -> np.ndarray:
     """The frame as (H, W, 3) uint8 RGB by its own colour matrix, turned upright; ``size`` (h, w) is after the turn.
 
-    Resizing is swscale's bicubic, which filters before it shrinks. Frames of unknown matrix are read as BT.601, as swscale does.
+    Resizing is swscale's bicubic, which filters before it shrinks. Frames of unknown matrix are read as BT.601, as
+    swscale does.
     """
     quarter = round(frame.rotation / 90) % 4 if turn else 0
     height, width = size or (None, None)

@@ -1,8 +1,9 @@
 """``vito-fast pack SRC DST``: any folder of videos into a store of clips that is fast to read.
 
-The store is a directory of shards (packets end to end), ``index.bin`` (written last, atomically: a store without it is not finished),
-``store.json`` (options and report) and ``quarantine.jsonl`` (every file left out, with the reason). While packing, finished
-files are recorded in ``DST/.pack``; after a crash or a kill the same command takes up from there.
+The store is a directory of shards (packets end to end), ``index.bin`` (written last, atomically: a store without it is
+not finished), ``store.json`` (options and report) and ``quarantine.jsonl`` (every file left out, with the reason).
+While packing, finished files are recorded in ``DST/.pack``; after a crash or a kill the same command takes up from
+there.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ class Report:
     def lines(self) -> list[str]:
         rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items())
         result = [
-            f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, {self.frames} frames, {self.bytes / 1e6:.1f} MB",
+            f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, "
+            f"{self.frames} frames, {self.bytes / 1e6:.1f} MB",
             f"frame rates: {rates}; packets decoded per frame used: {self.packets_per_frame:.2f}",
         ]
         if self.short_shots:
@@ -80,20 +82,22 @@ def pack(
 ) -> Report:
     """Packs every video under ``src`` (a folder, or one file) into the store ``dst``.
 
-    format: ``jpeg`` (every frame a JPEG, any frame in one read), ``h264`` (short groups of pictures), ``copy`` (no re-encoding).
-    part: ``i/n`` packs the i-th of n shares, so that machines can work side by side into one folder; the last one to finish
-    writes the index. processes: 0 = one per core. patience: seconds without a decoded frame after which a file is given up.
-    The other options are those of :class:`PackOptions`.
+    format: ``jpeg`` (every frame a JPEG, any frame in one read), ``h264`` (short groups of pictures), ``copy`` (no
+    re-encoding).
+    part: ``i/n`` packs the i-th of n shares, so that machines can work side by side into one folder; the last one to
+    finish writes the index. processes: 0 = one per core. patience: seconds without a decoded frame after which a file
+    is given up. The other options are those of :class:`PackOptions`.
 
-    Links that lead outside ``src`` are not followed; identical files are packed once. Safe to kill at any time and to repeat: a
-    finished store is left as it is. The clips and their order depend on the files and options only, not on the processes.
+    Links that lead outside ``src`` are not followed; identical files are packed once. Safe to kill at any time and to
+    repeat: a finished store is left as it is. The clips and their order depend on the files and options only, not on
+    the processes.
 
-    Raises UserError for what the user can mend: no such folder, no usable video in it, a full disk, ``dst`` not writable or
-    holding another store; ValueError for options out of range.
+    Raises UserError for what the user can mend: no such folder, no usable video in it, a full disk, ``dst`` not
+    writable or holding another store; ValueError for options out of range.
     """
     options = PackOptions(
-        format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder, clip_length=clip_length,
-        min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
+        format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
+        clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
     )  # fmt: skip
     number, parts = _parse_part(part)
     listing, store = list_videos(Path(src)), Path(dst)
@@ -137,7 +141,8 @@ def _same_options(path: Path, options: PackOptions) -> None:
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise UserError(
-                    f"{path.parent.parent} was begun with {key}={theirs.get(key)}, not {value}: repeat that or pack into a new folder"
+                    f"{path.parent.parent} was begun with {key}={theirs.get(key)}, not {value}: "
+                    "repeat that or pack into a new folder"
                 )
     else:
         write_atomically(path, json.dumps(mine, indent=1))
@@ -148,7 +153,8 @@ def _finished(store: Path, options: PackOptions, listing: Listing) -> Report:
     for key, value in asdict(options).items():
         if described["options"].get(key) != value:
             raise UserError(
-                f"{store} is a finished store with {key}={described['options'].get(key)}, not {value}: pack into a new folder"
+                f"{store} is a finished store with {key}={described['options'].get(key)}, not {value}: "
+                "pack into a new folder"
             )
     if described["sources"] != listing.fingerprint:
         raise UserError(
@@ -235,14 +241,15 @@ def _summary(packed: dict[str, PackedFile], rejected: dict[str, str], size: int)
     rates = Counter(f"{entry.rate:.3f}".rstrip("0").rstrip(".") for entry in packed.values())
     reasons = Counter(reason.split(":")[0] for reason in rejected.values())
     return Report(
-        clips=len(clips), videos=sum(bool(entry.clips) for entry in packed.values()), frames=sum(len(clip.pts) for clip in clips),
+        clips=len(clips), videos=sum(bool(entry.clips) for entry in packed.values()),
+        frames=sum(len(clip.pts) for clip in clips),
         hours=seconds / 3600, bytes=size, frame_rates=dict(rates.most_common()),
         short_shots=sum(entry.too_short for entry in packed.values()), rejected=dict(reasons.most_common()),
     )  # fmt: skip
 
 
 def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> float:
-    """Packets decoded per distinct frame used, by the planner, over pairs drawn as the sampler draws them (fixed seed)."""
+    """Packets decoded per distinct frame used, as planned for pairs drawn as the sampler draws them (fixed seed)."""
     from vito_fast.data.sampler import Sampler, SamplerConfig
 
     samples = Sampler(index, SamplerConfig(window=window), seed=0).sample(np.arange(draws))

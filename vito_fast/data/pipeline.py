@@ -1,5 +1,6 @@
-"""The geometry of a batch by DALI: decode the crop window, resize, flip. One definition for CPU and GPU; only the decoder's device differs.
+"""The geometry of a batch by DALI: decode the crop window, resize, flip.
 
+One definition serves CPU and GPU; only the decoder's device differs.
 Colour is not DALI's: ``vito_kernels.photometric`` follows on the uint8 pictures made here.
 """
 
@@ -27,9 +28,9 @@ def _dali():
 class Geometry:
     """Encoded pictures and crop windows in, square uint8 views out.
 
-    source: ``jpeg`` (JPEG files, the window alone is decoded), ``frames`` ((H, W, 3) uint8 RGB pictures) or ``video`` (small video
-    files with the one frame number wanted). The resize is DALI's cubic without antialiasing, as the ancestors' (see
-    :mod:`vito_fast.data.geometry` for the specification).
+    source: ``jpeg`` (JPEG files, the window alone is decoded), ``frames`` ((H, W, 3) uint8 RGB pictures) or ``video``
+    (small video files with the one frame number wanted). The resize is DALI's cubic without antialiasing, as the
+    ancestors' (see :mod:`vito_fast.data.geometry` for the specification).
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Store:
 def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Exactly decoded frames of one clip, (n, H, W, 3) uint8 RGB, upright, in the order asked for.
 
-    ``numbers`` count frames in presentation order; repeats are allowed. Raises IndexError for a clip or frame that does not exist,
-    OSError for damaged data.
+    ``numbers`` count frames in presentation order; repeats are allowed. Raises IndexError for a clip or frame that does
+    not exist, OSError for damaged data.
     """
     store = store if isinstance(store, Store) else Store(store)
     info, order, decoder = store.index.clip(clip), store.index.packets(clip).order, Decoder()

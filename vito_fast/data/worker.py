@@ -1,7 +1,7 @@
 """A packing process: ``python -m vito_fast.data.worker FD`` serves one :mod:`vito_fast.data.pack` over the pipe FD.
 
-A process of its own, not a fork, so that a decoder that crashes or hangs on a bad file takes nothing else with it, and so that
-it holds none of its parent's memory. It dies with its parent.
+A process of its own, not a fork, so that a decoder that crashes or hangs on a bad file takes nothing else with it, and
+so that it holds none of its parent's memory. It dies with its parent.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, number: int):
         self.number, self.path = number, path
-        self._file = open(path, "ab", buffering=1 << 20)
+        self._file = open(path, "ab", buffering=1 << 20)  # noqa: SIM115 - open until close
         self.size = self._file.tell()
 
     def append(self, payload: bytes) -> int:
@@ -69,7 +69,8 @@ def _pack_one(path: Path, shard: ShardWriter, options: PackOptions, heartbeat) -
 def serve(connection: Connection, parent: int) -> None:
     """Messages in: ("options", PackOptions), ("shard", path, number), ("file", path), None to end.
 
-    Messages out: ("beat",) every second of work, then ("done", PackedFile, shard size), ("rejected", reason, size) or ("fatal", line, size).
+    Messages out: ("beat",) every second of work, then ("done", PackedFile, shard size), ("rejected", reason, size) or
+    ("fatal", line, size).
     """
     options, shard = PackOptions(), None
     last = time.monotonic()
