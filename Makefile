@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
+VIDEOS ?=
 
-.PHONY: setup test lint pretrain bench inspect gpu-check clean
+.PHONY: setup test lint pretrain bench bench-gate readme-tables inspect gpu-check clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -17,11 +18,47 @@ $(VENV)/.installed: $(SOURCES)
 test: setup
 	$(BIN)/python -m pytest
 
+# The demo's videos are made here; with VIDEOS=dir, and CONFIG=file, the same on your own.
+ifeq ($(strip $(VIDEOS)),)
+RUN    = $(notdir $(basename $(CONFIG)))
+SOURCE = data/demo/videos
+STORE  = data/demo/store
+else
+RUN    = $(notdir $(basename $(CONFIG)))_$(notdir $(abspath $(VIDEOS)))
+SOURCE = $(VIDEOS)
+STORE  = data/$(notdir $(abspath $(VIDEOS)))/store
+endif
+
+pretrain: setup
+	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
+	$(BIN)/vito-fast pack $(SOURCE) $(STORE)
+	$(BIN)/vito-fast train $(CONFIG) --name $(RUN) --data.store $(STORE) --resume
+	$(BIN)/vito-fast attention runs/$(RUN) $(STORE) runs/$(RUN)/attention.png
+	$(BIN)/vito-fast export runs/$(RUN) runs/$(RUN)/encoder.safetensors
+
 lint: setup
 	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels && ln -sfn ../../vito_fast build/typing/vito_fast
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Races against the peers: bench/results/<machine>.json and bench/report.html. QUICK=1: under three minutes. See docs/benchmarks.md.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench $(if $(QUICK),--quick) $(BENCH)
+
+# Has anything become slower than the committed results of this kind of machine? Non-zero exit, naming the case.
+BASELINE ?= bench/results/cpu-amd-epyc-2-cores.json
+bench-gate: $(VENV)/.bench
+	$(BIN)/python -m bench --quick --results build/bench/gate.json --report build/bench/gate.html
+	$(BIN)/python -m bench.compare $(BASELINE) build/bench/gate.json --confirm 2
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+
+# The tables of README.md and docs/ from the committed results; a test fails when they differ.
+readme-tables: setup
+	$(BIN)/python -m bench.tables
 
 clean:
 	rm -rf build dist *.egg-info
