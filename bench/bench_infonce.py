@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import vito_kernels
 from bench.harness import Budget, Candidate, Result, Work
 from bench.limits import matmuls
-from bench.peers import compiled, one_sided, truth_of, with_gradients
+from bench.peers import compiled, one_sided, peer, truth_of, with_gradients
 from vito_kernels import reference
 
 TEMPERATURE = 0.1
@@ -173,32 +173,28 @@ def test_over_views(race: Any, device: torch.device, views: int) -> None:
 
 
 def test_queue(race: Any, device: torch.device) -> None:
-    """MoCo's shape: few queries, many keys, and the positives are the first keys."""
+    """MoCo: few queries, each with its own key, against a long queue."""
     m, n, d = 256, 65536, 128
-    q, k = pair(m, n, d, device)
+    q, k = pair(m, n + m, d, device)
+    keys, queue = k[:m], k[m:]
 
-    def queue_peer() -> Callable[[Tensor, Tensor], Tensor]:
+    def moco(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        unit_keys, unit_queue = normalize(keys, dim=1), normalize(queue, dim=1)
+        return lambda q: loss(
+            normalize(q, dim=1), unit_keys.to(q.dtype), unit_queue.to(q.dtype), temperature=TEMPERATURE
+        )
+
+    def package() -> Callable[[Tensor], Tensor]:
         from info_nce import InfoNCE
 
         loss = InfoNCE(temperature=TEMPERATURE)
-        return lambda q, k: loss(q, k[: len(q)], k[len(q) :])
-
-    def moco(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Each query's negatives are the queue: the other queries' positives are excluded by their common group."""
-        groups = torch.arange(n, device=device).clamp(min=m - 1)
-        q_group = torch.full((m,), m - 1, device=device)
-        groups[:m] = m - 1
-        positive = torch.arange(m, device=device)
-        options = {"temperature": TEMPERATURE, "positive": positive, "q_group": q_group, "k_group": groups}
-        return lambda q, k: loss(normalize(q, dim=1), normalize(k, dim=1), **options)
-
-    from bench.peers import peer
+        return lambda q: loss(q, keys, queue)
 
     candidates = [
-        Candidate("vito_kernels", with_gradients(moco(vito_kernels.info_nce), q, k), "ours"),
-        Candidate("reference", with_gradients(moco(reference.info_nce), q, k), "reference"),
-        peer("info-nce-pytorch", queue_peer, q, k, matrices=4.0 * 4 * m * n),
-        matmuls(q, k, 2),
+        Candidate("vito_kernels", with_gradients(moco(vito_kernels.moco_loss), q), "ours"),
+        Candidate("reference", with_gradients(moco(reference.moco_loss), q), "reference"),
+        peer("info-nce-pytorch", package, q, matrices=4.0 * 4 * m * n),
+        matmuls(q, queue, 2),
     ]
-    truth = truth_of(moco(reference.info_nce), q, k)
-    race("info_nce_queue", {"M": m, "N": n, "D": d}, candidates, truth=truth, work=work(m, n, d))
+    truth = truth_of(moco(reference.moco_loss), q)
+    race("moco_loss", {"M": m, "N": n, "D": d}, candidates, truth=truth, work=work(m, n, d))

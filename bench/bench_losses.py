@@ -13,7 +13,7 @@ import vito_kernels
 from bench.bench_infonce import TEMPERATURE, pair
 from bench.harness import Candidate, Work
 from bench.limits import matmuls
-from bench.peers import compiled, self_similar, truth_of, two_sided, with_gradients
+from bench.peers import compiled, self_similar, supervised, truth_of, two_sided, with_gradients
 from vito_kernels import reference
 
 FULL = pytest.mark.full
@@ -72,3 +72,25 @@ def test_ntxent(race: Any, device: torch.device, n: int) -> None:
         candidates.insert(2, Candidate("torch.compile of the reference", with_gradients(compiled(plain), z1, z2)))
     amount = Work(flops=4.0 * (2 * n) ** 2 * 128, bytes=4 * 4.0 * n * 128, items=n, unit="pairs")
     race("ntxent", {"N": n, "D": 128}, candidates, truth=truth_of(plain, z1, z2), work=amount)
+
+
+def test_supcon(race: Any, device: torch.device) -> None:
+    """2048 embeddings of 512 classes, all positives of a row at once."""
+    m, d = 2048, 128
+    z, _ = pair(m, m, d, device)
+    labels = torch.arange(m, device=device) % 512
+
+    def ours(z: Tensor) -> Tensor:
+        return vito_kernels.supcon_loss(z, labels, temperature=TEMPERATURE)
+
+    def plain(z: Tensor) -> Tensor:
+        return reference.supcon_loss(z, labels, temperature=TEMPERATURE)
+
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, z), "ours"),
+        Candidate("reference", with_gradients(plain, z), "reference"),
+        supervised(z, labels, TEMPERATURE),
+        matmuls(z, z, 2),
+    ]
+    amount = Work(flops=4.0 * m * m * d, bytes=4 * 2.0 * m * d, items=m, unit="embeddings")
+    race("supcon_loss", {"M": m, "D": d}, candidates, truth=truth_of(plain, z), work=amount)

@@ -72,7 +72,8 @@ class Change:
     def __str__(self) -> str:
         verdict = "WORSE" if self.worse else "better" if self.factor < 1 / self.allowed else "same"
         values = f"{significant(self.old)} -> {significant(self.new)}"
-        return f"{verdict:<7}{self.case:<52} {self.figure:<18} {values:<26} x{self.factor:.3f} (allowed x{self.allowed:.3f})"
+        factor = f"x{self.factor:.3f} (allowed x{self.allowed:.3f})"
+        return f"{verdict:<7}{self.case:<52} {self.figure:<18} {values:<26} {factor}"
 
 
 def compare(old: Record, new: Record, *, slack: float = 1.0) -> tuple[list[Change], list[str]]:
@@ -231,9 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     slack = 1.0
     if old["machine"]["cpu"] != new["machine"]["cpu"] or old["machine"]["gpu"] != new["machine"]["gpu"]:
         slack = 2.0
-        print(
-            f"other machine ({old['machine']['name']} -> {new['machine']['name']}): timed ratios may differ twice as much"
-        )
+        names = f"{old['machine']['name']} -> {new['machine']['name']}"
+        print(f"other machine ({names}): timed ratios may differ twice as much")
     for package in ("torch", "triton"):
         if old["versions"].get(package) != new["versions"].get(package):
             print(f"other {package}: {old['versions'].get(package)} -> {new['versions'].get(package)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +50,8 @@ def traffic(reads: Sequence[Tensor], writes: Sequence[tuple[Tensor, Tensor]]) ->
         return ()
 
     return Candidate("bare copy", call, "limit", "the least traffic that the task allows")
+
+
+def bare(name: str, call: Callable[[], Result], note: str) -> Candidate:
+    """Any other unavoidable part of a task."""
+    return Candidate(name, call, "limit", note)

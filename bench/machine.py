@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "av", "open-clip-torch", "lightly", "pytorch-metric-learning",
-    "info-nce-pytorch", "memeff", "inf-cl", "torchcodec", "decord2", "opencv-python-headless", "pytest-benchmark",
+    "torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "av", "timm", "open-clip-torch", "lightly",
+    "pytorch-metric-learning", "info-nce-pytorch", "memeff", "inf-cl", "torchcodec", "decord2",
+    "opencv-python-headless", "pytest-benchmark",
 )  # fmt: skip
 
 
@@ -23,7 +24,8 @@ def _cpu_name() -> str:
     if info.exists():
         fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info.read_text(), re.M))
         if "model name" in fields:
-            return f"{fields['model name'].strip()} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+            family, model = fields.get("cpu family", "?"), fields.get("model", "?")
+            return f"{fields['model name'].strip()} (family {family}, model {model})"
     return platform.processor() or platform.machine()
 
 

@@ -50,7 +50,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def peer(
     name: str,
-    make: Callable[[], Loss],
+    make: Callable[[], Callable[..., Tensor]],
     *inputs: Tensor,
     matrices: float = 0.0,
     cuda_only: bool = False,
@@ -191,3 +191,13 @@ def self_similar(z1: Tensor, z2: Tensor, temperature: float) -> list[Candidate]:
         peer("lightly", lambda: _lightly(temperature), z1, z2, matrices=6 * entries),
         peer("pytorch-metric-learning", lambda: _metric_learning_ntxent(temperature), z1, z2, matrices=triples),
     ]
+
+
+def supervised(z: Tensor, labels: Tensor, temperature: float) -> Candidate:
+    """pytorch-metric-learning's SupCon on embeddings of the classes ``labels``."""
+
+    def make() -> Callable[[Tensor], Tensor]:
+        loss = import_module("pytorch_metric_learning.losses").SupConLoss(temperature=temperature)
+        return lambda z: loss(z, labels)
+
+    return peer("pytorch-metric-learning", make, z, matrices=8.0 * z.element_size() * len(z) ** 2)

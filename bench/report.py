@@ -61,8 +61,8 @@ def render(results: Record) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         'initial-scale=1"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>vito-fast benchmarks</title><style>{style}</style></head><body>"
-        f"<header><h1>vito-fast benchmarks</h1>{_machine(results)}</header><nav>{links}</nav><main>{''.join(sections)}</main>"
-        "</body></html>\n"
+        f"<header><h1>vito-fast benchmarks</h1>{_machine(results)}</header><nav>{links}</nav>"
+        f"<main>{''.join(sections)}</main></body></html>\n"
     )
 
 
@@ -73,11 +73,12 @@ def _machine(results: Record) -> str:
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     quick = " · quick set" if results["quick"] else ""
     return (
-        f"<p><strong>{escape(device)}{escape(machine['cpu'])}, {machine['cores']} cores, {machine['memory_gib']} GiB</strong>"
-        f" · {escape(results['date'])} · commit {escape(results['commit'] or 'unknown')} · {results['threads']} threads{quick}</p>"
+        f"<p><strong>{escape(device)}{escape(machine['cpu'])}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        f"</strong> · {escape(results['date'])} · commit {escape(results['commit'] or 'unknown')} · "
+        f"{results['threads']} threads{quick}</p>"
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
-        "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, figures "
-        "are medians, ± is half the interquartile range, ratios are medians of the ratio within a round. "
+        "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
+        "figures are medians, ± is half the interquartile range, ratios are medians of the ratio within a round. "
         "<em>ours ×2</em> means that vito-fast is twice as fast.</p>"
     )
 
@@ -116,7 +117,7 @@ def _summary(cases: list[Record]) -> str:
             ]
         )
     header = ["case", "ours", "vs reference", "vs best peer", "of the limit", "peak memory"]
-    note = "Speed of vito-fast over the others' in the same run; the limit is the bare matmuls, copies or decoding of the case."
+    note = "Speed over the others' in the same run; the limit is the bare matmuls, copies or decoding of the case."
     return _section("summary", "Summary", note, table(header, rows))
 
 
@@ -296,7 +297,9 @@ def _static(static: Record) -> str:
             for kernel in static["kernels"]
         ]
         parts.append(table(header, rows))
-    note = "Exact on every machine: instructions by callgrind, packets by the planner, kernels as the compiler made them. No GPU was timed."
+    note = (
+        "The same on every machine: instructions by callgrind, packets by the planner, kernels as they were compiled."
+    )
     return _section("static", "Counted, not timed", note, "".join(parts) or "<p>Not counted in this run.</p>")
 
 

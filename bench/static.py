@@ -1,2 +1,141 @@
-def add(results):
-    pass
+"""Figures that no clock takes part in:
+
+instructions of the C++ core, packets per frame, kernels as the compiler made them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMES = 250
+SOURCES = ("bitstream", "index", "index_writer", "miniclip", "planner", "reader", "sampler")
+TIMES = (200, 2200)
+GOPS = (1, 8, 12, 50, 250)
+
+
+def add(results: Path) -> None:
+    """Adds ``static`` to a results file:
+
+    ``counts`` by name, ``kernels`` of the inspection, ``missing`` with reasons.
+    """
+    content = json.loads(results.read_text())
+    counts, missing = count()
+    kernels = [] if content["device"] == "cuda" else inspect(missing)
+    for line in missing:
+        print(f"not counted: {line}")
+    content["static"] = {"counts": counts, "kernels": kernels, "missing": missing}
+    results.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def count() -> tuple[dict[str, float], list[str]]:
+    """Counts of the C++ core by name, and what could not be counted."""
+    counts: dict[str, float] = {}
+    missing: list[str] = []
+    try:
+        import vito_fast._sampler  # noqa: F401
+    except ImportError as error:
+        return counts, [f"the data side is not installed ({error})"]
+    with tempfile.TemporaryDirectory() as folder:
+        for gop in GOPS:
+            counts[f"packets per frame, GOP {gop}"] = packets_per_frame(Path(folder), gop)
+        tools = [tool for tool in ("valgrind", "g++") if shutil.which(tool) is None]
+        if tools:
+            missing.append(f"instructions: {' and '.join(tools)} not installed")
+        else:
+            counts |= instructions(Path(folder))
+    return counts, missing
+
+
+def make_index(path: Path, gop: int, clips: int = 64) -> Any:
+    """An index of H.264-like clips without B-frames, a key every ``gop`` frames; no shard is written."""
+    from vito_fast.data.index import KEY, ClipRecord, Index, write_index
+
+    number = np.arange(FRAMES)
+    shared: dict[str, Any] = {
+        "codec": "mjpeg" if gop == 1 else "h264",
+        "width": 456,
+        "height": 256,
+        "shard": 0,
+        "time_base": Fraction(1, 25),
+        "pts": number,
+        "offsets": number * 4096,
+        "sizes": np.full(FRAMES, 4096),
+        "checksums": number.astype(np.uint32),
+        "flags": np.where(number % gop == 0, KEY, 0).astype(np.uint8),
+        "end": FRAMES,
+    }
+    clip_records = [ClipRecord(video=i, source=f"{i}.mp4", **shared) for i in range(clips)]
+    write_index(path, clip_records, format="jpeg" if gop == 1 else "copy", shards=[("shard-00000.bin", FRAMES * 4096)])
+    return Index(path)
+
+
+def packets_per_frame(folder: Path, gop: int, samples: int = 512) -> float:
+    """Packets decoded over distinct frames used (d/u) for the sampler's own requests;
+
+    a file name in ``folder`` is used.
+    """
+    from vito_fast.data.index import plan_packets
+    from vito_fast.data.sampler import Sampler
+
+    index = make_index(folder / f"gop{gop}.bin", gop)
+    drawn = Sampler(index, seed=1).sample(np.arange(samples))
+    decoded = used = 0
+    for clip, frames in zip(drawn.clip, drawn.frame, strict=True):
+        decoded += len(plan_packets(index, int(clip), frames, single_stream=False).packets)
+        used += len(set(frames.tolist()))
+    return decoded / used
+
+
+def instructions(folder: Path) -> dict[str, float]:
+    """Instructions executed for one sample, one plan and one mini-clip, by callgrind, start-up subtracted."""
+    program = folder / "count"
+    sources = [str(ROOT / "csrc" / f"{name}.cpp") for name in SOURCES] + [str(ROOT / "bench/native/count.cpp")]
+    command = ["g++", "-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *sources]
+    subprocess.run([*command, "-o", str(program), "-pthread"], check=True)
+    jobs = {
+        "sampler: instructions a sample of 2 views": ("gop1.bin", "sample"),
+        "planner: instructions a pair, GOP 12": ("gop12.bin", "plan"),
+        "mini-clip: instructions for 8 packets": ("gop12.bin", "miniclip"),
+    }
+    found = {}
+    for name, (index, part) in jobs.items():
+        make_index(folder / index, int(re.findall(r"\d+", index)[0]))
+        few, many = (_executed([str(program), str(folder / index), part, str(times)]) for times in TIMES)
+        found[name] = round((many - few) / (TIMES[1] - TIMES[0]), 1)
+    return found
+
+
+def _executed(command: list[str]) -> int:
+    watched = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *command]
+    output = subprocess.run(watched, check=True, capture_output=True, text=True).stderr
+    match = re.search(r"Collected\s*:\s*(\d+)", output)
+    if match is None:
+        raise RuntimeError(f"callgrind said nothing of its count: {output[-300:]}")
+    return int(match[1])
+
+
+def inspect(missing: list[str]) -> list[dict[str, Any]]:
+    """What ``python -m vito_kernels.inspect`` says of every kernel; a failing check there is no reason to stop here."""
+    if importlib.util.find_spec("vito_kernels.inspect") is None:
+        missing.append("kernels: vito_kernels.inspect is not there")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.json"
+        command = [sys.executable, "-m", "vito_kernels.inspect", "--json", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not target.exists():
+            missing.append(f"kernels: {(done.stderr.strip().splitlines() or ['inspect wrote nothing'])[-1][:160]}")
+            return []
+        return json.loads(target.read_text())["kernels"]

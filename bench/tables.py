@@ -94,7 +94,8 @@ def machine(results: Record) -> str:
     shown = [
         f"{name} {versions[name]}" for name in ("torch", "triton", "nvidia-dali-cuda130", "av") if name in versions
     ]
-    return f"{gpu}{on['cpu']}, {on['cores']} cores; Python {versions['python']}, {', '.join(shown)}; {results['date'][:10]}."
+    software = f"Python {versions['python']}, {', '.join(shown)}"
+    return f"{gpu}{on['cpu']}, {on['cores']} cores; {software}; {results['date'][:10]}."
 
 
 TABLES: dict[str, Callable[[Record], str]] = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 
 def _scaled(value: float, units: list[tuple[float, str]], digits: int = 3) -> str:
-    for scale, unit in units:
-        if abs(value) >= scale:
-            break
+    scale, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
     return f"{significant(value / scale, digits)} {unit}"
 
 

@@ -1,0 +1,151 @@
+"""From file to two RGB frames at 224 px, one thread: our stores against the public readers on the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.harness import Candidate, Result, Work, absent
+from bench.readers import READERS, Reader
+from bench.videos import Request, originals, requests, sequential, store
+from vito_fast.data.decode import Decoder
+from vito_fast.data.store import Store
+
+pytestmark = pytest.mark.cpu_only
+SIDE = 224
+
+
+def small(frame: np.ndarray) -> np.ndarray:
+    """The one resize that every candidate uses."""
+    import cv2
+
+    return cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+
+
+def delivered(frames: Sequence[np.ndarray]) -> Result:
+    return (torch.from_numpy(np.stack([small(frame) for frame in frames])),)
+
+
+def by_reader(reader: Reader, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
+    return lambda: delivered([frame for one in asked for frame in reader(files[one.video], one.frames)])
+
+
+def by_store(folder: Path, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
+    """Our path without the loader's threads: planned read, then a codec context that stays open."""
+    opened, decoder = Store(folder, threads=1), Decoder()
+    clips = {opened.index.clip(number).source: number for number in range(len(opened))}
+    number = [clips[files[one.video].name] for one in asked]
+
+    def call() -> Result:
+        reads = opened.reader.read(np.array(number), np.array([one.frames for one in asked]), single_stream=False)
+        frames = []
+        for clip, one, read in zip(number, asked, reads, strict=True):
+            wanted = opened.index.packets(clip).order[list(one.frames)]
+            frames += decoder.decode(opened.index.clip(clip), read, wanted)
+        return delivered(frames)
+
+    return call
+
+
+def bare_decode(folder: Path, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
+    """The codec's own time on the packets that must be decoded: no file, no colour conversion, no resize."""
+    import av
+
+    opened = Store(folder, threads=1)
+    clips = {opened.index.clip(number).source: number for number in range(len(opened))}
+    number = [clips[files[one.video].name] for one in asked]
+    reads = opened.reader.read(np.array(number), np.array([one.frames for one in asked]), single_stream=False)
+    payloads = [[bytes(packet) for packet in read.split()] for read in reads]
+    info = opened.index.clip(number[0])
+    contexts = {}
+    for clip in set(number):
+        contexts[clip] = av.CodecContext.create(info.codec, "r")
+        contexts[clip].thread_count = 1
+        contexts[clip].extradata = opened.index.clip(clip).extradata or None
+
+    def call() -> Result:
+        for clip, read, packets in zip(number, reads, payloads, strict=True):
+            for first, end in read.runs:
+                for row in range(first, end):
+                    contexts[clip].decode(av.Packet(packets[row]))
+                contexts[clip].decode(None)
+                contexts[clip].flush_buffers()
+        return ()
+
+    return call
+
+
+def wrong_or_far(truths: dict[int, np.ndarray], asked: list[Request]) -> Callable[[Result, Result], float]:
+    """Mean distance in grey levels from sequential decoding;
+
+    infinite if a neighbouring frame is nearer than the one asked for.
+    """
+
+    def agree(got: Result, _: Result) -> float:
+        frames, worst, place = got[0].numpy().astype(np.float32), 0.0, 0
+        for one in asked:
+            for number in one.frames:
+                near = range(max(0, number - 2), min(len(truths[one.video]), number + 3))
+                distance = {n: np.abs(frames[place] - small(truths[one.video][n])).mean() for n in near}
+                if min(distance, key=distance.__getitem__) != number:
+                    return float("inf")
+                worst, place = max(worst, float(distance[number])), place + 1
+        return worst
+
+    return agree
+
+
+def peers(files: list[Path], asked: list[Request]) -> list[Candidate]:
+    found = []
+    for name, make in READERS.items():
+        try:
+            found.append(Candidate(name, by_reader(make(), files, asked)))
+        except (ImportError, RuntimeError, OSError) as error:
+            found.append(absent(name, f"not installed ({str(error).splitlines()[0]})"))
+    return found
+
+
+def decode_race(
+    race: Any, case: str, params: dict[str, Any], files: list[Path], pairs: int, mine: list[Candidate], asked: Any
+) -> None:
+    truths = {video: sequential(files[video]) for video in {one.video for one in asked}}
+    race(
+        case,
+        params,
+        [*mine, *peers(files, asked)],
+        truth=lambda: (torch.zeros(1),),
+        agree=wrong_or_far(truths, asked),
+        bound=4.0,
+        work=Work(items=pairs, unit="pairs"),
+        device="cpu",
+        memory=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "gop", [12, pytest.param(50, marks=pytest.mark.full), pytest.param(250, marks=pytest.mark.full)]
+)
+def test_copy_store(race: Any, gop: int) -> None:
+    """256p originals, not coded anew."""
+    files = originals(256, gop, 2)
+    asked = requests(len(files), 4)
+    folder = store(files, "copy")
+    mine = [
+        Candidate("vito_fast copy store", by_store(folder, files, asked), "ours"),
+        Candidate("bare decode", bare_decode(folder, files, asked), "limit", "the planned packets through the codec"),
+    ]
+    decode_race(race, "decode_copy", {"side": 256, "GOP": gop}, files, len(asked), mine, asked)
+
+
+@pytest.mark.parametrize("format", ["jpeg", pytest.param("h264", marks=pytest.mark.full)])
+def test_packed_store(race: Any, quick: bool, format: str) -> None:
+    """Stores coded anew at 256p, against the readers on the 720p originals with a key every 250 frames."""
+    files = originals(720, 250, 2)
+    asked = requests(len(files), 4)
+    mine = [Candidate(f"vito_fast {format} store", by_store(store(files, format), files, asked), "ours")]
+    decode_race(race, f"decode_{format}", {"side": 720, "GOP": 250}, files, len(asked), mine, asked)

@@ -1,0 +1,129 @@
+"""The whole data path with all augmentations, from files to normalised views:
+
+ours against the best public CPU parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.bench_photometric import torchvision_chain
+from bench.harness import Candidate, Result, Work, absent
+from bench.readers import READERS
+from bench.videos import originals, store
+from vito_fast.data.fetch import Fetcher
+from vito_fast.data.loader import LoaderStats
+from vito_fast.data.sampler import Sampler, SamplerConfig, Samples
+from vito_fast.data.store import Store, frames
+from vito_kernels import reference
+
+pytestmark = pytest.mark.cpu_only
+THREADS = len(os.sched_getaffinity(0))
+Colour = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours(folder: Path, numbers: np.ndarray, config: SamplerConfig) -> Callable[[], Result]:
+    """Batches as the loader's thread makes them, without prefetching, so that nothing runs in other candidates'
+    turns.
+    """
+    options: dict[str, Any] = {"augment": True, "device": torch.device("cpu"), "dtype": torch.float32}
+    opened = Store(folder, threads=THREADS)
+    fetcher = Fetcher(opened, len(numbers), config, 1, LoaderStats(), threads=THREADS, max_bad_share=0.0, **options)
+    return lambda: fetcher.fetch(numbers)["views"]
+
+
+def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, colour: Colour) -> Candidate:
+    """A public reader, torchvision's crop and resize, and ``colour``; samples spread over as many threads."""
+    from torchvision.transforms.v2 import functional as F
+
+    try:
+        read = READERS["torchcodec"]()
+    except (ImportError, RuntimeError, OSError) as error:
+        return absent(name, f"not installed ({str(error).splitlines()[0]})")
+
+    def sample(number: int) -> Tensor:
+        first, second = (int(frame) for frame in samples.frame[number])
+        pictures = read(files[int(samples.clip[number])], (first, second))
+        views = []
+        for view, picture in enumerate(pictures):
+            y, x, height, width = (int(value / scale) for value in samples.crop[number, view])
+            cut = torch.from_numpy(picture).permute(2, 0, 1)[:, y : y + height, x : x + width]
+            square = F.resize(cut, [224, 224], F.InterpolationMode.BICUBIC, antialias=False)
+            views.append(F.horizontal_flip(square) if samples.flip[number, view] else square)
+        rows = torch.from_numpy(samples.params[number])
+        return colour(torch.stack(views).permute(0, 2, 3, 1), rows)
+
+    pool = ThreadPoolExecutor(THREADS)
+
+    def call() -> Result:
+        return tuple(torch.stack(list(pool.map(sample, range(len(samples.clip))))).unbind(1))
+
+    return Candidate(name, call)
+
+
+def exactly(folder: Path, samples: Samples) -> Result:
+    """Sequentially decoded frames, cut and resized one by one in float, the reference's colours in float64."""
+    views = []
+    for view in range(samples.frame.shape[1]):
+        squares = []
+        for number, clip in enumerate(samples.clip):
+            (picture,) = frames(folder, int(clip), [int(samples.frame[number, view])])
+            y, x, height, width = samples.crop[number, view]
+            cut = torch.from_numpy(picture[y : y + height, x : x + width]).permute(2, 0, 1)[None].float()
+            square = torch.nn.functional.interpolate(cut, (224, 224), mode="bicubic", antialias=False)
+            square = square.round().clamp(0, 255).byte()[0].permute(1, 2, 0)
+            squares.append(square.flip(1) if samples.flip[number, view] else square)
+        params = torch.from_numpy(samples.params[:, view])
+        views.append(reference.photometric(torch.stack(squares), params, dtype=torch.float64))
+    return views
+
+
+def mean_distance(got: Result, truth: Result) -> float:
+    """Mean distance in grey levels over all views:
+
+    decoders and resizers differ by a few, another frame or crop by dozens.
+    """
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
+    return max(((mine.double() - true).abs() * std * 255).mean().item() for mine, true in zip(got, truth, strict=True))
+
+
+def test_jpeg_store(race: Any) -> None:
+    """Sixteen pairs of 224 px views; the others read the 256p originals with a key every 12 frames."""
+    files, count = originals(256, 12, 2), 16
+    folder = store(files, "jpeg")
+    opened, config = Store(folder), SamplerConfig()
+    numbers = np.arange(count)
+    samples = Sampler(opened.index, config, 1).sample(numbers)
+    by_source = {file.name: file for file in files}
+    infos = {clip: opened.index.clip(clip) for clip in range(len(opened))}
+    by_clip = {clip: by_source[info.source] for clip, info in infos.items()}
+    scale = infos[0].height / 256
+    exact_colours: Colour = reference.photometric
+    quick_colours: Colour = lambda images, params: torchvision_chain(images, params, 23)  # noqa: E731
+    context = by_parts("torchcodec + torchvision v2", by_clip, samples, scale, quick_colours)
+    context.role, context.note = "context", context.note or "colour formulas of its own"
+    candidates = [
+        Candidate("vito_fast jpeg store", ours(folder, numbers, config), "ours"),
+        by_parts("torchcodec + torch", by_clip, samples, scale, exact_colours),
+        context,
+    ]
+    race(
+        "loader",
+        {"B": count, "side": 256, "GOP": 12},
+        candidates,
+        truth=lambda: exactly(folder, samples),
+        agree=mean_distance,
+        bound=5.0,
+        work=Work(items=count, unit="pairs"),
+        device="cpu",
+        memory=False,
+    )

@@ -1,0 +1,102 @@
+"""A whole training step from given views: keys, queries, loss, gradient, LARS, moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vito_fast.loss
+from bench.bench_optimizer import some
+from bench.harness import Candidate, Result, Work
+from bench.limits import bare
+from vito_fast.config import Config, ModelConfig, ScheduleConfig, TrainConfig
+from vito_fast.distributed import World
+from vito_fast.step import Trainer
+from vito_kernels import reference
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """The references in place of the kernels, everywhere in the step."""
+    pooling = importlib.import_module("vito_kernels.attention_pool")
+    before = vito_fast.loss.info_nce, pooling.attention_pool
+    vito_fast.loss.info_nce, pooling.attention_pool = reference.info_nce, reference.attention_pool
+    try:
+        yield
+    finally:
+        vito_fast.loss.info_nce, pooling.attention_pool = before
+
+
+def trainer(backbone: str, batch: int, device: torch.device, dtype: str = "float32") -> Trainer:
+    config = Config(
+        model=ModelConfig(backbone=backbone),
+        schedule=ScheduleConfig(warmup_epochs=0),
+        train=TrainConfig(batch_size=batch, dtype=dtype, compile=False),
+    )
+    return Trainer(config, World(0, 1, 1, device), steps_per_epoch=100)
+
+
+def views_of(batch: int, size: int, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randn(batch, 3, size, size, generator=generator)
+    views = [clips + 0.5 * torch.randn(batch, 3, size, size, generator=generator) for _ in range(2)]
+    return tuple(v.to(device).contiguous(memory_format=torch.channels_last) for v in views), torch.arange(batch)
+
+
+def stepping(made: Trainer, views: tuple[Tensor, ...], video: Tensor) -> Callable[[], Result]:
+    """The first call returns how some parameters moved; later ones only step on."""
+    fresh = [True]
+
+    def call() -> Result:
+        parameters = made.optimizer.parameters
+        before = some(parameters) if fresh else []
+        made.step(views, video, measure=False)
+        if not fresh:
+            return ()
+        fresh.pop()
+        return [after - start for after, start in zip(some(parameters), before, strict=True)]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("backbone", "batch", "size"),
+    [("resnet18", 16, 64), pytest.param("resnet50", 8, 224, marks=pytest.mark.full)],
+    ids=["resnet18", "resnet50"],
+)
+def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: int) -> None:
+    views, video = views_of(batch, size, device)
+    video = video.to(device)
+    fused, plain = trainer(backbone, batch, device), trainer(backbone, batch, device)
+    plain_step = stepping(plain, views, video)
+
+    def reference_step() -> Result:
+        with plain_kernels():
+            return plain_step()
+
+    def networks_alone() -> Result:
+        with torch.no_grad():
+            fused.model.target.backbone(torch.cat(views))
+        features = fused.model.online.backbone(torch.cat(views))
+        torch.stack([f.mean() for f in features]).sum().backward()
+        return ()
+
+    def truth() -> Result:
+        exact = trainer(backbone, batch, device, "float64")
+        with plain_kernels():
+            return stepping(exact, views, video)()
+
+    candidates = [
+        Candidate("vito_fast", stepping(fused, views, video), "ours"),
+        Candidate("the same with the references", reference_step, "reference"),
+        bare("networks alone", networks_alone, "both backbones, no pooling, heads, loss or update"),
+    ]
+    params = {"backbone": backbone, "B": batch, "size": size}
+    work = Work(items=batch, unit="pairs")
+    race("train_step", params, candidates, truth=truth, work=work, bound=0.02)

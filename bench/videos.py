@@ -1,0 +1,99 @@
+"""Videos for the decoding races: a photograph under a moving camera, coded with a chosen GOP, and stores packed from
+them.
+
+Everything is made once and kept under ``build/bench-data``; the same on every machine, but for the encoder's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent.parent / "build/bench-data/1"
+FRAMES, RATE = 250, 25
+SIZES = {256: (256, 456), 720: (720, 1280)}  # short side: height, width
+PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "chelsea")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One pair of frames of one file."""
+
+    video: int
+    frames: tuple[int, int]
+
+
+def requests(videos: int, count: int, seed: int = 0) -> list[Request]:
+    """Pairs within 64 frames of each other, placed uniformly, as training asks for them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        start = rng.integers(0, FRAMES - 64)
+        first, second = sorted(int(start + offset) for offset in rng.choice(64, 2, replace=False))
+        found.append(Request(int(rng.integers(videos)), (first, second)))
+    return found
+
+
+def _scene(name: str, height: int, width: int) -> np.ndarray:
+    """A picture larger than the frame for the camera to move over, with the grain that real sensors add."""
+    from PIL import Image
+    from skimage import data
+
+    scale = 1.5
+    picture = Image.fromarray(getattr(data, name)()).resize(
+        (int(width * scale), int(height * scale)), Image.Resampling.BICUBIC
+    )
+    grain = np.random.default_rng(0).normal(0, 3, (picture.height, picture.width, 1))
+    return (np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)
+
+
+def _write(path: Path, name: str, side: int, gop: int) -> None:
+    height, width = SIZES[side]
+    scene = _scene(name, height, width)
+    down, right = scene.shape[0] - height, scene.shape[1] - width
+    options = {"preset": "veryfast", "crf": "21", "threads": "1"}
+    temporary = path.with_suffix(".part.mp4")
+    with av.open(str(temporary), "w") as out:
+        stream = out.add_stream("libx264", rate=RATE, options=options | {"x264-params": f"keyint={gop}:scenecut=0"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(FRAMES):
+            turn = 2 * np.pi * number / FRAMES
+            y, x = int(down * (0.5 + 0.5 * np.sin(turn))), int(right * (0.5 + 0.5 * np.cos(1.7 * turn)))
+            frame = np.ascontiguousarray(scene[y : y + height, x : x + width])
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+    temporary.rename(path)
+
+
+def originals(side: int, gop: int, count: int) -> list[Path]:
+    """``count`` H.264 files with B-frames, ten seconds each."""
+    folder = FOLDER / f"{side}p-gop{gop}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{PHOTOGRAPHS[i]}.mp4" for i in range(count)]
+    for path in paths:
+        if not path.exists():
+            _write(path, path.stem, side, gop)
+    return paths
+
+
+def store(files: Sequence[Path], format: str) -> Path:
+    """A store packed from exactly these files, one clip each."""
+    from vito_fast.data.pack import pack
+
+    folder = files[0].parent
+    if len(list(folder.glob("*.mp4"))) != len(files):
+        raise ValueError(f"{folder} holds other files too")
+    target = FOLDER / f"{folder.name}-{format}"
+    if not (target / "index.bin").exists():
+        pack(folder, target, format=format, clip_length=60, shot_cuts=False, progress=False)
+    return target
+
+
+def sequential(path: Path) -> np.ndarray:
+    """All frames by plain decoding from the start, (n, H, W, 3) uint8: what every reader must deliver."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
