@@ -21,7 +21,7 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
     }
-    function = type(op._name, (torch.autograd.Function,), methods)
+    function: Any = type(op._name, (torch.autograd.Function,), methods)
 
     def call(*args: Any) -> Any:
         return op(*args) if torch.compiler.is_compiling() else function.apply(*args)

@@ -37,7 +37,7 @@ def load_rows(
     """Rows ``row .. row + BLOCK`` as a tuple of column chunks, zero beyond the matrix; CLEAN promises that no row
     is.
     """
-    chunks = ()
+    chunks = ()  # type: tuple[Any, ...]
     index = tl.arange(0, BLOCK)
     if not TMA:  # one 64-bit address for the tile, 32-bit offsets within it
         x += tl.cast(row, tl.int64) * stride
@@ -86,7 +86,7 @@ def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
 @jit
 def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
     """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b."""
-    sums = ()
+    sums = ()  # type: tuple[Any, ...]
     for c in tl.static_range(FIRST, LAST):
         sums += (product(p.to(b[c].dtype), b[c], accs[c - FIRST], PRECISION),)
     return sums
@@ -95,7 +95,7 @@ def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: 
 @jit
 def zero_sums(BLOCK: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
 tl.constexpr):  # fmt: skip
-    sums = ()
+    sums = ()  # type: tuple[Any, ...]
     for c in tl.static_range(FIRST, LAST):
         sums += (tl.zeros((BLOCK, W if c < D // W else TAIL), tl.float32),)
     return sums

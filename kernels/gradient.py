@@ -178,27 +178,27 @@ def pair_gradient(
     return gx, gy
 
 
-def specs() -> list[Spec]:
+def specs(device: str = "meta") -> list[Spec]:
     """The key gradient under every layout, and the two-role pass of two-sided losses and self-similarity."""
     cases = [("key gradient", layout) for layout in ("none", "diagonal", "groups", "positive")]
     cases += [("two-role gradient", layout) for layout in ("none", "diagonal")]
     return [
-        _spec(name, layout, width, dtype)
+        _spec(name, layout, width, dtype, device)
         for width in (64, 128, 192, 256, 512, 1024)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for name, layout in cases
     ]
 
 
-def _spec(name: str, layout: str, width: int, dtype: torch.dtype, rows: int = 32768) -> Spec:
+def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = "meta", rows: int = 32768) -> Spec:
     def launch() -> None:
-        x = torch.empty(rows, width, dtype=dtype, device="meta")
-        ids = torch.empty(rows, dtype=torch.int64, device="meta")
-        role = Role(torch.empty(rows, device="meta"), torch.empty(rows, device="meta"))
+        x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
+        ids = torch.arange(rows, device=device)
+        role = Role(torch.full((rows,), 10.0, device=device), torch.full((rows,), 1 / rows, device=device))
         group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
         hidden = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
         own_role = role if name == "two-role gradient" else None
-        launch_gradient(x, x, torch.empty((), device="meta"), own_role, role, hidden)
+        launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden)
 
     return Spec(
         f"{name} D={width} {str(dtype)[6:]} {layout}",

@@ -24,7 +24,7 @@ not trusted and leaves the others at once. No value is read by the host.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def _lse_step(
         p = tl.exp2(s - (base - HEADROOM)[:, None])
         top = new_top
         total *= old[:, None]
-        scaled = ()
+        scaled = ()  # type: tuple[Any, ...]
         for c in tl.static_range(FIRST, LAST):
             scaled += (accs[c - FIRST] * old[:, None],)
         accs = scaled
@@ -155,7 +155,7 @@ def _lse_kernel(
             safe &= tl.max(tl.abs(accs[c - FIRST]), 1) < float("inf")
         tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
     tl.store(lse + tl.cast(split, tl.int64) * M + own, (tl.log2(z) + shift) * 0.6931471805599453, mask=own < M)
-    means = ()
+    means = ()  # type: tuple[Any, ...]
     for c in tl.static_range(FIRST, LAST):
         means += (accs[c - FIRST] / tl.where(z == 0.0, 1.0, z)[:, None],)
     store_sums(mean + tl.cast(split, tl.int64) * M * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
@@ -228,10 +228,10 @@ def merge_splits(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return whole, (mean * share[:, :, None]).sum(0)
 
 
-def specs() -> list[Spec]:
+def specs(device: str = "meta") -> list[Spec]:
     """Every shipped launch of this file, at the nominal size of a large contrastive batch."""
     return [
-        _spec(width, dtype, bring_mean, layout)
+        _spec(width, dtype, bring_mean, layout, device)
         for width in (64, 128, 192, 256, 512, 1024)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for bring_mean in (True, False)
@@ -239,12 +239,14 @@ def specs() -> list[Spec]:
     ]
 
 
-def _spec(width: int, dtype: torch.dtype, bring_mean: bool, layout: str, rows: int = 32768) -> Spec:
+def _spec(
+    width: int, dtype: torch.dtype, bring_mean: bool, layout: str, device: str = "meta", rows: int = 32768
+) -> Spec:
     def launch() -> None:
-        x = torch.empty(rows, width, dtype=dtype, device="meta")
-        ids = torch.empty(rows, dtype=torch.int64, device="meta")
+        x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
+        ids = torch.arange(rows, device=device)
         group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
-        scale = torch.empty((), device="meta")
+        scale = torch.full((), 10.0, device=device)
         exclusion = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
         launch_lse(x, x, scale, exclusion, bring_mean)
 
@@ -317,7 +319,8 @@ def contrast_backward(
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
     if need_q or need_scale:
         pull = mean * g_lse[:, None]
-        for p, keys in enumerate([] if k is None else _positive_keys(len(q), positive, diagonal)):
+        for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
+            assert k is not None
             pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None])
         if need_scale:
             dscale = (pull * q).sum()

@@ -135,17 +135,19 @@ def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums
     return lse[0]
 
 
-def specs() -> list[Spec]:
+def specs(device: str = "meta") -> list[Spec]:
     """The two-sided forward pass; its gradients are those of ``vito_kernels.gradient``."""
     return [
-        _spec(width, dtype) for width in (64, 128, 192, 256, 512, 1024) for dtype in (torch.bfloat16, torch.float32)
+        _spec(width, dtype, device)
+        for width in (64, 128, 192, 256, 512, 1024)
+        for dtype in (torch.bfloat16, torch.float32)
     ]
 
 
-def _spec(width: int, dtype: torch.dtype, rows: int = 32768) -> Spec:
+def _spec(width: int, dtype: torch.dtype, device: str = "meta", rows: int = 32768) -> Spec:
     def launch() -> None:
-        x = torch.empty(rows, width, dtype=dtype, device="meta")
-        launch_two_sided(x, x, torch.empty((), device="meta"), Exclusion(diagonal=0))
+        x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
+        launch_two_sided(x, x, torch.full((), 10.0, device=device), Exclusion(diagonal=0))
 
     return Spec(
         f"two-sided lse D={width} {str(dtype)[6:]}",

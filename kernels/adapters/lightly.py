@@ -1,0 +1,72 @@
+"""``lightly.loss.NTXentLoss``, fused: the same arguments, the same value, no matrix of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
+
+from vito_kernels.checks import check_paired
+from vito_kernels.distributed import gather_keys, global_ntxent
+from vito_kernels.info_nce import similarity_lse
+from vito_kernels.two_sided import ntxent
+
+
+class NTXentLoss(nn.Module):
+    """Takes the place of lightly's ``NTXentLoss``: ``from vito_kernels.adapters.lightly import NTXentLoss``.
+
+    SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``, 0 for none. As lightly's, the bank
+    holds random unit vectors at first, takes the normalised ``out1`` in place of its oldest keys when ``out0``
+    requires grad, and leaves the keys that pass its end. With ``gather_distributed`` all ranks of the default process
+    group are seen, and under ``DistributedDataParallel`` gradients are those of the whole batch.
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(
+        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
+    ):
+        super().__init__()
+        if abs(temperature) < 1e-8:
+            raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
+        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        if size != (0,) and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")
+        if gather_distributed and not dist.is_available():
+            raise ValueError("gather_distributed is True but torch.distributed is not available")
+        self.temperature, self.memory_bank_size, self.gather_distributed = temperature, size, gather_distributed
+        bank = normalize(torch.randn(size), dim=-1) if len(size) == 2 else torch.empty(0)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(B, dim) projections of two views, of any length: they are normalised here."""
+        across = self.gather_distributed and dist.is_initialized() and dist.get_world_size() > 1
+        if self.bank.numel():
+            return self._against_bank(out0, out1, across)
+        if across:
+            return global_ntxent(out0, out1, self.temperature, sizes=[out0.shape[0]] * dist.get_world_size())
+        return ntxent(out0, out1, self.temperature)
+
+    def _against_bank(self, out0: Tensor, out1: Tensor, across: bool) -> Tensor:
+        check_paired(out0, out1, ("out0", "out1"))
+        update = out0.requires_grad
+        out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        negatives = similarity_lse(out0, self.bank.to(out0.dtype), 1 / self.temperature)
+        positives = (out0.to(negatives.dtype) * out1).sum(1) / self.temperature
+        if update:
+            self._replace_oldest(out1.detach(), across)
+        return softplus(negatives - positives).mean()
+
+    def _replace_oldest(self, keys: Tensor, across: bool) -> None:
+        if across:
+            keys, _ = gather_keys(keys, sizes=[keys.shape[0]] * dist.get_world_size()).wait()
+        first = int(self.bank_ptr)
+        fitting = keys[: self.bank.shape[0] - first]
+        self.bank[first : first + fitting.shape[0]] = fitting.to(self.bank.dtype)
+        end = first + keys.shape[0]
+        self.bank_ptr.fill_(0 if end >= self.bank.shape[0] else end)

@@ -1,0 +1,68 @@
+"""``open_clip.loss.ClipLoss``, fused: the same arguments, the same value, no matrix of logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vito_kernels.distributed import global_clip_loss
+from vito_kernels.two_sided import clip_loss
+
+
+class ClipLoss(nn.Module):
+    """Takes the place of open_clip's ``ClipLoss``: ``from vito_kernels.adapters.open_clip import ClipLoss``.
+
+    Across ranks (``world_size`` > 1, the default process group) gradients are always those of the whole batch, which
+    open_clip gives with ``gather_with_grad=True`` and a part of otherwise. ``local_loss`` chooses the value: the
+    rank's own rows and columns, or the loss of the whole batch. There are no labels to cache, so ``cache_labels``
+    changes nothing; a ``logit_bias`` shifts every logit alike, so it changes nothing either and gets a gradient of
+    zero. ``rank`` and ``world_size`` must be those of the process group. Raises ValueError for ``use_horovod``.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod=True is not supported; use torch.distributed")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size), got {rank} of {world_size}")
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """(B, D) and (B, D) unit vectors of a rank, the exponential of the learned scale."""
+        if self.world_size == 1:
+            loss = clip_loss(image_features, text_features, logit_scale)
+        else:
+            sizes = [image_features.shape[0]] * self.world_size
+            loss = global_clip_loss(image_features, text_features, logit_scale, sizes=sizes)
+            loss = loss if self.local_loss else _valued(loss, _mean_over_ranks(loss.detach()))
+        if logit_bias is not None:
+            loss = loss + 0 * torch.as_tensor(logit_bias).sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def _valued(loss: Tensor, value: Tensor) -> Tensor:
+    """The gradient of ``loss`` under another value."""
+    return loss + (value - loss.detach())

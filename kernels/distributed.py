@@ -1,0 +1,218 @@
+"""The losses across ranks: every rank sees every other rank's keys, and gradients are those of one process with the
+batch.
+
+Each function takes a rank's rows and returns the rank's share of the loss of the whole batch,
+``ranks / rows of the batch * sum over its own rows``, so that the *mean over ranks* of the shares, and of their
+gradients (which is what ``DistributedDataParallel`` takes), is the loss and its gradient. Ranks may hold different
+numbers of rows.
+
+Keys without gradient are gathered asynchronously: start with ``gather_keys`` as soon as the target network has made
+them, run the online network, and hand the handle to ``global_info_nce``. Keys with gradient are gathered when they
+are used, and their gradients go back summed over ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from vito_kernels.checks import (
+    check_groups,
+    check_ids,
+    check_locked,
+    check_pair,
+    check_paired,
+    inverse_temperature,
+    scale_tensor,
+)
+from vito_kernels.info_nce import negatives_and_positives
+from vito_kernels.two_sided import rows_and_columns
+
+Group = Any  # torch.distributed.ProcessGroup, or None for the default one
+
+
+def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
+    """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
+    mine = torch.tensor([rows], device=device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    return [int(size) for size in sizes]
+
+
+def _checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]:
+    if sizes is None:
+        return exchange_sizes(x.shape[0], x.device, group)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if len(sizes) != ranks or sizes[rank] != x.shape[0]:
+        raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
+    return sizes
+
+
+def _start_gather(x: Tensor, sizes: list[int], group: Group, wait: bool) -> tuple[Tensor, Any]:
+    """((ranks, largest size, ...) padded rows, handle): one collective whatever the sizes."""
+    largest = max(sizes)
+    padded = x.contiguous()
+    if x.shape[0] < largest:
+        padded = x.new_zeros(largest, *x.shape[1:])
+        padded[: x.shape[0]] = x
+    out = x.new_empty(len(sizes) * largest, *x.shape[1:])
+    handle = dist.all_gather_into_tensor(out, padded, group=group, async_op=not wait)
+    return out.unflatten(0, (len(sizes), largest)), handle
+
+
+def _without_padding(x: Tensor, sizes: list[int]) -> Tensor:
+    if min(sizes) == max(sizes):
+        return x.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(x, sizes, strict=True)])
+
+
+@dataclass
+class PendingKeys:
+    """Keys on their way from all ranks; the tensors are there after ``wait``."""
+
+    padded: Tensor
+    padded_ids: Tensor | None
+    sizes: list[int]
+    rank: int
+    handles: list[Any]
+
+    def wait(self) -> tuple[Tensor, Tensor | None]:
+        """(keys (N, D), ids (N,) or None) of all ranks, in the order of ranks."""
+        for handle in self.handles:
+            handle.wait()
+        ids = None if self.padded_ids is None else _without_padding(self.padded_ids, self.sizes)
+        return _without_padding(self.padded, self.sizes), ids
+
+    @property
+    def offset(self) -> int:
+        """Where this rank's keys begin."""
+        return sum(self.sizes[: self.rank])
+
+
+def gather_keys(
+    k: Tensor, ids: Tensor | None = None, *, group: Group = None, sizes: list[int] | None = None
+) -> PendingKeys:
+    """Starts to gather locked keys k (B, D), and an id (B,) for each (its video, say), and returns at once.
+
+    ``sizes``: rows of every rank; without it the ranks ask each other first, which stops the host. Raises ValueError
+    where the keys require grad: give them to ``global_info_nce`` themselves.
+    """
+    check_pair(k, k, ("k", "k"))
+    check_locked("k", k)
+    sizes = _checked_sizes(k, sizes, group)
+    padded, handle = _start_gather(k, sizes, group, wait=False)
+    handles, padded_ids = [handle], None
+    if ids is not None:
+        check_ids("ids", ids, k.shape[0], k)
+        padded_ids, handle = _start_gather(ids, sizes, group, wait=False)
+        handles.append(handle)
+    return PendingKeys(padded, padded_ids, sizes, dist.get_rank(group), handles)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward: the gradients that all ranks found for this rank's rows, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _without_padding(_start_gather(x, sizes, group, wait=True)[0], sizes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad, rank = grad.clone(memory_format=torch.contiguous_format), dist.get_rank(ctx.group)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.split(ctx.sizes)[rank], None, None
+
+
+def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:
+    """x (B, ...) of all ranks, (N, ...) in the order of ranks, differentiable."""
+    return _Gather.apply(x, _checked_sizes(x, sizes, group), group)
+
+
+def _share(loss: Tensor, sizes: list[int], samples: int) -> Tensor:
+    return loss.sum() * (len(sizes) / samples)
+
+
+def global_info_nce(
+    q: Tensor,
+    k: Tensor | PendingKeys,
+    *,
+    temperature: float | Tensor = 0.1,
+    q_group: Tensor | None = None,
+    k_group: Tensor | None = None,
+    group: Group = None,
+    sizes: list[int] | None = None,
+) -> Tensor:
+    """This rank's share of ``info_nce`` over all ranks' queries and keys; query i's positive is this rank's key i.
+
+    q (B, D); k (B, D), with or without gradient, or the handle of ``gather_keys``, which brings ``k_group`` as its ids.
+    ``q_group``, ``k_group`` (B,) as in ``info_nce``; the group of a video must be the same number on every rank.
+    """
+    if not isinstance(k, PendingKeys) and k.requires_grad:
+        check_paired(q, k, ("q", "k"))
+        check_groups(q_group, k_group, q, k)
+        sizes = _checked_sizes(k, sizes, group)
+        offset = sum(sizes[: dist.get_rank(group)])
+        keys = gather_with_grad(k, group=group, sizes=sizes)
+        ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
+    else:
+        pending = k if isinstance(k, PendingKeys) else gather_keys(k, k_group, group=group, sizes=sizes)
+        sizes, offset = pending.sizes, pending.offset
+        keys, ids = pending.wait()
+        check_pair(q, keys)
+        check_groups(q_group, ids, q, keys)
+        if q.shape[0] != sizes[pending.rank]:
+            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {sizes[pending.rank]}")
+    scale = inverse_temperature(temperature)
+    negatives, positives = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
+    return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
+
+
+def global_clip_loss(
+    x: Tensor, y: Tensor, scale: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+) -> Tensor:
+    """This rank's share of ``clip_loss`` over all ranks' pairs; x (B, D), y (B, D).
+
+    A rank takes its rows of the matrix of logits, against y of all ranks: 1 / ranks of the work of one process. Its
+    columns are finished by a log-sum-exp over ranks, of one number for each column.
+    """
+    check_paired(x, y, ("x", "y"))
+    sizes = _checked_sizes(x, sizes, group)
+    rank = dist.get_rank(group)
+    offset, total = sum(sizes[:rank]), sum(sizes)
+    columns = slice(offset, offset + x.shape[0])
+    keys = gather_with_grad(y, group=group, sizes=sizes)
+    row, part, pair = rows_and_columns(x, keys, scale, offset)
+    column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
+    return _share(softplus(row - pair) + softplus(column - pair), sizes, 2 * total)
+
+
+def _logsumexp(parts: Tensor) -> Tensor:
+    """Over the first dimension; -inf, without gradient, where all parts are."""
+    empty = (parts == -torch.inf).all(0)
+    return parts.masked_fill(empty, 0).logsumexp(0).masked_fill(empty, -torch.inf)
+
+
+def global_ntxent(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+) -> Tensor:
+    """This rank's share of ``ntxent`` over all ranks' samples; z1 (B, D), z2 (B, D)."""
+    check_paired(z1, z2, ("z1", "z2"))
+    sizes = _checked_sizes(z1, sizes, group)
+    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    z = torch.stack([z1, z2], 1)
+    everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
+    first = sum(sizes[: dist.get_rank(group)])
+    sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
+    own = sample[2 * first : 2 * (first + z.shape[0])]
+    scale = scale_tensor(inverse_temperature(temperature), z)
+    partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
+    partner = partner + 1 - 2 * (partner % 2)
+    lse, positive = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
+    return _share(softplus(lse - positive[:, 0]), sizes, 2 * sum(sizes))

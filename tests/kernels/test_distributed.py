@@ -1,0 +1,108 @@
+"""Across ranks: under DDP's mean of gradients, every loss is that of one process holding the whole batch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from vito_kernels import clip_loss, info_nce, ntxent
+from vito_kernels.adapters.lightly import NTXentLoss
+from vito_kernels.adapters.open_clip import ClipLoss
+from vito_kernels.distributed import gather_keys, global_clip_loss, global_info_nce, global_ntxent
+
+WIDTH, FEATURES = 12, 24
+SIZES = {2: [7, 7], 3: [5, 9, 1]}  # three ranks hold batches of different sizes
+
+
+class Towers(nn.Module):
+    """Two encoders and a learned scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, WIDTH), nn.Linear(FEATURES, WIDTH)
+        self.log_scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, a, b):
+        return normalize(self.first(a), dim=1), normalize(self.second(b), dim=1), self.log_scale.exp()
+
+
+def make(total):
+    torch.manual_seed(total)
+    model = Towers().double()
+    a, b = torch.randn(2, total, FEATURES, dtype=torch.float64)
+    return model, a, b, torch.randint(0, 4, (total,))
+
+
+def whole(name, x, y, scale, video):
+    """The loss of one process with the whole batch."""
+    if name == "info_nce locked":
+        return info_nce(x, y.detach(), temperature=1 / scale, q_group=video, k_group=video)
+    if name == "info_nce":
+        return info_nce(x, y, temperature=1 / scale)
+    if name in ("ntxent", "lightly"):
+        return ntxent(x, y, 0.2 if name == "lightly" else 1 / scale)
+    return clip_loss(x, y, scale)
+
+
+def share(name, x, y, scale, video, sizes):
+    """What one rank computes from its own rows."""
+    equal = len(set(sizes)) == 1
+    if name == "info_nce locked":
+        pending = gather_keys(y.detach(), video, sizes=sizes if equal else None)
+        return global_info_nce(x, pending, temperature=1 / scale, q_group=video)
+    if name == "info_nce":
+        return global_info_nce(x, y, temperature=1 / scale)
+    if name == "ntxent":
+        return global_ntxent(x, y, 1 / scale, sizes=sizes)
+    if name == "clip":
+        return global_clip_loss(x, y, scale)
+    if name == "lightly":
+        return NTXentLoss(0.2, gather_distributed=True)(x, y)
+    return ClipLoss(local_loss=name.endswith("local"), rank=dist.get_rank(), world_size=len(sizes))(x, y, scale)
+
+
+def compare(rank, sizes, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
+    names = ["info_nce locked", "info_nce", "clip", "ntxent"]
+    if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
+        names += ["lightly", "open_clip", "open_clip local"]
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for name in names:
+        model, a, b, video = make(sum(sizes))
+        expected = whole(name, *model(a, b), video)
+        expected.backward()
+        truth = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        loss = share(name, *parallel(a[rows], b[rows]), video[rows], sizes)
+        loss.backward()
+        value = loss.detach().clone()
+        if name != "open_clip":
+            dist.all_reduce(value)
+            value /= len(sizes)
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        for key, grad in truth.items():
+            found = dict(model.named_parameters())[key].grad
+            torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-15, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
+    with pytest.raises(ValueError, match="sizes"):
+        gather_keys(b[rows], sizes=[99] * len(sizes))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks, tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(compare, args=(SIZES[ranks], tmp_path / "store"), nprocs=ranks, join=True)
+
+
+def test_keys_with_gradient_are_not_gathered_as_locked_ones():
+    with pytest.raises(ValueError, match=r"k requires grad.*k\.detach"):
+        gather_keys(torch.ones(2, 16, requires_grad=True))
