@@ -22,6 +22,16 @@ bool inside(uint64_t offset, uint64_t size, uint64_t begin, uint64_t end) {
   return offset >= begin && offset <= end && size <= end - offset;
 }
 
+using Bits = std::unique_ptr<std::atomic<uint64_t>[]>;
+
+bool marked(const Bits& bits, uint64_t clip) {
+  return bits[clip / 64].load(std::memory_order_relaxed) >> clip % 64 & 1;
+}
+
+void mark(const Bits& bits, uint64_t clip) {
+  bits[clip / 64].fetch_or(uint64_t{1} << clip % 64, std::memory_order_relaxed);
+}
+
 bool terminated(const char (&text)[16]) { return std::memchr(text, 0, sizeof text) != nullptr; }
 
 }  // namespace
@@ -42,7 +52,8 @@ Index::Index(std::string path) : path_(std::move(path)) {
   try {
     read_header();
     read_shards();
-    verified_.reset(new std::atomic<uint64_t>[header_.num_clips / 64 + 1]());
+    good_records_.reset(new std::atomic<uint64_t>[header_.num_clips / 64 + 1]());
+    good_blocks_.reset(new std::atomic<uint64_t>[header_.num_clips / 64 + 1]());
   } catch (...) {
     if (data_) munmap(const_cast<unsigned char*>(data_), size_);
     throw;
@@ -88,7 +99,8 @@ void Index::read_shards() {
   }
 }
 
-const char* Index::defect(const Record& r) const {
+const char* Index::defect(const Record& r, uint64_t clip) const {
+  if (r.checksum != xxh64(&r, offsetof(Record, checksum), clip)) return "its record's checksum is wrong";
   if (r.layout > kGeneral || r.num_frames < 1 || r.num_frames > r.num_packets) return "its packets are miscounted";
   if (r.layout == kConstant && r.num_frames != r.num_packets) return "its packets are miscounted";
   if (!inside(r.block_offset, r.block_size, sizeof(Header), header_.records_offset) ||
@@ -112,21 +124,18 @@ Record Index::record(uint64_t clip) const {
     throw std::out_of_range("clip " + std::to_string(clip) + " of an index of " + std::to_string(header_.num_clips));
   Record record;
   std::memcpy(&record, record_at(clip), sizeof record);
-  const char* what = record.checksum == xxh64(&record, offsetof(Record, checksum), clip)
-                         ? defect(record)
-                         : "its record's checksum is wrong";
-  if (what) corrupt("clip " + std::to_string(clip) + ": " + what);
+  if (marked(good_records_, clip)) return record;
+  if (const char* what = defect(record, clip)) corrupt("clip " + std::to_string(clip) + ": " + what);
+  mark(good_records_, clip);
   return record;
 }
 
 Index::Clip::Clip(const Index& index, uint64_t number, const Record& record)
     : index_(&index), number_(number), record_(record), block_(index.data_ + record.block_offset) {
-  std::atomic<uint64_t>& word = index.verified_[number / 64];
-  const uint64_t bit = uint64_t{1} << (number % 64);
-  if (word.load(std::memory_order_relaxed) & bit) return;
+  if (marked(index.good_blocks_, number)) return;
   if (record.block_checksum != static_cast<uint32_t>(xxh64(block_, record.block_size, number)))
     corrupt("its tables' checksum is wrong");
-  word.fetch_or(bit, std::memory_order_relaxed);
+  mark(index.good_blocks_, number);
 }
 
 void Index::Clip::corrupt(const char* what) const {

@@ -9,9 +9,9 @@
 //   general:  24 bytes a packet {u64 offset << 8 | flags, i64 pts, u32 size, u32 checksum}, then u32 order[num_frames].
 //
 // Trust: opening verifies the header and the shard table only, so that it costs the same for ten clips and a million. A
-// record is verified at each access, a block at its first. All are XXH64 checksums, seeded by the clip's number, so that
-// two swapped records are noticed too. Bounds are checked whatever the checksums say: no file content makes the reader
-// leave the mapping.
+// clip's record and block are verified when they are first touched. All are XXH64 checksums, seeded by the clip's
+// number, so that two swapped records are noticed too. Bounds are checked whatever the checksums say: no file content
+// makes the reader leave the mapping.
 #pragma once
 
 #include <atomic>
@@ -149,14 +149,15 @@ class Index {
   [[noreturn]] void corrupt(const std::string& what) const;
   void read_header();
   void read_shards();
-  const char* defect(const Record& record) const;
+  const char* defect(const Record& record, uint64_t clip) const;
 
   std::string path_;
   const unsigned char* data_ = nullptr;
   uint64_t size_ = 0;
   Header header_{};
   std::vector<Shard> shards_;
-  std::unique_ptr<std::atomic<uint64_t>[]> verified_;  // one bit a clip: its block has been verified
+  // One bit a clip: what has been verified. Set by whoever verifies first; verifying twice does no harm.
+  std::unique_ptr<std::atomic<uint64_t>[]> good_records_, good_blocks_;
 };
 
 // Frame shown at `tick`: the last whose pts is not later, or the first.

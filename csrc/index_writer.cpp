@@ -202,8 +202,8 @@ void IndexWriter::add(const ClipInput& c) {
 
 uint64_t IndexWriter::finish() {
   if (fd_ < 0) throw std::invalid_argument("the index is finished already");
-  static const char zeros[8] = {};
-  write(zeros, (8 - written_ % 8) % 8);  // records start at a multiple of eight, as reading in place likes
+  static const char zeros[sizeof(Record)] = {};
+  write(zeros, -written_ % sizeof(Record));  // a record fills two cache lines and never lies in two pages
   header_.num_clips = records_.size();
   header_.records_offset = written_;
   for (const Record& record : records_) write(&record, sizeof record);
