@@ -91,8 +91,14 @@ class Shard(Protocol):
     """Where packets go (see worker.ShardWriter)."""
 
     number: int
+    path: Path
+    size: int
 
     def append(self, payload: bytes) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def rewind(self, size: int) -> None: ...
 
 
 class ShotDetector:

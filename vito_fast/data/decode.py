@@ -5,15 +5,21 @@ the order in which a decoder gives its frames, the frame delivered is the frame 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from io import BytesIO
+from typing import TypeVar
 
 import av
 import numpy as np
+import numpy.typing as npt
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from vito_fast.data.index import ClipInfo, Read
 from vito_fast.data.media import rgb
+
+T = TypeVar("T")
+Picture = npt.NDArray[np.uint8]
 
 DECODERS = {"av1": "libdav1d"}
 """Where FFmpeg's decoder of a codec does not bear the codec's name (its own ``av1`` works only with hardware)."""
@@ -31,20 +37,20 @@ class Decoder:
     def __init__(self) -> None:
         self._contexts: OrderedDict[tuple[str, int, int, bytes], av.VideoCodecContext] = OrderedDict()
 
-    def decode(self, clip: ClipInfo, read: Read, wanted: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    def decode(self, clip: ClipInfo, read: Read, wanted: Iterable[int]) -> list[Picture]:
         """Frames of the packets ``wanted`` (``index.packets(clip).order[frames]``): (H, W, 3) uint8 RGB, not turned.
 
         ``read`` must be planned for them with ``single_stream=False``. Raises BadPackets if a frame does not come out
         whole.
         """
-        if clip.codec == "mjpeg":
-            return [_jpeg(read.split()[picture]) for picture in read.pictures]
-        found = self._decode(clip, read, set(map(int, wanted)))
-        return [found[int(number)] for number in wanted]
+        numbers = [int(number) for number in wanted]
+        found = self.each(clip, read, set(numbers), lambda frame: rgb(frame, turn=False))
+        return [found[number] for number in numbers]
 
-    def _decode(self, clip: ClipInfo, read: Read, wanted: set[int]) -> dict[int, np.ndarray]:
+    def each(self, clip: ClipInfo, read: Read, wanted: set[int], use: Callable[[VideoFrame], T]) -> dict[int, T]:
+        """``use`` of the frame of every packet in ``wanted``, by packet number; otherwise as :meth:`decode`."""
         context, payloads = self._context(clip), read.split()
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, T] = {}
         try:
             for first, end in read.runs:
                 for row in [*range(first, end), None]:
@@ -56,11 +62,15 @@ class Decoder:
                         if frame.pts in wanted and frame.pts not in found:
                             if frame.is_corrupt:
                                 raise BadPackets(f"packet {frame.pts} decodes to a damaged frame")
-                            found[frame.pts] = rgb(frame, turn=False)
+                            if (frame.width, frame.height) != (clip.width, clip.height):
+                                raise BadPackets(f"packet {frame.pts} decodes to {frame.width} x {frame.height} pixels")
+                            found[frame.pts] = use(frame)
                 context.flush_buffers()
         except av.FFmpegError as error:
-            self._contexts.clear()
             raise BadPackets(f"decoder {context.name}: {error.strerror}") from None
+        finally:
+            if wanted - found.keys():  # whatever went wrong must not reach the next sample
+                self._contexts.clear()
         if missing := wanted - found.keys():
             raise BadPackets(f"packet {min(missing)} decodes to no frame")
         return found
@@ -69,19 +79,34 @@ class Decoder:
         key = (clip.codec, clip.width, clip.height, clip.extradata)
         context = self._contexts.pop(key, None)
         if context is None:
-            context = av.CodecContext.create(DECODERS.get(clip.codec, clip.codec), "r")
-            context.thread_count = 1
-            context.width, context.height = clip.width, clip.height
-            if clip.extradata:
-                context.extradata = clip.extradata
+            context = open_decoder(clip.codec, clip.width, clip.height, clip.extradata)
         self._contexts[key] = context
         if len(self._contexts) > self.CONTEXTS:
             self._contexts.popitem(last=False)
         return context
 
 
-def _jpeg(data: np.ndarray) -> np.ndarray:
+def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.VideoCodecContext:
+    """A decoder that knows of the stream what an index knows. Raises BadPackets for a codec FFmpeg cannot decode."""
     try:
-        return np.asarray(Image.open(BytesIO(data.tobytes())).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise BadPackets(f"no valid JPEG: {error}") from None
+        context = av.CodecContext.create(DECODERS.get(codec, codec), "r")
+    except (av.FFmpegError, ValueError) as error:
+        raise BadPackets(f"no decoder for {codec}: {error}") from None
+    assert isinstance(context, av.VideoCodecContext)
+    context.thread_count = 1
+    context.width, context.height = width, height
+    if extradata:
+        context.extradata = extradata
+    return context
+
+
+def decode_jpeg(clip: ClipInfo, data: Picture) -> Picture:
+    """(H, W, 3) uint8 RGB, by libjpeg-turbo as DALI's CPU decoder does. Raises BadPackets if it is not a whole JPEG of
+    the clip's size."""
+    try:
+        picture = np.asarray(Image.open(BytesIO(data), formats=["JPEG"]).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadPackets(f"no whole JPEG: {error}") from None
+    if picture.shape != (clip.height, clip.width, 3):
+        raise BadPackets(f"a JPEG of {picture.shape[1]} x {picture.shape[0]} pixels")
+    return picture

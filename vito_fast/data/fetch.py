@@ -1,195 +1,162 @@
-"""From sample numbers to a finished batch: sample, read, decode, augment; bad samples are replaced."""
+"""From sample numbers to views: draw, read, decode, cut, augment; what fails is replaced by another clip.
 
-import logging
+A batch is made in parts of a few samples by several workers at once. Every sample is a function of its number alone,
+so neither the parts nor the workers show in the result.
+"""
+
 import time
-from concurrent.futures import ThreadPoolExecutor
-from threading import local
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 import vito_kernels
 from vito_fast.data.decode import BadPackets, Decoder
-from vito_fast.data.index import Read
+from vito_fast.data.geometry import cut, placement
+from vito_fast.data.index import ClipInfo, Read
 from vito_fast.data.pipeline import DecodeError, Geometry
-from vito_fast.data.sampler import Sampler, SamplerConfig, Samples
+from vito_fast.data.sampler import Sampler, Samples
 from vito_fast.data.store import Store
 
-if TYPE_CHECKING:
-    from vito_fast.data.loader import LoaderStats
+NVDEC_CODECS = frozenset(["h264", "hevc", "vp9"])
+"""What every GPU since Turing decodes in hardware, 8 bits a sample; AV1 is left to software, as A100 and H100 lack it."""
 
-log = logging.getLogger("vito_fast.data")
-LEAST = 1000
-"""Samples over which the share of bad ones is taken at least."""
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be had."""
+
+    sample: int
+    attempt: int
+    clip: int
+    source: str
+    code: str
+    """As ``Read.code``, or ``decode``."""
+    reason: str
+
+
+@dataclass
+class Part:
+    """Some samples of a batch, made; their views are where ``Fetcher`` was told to put them."""
+
+    samples: Samples
+    failures: list[Failure] = field(default_factory=list)
+    hopeless: bool = False
+    """Given up on: more has failed than a whole run may."""
+    software: int = 0
+    """Samples that DALI refused and software decoded."""
+    bytes_read: int = 0
+    packets: int = 0
+    frames: int = 0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    augment_seconds: float = 0.0
+
+
+@dataclass
+class _Drawn:
+    """A sample that was read: what to decode, and where its views belong."""
+
+    row: int
+    info: ClipInfo
+    read: Read
+
+
+Put = Callable[[npt.NDArray[np.int64], list[Tensor], npt.NDArray[np.float32]], None]
 
 
 class Fetcher:
-    """Makes batches by sample number. Used by one thread at a time."""
+    """One worker's tools: DALI pipelines, codec contexts. Use by one thread at a time."""
 
     def __init__(
-        self,
-        store: Store,
-        batch_size: int,
-        config: SamplerConfig,
-        seed: int,
-        stats: "LoaderStats",
-        *,
-        augment: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        threads: int,
-        max_bad_share: float,
+        self, store: Store, sampler: Sampler, max_batch: int, *, device: torch.device, threads: int, hardware: bool
     ):
-        self.store, self.batch_size, self.config, self.stats = store, batch_size, config, stats
-        self.sampler = Sampler(store.index, config, seed)
-        self.augment, self.device, self.dtype, self.max_bad_share = augment, device, dtype, max_bad_share
-        source = "jpeg" if store.format == "jpeg" else "frames"
-        limit = batch_size * config.views
-        self._geometry = Geometry(source, config.size, limit, device=str(device), threads=threads)
-        self._decode_pool = None if store.format == "jpeg" else ThreadPoolExecutor(threads, "decode")
-        self._decoders = local()
+        self.store, self.sampler, self.decoder = store, sampler, Decoder()
+        self._hardware = hardware and store.format != "jpeg"
+        config = sampler.config
 
-    def fetch(self, numbers: np.ndarray) -> dict[str, Any]:
-        """The batch of ``numbers`` (B,), see ClipLoader. Raises RuntimeError past the share of bad samples."""
-        samples = self.sampler.sample(numbers)
+        def geometry(source: Any) -> Geometry:
+            return Geometry(source, config.size, config.views, max_batch, device=device, threads=threads)
+
+        self._jpeg = geometry("jpeg") if store.format == "jpeg" else None
+        self._video = geometry("video") if self._hardware else None
+        self._cut: Geometry | None = None
+        self._make_cut = lambda: geometry("frames")
+
+    def fetch(self, numbers: npt.NDArray[np.int64], put: Put, budget: float) -> Part:
+        """Samples ``numbers``, (B,); ``put(rows, views, params)`` is given their views in one or more calls:
+
+        rows (N,), V tensors (N, S, S, 3) uint8 that hold until it returns, and params (N, V, 8). Gives up (and says so)
+        once more than ``budget`` samples have failed, or one has failed with every clip.
+        """
+        part = Part(_empty(len(numbers), self.sampler.config.views))
         attempts = np.zeros(len(numbers), np.uint32)
-        pictures: list[Any] = [None] * len(numbers)
         todo = np.arange(len(numbers))
         while len(todo):
-            failed = self._read(samples, todo, pictures)
-            todo = self._replace(numbers, samples, attempts, failed)
-        squares = self._geometry_of(numbers, samples, attempts, pictures)
-        self.stats.samples += len(numbers)
-        views = self._finish(squares, samples)
-        return {
-            "views": views,
-            "clip": torch.from_numpy(samples.clip), "video": torch.from_numpy(samples.video),
-            "frame": torch.from_numpy(samples.frame), "time": torch.from_numpy(samples.time),
-            "sample": torch.from_numpy(numbers),
-        }  # fmt: skip
+            before = len(part.failures)
+            drawn = self._read(part, numbers, attempts, todo)
+            self._decode(part, numbers, attempts, drawn, put)
+            todo = np.unique([self._row(numbers, failure) for failure in part.failures[before:]]).astype(np.int64)
+            attempts[todo] += 1
+            if len(part.failures) > budget or (attempts >= len(self.store)).any():
+                part.hopeless = True
+                break
+        return part
 
-    def _read(self, samples: Samples, todo: np.ndarray, pictures: list[Any]) -> list[tuple[int, str, str]]:
-        """Fills ``pictures[i]`` (V JPEGs or frames) for i in todo; returns (i, kind, reason) of those that fail."""
-        start = time.perf_counter()
-        reads = self.store.reader.read(samples.clip[todo], samples.frame[todo], single_stream=False)
-        read_end = time.perf_counter()
-        self.stats.read_seconds += read_end - start
-        failed = []
-        good = []
-        for i, read in zip(todo, reads, strict=True):
-            if read.code == "ok":
-                good.append((int(i), read))
-            else:
-                failed.append((int(i), read.code, read.error))
-            self.stats.bytes_read += len(read.data)
-            self.stats.packets += len(read.packets)
-            self.stats.frames += len(set(read.pictures.tolist()))
-        if self._decode_pool is None:
-            for i, read in good:
-                packets = read.split()
-                pictures[i] = [packets[k] for k in read.pictures]
-        else:
-            work = [self._decode_pool.submit(self._decode, samples, i, read) for i, read in good]
-            for (i, _), future in zip(good, work, strict=True):
-                try:
-                    pictures[i] = future.result()
-                except BadPackets as error:
-                    failed.append((i, "decode", f"clip {samples.clip[i]}: {error}"))
-            self.stats.decode_seconds += time.perf_counter() - read_end
-        return failed
+    @staticmethod
+    def _row(numbers: npt.NDArray[np.int64], failure: Failure) -> int:
+        return int(np.flatnonzero(numbers == failure.sample)[0])
 
-    def _decode(self, samples: Samples, i: int, read: Read) -> list[np.ndarray]:
-        """The crop windows of one sample's frames, cut out here so that only they travel on."""
-        if not hasattr(self._decoders, "decoder"):
-            self._decoders.decoder = Decoder()
-        clip = int(samples.clip[i])
-        wanted = self.store.index.packets(clip).order[samples.frame[i]]
-        frames = self._decoders.decoder.decode(self.store.index.clip(clip), read, wanted)
-        return [frame[y : y + h, x : x + w] for frame, (y, x, h, w) in zip(frames, samples.crop[i], strict=True)]
-
-    def _replace(
-        self, numbers: np.ndarray, samples: Samples, attempts: np.ndarray, failed: list[tuple[int, str, str]]
-    ) -> np.ndarray:
-        """Draws another clip for every failed place; returns the places."""
-        for i, kind, reason in failed:
-            self.stats.failures += 1
-            self.stats.reasons[kind] = self.stats.reasons.get(kind, 0) + 1
-            log.warning("sample %d replaced: clip %d, %s: %s", numbers[i], samples.clip[i], kind, reason)
-            allowed = self.max_bad_share * max(self.stats.samples + len(numbers), LEAST)
-            attempts[i] += 1
-            if self.stats.failures > allowed or attempts[i] >= self.store.index.num_clips:
-                raise RuntimeError(
-                    f"{self.stats.failures} of {self.stats.samples + len(numbers)} samples could not be read, more "
-                    f"than max_bad_share={self.max_bad_share}; the last: clip {samples.clip[i]}, {kind}: {reason}. "
-                    f"`vito-fast inspect-store {self.store.path}` says which clips are damaged"
-                )
-        places = np.array([i for i, _, _ in failed], np.int64)
-        if len(places):
-            fresh = self.sampler.sample(numbers[places], attempts[places])
-            for name in Samples._fields:
-                getattr(samples, name)[places] = getattr(fresh, name)
-        return places
-
-    def _geometry_of(
-        self, numbers: np.ndarray, samples: Samples, attempts: np.ndarray, pictures: list[Any]
-    ) -> torch.Tensor:
-        """Squares (V * B, S, S, 3) uint8, view by view. What DALI refuses is found one by one and replaced."""
-        start = time.perf_counter()
+    def _fail(self, part: Part, number: int, attempt: int, clip: int, code: str, reason: str) -> None:
         try:
-            squares = self._squares(samples, pictures, slice(None))
-        except DecodeError:
-            todo = np.array(self._refused(numbers, samples, attempts, pictures))
-            while len(todo):
-                failed = self._read(samples, todo, pictures)
-                bad = {i for i, _, _ in failed}
-                retry = [int(i) for i in todo if i not in bad]
-                todo = np.union1d(
-                    self._replace(numbers, samples, attempts, failed),
-                    self._refused(numbers, samples, attempts, pictures, retry),
-                ).astype(np.int64)
-            squares = self._squares(samples, pictures, slice(None))
-        self.stats.decode_seconds += time.perf_counter() - start
-        return squares
+            source = self.store.index.clip(clip).source
+        except ValueError:  # its entry is what is corrupt
+            source = ""
+        part.failures.append(Failure(int(number), int(attempt), int(clip), source, code, reason))
 
-    def _refused(self, numbers, samples, attempts, pictures, places=None) -> np.ndarray:
-        """Runs the samples one by one; replaces those that DALI refuses and returns their places."""
-        failed = []
-        for i in range(len(numbers)) if places is None else places:
-            self._geometry.rebuild()
-            try:
-                self._squares(samples, pictures, slice(i, i + 1))
-            except DecodeError as error:
-                failed.append((i, "decode", str(error)))
-        self._geometry.rebuild()
-        return self._replace(numbers, samples, attempts, failed)
+    def _draw(
+        self, part: Part, numbers: npt.NDArray[np.int64], attempts: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Fills ``part.samples`` at ``rows``; returns the rows whose clip's index entry is sound."""
+        try:
+            fresh = self.sampler.sample(numbers[rows], attempts[rows])
+        except ValueError as error:
+            if len(rows) > 1:
+                return np.concatenate([self._draw(part, numbers, attempts, row) for row in np.split(rows, len(rows))])
+            (row,) = rows
+            (clip,) = self.sampler.clips(numbers[rows], attempts[rows])
+            self._fail(part, numbers[row], attempts[row], clip, "index", str(error))
+            return rows[:0]
+        for whole, new in zip(part.samples, fresh, strict=True):
+            whole[rows] = new
+        return rows
 
-    def _squares(self, samples: Samples, pictures: list[Any], which: slice) -> torch.Tensor:
-        crop = np.swapaxes(samples.crop[which], 0, 1).reshape(-1, 4)
-        flip = samples.flip[which].T.reshape(-1)
-        flat = [sample[view] for view in range(self.config.views) for sample in pictures[which]]
-        if self.store.format != "jpeg":  # already cut out
-            crop = np.concatenate([np.zeros_like(crop[:, :2]), crop[:, 2:]], 1)
-        return self._geometry.run(flat, crop, flip)
-
-    def _finish(self, squares: torch.Tensor, samples: Samples) -> tuple[torch.Tensor, ...]:
+    def _read(
+        self, part: Part, numbers: npt.NDArray[np.int64], attempts: npt.NDArray[np.uint32], todo: npt.NDArray[np.int64]
+    ) -> list[_Drawn]:
         start = time.perf_counter()
-        batch = len(samples.clip)
-        squares = self._upright(squares, samples)
-        if self.augment:
-            params = torch.from_numpy(np.ascontiguousarray(np.swapaxes(samples.params, 0, 1)).reshape(-1, 8))
-            squares = vito_kernels.photometric(squares, params.to(squares.device), dtype=self.dtype)
-        self.stats.augment_seconds += time.perf_counter() - start
-        return tuple(squares.split(batch))
-
-    def _upright(self, squares: torch.Tensor, samples: Samples) -> torch.Tensor:
-        """Turns the views of rotated videos (``copy`` stores); they are flipped already, which reverses the turn."""
-        if self.store.format != "copy":
-            return squares
-        rotation = np.array([self.store.index.clip(int(clip)).rotation for clip in samples.clip])
-        for i in np.flatnonzero(rotation):
-            for view in range(samples.flip.shape[1]):
-                quarters = -int(rotation[i]) // 90 * (-1 if samples.flip[i, view] else 1)
-                place = view * len(rotation) + i
-                squares[place] = torch.rot90(squares[place], quarters, (0, 1))
-        return squares
+        samples, good = part.samples, []
+        rows = self._draw(part, numbers, attempts, todo)
+        infos = [self.store.index.clip(int(clip)) for clip in samples.clip[rows]]
+        hardware = np.array([self._hardware and info.codec in NVDEC_CODECS for info in infos], bool)
+        for group in (rows[~hardware], rows[hardware]):
+            if not len(group):
+                continue
+            reads = self.store.reader.read(
+                samples.clip[group], samples.frame[group], miniclip=group is not None and bool(hardware[rows == group[0]][0]),
+                single_stream=False,
+            )  # fmt: skip
+            for row, read in zip(group, reads, strict=True):
+                if read.code == "ok":
+                    good.append(_Drawn(int(row), infos[int(np.flatnonzero(rows == row)[0])], read))
+                    part.bytes_read += int(read.sizes.sum())
+                    part.packets += len(read.packets)
+                    part.frames += len(np.unique(read.pictures))
+                else:
+                    self._fail(part, numbers[row], attempts[row], samples.clip[row], read.code, read.error)
+        part.read_seconds += time.perf_counter() - start
+        return good

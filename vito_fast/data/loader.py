@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -192,6 +193,7 @@ class _Producer:
             target=self._run, args=(fetcher, method, position), name="clip-loader", daemon=True
         )
         _running.add(self)
+        _stop_at_exit()
         self._thread.start()
 
     def _run(self, fetcher: Fetcher, method, position: int) -> None:
@@ -231,8 +233,13 @@ class _Producer:
 _running: "weakref.WeakSet[_Producer]" = weakref.WeakSet()
 
 
-@atexit.register
 def _stop_all() -> None:
     """No thread is inside DALI or torch when the interpreter goes."""
     for producer in list(_running):
         producer.stop()
+
+
+@functools.cache
+def _stop_at_exit() -> None:
+    """Called once DALI is imported, so that the threads end before DALI's own clearing up at exit."""
+    atexit.register(_stop_all)

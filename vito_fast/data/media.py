@@ -5,6 +5,7 @@ pts. So a frame is tied to the packet it came from even where a file's own times
 """
 
 import bisect
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -51,6 +54,18 @@ class BadVideo(Exception):
     """A file that cannot be used; the message is the reason that goes to the quarantine list."""
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file's container and first video stream; whatever FFmpeg or the file system says against it becomes BadVideo."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise BadVideo("no video stream")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        raise BadVideo(f"cannot be decoded: {error.strerror}") from None
+
+
 @dataclass
 class Source:
     """One video file being decoded in order by :meth:`frames`; the packet lists fill up as it goes.
@@ -75,21 +90,13 @@ class Source:
         Raises BadVideo on anything a decoder complains of, and on frames it marks as corrupt: a software decoder
         otherwise hides damage behind a copy of the frame before.
         """
-        try:
-            with av.open(str(self.path), metadata_errors="ignore") as container:
-                if not container.streams.video:
-                    raise BadVideo("no video stream")
-                yield from self._decode(container, container.streams.video[0], on_packet)
-        except av.FFmpegError as error:
-            raise BadVideo(f"cannot be decoded: {error.strerror}") from None
-        except OSError as error:
-            raise BadVideo(f"cannot be read: {error.strerror or error}") from None
+        with opened(self.path) as (container, stream):
+            yield from self._decode(container, stream, on_packet)
 
     def _decode(self, container, stream, on_packet) -> Iterator[tuple[int, VideoFrame]]:
         context = stream.codec_context
         context.thread_count = 1
-        context.options = {"err_detect": "explode"}
-        self.width, self.height, self.codec = context.width, context.height, context.name
+        self.width, self.height, self.codec = context.width, context.height, context.codec.canonical_name
         self.time_base = stream.time_base
         self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         self.extradata = context.extradata or b""

@@ -5,17 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from vito_fast.data.decode import Decoder
-from vito_fast.data.index import Index, Reader
+from vito_fast.data.decode import BadPackets, Decoder, Picture, decode_jpeg
+from vito_fast.data.index import ClipInfo, Index, Read, Reader
 from vito_fast.data.pack import read_description
 from vito_fast.errors import UserError
 
+AT_ONCE = 64
+"""Frames read and decoded together by ``frames``."""
+
 
 class Store:
-    """``path`` opened for reading. Raises UserError if it is no finished store, or one of another version."""
+    """``path`` opened for reading; ``threads`` read from its shards. Thread-safe.
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 2):
+    Raises UserError if it is no finished store, or one of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 4):
         self.path = Path(path)
         self.description = read_description(self.path)
         try:
@@ -28,21 +35,37 @@ class Store:
     def __len__(self) -> int:
         return self.index.num_clips
 
+    def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: npt.ArrayLike) -> list[Picture]:
+        """The frames that ``read`` was made for (``single_stream=False``), decoded in software, not turned.
 
-def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        Raises BadPackets.
+        """
+        if self.format == "jpeg":
+            packets = read.split()
+            return [decode_jpeg(info, packets[picture]) for picture in read.pictures]
+        return decoder.decode(info, read, self.index.packets(clip).order[frames])
+
+
+def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Picture:
     """Exactly decoded frames of one clip, (n, H, W, 3) uint8 RGB, upright, in the order asked for.
 
-    ``numbers`` count frames in presentation order; repeats are allowed. Raises IndexError for a clip or frame that does
-    not exist, OSError for damaged data.
+    ``numbers`` count frames in presentation order; repeats are allowed. What lies between frames close together is
+    decoded once. Raises IndexError for a clip or frame that does not exist, OSError for damaged data.
     """
     store = store if isinstance(store, Store) else Store(store)
-    info, order, decoder = store.index.clip(clip), store.index.packets(clip).order, Decoder()
-    asked = np.asarray(numbers, np.int64)
-    result = {}
-    for number in np.unique(asked):
-        (read,) = store.reader.read(np.array([clip]), np.array([[number]]), single_stream=False)
+    info, decoder = store.index.clip(clip), Decoder()
+    wanted, places = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
+    pictures: list[Picture] = []
+    for part in np.split(wanted, range(AT_ONCE, len(wanted), AT_ONCE)):
+        if not len(part):
+            continue
+        (read,) = store.reader.read([clip], part[None], single_stream=False)
         if read.code != "ok":
-            raise OSError(read.error)
-        (frame,) = decoder.decode(info, read, order[[number]])
-        result[int(number)] = np.rot90(frame, -info.rotation // 90)
-    return np.stack([result[int(number)] for number in asked])
+            raise OSError(f"{store.path}: {read.error}")
+        try:
+            pictures += store.decode(decoder, clip, info, read, part)
+        except BadPackets as error:
+            raise OSError(f"{store.path}: clip {clip}: {error}") from None
+    turned = [np.rot90(picture, -info.rotation // 90) for picture in pictures]
+    height, width = (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
+    return np.stack([turned[place] for place in places]) if turned else np.empty((0, height, width, 3), np.uint8)

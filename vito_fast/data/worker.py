@@ -13,6 +13,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from vito_fast.data.copying import Copier
 from vito_fast.data.cutting import Cutter, PackOptions
 from vito_fast.data.media import BadVideo
 
@@ -53,7 +54,8 @@ def _die_with_parent() -> None:
 def _pack_one(path: Path, shard: ShardWriter, options: PackOptions, heartbeat) -> tuple[str, object]:
     start = shard.size
     try:
-        result = Cutter(options, shard).run(path, heartbeat)
+        packer = Copier(options, shard) if options.format == "copy" else Cutter(options, shard)
+        result = packer.run(path, heartbeat)
         shard.flush()
         return "done", result
     except BadVideo as error:
