@@ -73,11 +73,13 @@ void Sampler::clips(const int64_t* numbers, const uint32_t* attempts, size_t bat
 }
 
 void Sampler::sample(const int64_t* numbers, const uint32_t* attempts, size_t batch, const SampleArrays& out) const {
-  constexpr size_t kAhead = 8;  // records lie anywhere in memory: ask for them before they are needed
   clips(numbers, attempts, batch, out.clip);
-  for (size_t i = 0; i < std::min(batch, kAhead); ++i) index_.prefetch(static_cast<uint64_t>(out.clip[i]));
+  // Records lie anywhere in memory. Asked for in groups, the waits for them overlap.
+  constexpr size_t kGroup = 16;
+  size_t fetched = 0;
   for (size_t i = 0; i < batch; ++i) {
-    if (i + kAhead < batch) index_.prefetch(static_cast<uint64_t>(out.clip[i + kAhead]));
+    if (i == fetched)
+      for (; fetched < std::min(batch, i + kGroup); ++fetched) index_.prefetch(static_cast<uint64_t>(out.clip[fetched]));
     const uint64_t n = static_cast<uint64_t>(numbers[i]), clip = static_cast<uint64_t>(out.clip[i]);
     const Record record = index_.record(clip);
     out.video[i] = record.video;
