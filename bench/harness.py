@@ -159,6 +159,8 @@ class Race:
         roles = [candidate.role for candidate in candidates]
         if roles.count("ours") != 1:
             raise ValueError(f"a race has exactly one candidate of ours, {case} has {roles.count('ours')}")
+        if bound is None and "reference" not in roles:
+            raise ValueError(f"a race needs a reference or a bound on the error, {case} has neither")
         self.case, self.params, self.work = case, params, work or Work()
         self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
         self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
@@ -204,7 +206,7 @@ class Race:
         elif candidate.role in ("limit", "context"):
             return
         runner.error = self._agree(result, truth)
-        runner.bound = 1e-2 if bound is None else bound
+        runner.bound = runner.error if bound is None else bound  # the reference itself, which sets the bound
         if not runner.error <= runner.bound:
             runner.status = "wrong"
             runner.reason = f"differs from the float64 truth by {runner.error:.2g}, allowed {runner.bound:.2g}"

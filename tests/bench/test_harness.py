@@ -1,0 +1,182 @@
+"""The harness itself: wrong results get no time, ratios mean what they say, memory and flops are exact."""
+
+import pytest
+import torch
+
+from bench.clock import CudaClock
+from bench.harness import Budget, Candidate, Race, Work, absent, relative_error
+from bench.memory import cost
+
+X = torch.linspace(-1, 1, 1000)
+EXACT = X.double().exp()
+SHORT = Budget(seconds=0.2, fewest=7, most=20)
+NOW = [0.0]  # seconds, moved on by the candidates themselves: no test depends on how busy the machine is
+
+
+def pausing(seconds: float, scale: float = 1.0):
+    """A call that takes so long and returns the right result, times ``scale``."""
+
+    def call():
+        NOW[0] += seconds
+        return (X.exp() * scale,)
+
+    return call
+
+
+def race(*candidates: Candidate, **options) -> Race:
+    options = {"truth": lambda: (EXACT,), "budget": SHORT, "memory": False, "bound": 1e-5} | options
+    contest = Race("exp", {"N": 1000}, candidates, **options)
+    contest.clock = lambda: NOW[0]
+    return contest
+
+
+def rows(record: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in record["candidates"]}
+
+
+def test_a_wrong_result_of_ours_fails_before_anything_is_timed():
+    contest = race(Candidate("ours", pausing(0.001, 1.001), "ours"), Candidate("peer", pausing(0.001)))
+    with pytest.raises(AssertionError, match=r"exp\[N=1000\]: ours: differs .* no time"):
+        contest.run()
+    assert all("median_s" not in row for row in contest._runners[1].record())
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda: (X.exp() * float("nan"),), lambda: (X,), lambda: (X[:10].exp(),), lambda: ()]
+)
+def test_a_wrong_peer_gets_no_time_and_is_named(broken):
+    record = race(Candidate("ours", pausing(0.001), "ours"), Candidate("peer", broken)).run()
+    peer = rows(record)["peer"]
+    assert peer["status"] == "wrong"
+    assert "differs" in peer["reason"]
+    assert "median_s" not in peer
+    assert "best_peer" not in record["vs"]
+
+
+def test_a_peer_that_raises_or_is_absent_is_named_with_its_reason():
+    def fails():
+        raise RuntimeError("out of patience")
+
+    gone = absent("gone", "not installed")
+    record = race(Candidate("ours", pausing(0.001), "ours"), Candidate("fails", fails), gone).run()
+    assert rows(record)["fails"]["reason"] == "RuntimeError: out of patience"
+    assert (rows(record)["gone"]["status"], rows(record)["gone"]["reason"]) == ("skipped", "not installed")
+
+
+def test_speedups_are_time_of_the_other_over_ours():
+    record = race(
+        Candidate("ours", pausing(0.002), "ours"),
+        Candidate("reference", pausing(0.006), "reference"),
+        Candidate("fast peer", pausing(0.004)),
+        Candidate("slow peer", pausing(0.008)),
+        Candidate("limit", pausing(0.001), "limit"),
+        work=Work(flops=2e9, bytes=4e6, items=10, unit="things"),
+    ).run()
+    vs = record["vs"]
+    assert vs["reference"] == pytest.approx(3)
+    assert (vs["best_peer_name"], vs["best_peer"]) == ("fast peer", pytest.approx(2))
+    assert vs["limit"] == pytest.approx(0.5)
+    assert record["rates"]["tflops"] == pytest.approx(1)
+    assert record["rounds"] >= 7
+
+
+def test_rounds_are_interleaved():
+    order = []
+
+    def noting(name, seconds):
+        call = pausing(seconds)
+        return lambda: (order.append(name), call())[1]
+
+    others = [Candidate(name, noting(name, 0.003)) for name in "BC"]
+    contest = race(Candidate("ours", noting("A", 0.003), "ours"), *others)
+    contest.run()
+    last = "".join(order[-3 * contest.rounds :])
+    assert last == "BCA" * contest.rounds
+
+
+def test_a_short_call_is_repeated_within_a_sample():
+    ours = rows(race(Candidate("ours", pausing(1e-4), "ours")).run())["ours"]
+    assert (ours["repeats"], ours["median_s"]) == (21, pytest.approx(1e-4))
+
+
+def test_a_candidate_that_would_eat_the_budget_runs_a_few_rounds_only():
+    record = race(Candidate("ours", pausing(0.003), "ours"), Candidate("slow", pausing(0.1))).run()
+    assert (rows(record)["slow"]["rounds"], rows(record)["ours"]["rounds"]) == (3, 20)
+
+
+def test_a_candidate_may_err_twice_as_much_as_the_reference():
+    candidates = [
+        Candidate("ours", pausing(0.001, 1 + 1e-4), "ours"),
+        Candidate("reference", pausing(0.001, 1 + 1e-4), "reference"),
+        Candidate("close", pausing(0.001, 1 + 1.9e-4)),
+        Candidate("far", pausing(0.001, 1 + 2.1e-4)),
+    ]
+    record = rows(race(*candidates, bound=None).run())
+    assert [record[name]["status"] for name in ("ours", "close", "far")] == ["ok", "ok", "wrong"]
+
+
+def test_a_race_needs_something_to_judge_by():
+    with pytest.raises(ValueError, match="a reference or a bound on the error, exp has neither"):
+        race(Candidate("ours", pausing(0.0), "ours"), bound=None)
+
+
+def test_exactly_one_candidate_is_ours():
+    with pytest.raises(ValueError, match="exactly one candidate of ours, exp has 0"):
+        race(Candidate("peer", pausing(0.0)))
+
+
+def test_relative_error_is_the_worst_of_all_results():
+    truth = (torch.ones(4).double(), torch.zeros(3).double())
+    assert relative_error((torch.ones(4), torch.zeros(3)), truth) == 0
+    assert relative_error((torch.full((4,), 1.5), torch.zeros(3)), truth) == pytest.approx(0.5)
+    assert relative_error((torch.ones(4), torch.full((3,), 1e-3)), truth) > 1e200
+    assert relative_error((torch.ones(4),), truth) == float("inf")
+
+
+def test_peak_memory_and_flops_are_exact():
+    a, b = torch.randn(256, 128), torch.randn(128, 512)
+
+    def call():
+        first = a @ b
+        return first.exp()
+
+    counted = cost(call, torch.device("cpu"))
+    assert counted.flops == 2 * 256 * 128 * 512
+    assert counted.peak_bytes == 2 * 4 * 256 * 512
+    assert cost(call, torch.device("cpu")) == counted
+
+
+def test_peak_memory_forgets_what_was_released():
+    def call():
+        for _ in range(5):
+            torch.empty(1 << 20, dtype=torch.uint8)
+        return ()
+
+    assert cost(call, torch.device("cpu")).peak_bytes == 1 << 20
+
+
+def test_cuda_clock_adds_up_pairs_of_events(monkeypatch):
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            now[0] += 5.0
+            self.at = now[0]
+
+        def synchronize(self):
+            self.waited = True
+
+        def elapsed_time(self, other):
+            assert other.waited
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = CudaClock()
+    differences = []
+    for _ in range(3):
+        start = clock()
+        differences.append(clock() - start)
+    assert differences == pytest.approx([0.005] * 3)
