@@ -62,3 +62,18 @@ readme-tables: setup
 
 clean:
 	rm -rf build dist *.egg-info
+
+# What every shipped kernel compiles to on sm_80, sm_90 and sm_100; needs no GPU. INSPECT='--only attention --arch 90'
+inspect: setup
+	@mkdir -p build
+	$(BIN)/python -m vito_kernels.inspect --json build/inspect.json $(INSPECT)
+
+# Tests and times the kernels on this machine's GPU. Needs PYTHON with torch, triton, numpy and pytest, and nothing installed.
+ifneq ($(wildcard $(BIN)/python),)
+GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(BIN)/python)
+else
+GPU_PYTHON = $(PYTHON)
+endif
+gpu-check:
+	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels
+	PYTHONPATH=build/typing $(GPU_PYTHON) -m vito_kernels.gpu_check

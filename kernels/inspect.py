@@ -1,0 +1,279 @@
+"""``python -m vito_kernels.inspect``: compiles every shipped kernel for every target without a GPU, and reads the
+machine code.
+
+The ops' own launchers run, on tensors that have shapes but no memory, against a driver that answers with the target and
+launches nothing; so what is compiled is what a GPU of that kind would run. The exit status is 1 if a kernel spills,
+exceeds a limit, compiles to nothing, or misses the tensor cores: on sm_90 a matrix kernel must use HGMMA and no other
+kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from vito_kernels import sass
+from vito_kernels._triton import Spec, interpreting
+
+MODULES = ("info_nce", "two_sided", "gradient", "attention_pool", "photometric")  # each has ``specs()``
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as its data sheet has it: dense rates without sparsity, at boost clock."""
+
+    gpu: str
+    processors: int
+    shared_limit: int  # bytes per block
+    bandwidth: float  # bytes per second
+    tensor_flops: float  # bfloat16 with float32 sums
+    vector_flops: float  # float32 outside the tensor cores
+
+
+TARGETS = {
+    80: Target("A100 SXM 80 GB", 108, 166_912, 2.039e12, 312e12, 19.5e12),
+    90: Target("H100 SXM 80 GB", 132, 232_448, 3.35e12, 989e12, 66.9e12),
+    100: Target("B200", 148, 232_448, 8.0e12, 2250e12, 75e12),
+}
+MAX_REGISTERS = 255
+ASSUMPTIONS = (
+    "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
+    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for matrix kernels on "
+    "16-bit inputs and the float32 vector rate for the others. It is a bound, not a measurement. Instruction counts "
+    "are per warp and loop iteration."
+)
+
+# ---------------------------------------------------------------------------------------------------- stand-in driver
+
+
+class StandInDriver:
+    """What Triton asks of a GPU's driver, answered for a GPU that is not there. Each target is a device of its own."""
+
+    def __init__(self, arch: int):
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        self.arch, self.utils = arch, StandInUtils(TARGETS[arch])
+        self.map_python_to_cpp_type = ty_to_cpp
+        self.launched: dict[str, Compiled] = {}
+        self.launcher_cls = lambda source, metadata: StandInLauncher(self, source, metadata)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        return divmod(self.arch, 10)
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class StandInUtils:
+    """Limits are not enforced here, so that a kernel beyond them is reported with its figures."""
+
+    def __init__(self, target: Target):
+        self.properties = {
+            "max_shared_mem": 1 << 30,
+            "multiprocessor_count": target.processors,
+            "max_num_regs": 65_536,
+            "warpSize": 32,
+        }
+        self.binary = b""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return self.properties
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
+        self.binary = binary
+        return None, None, 0, 0, 1024
+
+    def unload_module(self, module: None) -> None:
+        pass
+
+
+@dataclass
+class Compiled:
+    name: str
+    shared: int
+    warps: int
+    stages: int
+    tensor_memory: int
+    binary: bytes
+
+
+class StandInLauncher:
+    """Made once per compiled kernel, just before its binary is loaded; called at every launch."""
+
+    def __init__(self, driver: StandInDriver, source: Any, metadata: Any):
+        self.driver, self.metadata, self.binary = driver, metadata, b""
+
+    def __call__(self, *arguments: Any) -> None:
+        self.binary = self.binary or self.driver.utils.binary
+        m = self.metadata
+        kernel = Compiled(m.name, m.shared, m.num_warps, m.num_stages, getattr(m, "tmem_size", 0) or 0, self.binary)
+        self.driver.launched.setdefault(m.hash, kernel)
+
+
+@contextmanager
+def stand_in(arch: int) -> Iterator[StandInDriver]:
+    """Triton believes in a GPU of this architecture."""
+    from triton.runtime import driver
+
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect")
+    previous, fake = driver._active, StandInDriver(arch)
+    driver.set_active(fake)
+    try:
+        yield fake
+    finally:
+        driver._active = previous
+
+
+# --------------------------------------------------------------------------------------------------------- inspection
+
+
+def specs(pattern: str = "") -> list[tuple[str, int, Spec]]:
+    """(module, index, spec) of every shipped launch whose name contains the pattern."""
+    found = []
+    for module in MODULES:
+        listed = list(importlib.import_module(f"vito_kernels.{module}").specs())
+        found += [(module, i, spec) for i, spec in enumerate(listed) if pattern in spec.name]
+    return found
+
+
+def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
+    """One record per kernel that the spec launches; the spec's work belongs to the first."""
+    with stand_in(arch) as driver:
+        try:
+            spec.launch()
+        except Exception as error:  # a compiler failure is a finding, to be shown with the rest
+            return [{**_empty_record(arch, spec), "problems": [f"{type(error).__name__}: {error}"[:500]]}]
+        launched = list(driver.launched.values())
+    if not launched:
+        return [{**_empty_record(arch, spec), "problems": ["launched no kernel"]}]
+    return [_record(arch, spec, kernel, main=i == 0) for i, kernel in enumerate(launched)]
+
+
+def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
+    target = TARGETS[arch]
+    peak = target.tensor_flops if spec.tensor_cores else target.vector_flops
+    return {
+        "name": spec.name, "kernel": "", "arch": f"sm_{arch}", "gpu": target.gpu,
+        "registers": 0, "stack_bytes": 0, "spill_bytes": 0, "loop_spill_bytes": 0, "instructions": 0,
+        "shared_bytes": 0, "shared_limit": target.shared_limit, "warps": 0, "stages": 0,
+        "mma": [], "loop": {}, "flops": spec.flops, "min_bytes": spec.min_bytes,
+        "roofline_ms": 1e3 * max(spec.flops / peak, spec.min_bytes / target.bandwidth), "problems": [],
+    }  # fmt: skip
+
+
+def _record(arch: int, spec: Spec, kernel: Compiled, main: bool) -> dict[str, Any]:
+    binary = sass.read(kernel.binary)
+    record = _empty_record(arch, spec)
+    record |= {"kernel": kernel.name, "shared_bytes": kernel.shared, "warps": kernel.warps, "stages": kernel.stages}
+    record |= {k: v for k, v in asdict(binary).items() if k in record} | {"mma": list(binary.mma)}
+    if not main:
+        record |= {"name": f"{spec.name} / {kernel.name}", "flops": 0.0, "min_bytes": 0.0, "roofline_ms": 0.0}
+    record["problems"] = list(_problems(arch, spec.tensor_cores and main, kernel, binary))
+    return record
+
+
+def _problems(arch: int, needs_mma: bool, kernel: Compiled, binary: sass.Binary) -> Iterator[str]:
+    limit = TARGETS[arch].shared_limit
+    if binary.spill_bytes:
+        yield f"spills {binary.spill_bytes} bytes ({binary.loop_spill_bytes} in the main loop)"
+    if kernel.shared > limit:
+        yield f"needs {kernel.shared} bytes of shared memory, over the limit of {limit}"
+    if binary.registers > MAX_REGISTERS or binary.registers * kernel.warps * 32 > 65_536:
+        yield f"needs {binary.registers} registers in each of {kernel.warps} warps"
+    if kernel.tensor_memory > 512:
+        yield f"needs {kernel.tensor_memory} columns of tensor memory, over the limit of 512"
+    if not binary.stores:
+        yield "compiled to nothing: no store to global memory"
+    if needs_mma and not binary.mma:
+        yield "has no tensor-core instruction"
+    if needs_mma and arch == 90 and any(not kind.startswith("HGMMA") for kind in binary.mma):
+        yield f"misses HGMMA: uses {', '.join(binary.mma)}"
+
+
+def _job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
+    arch, module, index = job
+    return inspect(arch, list(importlib.import_module(f"vito_kernels.{module}").specs())[index])
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = _parse(arguments)
+    jobs = [(arch, module, i) for module, i, _ in specs(options.only) for arch in options.arch]
+    if not jobs:
+        print(f"no shipped kernel's name contains {options.only!r}", file=sys.stderr)
+        return 2
+    records: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for result in pool.map(_job, jobs):
+            for record in result:
+                print(_line(record), flush=True)
+            records += result
+    failed = [record for record in records if record["problems"]]
+    print(f"\n{len(records)} kernels, {len(failed)} with problems. {ASSUMPTIONS}")
+    if options.json:
+        options.json.write_text(json.dumps(_report(records), indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m vito_kernels.inspect", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
+    parser.add_argument("--only", default="", help="inspect launches whose name contains this text")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument("--jobs", type=int, default=None, help="processes that compile; by default one per core")
+    return parser.parse_args(arguments)
+
+
+def _line(record: dict[str, Any]) -> str:
+    loop = dict(record["loop"])
+    total = loop.pop("all", 0)
+    mix = ", ".join(f"{count} {kind}" for kind, count in loop.items())
+    head = (
+        f"{record['arch']:6} {record['name']} [{record['kernel']}]\n"
+        f"       {record['registers']} registers, {record['spill_bytes']} B spilled, {record['stack_bytes']} B stack, "
+        f"{record['shared_bytes']:,} of {record['shared_limit']:,} B shared, {record['warps']} warps, "
+        f"{record['stages']} stages; {' + '.join(record['mma']) or 'no tensor cores'}\n"
+        f"       main loop {total} of {record['instructions']} instructions: {mix}\n"
+        f"       {record['flops']:.3g} flops, {record['min_bytes']:.3g} B at least: "
+        f"roofline {record['roofline_ms']:.3g} ms on {record['gpu']}"
+    )
+    return head + "".join(f"\n       PROBLEM: {problem}" for problem in record["problems"])
+
+
+def _report(records: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+    import triton
+
+    gpus = {f"sm_{arch}": asdict(target) for arch, target in TARGETS.items()}
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "assumptions": ASSUMPTIONS,
+        "gpus": gpus,
+        "kernels": records,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
