@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect-store": "say what a store holds",
     "train": "pretrain an encoder: vito-fast train CONFIG [--section.field VALUE]",
     "export": "write a run's encoder for torchvision or timm",
+    "plan": "predict a run's time, memory and energy: vito-fast plan CONFIG --gpu h100 --gpus 8",
     "attention": "draw where the encoder looks in a video",
     "bench-data": "time a store's loader alone",
     "doctor": "say what this machine can do, and what will be used",
@@ -65,6 +66,10 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else f"; the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command '{name}'{hint}")
+    if name == "plan":
+        from vito_fast.plan_report import run
+
+        return run(rest, parse)
     from vito_fast import commands
 
     function = getattr(commands, name.replace("-", "_"))

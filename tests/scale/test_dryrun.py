@@ -1,0 +1,164 @@
+"""The dry run counts what really happens, and finds what a GPU would stumble over."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vito_fast import step
+from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
+from vito_fast.data.sampler import SamplerConfig
+from vito_fast.distributed import World
+from vito_fast.dryrun import dry_run, graph_breaks
+from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda
+from vito_fast.model.pair import Branch
+
+SMALL = Config(
+    sampler=SamplerConfig(size=64),
+    model=ModelConfig(backbone="resnet18", projector_hidden=64, projector_out=32, attention_hidden=16),
+    train=TrainConfig(batch_size=8, dtype="bfloat16"),
+)
+
+
+def with_train(config=SMALL, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def test_counts_the_arithmetic_of_a_real_step():
+    config = with_train(dtype="float32", device="cpu")
+    trainer = step.Trainer(config, World(0, 1, 1, torch.device("cpu")), 5)
+    views = tuple(torch.randn(8, 3, 64, 64) for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(views, torch.arange(8), measure=False)
+    dry = dry_run(config)
+    assert dry.problems == ()
+    matrix = sum(dry.total(kind=kind)[0] for kind in ("convolution", "matmul"))
+    assert matrix == counter.get_total_flops()
+    loss = sum(dry.total(phase)[0] for phase in ("loss", "backward", "loss, backward"))
+    pairs, scales = 2, 2
+    assert dry.total("loss", "fused")[0] == scales * pairs * 4 * 8 * 8 * 32
+    assert loss > 0
+
+
+def test_gradients_have_the_shapes_and_dtypes_of_autograds():
+    def net():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 5)
+        )
+
+    real = net()
+    out = real(torch.randn(4, 3, 8, 8))
+    (out.square().mean() + out[:, :2].sum()).backward()
+    with torch.device("meta"):
+        fake = net()
+    with fake_cuda(), Ledger() as ledger:
+        to_fake_cuda(fake)
+        with ledger.saving():
+            out = fake(torch.empty(4, 3, 8, 8, device="cuda"))
+            loss = out.square().mean() + out[:, :2].sum()
+        ledger.backward((loss, torch.ones_like(loss)))
+    for a, b in zip(real.parameters(), fake.parameters(), strict=True):
+        assert (a.grad.shape, a.grad.dtype, "cuda") == (b.grad.shape, b.grad.dtype, b.grad.device.type)
+
+
+def test_memory_by_hand():
+    with torch.device("meta"):
+        layer = nn.Linear(256, 512, bias=False)
+    with fake_cuda(), Ledger() as ledger:
+        with ledger.in_phase("parameters"):
+            to_fake_cuda(layer)
+        with ledger.in_phase("input"):
+            x = torch.empty(64, 256, device="cuda")
+        with ledger.in_phase("forward"), ledger.saving():
+            out = layer(x).relu().square().sum()
+        assert ledger.live["parameters"] == 256 * 512 * 4
+        assert ledger.live["input"] == 64 * 256 * 4
+        with ledger.in_phase("backward"):
+            ledger.backward((out, torch.ones_like(out)))
+        # relu keeps its result, which square keeps as well: one storage; the product of the matrices is gone.
+        assert ledger.saved == {"forward": 64 * 512 * 4, "input": 64 * 256 * 4}
+        assert ledger.peak_phase == "backward"
+        del out
+        assert ledger.live["forward"] == 0
+        assert ledger.live["gradients"] == 256 * 512 * 4
+
+
+def test_a_backward_frees_what_it_has_used():
+    """The peak of a chain is its saved activations and little more, not twice them."""
+    with fake_cuda(), Ledger() as ledger:
+        with ledger.in_phase("x"):
+            x = torch.empty(1024, 1024, device="cuda", requires_grad=True)
+        with ledger.in_phase("forward"), ledger.saving():
+            y = x
+            for _ in range(20):
+                y = torch.tanh(y)
+            loss = y.sum()
+        with ledger.in_phase("backward"):
+            ledger.backward((loss, torch.ones_like(loss)))
+    assert sum(ledger.peak.values()) <= (1 + 20 + 2) * 4 * 1024**2 + 64
+
+
+def test_micro_batches_and_recomputation_trade_arithmetic_for_memory():
+    config = with_train(dtype="float32")  # bfloat16 would save copies of the weights as well
+    plain = dry_run(config)
+    parts = dry_run(with_train(config, micro_batches=4))
+    again = dry_run(dataclasses.replace(config, model=dataclasses.replace(SMALL.model, checkpoint_activations=True)))
+    for dry in (plain, parts, again):
+        assert dry.problems == ()
+    assert parts.total("online")[0] == parts.total("online, first pass")[0] == plain.total("online")[0]
+    assert sum(parts.saved.values()) == pytest.approx(sum(plain.saved.values()) / 4, rel=0.05)
+    assert sum(again.saved.values()) < 0.6 * sum(plain.saved.values())
+    assert again.total()[0] == pytest.approx(plain.total()[0] + plain.total("online", "convolution")[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("add", "says"),
+    [
+        (lambda q: q[0].new_ones(3) + torch.ones(3), "device mismatch"),
+        (lambda q: q[0].sum().item(), "host waits"),
+        (lambda q: q[0].sum().cpu(), "host waits"),
+        (lambda q: q[0][q[0] > 0], "host waits"),
+        (lambda q: bool((q[0] > 0).any()), "host waits"),
+    ],
+)
+def test_finds_what_a_gpu_would_stumble_over(add, says):
+    honest = step.objective
+
+    def objective(queries, keys, config):
+        add(queries)
+        return honest(queries, keys, config)
+
+    with mock.patch.object(step, "objective", objective):
+        problems = dry_run(SMALL).problems
+    assert len(problems) == 1
+    assert says in problems[0]
+    assert "test_dryrun.py" in problems[0]  # where, not only what
+
+
+def test_finds_graph_breaks():
+    assert graph_breaks(SMALL) == []
+    honest = Branch.forward
+
+    def forward(self, images):
+        torch._dynamo.graph_break()
+        return honest(self, images)
+
+    with mock.patch.object(Branch, "forward", forward):
+        problems = dry_run(with_train(compile=True)).problems
+    assert any("graph break in the online branch" in p for p in problems)
+
+
+def test_a_read_of_the_gpu_between_ops_is_refused():
+    with fake_cuda(), Ledger(), pytest.raises(Problem, match="host waits"):
+        torch.empty(3, device="cuda").to("cpu")
+
+
+@pytest.mark.parametrize("preset", preset_files(), ids=lambda p: p.stem)
+def test_every_preset_runs_dry(preset):
+    config = load_config(preset)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone="resnet18"))
+    config = with_train(config, micro_batches=min(2, config.train.micro_batches), compile=False)
+    assert dry_run(config, clips=8, world=2).problems == ()

@@ -1,0 +1,230 @@
+"""The plan's arithmetic by hand, its anchor in a published figure, and that its advice does what it says."""
+
+import dataclasses
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from vito_fast.cli import parse
+from vito_fast.config import load_config
+from vito_fast.data.index import ClipRecord, write_index
+from vito_fast.errors import UserError
+from vito_fast.hardware import COMMON, GPUS, machine
+from vito_fast.ledger import Ledger, fake_cuda, to_fake_cuda
+from vito_fast.model.resnet import resnet50
+from vito_fast.plan import PlanOptions, predict
+from vito_fast.plan_report import run
+
+PAPER = "vito_r50_8xh100"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A light configuration as a file, for the command line."""
+    path = tmp_path_factory.mktemp("plan") / "small.yaml"
+    path.write_text(
+        "sampler: {size: 64}\n"
+        "model: {backbone: resnet18, projector_hidden: 64, projector_out: 32}\n"
+        "train: {batch_size: 1024, dtype: bfloat16}\nschedule: {epochs: 10}\n"
+    )
+    return str(path)
+
+
+def planned(capsys, *arguments):
+    """The command's JSON."""
+    assert run([*arguments, "--json"], parse) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_papers_setting_by_hand(capsys):
+    plan = planned(capsys, PAPER)
+    parts = {part["name"]: part for part in plan["parts"]}
+    images = 2 * 4096 / 8
+    # ResNet-50 at 224: 4.089 G multiply-adds an image; the attention MLPs: 14*14 and 7*7 locations, C*C weights.
+    backbone = images * 2 * 4.0894e9
+    attention = images * 2 * (14 * 14 * 1024 * (1024 + 1) + 7 * 7 * 2048 * (2048 + 1))
+    heads = images * 2 * ((1024 + 2048) * 4096 + 2 * 4096 * 256)
+    assert parts["target forward"]["flops"] == pytest.approx(backbone + attention + heads, rel=1e-3)
+    predictors = images * 2 * 2 * 2 * 4096 * 256
+    assert parts["online forward"]["flops"] == pytest.approx(backbone + attention + heads + predictors, rel=1e-3)
+    stem = images * 2 * 112 * 112 * 64 * 3 * 49  # no gradient reaches the pixels
+    whole = 2 * parts["online forward"]["flops"] - stem
+    # (the loss's gradient of the queries comes with its forward: 4 M N D a pair of views and a scale)
+    assert parts["backward"]["flops"] == pytest.approx(whole, rel=1e-3)
+    assert parts["loss"]["flops"] == 2 * 2 * 4 * 512 * 4096 * 256
+
+    assert plan["steps"] == 300 * (1_180_000 // 4096) == 86_400
+    frames = 2 * 4096
+    assert plan["resources"]["decode"] == pytest.approx(frames / plan["decode_frames_per_s"]["jpeg, engine"])
+    assert plan["decode_frames_per_s"]["jpeg, engine"] == pytest.approx(8 * 7 * 1000 * 500 * 375 * 0.5 / (455 * 256))
+    assert plan["resources"]["gpu"] == pytest.approx(sum(part["seconds"] for part in plan["parts"]))
+    assert plan["step_seconds"] == max(plan["resources"].values())
+    assert plan["hours"] == pytest.approx(86_400 * plan["step_seconds"] / 3600)
+    assert plan["kwh"] == pytest.approx(plan["hours"] * 10.2 * 0.85)
+    gradients = 4 * 47_680_578
+    assert plan["gpu_memory"]["gradients"] == gradients
+    assert plan["communication"]["gradients"]["takes"] == pytest.approx(2 * 7 / 8 * gradients / (450e9 * 0.8) + 20e-6)
+    assert plan["communication"]["gradients"]["exposed"] == 0
+    assert plan["store_bytes"] == pytest.approx(1_180_000 * 5021 * 1024)
+    assert plan["fits"]
+
+
+def test_the_model_of_time_gives_the_published_speed_of_resnet50_on_an_a100():
+    """2470 images/s in mixed precision (NVIDIA DeepLearningExamples, batch 256), which its efficiencies come from."""
+    m, batch = machine("a100"), 256
+    with torch.device("meta"):
+        model = resnet50(scales=1)
+    with fake_cuda(), Ledger() as ledger:
+        to_fake_cuda(model, memory_format=torch.channels_last)
+        x = torch.empty(batch, 3, 224, 224, device="cuda", memory_format=torch.channels_last)
+        with ledger.saving(), torch.autocast("cuda", torch.bfloat16):
+            loss = model(x)[-1].mean((2, 3)).sum()
+        ledger.backward((loss, torch.ones_like(loss)))
+    rate, reach = m["bf16"] * m["matmul_efficiency"], m["bandwidth"] * m["bandwidth_efficiency"]
+    seconds = sum(n * max(op.flops / rate, op.bytes / reach) for op, n in ledger.ops.items())
+    assert batch / seconds == pytest.approx(2470, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "bottleneck"),
+    [
+        (["--decoder", "cpu", "--cores", "8"], "decode (CPU cores)"),
+        (["--format", "copy"], "decode (NVDEC)"),
+        (["--train.dtype", "float32", "--gpu", "a100", "--sampler.size", "224"], "GPU arithmetic"),
+        (["--train.compile"], None),
+        (["--train.batch-size", "16384", "--gpus", "1", "--sampler.size", "128"], "GPU memory"),
+        (["--gpus", "64"], None),
+    ],
+)
+def test_following_the_advice_gives_what_it_says(capsys, small, flags, bottleneck):
+    before = planned(capsys, small, *flags)
+    if bottleneck:
+        assert before["bottleneck"] == bottleneck
+    advice = before["advice"]
+    assert advice is not None
+    after = planned(capsys, small, *merged(flags, advice["flags"]))
+    for name in ("step_seconds", "hours", "kwh", "gpu_bytes"):
+        assert after[name] == pytest.approx(advice[name], rel=1e-12)
+    assert after["bottleneck"] == advice["bottleneck"]
+    assert after["fits"]
+    if before["fits"]:
+        assert after["step_seconds"] < 0.97 * before["step_seconds"]
+
+
+def merged(flags, advised):
+    """A user who follows the advice replaces a flag that was there."""
+    kept = []
+    for i, word in enumerate(flags):
+        name = word if word.startswith("--") else flags[i - 1]
+        if name not in advised:
+            kept.append(word)
+    return kept + advised
+
+
+def test_more_of_the_bottleneck_moves_the_step_and_more_of_the_rest_does_not(small):
+    config = load_config(small)
+    options = PlanOptions(gpus=8, decoder="cpu", cores=8)
+    base = predict(config, options)
+    assert base.bottleneck == "decode (CPU cores)"
+    # One core a rank drives its GPU; the rest decode, one at least.
+    assert base.resources["decode"] == pytest.approx(2 * 1024 * 1.75e-3 / 1)
+    assert predict(config, dataclasses.replace(options, cores=10)).step_seconds == pytest.approx(base.step_seconds / 2)
+    faster = dataclasses.replace(base.machine, constants={**base.machine.constants, "bf16": GPUS["b200"]["bf16"]})
+    assert predict(config, options, faster).step_seconds == base.step_seconds
+
+
+def test_strong_scaling_and_the_network(small):
+    config = load_config(small)
+    one, eight, many = (predict(config, PlanOptions(gpus=n)) for n in (1, 8, 16))
+    assert one.communication["gradients"] == (0.0, 0.0)
+    compute = lambda p: sum(x.seconds for x in p.parts if x.name in ("target forward", "online forward", "backward"))  # noqa: E731
+    assert compute(one) == pytest.approx(8 * compute(eight), rel=0.05)
+    payload = 4 * eight.dry.parameters
+    bus = min(GPUS["h100"]["link"].value, GPUS["h100"]["node_network"].value) * COMMON["link_efficiency"].value
+    assert many.communication["gradients"][0] == pytest.approx(2 * 15 / 16 * payload / bus + 40e-6)
+
+
+def test_calibration_replaces_constants_and_says_so(tmp_path, small, capsys):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"machine": "a GPU box", "constants": {"bandwidth_efficiency": 0.36}}))
+    before, after = planned(capsys, small), planned(capsys, small, "--calibrate", str(file))
+    assert after["resources"]["gpu"] > before["resources"]["gpu"]
+    assert machine("h100", file).constants["bandwidth_efficiency"].source.startswith("measured: a GPU box")
+    for text, says in (
+        ('{"machine": "x", "constants": {"speed": 1}}', "'speed' is no constant"),
+        ('{"machine": "x", "constants": {"bf16": -1}}', "'bf16' is no constant of the plan or not a number above 0"),
+        ('{"machine": "x", "constants": {"bf16": NaN}}', "'bf16' is no constant of the plan or not a number above 0"),
+        ("[]", "cannot read the calibration"),
+        ("{", "cannot read the calibration"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=says):
+            machine("h100", file)
+
+
+def test_every_constant_has_a_source_that_says_what_kind_it_is(small, capsys):
+    kinds = (
+        "datasheet:",
+        "published:",
+        "measured:",
+        "recalled:",
+        "assumption:",
+        "by construction:",
+        "derived:",
+        "this project",
+    )
+    for gpu in ("h100", "h200", "a100", "b200"):
+        for name, constant in machine(gpu).constants.items():
+            assert constant.source.startswith(kinds), (gpu, name)
+            assert constant.value > 0
+    assert run([small, "--assumptions"], parse) == 0
+    printed = capsys.readouterr().out
+    for name in machine("h100").constants:
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gpu", "tpu"], "--gpu must be one of h100"),
+        (["--gpu", "cpu"], "needs --calibrate"),
+        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--gpus", "5000"], "leaves some of 5000 GPUs without any"),
+        (["--gppu", "h100"], "did you mean"),
+        (["--store", "/nowhere"], "cannot plan for the store /nowhere"),
+        (["--calibrate", "/nowhere.json"], "cannot read the calibration"),
+    ],
+)
+def test_mistakes_are_one_line(small, flags, says):
+    with pytest.raises(UserError, match=says) as caught:
+        run([small, *flags], parse)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_brings_its_own_numbers(tmp_path, small, capsys):
+    frames = 8
+    records = [
+        ClipRecord(
+            video=clip, source=f"{clip}.mp4", codec="mjpeg", width=64, height=48, shard=0, time_base=Fraction(1, 25),
+            pts=np.arange(frames), offsets=np.arange(frames) * 100 + clip * frames * 100, sizes=np.full(frames, 100),
+            checksums=np.zeros(frames, np.uint32), flags=np.ones(frames, np.uint8), end=frames,
+        )
+        for clip in range(2048)
+    ]  # fmt: skip
+    total = 2048 * frames * 100
+    write_index(tmp_path / "index.bin", records, format="jpeg", shards=[("shard-00000.bin", total)])
+    plan = planned(capsys, small, "--store", str(tmp_path))
+    assert plan["options"]["clips"] == 2048
+    assert plan["options"]["frame_bytes"] == 100
+    assert plan["steps"] == 10 * (2048 // 1024)
+    assert plan["resources"]["storage"] == pytest.approx(2 * 1024 * 100 / GPUS["h100"]["node_read"].value)
+
+
+def test_tables_print_and_call_themselves_a_prediction(small, capsys):
+    assert run([small], parse) == 0
+    printed = capsys.readouterr().out
+    for text in ("PREDICTION", "bottleneck:", "advice", "kWh", "GPU: all", "jpeg, engine"):
+        assert text in printed
