@@ -29,7 +29,7 @@ from vito_fast.data.index import (
     packet_flags,
     write_index,
 )
-from vito_fast.data.media import BadVideo, fitted, opened, presentation_times, rgb
+from vito_fast.data.media import BadVideo, bare_packet, fitted, opened, presentation_times, rgb
 
 THUMBNAIL = 64
 """Short side in pixels of the pictures by which shot changes are told."""
@@ -84,9 +84,9 @@ class Copier:
         with opened(path) as (container, video):
             context = video.codec_context
             rate = video.average_rate or video.guessed_rate or Fraction(25)
-            stream = _Stream(
-                context.codec.canonical_name, context.width, context.height, context.extradata or b"", video.time_base, rate, rotation
-            )  # fmt: skip
+            codec, extradata = context.codec.canonical_name, context.extradata or b""
+            time_base = video.time_base or Fraction(1, 90000)
+            stream = _Stream(codec, context.width, context.height, extradata, time_base, rate, rotation)
             decoder, detector = (
                 open_decoder(stream.codec, stream.width, stream.height, stream.extradata),
                 ShotDetector(),
@@ -120,9 +120,7 @@ class Copier:
         stream.offsets.append(self.shard.append(payload))
         stream.sizes.append(len(payload))
         stream.checksums.append(checksum(payload))
-        bare = av.Packet(payload)
-        bare.pts = bare.dts = len(stream.pts) - 1
-        return bare
+        return bare_packet(payload, len(stream.pts) - 1)
 
     def _cut(self, stream: _Stream) -> None:
         """Ranges of shown pictures, split at shots and at the clip length, become clips."""

@@ -108,8 +108,8 @@ class ShotDetector:
     vanish.
     """
 
-    ABSOLUTE = 0.07
-    RELATIVE = 3.5
+    ABSOLUTE = 0.1
+    RELATIVE = 3.0
 
     def __init__(self) -> None:
         self._before: np.ndarray | None = None

@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from vito_fast.data.index import ClipInfo, Read
-from vito_fast.data.media import rgb
+from vito_fast.data.media import bare_packet, rgb
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
@@ -56,8 +56,7 @@ class Decoder:
                 for row in [*range(first, end), None]:
                     packet = None
                     if row is not None:
-                        packet = av.Packet(payloads[row])
-                        packet.pts = packet.dts = int(read.packets[row])
+                        packet = bare_packet(payloads[row], int(read.packets[row]))
                     for frame in context.decode(packet):
                         if frame.pts in wanted and frame.pts not in found:
                             if frame.is_corrupt:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -56,7 +57,7 @@ class BadVideo(Exception):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file's container and first video stream; whatever FFmpeg or the file system says against it becomes BadVideo."""
+    """The file's container and first video stream; what FFmpeg or the file system says against it becomes BadVideo."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -172,3 +173,17 @@ def fitted(height: int, width: int, short_side: int) -> tuple[int, int]:
 def last_at(times: Sequence[float], when: float) -> int:
     """Index of the last of ascending ``times`` that is not after ``when`` (0 if all are)."""
     return max(0, bisect.bisect_right(times, when) - 1)
+
+
+def bare_packet(payload: Any, number: int) -> av.Packet:
+    """A packet of nothing but its bytes (anything with a buffer) and, as pts and dts, its number.
+
+    Made by size first: FFmpeg then pads it with zeros, as decoders that read a little past the end demand. A packet
+    made of bytes directly ends in whatever lies behind them in memory, and MPEG-4 decoding then differs from run to
+    run.
+    """
+    data = memoryview(payload)
+    packet = av.Packet(data.nbytes)
+    packet.update(data)
+    packet.pts = packet.dts = number
+    return packet

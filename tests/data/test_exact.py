@@ -1,0 +1,170 @@
+"""The frame delivered is the frame that decoding the original from its beginning gives."""
+
+import numpy as np
+import pytest
+from videos import pictures, remux, rotate, skip_start, write
+
+from vito_fast.data.media import Source, presentation_times, rgb
+from vito_fast.data.pack import pack
+from vito_fast.data.store import Store, frames
+
+
+def sequential(path):
+    """(seconds from the first frame, pictures) by decoding everything in order."""
+    source = Source(path)
+    shown = [(token, rgb(frame)) for token, frame in source.frames()]
+    ticks = presentation_times([source.pts[token] for token, _ in shown])
+    return (ticks - ticks[0]) * float(source.time_base), [picture for _, picture in shown]
+
+
+def check(path, tmp_path, expected=None, **options):
+    """Every frame of every clip of a copy store equals its frame in sequential decoding, whatever is asked with it."""
+    times, truth = sequential(path) if expected is None else expected
+    pack(path, tmp_path / "store", format="copy", min_length=0, progress=False, processes=1, **options)
+    store = Store(tmp_path / "store")
+    place = 0
+    rng = np.random.default_rng(0)
+    start = store.index.times(0)[0]
+    for clip in range(len(store)):
+        seconds = store.index.times(clip)
+        count = len(seconds)
+        np.testing.assert_allclose(seconds - start, times[place : place + count], atol=1e-9)
+        for asked in (np.arange(count), rng.integers(0, count, 4), np.array([count - 1, 0])):
+            for number, got in zip(asked, frames(store, clip, asked), strict=True):
+                np.testing.assert_array_equal(got, truth[place + number], err_msg=f"clip {clip} frame {number}")
+        place += count
+    assert place == len(truth)
+    return store
+
+
+CODECS = {
+    "h264": ("libx264", "mp4", 0, {}),
+    "h264-b": ("libx264", "mp4", 3, {"preset": "veryfast"}),
+    "h264-pyramid": ("libx264", "mkv", 5, {"preset": "medium", "x264-params": "b-pyramid=normal:b-adapt=0"}),
+    "h264-open": ("libx264", "mp4", 2, {"preset": "veryfast", "x264-params": "open-gop=1:keyint=10"}),
+    "h264-ts": ("libx264", "ts", 2, {"preset": "veryfast"}),
+    "h264-intra-refresh": ("libx264", "mp4", 0, {"x264-params": "intra-refresh=1:keyint=12"}),
+    "hevc": ("libx265", "mp4", 3, {}),
+    "hevc-open": ("libx265", "mkv", 3, {"x265-params": "log-level=none:pools=1:open-gop=1:keyint=10:min-keyint=10"}),
+    "vp8": ("libvpx", "webm", 0, {"auto-alt-ref": "1", "lag-in-frames": "8"}),
+    "vp9": ("libvpx-vp9", "webm", 0, {"auto-alt-ref": "1", "lag-in-frames": "8"}),
+    "av1": ("libsvtav1", "mkv", 0, {}),
+    "mpeg4": ("mpeg4", "mp4", 2, {}),
+    "mpeg4-avi": ("mpeg4", "avi", 0, {}),
+    "mpeg2": ("mpeg2video", "mpg", 2, {}),
+    "mjpeg": ("mjpeg", "mov", 0, {}),
+    "ffv1": ("ffv1", "mkv", 0, {}),
+    "wmv2": ("wmv2", "asf", 0, {}),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec(name, tmp_path):
+    codec, suffix, b_frames, options = CODECS[name]
+    side = (64, 96) if codec == "libsvtav1" else (48, 64)
+    path = write(tmp_path / f"a.{suffix}", pictures(36, *side), codec, b_frames=b_frames, options=options)
+    store = check(path, tmp_path)
+    assert store.index.num_frames == 36
+
+
+def test_clips_begin_inside_a_group_of_pictures(tmp_path):
+    path = write(tmp_path / "a.mp4", pictures(60), b_frames=2, gop=24, options={"preset": "veryfast"})
+    store = check(path, tmp_path, clip_length=0.8, shot_cuts=False)
+    assert len(store) == 3
+
+
+def test_shot_changes(tmp_path):
+    path = write(tmp_path / "a.mp4", pictures(20, seed=1) + pictures(20, seed=2) + pictures(15, seed=3), gop=250)
+    store = check(path, tmp_path)
+    assert [store.index.clip(i).num_frames for i in range(len(store))] == [20, 20, 15]
+
+
+def test_variable_frame_rate(tmp_path):
+    times = np.cumsum(np.random.default_rng(1).integers(10, 190, 30)).tolist()
+    path = write(tmp_path / "a.mkv", pictures(30), times=times, b_frames=2, options={"preset": "veryfast"})
+    store = check(path, tmp_path)
+    np.testing.assert_allclose(np.diff(store.index.times(0)), np.diff(times) / 1000, atol=0.0011)
+    pack(path, tmp_path / "jpeg", min_length=0, progress=False, processes=1)
+    np.testing.assert_allclose(np.diff(Store(tmp_path / "jpeg").index.times(0)), np.diff(times) / 1000, atol=0.0011)
+
+
+def test_times_written_in_decoding_order(tmp_path):
+    """Frames are reordered, but pts = dts: the decoder's order is the order of presentation, and the same times are handed out in it."""
+
+    def flatten(packets):
+        times = sorted(packet.pts for packet in packets)
+        for packet, time in zip(packets, times, strict=True):
+            packet.pts = packet.dts = time
+        return packets
+
+    path = write(tmp_path / "a.mp4", pictures(30), b_frames=3, options={"preset": "veryfast"})
+    truth = sequential(path)
+    shuffled = remux(path, tmp_path / "b.mp4", flatten)
+    check(shuffled, tmp_path, expected=truth)
+
+
+def test_key_flags_missing(tmp_path):
+    def strip(packets):
+        for packet in packets:
+            packet.is_keyframe = False
+        return packets
+
+    path = remux(write(tmp_path / "a.mp4", pictures(40)), tmp_path / "b.mp4", strip)
+    store = check(path, tmp_path)
+    assert np.count_nonzero(store.index.packets(0).flags & 1) > 1, "keys are found in the bits"
+
+
+def test_edit_list(tmp_path):
+    path = write(tmp_path / "a.mp4", pictures(40), b_frames=2, options={"preset": "veryfast"})
+    _, whole = sequential(path)
+    cut = skip_start(path, tmp_path / "b.mp4", 512 * 5)
+    times, truth = sequential(cut)
+    assert len(truth) == 35
+    np.testing.assert_array_equal(truth[0], whole[5])
+    check(cut, tmp_path)
+
+
+@pytest.mark.parametrize("size", [(47, 64), (48, 63), (35, 47)])
+def test_odd_sizes(size, tmp_path):
+    check(write(tmp_path / "a.mkv", pictures(20, *size), "ffv1"), tmp_path)
+    path = write(tmp_path / "b.mp4", pictures(20, *size), "libx264", options={"preset": "ultrafast"})
+    pack(path, tmp_path / "jpeg", min_length=0, progress=False, processes=1)
+    clip = Store(tmp_path / "jpeg").index.clip(0)
+    assert (clip.height, clip.width) == (round(size[0] / 2) * 2, round(size[1] / 2) * 2)
+
+
+@pytest.mark.parametrize("quarter", [1, 2, 3])
+def test_rotation_metadata(quarter, tmp_path):
+    path = write(tmp_path / "a.mp4", pictures(20))
+    plain = sequential(path)
+    turned = rotate(path, tmp_path / "b.mp4", quarter)
+    times, truth = sequential(turned)
+    np.testing.assert_array_equal(truth[7], np.rot90(plain[1][7], -quarter))
+    check(turned, tmp_path)
+    pack(turned, tmp_path / "jpeg", min_length=0, progress=False, processes=1)
+    packed = frames(tmp_path / "jpeg", 0, [7])[0]
+    assert packed.shape == truth[7].shape
+    assert np.abs(packed.astype(int) - truth[7]).mean() < 6
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+def test_one_frame(codec, tmp_path):
+    check(write(tmp_path / "a.mkv", pictures(1), codec), tmp_path)
+
+
+def test_reencoded_frames_are_those_of_the_original(stores, folder):
+    """jpeg and h264 stores lose a little, but frame n is frame n."""
+    _, truth = sequential(folder / "v3.mp4")
+    for format in ("jpeg", "h264"):
+        store = Store(stores / format)
+        (clip,) = (i for i in range(len(store)) if store.index.clip(i).source == "v3.mp4")
+        got = frames(store, clip, np.arange(40)).astype(float)
+        small = np.stack([_half(picture, got.shape[1:3]) for picture in truth])
+        distance = np.abs(got[:, None] - small[None]).mean((2, 3, 4))
+        assert (distance.argmin(1) == np.arange(40)).all()
+
+
+def _half(picture, size):
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC), float)

@@ -1,0 +1,90 @@
+"""Small videos of every awkward kind, made on the spot."""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> list[np.ndarray]:
+    """A textured scene that pans, so that every frame differs from every other and none looks like a cut."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(40, 216, ((height + count) // 16 + 1, (width + 96) // 16 + 1, 3))
+    scene = np.kron(coarse, np.ones((16, 16, 1), int)).astype(np.uint8)
+    frames = []
+    for n in range(count):
+        frame = scene[n : n + height, 2 * (n % 48) : 2 * (n % 48) + width].copy()
+        frame[:6, : 6 + n % (width - 6)] = 255 - n % 128  # a bar that tells the frames apart
+        frames.append(np.ascontiguousarray(frame))
+    return frames
+
+
+def write(
+    path: Path, frames: list[np.ndarray], codec: str = "libx264", *, gop: int = 12, b_frames: int = 0, rate: int = 25,
+    times: list[int] | None = None, options: dict[str, str] | None = None, format: str | None = None,
+) -> Path:  # fmt: skip
+    """Encodes ``frames``; ``times`` in milliseconds, default evenly by ``rate``."""
+    height, width = frames[0].shape[:2]
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate, options={**_DEFAULTS.get(codec, {}), **(options or {})})
+        stream.width, stream.height = width, height
+        stream.pix_fmt = _PIXELS.get(codec, "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p")
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
+        stream.codec_context.thread_count = 1
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+_DEFAULTS = {
+    "libx264": {"preset": "ultrafast", "crf": "23"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1"},
+    "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8"},
+}
+_PIXELS = {"mjpeg": "yuvj420p", "prores": "yuv422p10le"}
+
+
+def remux(source: Path, target: Path, change) -> Path:
+    """Copies the packets through ``change(list of packets)``."""
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        packets = [packet for packet in reader.demux(video=0) if packet.size]
+        for packet in change(packets):
+            packet.stream = stream
+            writer.mux(packet)
+    return target
+
+
+def rotate(source: Path, target: Path, quarter: int) -> Path:
+    """An MP4 whose track is to be shown turned by ``quarter`` times 90 degrees clockwise."""
+    cos, sin = (1, 0, -1, 0)[quarter], (0, 1, 0, -1)[quarter]
+    data = bytearray(source.read_bytes())
+    place = data.index(b"tkhd") + 4
+    version = data[place]
+    matrix = place + (52 if version else 40)
+    one = 1 << 16
+    data[matrix : matrix + 36] = struct.pack(">9i", cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    target.write_bytes(data)
+    return target
+
+
+def skip_start(source: Path, target: Path, ticks: int) -> Path:
+    """An MP4 whose edit list begins ``ticks`` later: the frames before are decoded and not shown."""
+    data = bytearray(source.read_bytes())
+    place = data.index(b"elst") + 4
+    version = data[place]
+    field, size = place + 8 + (8 if version else 4), "q" if version else "i"
+    (start,) = struct.unpack_from(f">{size}", data, field)
+    struct.pack_into(f">{size}", data, field, start + ticks)
+    target.write_bytes(data)
+    return target
