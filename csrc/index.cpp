@@ -36,6 +36,12 @@ bool terminated(const char (&text)[16]) { return std::memchr(text, 0, sizeof tex
 
 }  // namespace
 
+bool valid_shard_name(std::string_view name) {
+  if (name.empty() || name.size() > 4096 || name[0] == '/' || name.find('\0') != name.npos) return false;
+  const std::string parts = "/" + std::string(name) + "/";
+  return parts.find("/../") == parts.npos;
+}
+
 Index::Index(std::string path) : path_(std::move(path)) {
   const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) throw std::system_error(errno, std::generic_category(), path_);
@@ -94,14 +100,16 @@ void Index::read_shards() {
     const uint64_t bytes = load<uint64_t>(table + at);
     const uint32_t length = load<uint32_t>(table + at + 8);
     if (!inside(at + 12, length, 0, size)) corrupt("the shard table is too short");
-    shards_.push_back({std::string(reinterpret_cast<const char*>(table + at + 12), length), bytes});
+    const std::string name(reinterpret_cast<const char*>(table + at + 12), length);
+    if (!valid_shard_name(name)) corrupt("a shard's name makes no sense");
+    shards_.push_back({name, bytes});
     at += 12 + uint64_t{length};
   }
 }
 
 const char* Index::defect(const Record& r, uint64_t clip) const {
   if (r.checksum != xxh64(&r, offsetof(Record, checksum), clip)) return "its record's checksum is wrong";
-  if (r.layout > kGeneral || r.num_frames < 1 || r.num_frames > r.num_packets) return "its packets are miscounted";
+  if (r.layout > kGeneral || r.num_frames < 1 || r.num_frames > r.num_packets || r.num_packets > INT32_MAX) return "its packets are miscounted";
   if (r.layout == kConstant && r.num_frames != r.num_packets) return "its packets are miscounted";
   if (!inside(r.block_offset, r.block_size, sizeof(Header), header_.records_offset) ||
       r.block_size != r.table_size() + r.extradata_size + r.source_size)

@@ -101,6 +101,9 @@ struct Shard {
   uint64_t size;
 };
 
+// A relative path that stays inside the store: an index from elsewhere shall not make anyone read other files.
+bool valid_shard_name(std::string_view name);
+
 class Index {
  public:
   // Throws std::system_error (file) or std::invalid_argument (content).

@@ -36,8 +36,8 @@ class Checker {
 
 void check_clip(const ClipInput& c, const std::vector<Shard>& shards, const Checker& check) {
   const int64_t big = UINT32_MAX;
-  check(c.num_packets >= 1 && c.num_packets <= UINT32_MAX, "the number of packets", static_cast<int64_t>(c.num_packets),
-        "1 to 2^32 - 1");
+  check(c.num_packets >= 1 && c.num_packets <= INT32_MAX, "the number of packets", static_cast<int64_t>(c.num_packets),
+        "1 to 2^31 - 1");
   check(c.width >= 1 && c.width <= 65535, "width", c.width, "1 to 65535");
   check(c.height >= 1 && c.height <= 65535, "height", c.height, "1 to 65535");
   check(c.rotation >= 0 && c.rotation < 360 && c.rotation % 90 == 0, "rotation", c.rotation, "0, 90, 180 or 270");
@@ -98,9 +98,9 @@ IndexWriter::IndexWriter(std::string path, std::string format, std::vector<Shard
   if (format.empty() || format.size() > 15 || format.find('\0') != std::string::npos)
     throw std::invalid_argument("format is '" + format + "', must be 1 to 15 characters");
   for (const Shard& shard : shards_)
-    if (shard.size > kMaxOffset || shard.name.empty() || shard.name.size() > 4096)
+    if (shard.size > kMaxOffset || !valid_shard_name(shard.name))
       throw std::invalid_argument("shard '" + shard.name + "' of " + std::to_string(shard.size) +
-                                  " bytes: must have a name of 1 to 4096 characters and below 2^56 bytes");
+                                  " bytes: must be a file name inside the store, and below 2^56 bytes");
   std::memcpy(header_.magic, kIndexMagic, sizeof kIndexMagic);
   std::memcpy(header_.format, format.data(), format.size());
   header_.version = kIndexVersion;

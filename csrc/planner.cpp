@@ -19,16 +19,21 @@ bool can_start(const Packet& key, int64_t pts, bool closed_only) {
 }
 
 std::vector<Run> find_runs(const Index::Clip& clip, const std::vector<uint32_t>& targets, bool single_stream) {
+  const std::string_view codec = clip.record().codec;
   // The mini-clip writer can make any key of HEVC start anew; of other codecs only closed ones do.
-  const bool any_key_resets = std::string_view(clip.record().codec) == "hevc";
+  const bool any_key_resets = codec == "hevc";
+  // Where a packet may hold a single field, the one after may be the rest of the picture.
+  const bool fields = codec != "vp8" && codec != "vp9" && codec != "av1";
   std::vector<Run> runs;
   for (const uint32_t target : targets) {
     const bool closed_only = !runs.empty() && single_stream && !any_key_resets;
     const int64_t pts = clip.packet(target).pts;
     Run run{target, target};
+    while (fields && run.last + 1 < clip.record().num_packets && (clip.packet(run.last + 1).flags & kNoPicture))
+      ++run.last;
     while (run.first > 0 && !can_start(clip.packet(run.first), pts, closed_only)) --run.first;
     for (; !runs.empty() && runs.back().last >= run.first; runs.pop_back())
-      run.first = std::min(run.first, runs.back().first);
+      run = {std::min(run.first, runs.back().first), std::max(run.last, runs.back().last)};
     runs.push_back(run);
   }
   return runs;
@@ -52,9 +57,11 @@ Plan plan_packets(const Index::Clip& clip, const uint32_t* frames, size_t count,
     pictures.clear();
     for (uint32_t number = run.first; number <= run.last; ++number) {
       const Packet packet = clip.packet(number);
-      const bool wanted = std::binary_search(distinct.begin(), distinct.end(), number);
-      // Left out: what nothing refers to, and what an open key's decoder would drop, as it refers to what is not there.
-      if (!wanted && ((packet.flags & kDisposable) || ((key.flags & kOpen) && packet.pts < key.pts))) continue;
+      // Left out: pictures that nothing refers to, and those that an open key's decoder would drop, as they refer to what
+      // is not there.
+      const bool disposable = (packet.flags & (kDisposable | kNoPicture)) == kDisposable;
+      const bool leading = (key.flags & kOpen) && packet.pts < key.pts;
+      if ((disposable || leading) && !std::binary_search(distinct.begin(), distinct.end(), number)) continue;
       if (!(packet.flags & kNoPicture)) pictures.emplace_back(packet.pts, static_cast<uint32_t>(plan.packets.size()));
       plan.packets.push_back(number);
     }

@@ -180,6 +180,9 @@ TEST(index, swapped_records_are_noticed) {
 
 TEST(index, the_writer_refuses_nonsense) {
   const TemporaryDirectory directory;
+  for (const char* name : {"", "/etc/passwd", "..", "../shard", "a/../../shard"})
+    CHECK_THROWS(IndexWriter(directory.file("index.bin"), "copy", {{name, 1}}), std::invalid_argument, "inside the store");
+  for (const char* name : {"shard-00000.bin", "a/b", "a..b", "..a"}) CHECK(valid_shard_name(name));
   const int64_t pts[] = {0, 1}, offsets[] = {0, 10}, sizes[] = {10, 10};
   const uint32_t checksums[] = {1, 2};
   const uint8_t flags[] = {kKey, 0};

@@ -119,6 +119,17 @@ TEST(planner, packets_without_a_picture_are_read_and_not_counted) {
   CHECK_EQUAL(p.pictures, std::string("2 "));  // the discarded one comes out of the decoder, the hidden one does not
 }
 
+TEST(planner, the_second_field_of_a_picture_belongs_to_it) {
+  TestClip clip;
+  clip.packets = {{0, kKey}, {0, kNoPicture}, {1, kDisposable}, {1, kDisposable | kNoPicture}, {2, 0}, {2, kNoPicture}};
+  CHECK_EQUAL(plan(clip, {0}).packets, std::string("0 1 "));
+  CHECK_EQUAL(plan(clip, {1}).packets, std::string("0 1 2 3 "));
+  CHECK_EQUAL(plan(clip, {2, 0}).packets, std::string("0 1 3 4 5 "));
+  CHECK_EQUAL(plan(clip, {2, 0}).pictures, std::string("1 0 "));
+  clip.codec = "vp8";  // here a packet without a picture is a frame of its own
+  CHECK_EQUAL(plan(clip, {0}).packets, std::string("0 "));
+}
+
 TEST(planner, frames_that_do_not_exist) {
   CHECK_THROWS(plan(simple(), {8}), std::out_of_range, "frame 8");
 }
