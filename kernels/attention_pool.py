@@ -10,6 +10,7 @@ g with d logits_l = weights_l (g . features_l - g . pooled). Deterministic: no a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -296,14 +297,14 @@ def specs() -> Iterator[Spec]:
         shape = f"B={batch} L={locations} C={channels} bf16"
         yield Spec(
             f"attention_pool {shape}",
-            lambda f=features, r=rows: launch_forward(f, r),
+            partial(launch_forward, features, rows),
             flops=2 * size,
             min_bytes=2 * size + small + 4 * rows.numel(),
             tensor_cores=False,
         )
         yield Spec(
             f"attention_pool_backward {shape}",
-            lambda f=features, r=rows, p=pooled: launch_backward(f, r, p, p, r, torch.bfloat16),
+            partial(launch_backward, features, rows, pooled, pooled, rows, torch.bfloat16),
             flops=3 * size,
             min_bytes=4 * size + 2 * small,
             tensor_cores=False,

@@ -211,7 +211,7 @@ def main() -> int:
     if not (root / "tests" / "kernels").is_dir():
         print(f"gpu-check: run it from the root of the repository, not {root}", file=sys.stderr)
         return 1
-    report = {"machine": machine(), "tests": run_tests(root), "cases": []}
+    report: dict[str, Any] = {"machine": machine(), "tests": run_tests(root), "cases": []}
     for case in cases():
         record = run_case(case)
         report["cases"].append(record)

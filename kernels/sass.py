@@ -84,7 +84,7 @@ class Instruction:
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a disassembly, in order."""
     labels: dict[str, int] = {}
-    found = []
+    found: list[tuple[str, str]] = []
     for line in listing.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(found)

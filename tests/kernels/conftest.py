@@ -35,7 +35,7 @@ def widen_bf16(x):
 
 
 def give_interpreter_real_bf16() -> None:
-    """Triton's interpreter keeps bfloat16 as bits: it truncates where hardware rounds, and ``tl.dot`` multiplies bits."""
+    """Triton's interpreter keeps bfloat16 as bits: truncates where hardware rounds, and ``tl.dot`` multiplies bits."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
