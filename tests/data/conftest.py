@@ -5,9 +5,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from videos import pictures, write  # noqa: E402
+from videos import pictures, write
 
-from vito_fast.data.pack import pack  # noqa: E402
+from vito_fast.data.pack import pack
 
 
 @pytest.fixture(scope="session")

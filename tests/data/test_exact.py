@@ -69,7 +69,7 @@ def test_every_codec(name, tmp_path):
 
 def test_clips_begin_inside_a_group_of_pictures(tmp_path):
     path = write(tmp_path / "a.mp4", pictures(60), b_frames=2, gop=24, options={"preset": "veryfast"})
-    store = check(path, tmp_path, clip_length=0.8, shot_cuts=False)
+    store = check(path, tmp_path, clip_length=0.8)
     assert len(store) == 3
 
 
@@ -89,7 +89,7 @@ def test_variable_frame_rate(tmp_path):
 
 
 def test_times_written_in_decoding_order(tmp_path):
-    """Frames are reordered, but pts = dts: the decoder's order is the order of presentation, and the same times are handed out in it."""
+    """Frames are reordered, but pts = dts: the decoder's order is that of presentation, and gets the same times."""
 
     def flatten(packets):
         times = sorted(packet.pts for packet in packets)
@@ -118,7 +118,7 @@ def test_edit_list(tmp_path):
     path = write(tmp_path / "a.mp4", pictures(40), b_frames=2, options={"preset": "veryfast"})
     _, whole = sequential(path)
     cut = skip_start(path, tmp_path / "b.mp4", 512 * 5)
-    times, truth = sequential(cut)
+    _, truth = sequential(cut)
     assert len(truth) == 35
     np.testing.assert_array_equal(truth[0], whole[5])
     check(cut, tmp_path)
@@ -138,7 +138,7 @@ def test_rotation_metadata(quarter, tmp_path):
     path = write(tmp_path / "a.mp4", pictures(20))
     plain = sequential(path)
     turned = rotate(path, tmp_path / "b.mp4", quarter)
-    times, truth = sequential(turned)
+    _, truth = sequential(turned)
     np.testing.assert_array_equal(truth[7], np.rot90(plain[1][7], -quarter))
     check(turned, tmp_path)
     pack(turned, tmp_path / "jpeg", min_length=0, progress=False, processes=1)

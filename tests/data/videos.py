@@ -15,7 +15,8 @@ def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> li
     scene = np.kron(coarse, np.ones((16, 16, 1), int)).astype(np.uint8)
     frames = []
     for n in range(count):
-        frame = scene[n : n + height, 2 * (n % 48) : 2 * (n % 48) + width].copy()
+        x = 96 - abs(96 - 2 * n % 192)
+        frame = scene[n : n + height, x : x + width].copy()
         frame[:6, : 6 + n % (width - 6)] = 255 - n % 128  # a bar that tells the frames apart
         frames.append(np.ascontiguousarray(frame))
     return frames

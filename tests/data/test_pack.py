@@ -1,0 +1,360 @@
+"""Packing: what comes in, what is left out and why, and that nothing is lost when it is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from videos import pictures, write
+
+from vito_fast.data import worker
+from vito_fast.data.copying import Copier
+from vito_fast.data.crew import Crew
+from vito_fast.data.cutting import PackOptions
+from vito_fast.data.index import Index
+from vito_fast.data.media import BadVideo, fitted, presentation_times
+from vito_fast.data.pack import Report, pack
+from vito_fast.data.store import Store, frames
+from vito_fast.errors import UserError
+
+QUIET = {"progress": False, "processes": 2, "short_side": 32}
+
+
+def quarantine(store: Path) -> dict[str, str]:
+    lines = (store / "quarantine.jsonl").read_text().splitlines()
+    return {entry["file"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def contents(path: Path) -> list[tuple]:
+    """What the clips of a store are, wherever their packets lie."""
+    index = Index(path / "index.bin")
+    result = []
+    for number in range(len(index)):
+        clip, packets = index.clip(number), index.packets(number)
+        result.append((clip.source, clip.video, clip.codec, packets.checksums.tolist(), packets.pts.tolist(), clip.end))
+    return result
+
+
+def test_report_and_order(stores, folder):
+    store = Store(stores / "jpeg")
+    report = Report(**store.description["report"])
+    assert report.videos == 6
+    assert report.frames == 5 * 40 + 80 == store.index.num_frames
+    assert report.hours == pytest.approx(280 / 25 / 3600)
+    assert report.frame_rates == {"25": 6}
+    assert report.short_shots == 1, "the last 0.8 seconds of the long one"
+    assert report.rejected == {}
+    assert report.packets_per_frame == 1.0
+    assert report.bytes == sum(path.stat().st_size for path in store.path.glob("shard-*.bin"))
+    clips = [store.index.clip(i) for i in range(len(store))]
+    assert [clip.source for clip in clips] == sorted(clip.source for clip in clips)
+    assert len({clip.video for clip in clips}) == 6
+    assert [clip.num_frames for clip in clips if clip.source == "sub/long.mkv"] == [40, 40]
+    assert all(clip.constant_rate for clip in clips)
+    assert not (store.path / ".pack").exists()
+
+
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_same_clips_whatever_the_processes(format, stores, folder, tmp_path):
+    pack(
+        folder, tmp_path / "s", format=format, short_side=32, clip_length=1.6, progress=False, processes=1, shard_mib=1
+    )
+    assert contents(tmp_path / "s") == contents(stores / format)
+
+
+def test_packets_per_frame(stores):
+    report = Report(**Store(stores / "h264").description["report"])
+    assert 1.0 < report.packets_per_frame <= 4.6
+    index = Index(stores / "h264" / "index.bin")
+    assert (np.flatnonzero(index.packets(0).flags & 1) == np.arange(0, 40, 8)).all()
+
+
+def test_repeating_a_finished_pack_does_nothing(stores, folder):
+    before = {path: path.stat().st_mtime_ns for path in (stores / "jpeg").iterdir()}
+    report = pack(folder, stores / "jpeg", format="jpeg", clip_length=1.6, **QUIET)
+    assert report == Report(**Store(stores / "jpeg").description["report"])
+    assert {path: path.stat().st_mtime_ns for path in (stores / "jpeg").iterdir()} == before
+
+
+def test_other_options_or_files_into_a_finished_store(stores, folder, tmp_path):
+    with pytest.raises(UserError, match="finished store with quality=90, not 80"):
+        pack(folder, stores / "jpeg", format="jpeg", clip_length=1.6, quality=80, **QUIET)
+    write(tmp_path / "other.mp4", pictures(5))
+    with pytest.raises(UserError, match="of other files"):
+        pack(tmp_path, stores / "jpeg", format="jpeg", clip_length=1.6, **QUIET)
+
+
+def test_parts_make_the_same_store(stores, folder, tmp_path):
+    options = {"format": "jpeg", "clip_length": 1.6, **QUIET}
+    first = pack(folder, tmp_path / "s", part="2/3", **options)
+    assert not first.complete
+    assert not (tmp_path / "s" / "index.bin").exists()
+    with pytest.raises(UserError, match=r"no finished store: run `vito-fast pack SRC"):
+        Store(tmp_path / "s")
+    assert not pack(folder, tmp_path / "s", part="1/3", **options).complete
+    assert pack(folder, tmp_path / "s", part="3/3", **options).complete
+    assert contents(tmp_path / "s") == contents(stores / "jpeg")
+
+
+def test_killed_and_resumed(stores, folder, tmp_path):
+    """kill -9 at several moments: the resumed store is that of an undisturbed run, no byte of the shards is astray."""
+    program = (
+        "import sys; from vito_fast.data.pack import pack;"
+        "pack(sys.argv[1], sys.argv[2], format='jpeg', clip_length=1.6, progress=False, processes=1, short_side=32)"
+    )
+    target = tmp_path / "s"
+    kills = 0
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, folder, target], env=os.environ, start_new_session=True
+        )
+        goal = kills + 1
+        while child.poll() is None:
+            journal = target / ".pack" / "part-1-of-1.jsonl"
+            if journal.exists() and journal.read_bytes().count(b"\n") >= goal:
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait()
+                kills += 1
+                break
+            time.sleep(0.01)
+    assert kills >= 1
+    journal = target / ".pack" / "part-1-of-1.jsonl"
+    done = journal.read_bytes().count(b"\n")
+    with open(journal, "ab") as file:
+        file.write(b'{"file": "half a li')
+    shard = next(iter(target.glob("shard-*.bin")))
+    with open(shard, "ab") as file:
+        file.write(b"left behind")
+    assert not (target / "index.bin").exists()
+    report = pack(folder, target, format="jpeg", clip_length=1.6, **QUIET)
+    assert done >= 1
+    assert contents(target) == contents(stores / "jpeg")
+    assert report.bytes == sum(
+        int(Index(target / "index.bin").packets(clip).sizes.sum()) for clip in range(len(Index(target / "index.bin")))
+    )
+
+
+def test_other_options_into_a_begun_store(folder, tmp_path):
+    pack(folder, tmp_path / "s", part="1/2", **QUIET)
+    with pytest.raises(UserError, match="begun with format=jpeg, not h264"):
+        pack(folder, tmp_path / "s", part="2/2", format="h264", **QUIET)
+
+
+@pytest.fixture
+def awkward(tmp_path):
+    """Good and bad files side by side."""
+    root = tmp_path / "in"
+    root.mkdir()
+    good = write(root / "good.mp4", pictures(30))
+    shutil.copy(good, root / "again.mp4")
+    (root / "text.mp4").write_text("this is no video")
+    (root / "empty.mp4").touch()
+    path = write(root / "damaged.mp4", pictures(60, seed=4), gop=60, options={"preset": "veryfast"})
+    damaged = bytearray(path.read_bytes())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 1500 : 3] = bytes(byte ^ 0x5A for byte in damaged[middle : middle + 1500 : 3])
+    path.write_bytes(damaged)
+    (root / "no-moov.mp4").write_bytes(good.read_bytes()[:-2000])
+    write(root / "short.mp4", pictures(10))
+    (root / "notes.txt").write_text("not looked at")
+    outside = write(tmp_path / "secret.mp4", pictures(30, seed=7))
+    (root / "link.mp4").symlink_to(outside)
+    (root / "loop.mp4").symlink_to(root / "loop.mp4")
+    (root / "dangling.mp4").symlink_to(root / "nowhere.mp4")
+    (root / "folder.mp4").mkdir()
+    os.mkfifo(root / "pipe.mp4")
+    (root / "in.mp4").symlink_to(root / "good.mp4")
+    return root
+
+
+def test_what_is_left_out_and_why(awkward, tmp_path):
+    report = pack(awkward, tmp_path / "s", **QUIET)
+    assert {clip[0] for clip in contents(tmp_path / "s")} == {"again.mp4"}
+    reasons = quarantine(tmp_path / "s")
+    assert reasons.keys() == {
+        "good.mp4", "in.mp4", "text.mp4", "empty.mp4", "damaged.mp4", "no-moov.mp4", "link.mp4", "loop.mp4",
+        "dangling.mp4", "pipe.mp4",
+    }  # fmt: skip
+    assert reasons["good.mp4"] == reasons["in.mp4"] == "same content as another file: again.mp4"
+    assert reasons["link.mp4"] == "link leads outside the folder"
+    assert reasons["pipe.mp4"] == "no regular file"
+    assert "damaged" in reasons["damaged.mp4"] or "cannot be decoded" in reasons["damaged.mp4"]
+    for name in ("text.mp4", "empty.mp4", "no-moov.mp4"):
+        assert "cannot be decoded" in reasons[name]
+    assert report.short_shots == 1
+    assert report.rejected["same content as another file"] == 2
+    assert sum(report.rejected.values()) == len(reasons)
+    assert all("\n" not in line for line in report.lines())
+
+
+def test_damage_is_found_when_copying_too(awkward, tmp_path):
+    pack(awkward, tmp_path / "s", format="copy", **QUIET)
+    assert "damaged.mp4" in quarantine(tmp_path / "s")
+
+
+def test_no_video_at_all(tmp_path):
+    with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
+        pack(tmp_path / "nowhere", tmp_path / "s")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no video in .*empty: looked for \.3gp, "):
+        pack(tmp_path / "empty", tmp_path / "s")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_text("text")
+    with pytest.raises(UserError, match=r"no usable video in .*bad: a\.mp4: cannot be decoded"):
+        pack(tmp_path / "bad", tmp_path / "s", **QUIET)
+    assert not (tmp_path / "s" / "index.bin").exists()
+    assert list((tmp_path / "s").glob("shard-*")) == []
+
+
+def test_output_not_writable(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write the store .*file/s: Not a directory"):
+        pack(folder, tmp_path / "file" / "s", **QUIET)
+    with pytest.raises(UserError, match="cannot write the store /proc/none"):
+        pack(folder, "/proc/none", **QUIET)
+
+
+def test_senseless_options(folder, tmp_path):
+    for options, message in (
+        ({"quality": 0}, "quality is 0, must be 1 to 100"),
+        ({"format": "png"}, "format is 'png', must be jpeg, h264 or copy"),
+        ({"min_length": 11.0}, "min_length is 11.0"),
+        ({"part": "3/2"}, "part is '3/2'"),
+        ({"part": "all"}, "part is 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack(folder, tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_packs_into_one_folder(folder, tmp_path):
+    import fcntl
+
+    (tmp_path / "s" / ".pack").mkdir(parents=True)
+    with open(tmp_path / "s" / ".pack" / "part-1.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is packing"):
+            pack(folder, tmp_path / "s", **QUIET)
+
+
+FAULTY = """
+import os, runpy, sys, time
+from vito_fast.data import worker
+pack_one = worker._pack_one
+def faulty(path, *rest):
+    if path.name == "v1.mp4":
+        os.abort() if {crash} else time.sleep(60)
+    return pack_one(path, *rest)
+worker._pack_one = faulty
+sys.argv = ["worker", *sys.argv[1:]]
+worker.main()
+"""
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_a_decoder_that_crashes_or_hangs(crash, folder, tmp_path, monkeypatch):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(crash=crash))
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        return popen([command[0], str(script), command[3]], **options)
+
+    monkeypatch.setattr("vito_fast.data.crew.subprocess.Popen", start)
+    report = pack(folder, tmp_path / "s", patience=3.0, **QUIET)
+    reason = quarantine(tmp_path / "s")["v1.mp4"]
+    assert ("crashed" if crash else "no frame decoded for 3 s") in reason
+    assert report.videos == 5
+    for clip in range(len(Index(tmp_path / "s" / "index.bin"))):
+        frames(tmp_path / "s", clip, [0])  # the survivors are whole
+
+
+def test_disk_full(folder, tmp_path, monkeypatch):
+    """The pack stops with one line, and goes on when there is room."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import errno, sys\nfrom vito_fast.data import worker\n"
+        "append = worker.ShardWriter.append\n"
+        "def full(self, payload):\n"
+        "    if self.size > 60000: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return append(self, payload)\n"
+        "worker.ShardWriter.append = full\nworker.main()\n"
+    )
+    popen = subprocess.Popen
+    with monkeypatch.context() as patch:
+        patch.setattr("vito_fast.data.crew.subprocess.Popen", lambda c, **o: popen([c[0], str(script), c[3]], **o))
+        with pytest.raises(UserError, match=r"disk full: .*repeat the command, it goes on where it stopped"):
+            pack(folder, tmp_path / "s", clip_length=1.6, **QUIET)
+    assert not (tmp_path / "s" / "index.bin").exists()
+    pack(folder, tmp_path / "s", clip_length=1.6, **QUIET)
+    assert len(contents(tmp_path / "s")) == 7
+
+
+def test_no_worker_outlives_an_error(folder, tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vito_fast.data.crew.subprocess.Popen", start)
+    monkeypatch.setattr(Crew, "_heard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "s", **QUIET)
+    assert started
+    assert all(process.poll() is not None for process in started)
+
+
+def test_shard_taken_back(tmp_path):
+    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
+    shard.append(b"kept")
+    shard.append(b"x" * 3_000_000)
+    shard.rewind(4)
+    assert shard.append(b"on") == 4
+    shard.close()
+    assert (tmp_path / "shard-00000.bin").read_bytes() == b"kepton"
+
+
+def test_keys_that_do_not_serve_are_not_used(tmp_path, monkeypatch):
+    """A key from which decoding goes astray loses its flag; the frames stay exact, read from the key before."""
+    path = write(tmp_path / "a.mp4", pictures(36, seed=2), gop=12)
+    monkeypatch.setattr("vito_fast.data.copying.packet_flags", _always_key)
+    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
+    (clip,) = Copier(PackOptions("copy"), shard).run(path).clips
+    assert np.flatnonzero(clip.flags & 1).tolist() == [0, 12, 24]
+
+
+def _always_key(codec, extradata, payload):
+    return 1
+
+
+def test_sizes():
+    assert fitted(1080, 1920, 256) == (256, 456)
+    assert fitted(1920, 1080, 256) == (456, 256)
+    assert fitted(144, 176, 256) == (144, 176)
+    assert fitted(481, 853, 256) == (256, 454)
+    assert fitted(1, 4000, 256) == (2, 4000)
+
+
+def test_times():
+    assert presentation_times([0, 2, 4]).tolist() == [0, 2, 4]
+    assert presentation_times([0, 3, 1, 2]).tolist() == [0, 1, 2, 3]
+    assert presentation_times([0, 0, 0, 5]).tolist() == [0, 1, 2, 5]
+    assert presentation_times([None, None, 10, None], step=4).tolist() == [0, 4, 10, 14]
+
+
+def test_bad_video_names_the_reason(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
+    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
+    with pytest.raises(BadVideo, match="cannot be decoded"):
+        Copier(PackOptions("copy"), shard).run(tmp_path / "a.mp4")
