@@ -20,8 +20,7 @@ from bench.bench_photometric import torchvision_chain
 from bench.harness import Candidate, Result, Work, absent
 from bench.readers import READERS
 from bench.videos import originals, store
-from vito_fast.data.fetch import Fetcher
-from vito_fast.data.loader import LoaderStats
+from vito_fast.data.loader import ClipLoader
 from vito_fast.data.sampler import Sampler, SamplerConfig, Samples
 from vito_fast.data.store import Store, frames
 from vito_kernels import reference
@@ -32,13 +31,10 @@ Colour = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(folder: Path, numbers: np.ndarray, config: SamplerConfig) -> Callable[[], Result]:
-    """Batches as the loader's thread makes them, without prefetching, so that nothing runs in other candidates'
-    turns.
-    """
-    options: dict[str, Any] = {"augment": True, "device": torch.device("cpu"), "dtype": torch.float32}
-    opened = Store(folder, threads=THREADS)
-    fetcher = Fetcher(opened, len(numbers), config, 1, LoaderStats(), threads=THREADS, max_bad_share=0.0, **options)
-    return lambda: fetcher.fetch(numbers)["views"]
+    """Batches as the loader makes them, without prefetching, so that nothing runs in other candidates' turns."""
+    loader = ClipLoader(folder, len(numbers), seed=1, sampler=config, threads=THREADS, prefetch=0)
+    assert np.array_equal(loader.numbers(0), numbers)
+    return lambda: loader.batch(0)["views"]
 
 
 def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, colour: Colour) -> Candidate:

@@ -103,7 +103,7 @@ def decode_jpeg(clip: ClipInfo, data: Picture) -> Picture:
     """(H, W, 3) uint8 RGB, by libjpeg-turbo as DALI's CPU decoder does. Raises BadPackets if it is not a whole JPEG of
     the clip's size."""
     try:
-        picture = np.asarray(Image.open(BytesIO(data), formats=["JPEG"]).convert("RGB"))
+        picture = np.asarray(Image.open(BytesIO(data.tobytes()), formats=["JPEG"]).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadPackets(f"no whole JPEG: {error}") from None
     if picture.shape != (clip.height, clip.width, 3):

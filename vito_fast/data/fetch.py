@@ -1,34 +1,33 @@
-"""From sample numbers to views: draw, read, decode, cut, augment; what fails is replaced by another clip.
+"""From sample numbers to views: draw, read, decode, cut, resize; what fails is replaced by another clip.
 
-A batch is made in parts of a few samples by several workers at once. Every sample is a function of its number alone,
-so neither the parts nor the workers show in the result.
+A batch is made in parts of a few samples by several workers at once. Every sample is a function of its number alone, so
+neither the parts nor the workers show in the result.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import vito_kernels
 from vito_fast.data.decode import BadPackets, Decoder
-from vito_fast.data.geometry import cut, placement
+from vito_fast.data.geometry import mirrors, turn
 from vito_fast.data.index import ClipInfo, Read
-from vito_fast.data.pipeline import DecodeError, Geometry
+from vito_fast.data.pipeline import DecodeError, Geometry, Source
 from vito_fast.data.sampler import Sampler, Samples
 from vito_fast.data.store import Store
 
-NVDEC_CODECS = frozenset(["h264", "hevc", "vp9"])
-"""What every GPU since Turing decodes in hardware, 8 bits a sample; AV1 is left to software, as A100 and H100 lack it."""
+Put = Callable[[npt.NDArray[np.int64], list[Tensor], npt.NDArray[np.float32]], None]
+"""Takes rows (N,) of the part, V tensors (N, S, S, 3) uint8 that hold until it returns, and params (N, V, 8)."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be had."""
+    """A sample that could not be had, and was replaced."""
 
     sample: int
     attempt: int
@@ -41,14 +40,14 @@ class Failure:
 
 @dataclass
 class Part:
-    """Some samples of a batch, made; their views are where ``Fetcher`` was told to put them."""
+    """Some samples of a batch and what they cost; seconds are one worker's."""
 
     samples: Samples
     failures: list[Failure] = field(default_factory=list)
     hopeless: bool = False
-    """Given up on: more has failed than a whole run may."""
-    software: int = 0
-    """Samples that DALI refused and software decoded."""
+    """Given up: more has failed than may in the whole run so far."""
+    refused: int = 0
+    """Samples that DALI refused and that were decoded in software."""
     bytes_read: int = 0
     packets: int = 0
     frames: int = 0
@@ -56,107 +55,198 @@ class Part:
     decode_seconds: float = 0.0
     augment_seconds: float = 0.0
 
+    @contextmanager
+    def timed(self, name: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
 
 @dataclass
-class _Drawn:
-    """A sample that was read: what to decode, and where its views belong."""
+class _Sample:
+    """One sample on its way."""
 
     row: int
-    info: ClipInfo
-    read: Read
-
-
-Put = Callable[[npt.NDArray[np.int64], list[Tensor], npt.NDArray[np.float32]], None]
+    number: int
+    attempt: int = 0
+    failed: bool = False
+    info: ClipInfo | None = None
+    read: Read | None = None
 
 
 class Fetcher:
-    """One worker's tools: DALI pipelines, codec contexts. Use by one thread at a time."""
+    """One worker's tools: DALI pipelines and codec contexts, made when first needed. Use by one thread at a time.
+
+    ``video_codecs`` are those that DALI decodes, from mini-clips; video of any other is decoded in software.
+    """
 
     def __init__(
-        self, store: Store, sampler: Sampler, max_batch: int, *, device: torch.device, threads: int, hardware: bool
+        self,
+        store: Store,
+        sampler: Sampler,
+        max_part: int,
+        *,
+        device: torch.device,
+        threads: int = 1,
+        video_codecs: Iterable[str] = (),
     ):
-        self.store, self.sampler, self.decoder = store, sampler, Decoder()
-        self._hardware = hardware and store.format != "jpeg"
-        config = sampler.config
-
-        def geometry(source: Any) -> Geometry:
-            return Geometry(source, config.size, config.views, max_batch, device=device, threads=threads)
-
-        self._jpeg = geometry("jpeg") if store.format == "jpeg" else None
-        self._video = geometry("video") if self._hardware else None
-        self._cut: Geometry | None = None
-        self._make_cut = lambda: geometry("frames")
+        self.store, self.sampler, self.max_part, self.device, self.threads = store, sampler, max_part, device, threads
+        self.video_codecs = frozenset(video_codecs)
+        self._decoder = Decoder()
+        self._geometries: dict[Source, Geometry] = {}
 
     def fetch(self, numbers: npt.NDArray[np.int64], put: Put, budget: float) -> Part:
-        """Samples ``numbers``, (B,); ``put(rows, views, params)`` is given their views in one or more calls:
+        """Make samples ``numbers``, (B,) with B <= max_part, and hand their views to ``put``, in one or more calls.
 
-        rows (N,), V tensors (N, S, S, 3) uint8 that hold until it returns, and params (N, V, 8). Gives up (and says so)
-        once more than ``budget`` samples have failed, or one has failed with every clip.
+        Gives up once more than ``budget`` samples have failed, or one has with every clip.
         """
         part = Part(_empty(len(numbers), self.sampler.config.views))
-        attempts = np.zeros(len(numbers), np.uint32)
-        todo = np.arange(len(numbers))
-        while len(todo):
-            before = len(part.failures)
-            drawn = self._read(part, numbers, attempts, todo)
-            self._decode(part, numbers, attempts, drawn, put)
-            todo = np.unique([self._row(numbers, failure) for failure in part.failures[before:]]).astype(np.int64)
-            attempts[todo] += 1
-            if len(part.failures) > budget or (attempts >= len(self.store)).any():
-                part.hopeless = True
-                break
+        todo = [_Sample(row, int(number)) for row, number in enumerate(numbers)]
+        while todo and not part.hopeless:
+            for route, samples in self._routed(self._draw(part, todo)).items():
+                self._make(part, route, self._read(part, samples, miniclip=route == "video"), put)
+            todo = [sample for sample in todo if sample.failed]
+            tried = max((sample.attempt for sample in todo), default=0)
+            part.hopeless = len(part.failures) > budget or tried >= len(self.store)
         return part
 
-    @staticmethod
-    def _row(numbers: npt.NDArray[np.int64], failure: Failure) -> int:
-        return int(np.flatnonzero(numbers == failure.sample)[0])
-
-    def _fail(self, part: Part, number: int, attempt: int, clip: int, code: str, reason: str) -> None:
+    def _draw(self, part: Part, samples: list[_Sample]) -> list[_Sample]:
+        """Fills the samples' rows of ``part.samples``; fails those whose clip is corrupt in the index."""
+        numbers, attempts = [s.number for s in samples], [s.attempt for s in samples]
         try:
-            source = self.store.index.clip(clip).source
-        except ValueError:  # its entry is what is corrupt
-            source = ""
-        part.failures.append(Failure(int(number), int(attempt), int(clip), source, code, reason))
-
-    def _draw(
-        self, part: Part, numbers: npt.NDArray[np.int64], attempts: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Fills ``part.samples`` at ``rows``; returns the rows whose clip's index entry is sound."""
-        try:
-            fresh = self.sampler.sample(numbers[rows], attempts[rows])
+            drawn = self.sampler.sample(numbers, attempts)
         except ValueError as error:
-            if len(rows) > 1:
-                return np.concatenate([self._draw(part, numbers, attempts, row) for row in np.split(rows, len(rows))])
-            (row,) = rows
-            (clip,) = self.sampler.clips(numbers[rows], attempts[rows])
-            self._fail(part, numbers[row], attempts[row], clip, "index", str(error))
-            return rows[:0]
-        for whole, new in zip(part.samples, fresh, strict=True):
-            whole[rows] = new
-        return rows
+            if len(samples) > 1:
+                return [good for sample in samples for good in self._draw(part, [sample])]
+            self._fail(part, samples[0], int(self.sampler.clips(numbers, attempts)[0]), "index", str(error))
+            return []
+        rows = _rows(samples)
+        for name in Samples._fields:
+            getattr(part.samples, name)[rows] = getattr(drawn, name)
+        for sample, clip in zip(samples, drawn.clip, strict=True):
+            sample.failed, sample.info = False, self.store.index.clip(int(clip))
+        return samples
 
-    def _read(
-        self, part: Part, numbers: npt.NDArray[np.int64], attempts: npt.NDArray[np.uint32], todo: npt.NDArray[np.int64]
-    ) -> list[_Drawn]:
-        start = time.perf_counter()
-        samples, good = part.samples, []
-        rows = self._draw(part, numbers, attempts, todo)
-        infos = [self.store.index.clip(int(clip)) for clip in samples.clip[rows]]
-        hardware = np.array([self._hardware and info.codec in NVDEC_CODECS for info in infos], bool)
-        for group in (rows[~hardware], rows[hardware]):
-            if not len(group):
+    def _routed(self, samples: list[_Sample]) -> dict[Source, list[_Sample]]:
+        """Which pipeline takes which samples."""
+        if self.store.format == "jpeg":
+            return {"jpeg": samples}
+        routes: dict[Source, list[_Sample]] = {}
+        for sample in samples:
+            assert sample.info is not None
+            routes.setdefault("video" if sample.info.codec in self.video_codecs else "frames", []).append(sample)
+        return routes
+
+    def _read(self, part: Part, samples: list[_Sample], *, miniclip: bool) -> list[_Sample]:
+        """Reads the samples' packets; fails those that cannot be read whole."""
+        rows = _rows(samples)
+        with part.timed("read_seconds"):
+            clips, frames = part.samples.clip[rows], part.samples.frame[rows]
+            reads = self.store.reader.read(clips, frames, miniclip=miniclip, single_stream=False)
+        for sample, clip, read in zip(samples, clips, reads, strict=True):
+            if read.code != "ok":
+                self._fail(part, sample, int(clip), read.code, read.error)
                 continue
-            reads = self.store.reader.read(
-                samples.clip[group], samples.frame[group], miniclip=group is not None and bool(hardware[rows == group[0]][0]),
-                single_stream=False,
-            )  # fmt: skip
-            for row, read in zip(group, reads, strict=True):
-                if read.code == "ok":
-                    good.append(_Drawn(int(row), infos[int(np.flatnonzero(rows == row)[0])], read))
-                    part.bytes_read += int(read.sizes.sum())
-                    part.packets += len(read.packets)
-                    part.frames += len(np.unique(read.pictures))
-                else:
-                    self._fail(part, numbers[row], attempts[row], samples.clip[row], read.code, read.error)
-        part.read_seconds += time.perf_counter() - start
-        return good
+            sample.read = read
+            part.bytes_read += int(read.sizes.sum())
+            part.packets += len(read.packets)
+            part.frames += len(set(read.pictures.tolist()))
+        return [sample for sample in samples if not sample.failed]
+
+    def _make(self, part: Part, route: Source, samples: list[_Sample], put: Put) -> None:
+        """Decodes, cuts and resizes what was read. What DALI refuses is decoded in software, where each fails alone."""
+        if not samples:
+            return
+        with part.timed("decode_seconds"):
+            try:
+                views = self._in_software(part, samples) if route == "frames" else self._by_dali(part, route, samples)
+            except DecodeError:
+                part.refused += len(samples)
+                if route == "video":
+                    samples = self._read(part, samples, miniclip=False)
+                views = self._in_software(part, samples)
+            samples = [sample for sample in samples if not sample.failed]
+            views = self._turned(samples, views)
+        if samples:
+            rows = _rows(samples)
+            with part.timed("augment_seconds"):
+                put(rows, views, part.samples.params[rows])
+
+    def _by_dali(self, part: Part, route: Source, samples: list[_Sample]) -> list[Tensor]:
+        data, pictures = [], []
+        for sample in samples:
+            assert sample.read is not None
+            if route == "video":
+                data.append(sample.read.data)
+                pictures.append(sample.read.pictures)
+            else:
+                packets = sample.read.split()
+                data += [packets[picture] for picture in sample.read.pictures]
+        crop, mirror = part.samples.crop[_rows(samples)], self._mirrors(part, samples)
+        return self._geometry(route)(data, crop, mirror, pictures)
+
+    def _in_software(self, part: Part, samples: list[_Sample]) -> list[Tensor]:
+        """Fails samples that do not decode; a refusal of the others' plain pictures would be no fault of the data."""
+        windows: list[npt.NDArray[np.uint8]] = []
+        for sample in samples:
+            assert sample.info is not None
+            assert sample.read is not None
+            clip, frame = int(part.samples.clip[sample.row]), part.samples.frame[sample.row]
+            try:
+                pictures = self.store.decode(self._decoder, clip, sample.info, sample.read, frame)
+            except BadPackets as error:
+                self._fail(part, sample, clip, "decode", str(error))
+                continue
+            for picture, (y, x, height, width) in zip(pictures, part.samples.crop[sample.row], strict=True):
+                windows.append(np.ascontiguousarray(picture[y : y + height, x : x + width]))
+        good = [sample for sample in samples if not sample.failed]
+        if not good:
+            return []
+        return self._geometry("frames")(windows, part.samples.crop[_rows(good)], self._mirrors(part, good))
+
+    def _geometry(self, source: Source) -> Geometry:
+        if source not in self._geometries:
+            config = self.sampler.config
+            self._geometries[source] = Geometry(
+                source, config.size, config.views, self.max_part, device=self.device, threads=self.threads
+            )
+        return self._geometries[source]
+
+    @staticmethod
+    def _mirrors(part: Part, samples: list[_Sample]) -> npt.NDArray[np.bool_]:
+        rotations = [sample.info.rotation for sample in samples if sample.info]
+        return mirrors(part.samples.flip[_rows(samples)], np.array(rotations))
+
+    @staticmethod
+    def _turned(samples: list[_Sample], views: list[Tensor]) -> list[Tensor]:
+        if not any(sample.info and sample.info.rotation for sample in samples):
+            return views
+        views = [view.clone() for view in views]  # DALI's memory is not ours to write to
+        for view in views:
+            for square, sample in zip(view, samples, strict=True):
+                assert sample.info is not None
+                square.copy_(turn(square.clone(), sample.info.rotation))
+        return views
+
+    def _fail(self, part: Part, sample: _Sample, clip: int, code: str, reason: str) -> None:
+        source = sample.info.source if sample.info and code != "index" else ""
+        part.failures.append(Failure(sample.number, sample.attempt, clip, source, code, reason))
+        sample.attempt, sample.failed = sample.attempt + 1, True
+
+
+def _rows(samples: list[_Sample]) -> npt.NDArray[np.int64]:
+    return np.array([sample.row for sample in samples], np.int64)
+
+
+def _empty(count: int, views: int) -> Samples:
+    shapes = {"clip": (), "video": (), "frame": (views,), "time": (views,), "crop": (views, 4), "flip": (views,)}
+    dtypes = {"clip": np.int64, "video": np.int64, "frame": np.int32, "time": np.float64, "crop": np.int32}
+    arrays = {
+        name: np.zeros(
+            (count, *shapes.get(name, (views, 8))), dtypes.get(name, np.uint8 if name == "flip" else np.float32)
+        )
+        for name in Samples._fields
+    }
+    return Samples(**arrays)

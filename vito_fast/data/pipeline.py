@@ -33,8 +33,8 @@ class Geometry:
     """Pictures and crop windows in, square uint8 views out. Use by one thread at a time.
 
     Args:
-        source: what is given: ``jpeg`` (files, of which only the window is decoded), ``frames`` ((H, W, 3) uint8, already
-            cut to the window) or ``video`` (small video files of which ``pictures`` are wanted).
+        source: what is given: ``jpeg`` (files, of which only the window is decoded), ``frames`` ((H, W, 3) uint8,
+            already cut to the window) or ``video`` (small video files of which ``pictures`` are wanted).
         size: side S of a view in pixels.
         views: V, views a sample.
         max_batch: the most samples a call.
@@ -45,7 +45,9 @@ class Geometry:
     Deterministic; a view does not depend on the rest of its batch.
     """
 
-    def __init__(self, source: Source, size: int, views: int, max_batch: int, *, device: torch.device, threads: int = 1):
+    def __init__(
+        self, source: Source, size: int, views: int, max_batch: int, *, device: torch.device, threads: int = 1
+    ):
         self.source, self.size, self.views, self.max_batch = source, size, views, max_batch
         self.device, self.threads = device, threads
         self._streams = views if source == "video" else 1  # a video's views are cut from one decoded sequence
@@ -86,10 +88,14 @@ class Geometry:
                         window = fn.slice(data[view], axes=(0, 1), **bounds)
                 views.append(
                     fn.resize(
-                        window, size=(self.size, self.size), interp_type=types.INTERP_CUBIC, antialias=False,
-                        roi_start=given(f"from{view}", types.FLOAT), roi_end=given(f"to{view}", types.FLOAT),
+                        window,
+                        size=(self.size, self.size),
+                        interp_type=types.INTERP_CUBIC,
+                        antialias=False,
+                        roi_start=given(f"from{view}", types.FLOAT),
+                        roi_end=given(f"to{view}", types.FLOAT),
                         roi_relative=True,
-                    )  # fmt: skip
+                    )
                 )
             pipeline.set_outputs(*views)
         pipeline.build()

@@ -12,6 +12,8 @@ from vito_fast.data.index import ClipInfo, Index, Read, Reader
 from vito_fast.data.pack import read_description
 from vito_fast.errors import UserError
 
+Numbers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
 AT_ONCE = 64
 """Frames read and decoded together by ``frames``."""
 
@@ -35,7 +37,7 @@ class Store:
     def __len__(self) -> int:
         return self.index.num_clips
 
-    def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: npt.ArrayLike) -> list[Picture]:
+    def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: Numbers) -> list[Picture]:
         """The frames that ``read`` was made for (``single_stream=False``), decoded in software, not turned.
 
         Raises BadPackets.

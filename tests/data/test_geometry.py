@@ -1,0 +1,118 @@
+"""The geometry's specification against independent ones, and DALI against the specification."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vito_fast.data.geometry import cubic_weights, mirrors, turn, view
+from vito_fast.data.pipeline import DecodeError, Geometry
+
+CPU = torch.device("cpu")
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth waves with noise on them: what filters treat alike and what they do not."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin((x * a + y * b + seed) / 9) * 80 + 128 for a, b in ((1, 0.3), (-0.4, 1), (0.7, 0.7))]
+    noise = np.random.default_rng(seed).normal(0, 20, (height, width, 3))
+    return (np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(pixels: np.ndarray) -> np.ndarray:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=92)
+    return np.frombuffer(data.getvalue(), np.uint8)
+
+
+def decoded(data: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_weights_keep_a_constant_and_the_identity(source, target):
+    weights = cubic_weights(source, target)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(cubic_weights(source, source), np.eye(source), atol=1e-12)
+    np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-12)  # no half-pixel shift
+
+
+def test_weights_are_exact_for_straight_lines_inside():
+    """Keys' cubic reproduces polynomials of second degree where all four taps are inside."""
+    positions = (np.arange(40) + 0.5) * 90 / 40 - 0.5
+    inside = (positions > 1) & (positions < 88)
+    for power in (1, 2):
+        got = cubic_weights(90, 40) @ np.arange(90.0) ** power
+        np.testing.assert_allclose(got[inside], positions[inside] ** power, atol=1e-9)
+
+
+def test_turn_and_flip_are_of_the_upright_view():
+    square = picture(32, 32)
+    whole = (0, 0, 32, 32)
+    np.testing.assert_array_equal(view(square, whole, False, 32, 90), np.rot90(square, -1))
+    np.testing.assert_array_equal(view(square, whole, True, 32, 270), np.rot90(square)[:, ::-1])
+    np.testing.assert_array_equal(turn(torch.from_numpy(square), 90).numpy(), np.rot90(square, -1))
+
+
+def test_view_refuses_a_window_outside():
+    with pytest.raises(ValueError, match="not inside a picture of 32 x 32"):
+        view(picture(32, 32), (0, 10, 10, 23), False, 8)
+
+
+WINDOWS = [(0, 0, 90, 120), (3, 5, 61, 77), (7, 40, 83, 31), (89, 119, 1, 1), (20, 10, 17, 90)]
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("source", ["jpeg", "frames"])
+def test_dali_is_within_one_grey_level(source, rotation):
+    """Cubic, crop, mirror and turn of DALI's, of every window, of both flips; the mean distance is that of rounding."""
+    files = [jpeg(picture(90, 120, seed)) for seed in range(2 * len(WINDOWS))]
+    crop = np.array(WINDOWS * 2, np.int32).reshape(-1, 2, 4)
+    flip = np.array([0, 1, 1, 0, 0, 1, 1, 0, 0, 1], np.uint8).reshape(-1, 2)
+    windows = [
+        np.ascontiguousarray(decoded(file)[y : y + h, x : x + w])
+        for file, (y, x, h, w) in zip(files, crop.reshape(-1, 4), strict=True)
+    ]
+    geometry = Geometry(source, 56, 2, len(crop), device=CPU)
+    mirror = mirrors(flip, np.full(len(crop), rotation))
+    views = geometry(files if source == "jpeg" else windows, crop, mirror)
+    assert [tuple(v.shape) for v in views] == [(len(crop), 56, 56, 3)] * 2
+    for i in range(len(crop)):
+        for v in range(2):
+            expected = view(decoded(files[2 * i + v]), tuple(crop[i, v]), bool(flip[i, v]), 56, rotation)
+            got = turn(views[v][i], rotation).numpy()
+            distance = np.abs(got.astype(int) - expected.astype(int))
+            assert distance.max() <= 1, (i, v)
+            assert distance.mean() < 0.02, (i, v)
+
+
+def test_a_view_does_not_depend_on_its_batch():
+    files = [jpeg(picture(90, 120, seed)) for seed in range(8)]
+    crop = np.tile(np.array(WINDOWS[1:3], np.int32), (4, 1, 1))
+    mirror = np.zeros((4, 2, 2), bool)
+    geometry = Geometry("jpeg", 56, 2, 4, device=CPU)
+    together = [v.clone() for v in geometry(files, crop, mirror)]
+    other = Geometry("jpeg", 56, 2, 4, device=CPU, threads=2)
+    for i in range(4):
+        alone = other(files[2 * i : 2 * i + 2], crop[i : i + 1], mirror[i : i + 1])
+        assert all(torch.equal(whole[i], part[0]) for whole, part in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("bad", [b"", b"no picture at all", bytes(5000)])
+def test_geometry_survives_what_dali_refuses(bad, capfd):
+    file = jpeg(picture(90, 120))
+    crop, mirror = np.array([[WINDOWS[1]], [WINDOWS[2]]], np.int32), np.zeros((2, 1, 2), bool)
+    geometry = Geometry("jpeg", 32, 1, 2, device=CPU)
+    (before,) = (v.clone() for v in geometry([file, file], crop, mirror))
+    with pytest.raises(DecodeError):
+        geometry([file, np.frombuffer(bad, np.uint8)], crop, mirror)
+    assert torch.equal(geometry([file, file], crop, mirror)[0], before)
+    truncated = file[: len(file) // 2]
+    with pytest.raises(DecodeError):
+        geometry([truncated, file], crop, mirror)
+    capfd.readouterr()

@@ -1,0 +1,271 @@
+"""Batches: what is in them, that they are the same whatever makes them, and that nothing is left running."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from videos import pictures, rotate, write
+
+import vito_kernels
+from vito_fast.data.decode import Decoder, decode_jpeg
+from vito_fast.data.geometry import view
+from vito_fast.data.loader import ClipLoader
+from vito_fast.data.pack import pack
+from vito_fast.data.sampler import Sampler, SamplerConfig
+from vito_fast.data.store import Store, frames
+from vito_fast.errors import UserError
+
+SMALL = SamplerConfig(size=32)
+FORMATS = ("jpeg", "h264", "copy")
+
+
+def loader(store, batch_size=4, **options):
+    return ClipLoader(store, batch_size, **{"sampler": SMALL, "threads": 2, **options})
+
+
+def equal(one, other):
+    tensors = [
+        [*batch["views"], *(batch[name] for name in ("clip", "video", "frame", "time", "sample"))]
+        for batch in (one, other)
+    ]
+    return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory):
+    """A copy store of videos to be turned by 0, 90, 180 and 270 degrees, of two sizes."""
+    root = tmp_path_factory.mktemp("rotated")
+    (root / "videos").mkdir()
+    for quarter in range(4):
+        plain = write(
+            root / f"plain{quarter}.mp4", pictures(30, height=48 + 16 * (quarter % 2), seed=quarter), b_frames=2
+        )
+        rotate(plain, root / "videos" / f"v{quarter}.mp4", quarter)
+    pack(root / "videos", root / "store", format="copy", min_length=0, progress=False, processes=1)
+    return root / "store"
+
+
+def expected_views(path, batch, config, seed):
+    """The batch's uint8 views by the plain way: whole frames, the geometry's specification."""
+    store = Store(path)
+    samples = Sampler(store.index, config, seed).sample(batch["sample"].numpy())
+    for i, clip in enumerate(samples.clip.tolist()):
+        info = store.index.clip(clip)
+        for v, number in enumerate(samples.frame[i].tolist()):
+            (read,) = store.reader.read([clip], [[number]], single_stream=False)
+            if store.format == "jpeg":
+                picture = decode_jpeg(info, read.data)
+            else:
+                (picture,) = Decoder().decode(info, read, store.index.packets(clip).order[[number]])
+            yield i, v, view(picture, tuple(samples.crop[i, v]), bool(samples.flip[i, v]), config.size, info.rotation)
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("format", [*FORMATS, "rotated"])
+def test_views_are_the_samplers(stores, rotated, format, views):
+    path = rotated if format == "rotated" else stores / format
+    config = SamplerConfig(size=32, views=views)
+    with loader(path, sampler=config, augment=False, seed=7) as data:
+        batch = next(iter(data))
+        assert len(batch["views"]) == views
+        for i, v, expected in expected_views(path, batch, config, 7):
+            assert np.abs(batch["views"][v][i].numpy().astype(int) - expected).max() <= 1, (i, v)
+        samples = Sampler(data.store.index, config, 7).sample(batch["sample"].numpy())
+    for name in ("clip", "video", "frame", "time"):
+        np.testing.assert_array_equal(batch[name].numpy(), getattr(samples, name))
+
+
+def test_colours_follow_on_the_same_views(stores):
+    plain, coloured = (loader(stores / "jpeg", augment=augment, seed=3) for augment in (False, True))
+    with plain, coloured:
+        bytes_, floats = next(iter(plain)), next(iter(coloured))
+        samples = Sampler(plain.store.index, SMALL, 3).sample(bytes_["sample"].numpy())
+    for v in range(2):
+        assert bytes_["views"][v].dtype == torch.uint8
+        assert bytes_["views"][v].shape == (4, 32, 32, 3)
+        assert floats["views"][v].shape == (4, 3, 32, 32)
+        assert floats["views"][v].is_contiguous(memory_format=torch.channels_last)
+        expected = vito_kernels.photometric(bytes_["views"][v], torch.from_numpy(samples.params[:, v].copy()))
+        torch.testing.assert_close(floats["views"][v], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_threads_and_prefetch_do_not_show(stores, format):
+    runs = []
+    for threads, prefetch in ((1, 0), (2, 2), (3, 5)):
+        with loader(stores / format, 2, threads=threads, prefetch=prefetch, seed=1) as data:
+            runs.append([batch for _ in range(2) for batch in data])
+    assert len(runs[0]) == 2 * len(data) > 2
+    assert all(equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_ranks_share_out_one_batch(stores):
+    with loader(stores / "jpeg", 4, seed=5) as whole:
+        one = list(whole)
+    halves = [list(loader(stores / "jpeg", 2, seed=5, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert len(one) == len(halves[0])
+    for batch, first, second in zip(one, *halves, strict=True):
+        for name in ("clip", "video", "frame", "time", "sample"):
+            assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
+        for v in range(2):
+            assert torch.equal(batch["views"][v], torch.cat([first["views"][v], second["views"][v]]))
+
+
+def test_an_epoch_visits_clips_once_and_epochs_differ(stores):
+    with loader(stores / "jpeg", 1) as data:
+        epochs = [torch.cat([batch["clip"] for batch in data]).tolist() for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(data.store)))
+    assert epochs[0] != epochs[1]
+
+
+def test_resuming_goes_on_where_it_was(stores):
+    with loader(stores / "jpeg", 2) as data:
+        batches = [batch for _ in range(2) for batch in data]
+        assert data.state_dict() == {"step": len(batches)}
+    for delivered in (1, len(data) - 1, len(data), len(data) + 1):
+        with loader(stores / "jpeg", 2) as other:
+            other.load_state_dict({"step": delivered})
+            rest = list(other)
+            assert len(rest) == len(data) - delivered % len(data)
+            assert all(equal(a, b) for a, b in zip(batches[delivered:], rest, strict=False))
+            assert equal(other.batch(0), batches[0])
+            assert other.state_dict() == {"step": delivered + len(rest)}
+
+
+def test_the_position_counts_what_was_delivered_only(stores):
+    with loader(stores / "jpeg", 1, prefetch=4) as data:
+        for count, _ in enumerate(data, 1):
+            assert data.state_dict() == {"step": count}
+            if count == 2:
+                break
+        assert len(list(data)) == len(data) - 2
+        data.set_epoch(1)
+        assert data.state_dict() == {"step": len(data)}
+        data.set_epoch(0)
+        assert data.state_dict() == {"step": 0}
+
+
+def test_a_stale_iterator_says_so(stores):
+    with loader(stores / "jpeg", 1) as data:
+        first = iter(data)
+        next(first)
+        next(iter(data))
+        with pytest.raises(RuntimeError, match="stale"):
+            next(first)
+
+
+def test_the_same_frame_when_the_window_is_zero(stores):
+    with loader(stores / "h264", sampler=SamplerConfig(size=32, window=0)) as data:
+        batch = next(iter(data))
+    assert torch.equal(batch["frame"][:, 0], batch["frame"][:, 1])
+
+
+def test_bfloat16_views(stores):
+    with loader(stores / "jpeg", dtype=torch.bfloat16) as data:
+        assert next(iter(data))["views"][0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"prefetch": -1}, "prefetch is -1"),
+        ({"rank": 1}, "rank is 1"),
+        ({"threads": -2}, "threads is -2"),
+        ({"max_bad_share": 2}, "max_bad_share is 2"),
+        ({"dtype": torch.uint8}, "dtype is torch.uint8"),
+    ],
+)
+def test_senseless_arguments(stores, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader(stores / "jpeg", **options)
+
+
+def test_too_few_clips(stores):
+    with pytest.raises(UserError, match="fewer than one batch of 100 x 2"):
+        loader(stores / "jpeg", 100, world_size=2)
+
+
+def test_a_state_that_is_none(stores):
+    with pytest.raises(ValueError, match="must be"):
+        loader(stores / "jpeg").load_state_dict({"steps": 1})
+
+
+def running():
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("vito-data")}
+
+
+def test_no_thread_outlives_its_loader(stores):
+    assert not running()
+    data = loader(stores / "jpeg", 1)
+    iterator = iter(data)
+    next(iterator)
+    assert running()
+    data.close()
+    assert not running()
+    assert len(list(data)) == len(data) - 1  # closed is not the end
+    abandoned = iter(data)
+    next(abandoned)
+    del data, abandoned, iterator
+    assert not running()
+
+
+def test_torch_keeps_its_threads(stores):
+    before = torch.get_num_threads()
+    with loader(stores / "jpeg", 1) as data:
+        next(iter(data))
+        assert torch.get_num_threads() == before
+        others = []
+        thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert others == [before]
+
+
+ENDINGS = {
+    "abandoned": "",
+    "exception": "raise KeyError('planted')",
+    "interrupt": "import signal, os; os.kill(os.getpid(), signal.SIGINT); next(batches)",
+    "exit": "raise SystemExit(3)",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_process_ends_however_it_ends(stores, ending):
+    """Prefetching much, so that plenty is under way."""
+    script = f"""
+        from vito_fast.data.loader import ClipLoader
+        loader = ClipLoader({str(stores / "jpeg")!r}, 1, prefetch=50, threads=2)
+        batches = iter(loader)
+        next(batches)
+        {ENDINGS[ending]}
+    """
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == {"abandoned": 0, "exception": 1, "interrupt": -2, "exit": 3}[ending], done.stderr
+    assert ("Traceback" in done.stderr) == (ending in ("exception", "interrupt")), done.stderr
+    assert time.monotonic() - start < 100
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_frames_in_any_order(stores, format):
+    store = Store(stores / format)
+    every = frames(store, 0, range(store.index.clip(0).num_frames))
+    asked = [5, 0, 5, 17, 3]
+    np.testing.assert_array_equal(frames(stores / format, 0, asked), every[asked])
+    assert frames(store, 0, []).shape == (0, *every.shape[1:])
+    with pytest.raises(IndexError):
+        frames(store, 0, [10**6])
+    with pytest.raises(IndexError):
+        frames(store, 10**6, [0])
+
+
+def test_dali_is_asked_for_by_name(stores, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with loader(stores / "jpeg") as data, pytest.raises(UserError, match=r"pip install 'vito-fast\[train\]'"):
+        next(iter(data))
