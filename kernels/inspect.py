@@ -172,7 +172,8 @@ def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
     peak = target.tensor_flops if spec.tensor_cores else target.vector_flops
     return {
         "name": spec.name, "kernel": "", "arch": f"sm_{arch}", "gpu": target.gpu,
-        "registers": 0, "stack_bytes": 0, "spill_bytes": 0, "loop_spill_bytes": 0, "instructions": 0,
+        "registers": 0, "stack_bytes": 0, "spill_bytes": 0, "loop_spill_bytes": 0,
+        "instructions": 0, "loop_instructions": 0,
         "shared_bytes": 0, "shared_limit": target.shared_limit, "warps": 0, "stages": 0,
         "mma": [], "loop": {}, "flops": spec.flops, "min_bytes": spec.min_bytes,
         "roofline_ms": 1e3 * max(spec.flops / peak, spec.min_bytes / target.bandwidth), "problems": [],
@@ -186,6 +187,7 @@ def _record(arch: int, spec: Spec, kernel: Compiled, main: bool) -> dict[str, An
     record |= {k: v for k, v in asdict(binary).items() if k in record} | {"mma": list(binary.mma)}
     if not main:
         record |= {"name": f"{spec.name} / {kernel.name}", "flops": 0.0, "min_bytes": 0.0, "roofline_ms": 0.0}
+    record["loop_instructions"] = binary.loop["all"]
     record["problems"] = list(_problems(arch, spec.tensor_cores and main, kernel, binary))
     return record
 

@@ -1,0 +1,77 @@
+"""``make gpu-check``: the kernels' tests and benches on this machine's GPU, in ``bench/results/<gpu>.json``.
+
+Needs a checkout and a Python with torch, triton, numpy and pytest; no network, no installation, under ten minutes.
+The exit status is 1 if there is no GPU, if a test fails, or if a bench finds a result of ours wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from bench.machine import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_SECONDS, BENCH_SECONDS = 300, 270
+SUITES = ("infonce", "losses", "pooling", "photometric")
+
+
+def run_tests() -> dict[str, Any]:
+    """The Triton tests, by a bare pytest in a process of their own."""
+    files = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py"))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+        status = _run([*command, f"--junitxml={report}", f"--rootdir={ROOT}", *files], TEST_SECONDS)
+        suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+    keys = ("tests", "failures", "errors", "skipped")
+    counts = {key: int(suite.get(key, 0)) for key in keys} if suite is not None else {}
+    return {"status": status, "seconds": round(time.monotonic() - started, 1), **counts}
+
+
+def run_benches(results: Path) -> int | str:
+    command = [sys.executable, "-m", "bench", "--device", "cuda", "--quick", "--no-static", "--results", str(results)]
+    command += ["--report", str(ROOT / "build" / "gpu-check.html")]
+    return _run([*command, *(part for suite in SUITES for part in ("--suite", suite))], BENCH_SECONDS)
+
+
+def _run(command: list[str], seconds: int) -> int | str:
+    """Exit status, or what kept the command from one."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    try:
+        return subprocess.run(command, timeout=seconds, env=environment, cwd=ROOT).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds} s"
+
+
+def main() -> int:
+    """Returns the exit status."""
+    if not torch.cuda.is_available():
+        print("gpu-check: there is no GPU here that PyTorch can use, so nothing was checked", file=sys.stderr)
+        return 1
+    results = ROOT / "bench" / "results" / f"{machine('cuda')['name']}.json"
+    results.unlink(missing_ok=True)  # an old file must not pass for this run's
+    (ROOT / "build").mkdir(exist_ok=True)
+    tests = run_tests()
+    benches = run_benches(results)
+    record = json.loads(results.read_text()) if results.exists() else {"machine": machine("cuda")}
+    record |= {"tests": tests, "bench_status": benches, "checked": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(record, indent=1) + "\n")
+    passed = tests["status"] == 0 and benches == 0 and tests.get("tests", 0) > 0
+    print(f"gpu-check {'passed' if passed else 'FAILED'}: tests {tests}, benches {benches}; {os.path.relpath(results)}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
