@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def main() -> int:
         "--results", type=Path, help="default: bench/results/MACHINE.json, with -quick for the quick set"
     )
     parser.add_argument("--report", type=Path, default=ROOT / "bench/report.html")
+    parser.add_argument("--suite", action="append", metavar="NAME", help="only bench/bench_NAME.py; may be repeated")
     parser.add_argument("-k", dest="keyword", help="only the cases that match, as pytest's -k")
     parser.add_argument("--only", metavar="ID,ID", help="only the cases of these ids")
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave the counted figures out")
@@ -34,22 +36,37 @@ def main() -> int:
 
     name = machine(options.device)["name"] + ("-quick" if options.quick else "")
     results = options.results or ROOT / f"bench/results/{name}.json"
-    arguments = ["bench", "-q", "-s", "-o", "python_files=bench_*.py", "-o", "addopts=", "-p", "no:cacheprovider"]
-    arguments += ["--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "--benchmark-quiet"]
-    arguments += ["--device", options.device, "--results", str(results)]
-    arguments += (
-        ["--quick"] * options.quick + ["--cold"] * options.cold + (["-k", options.keyword] if options.keyword else [])
-    )
-    arguments += ["--only", options.only] if options.only else []
-    arguments += ["--rounds", str(options.rounds)] if options.rounds else []
-    status = int(pytest.main(arguments))
-    if not results.exists():
-        return status or 1
+    status = int(pytest.main(_arguments(options, results)))
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return status  # nothing ran: a file from before stays as it is
     if options.static:
         static.add(results)
     report.write(results, options.report)
     print(f"results: {os.path.relpath(results)}\nreport:  {os.path.relpath(options.report)}")
     return status
+
+
+def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
+    """What pytest is called with."""
+    found = [f"bench/bench_{suite}.py" for suite in options.suite or []] or ["bench"]
+    found += [
+        "-q",
+        "-s",
+        "-o",
+        "python_files=bench_*.py",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+    ]
+    if importlib.util.find_spec("pytest_benchmark"):
+        found += ["--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "--benchmark-quiet"]
+    found += ["--device", options.device, "--results", str(results)]
+    found += [f"--{name}" for name in ("quick", "cold") if getattr(options, name)]
+    for name, value in (("-k", options.keyword), ("--only", options.only), ("--rounds", options.rounds)):
+        found += [name, str(value)] if value else []
+    return found
 
 
 if __name__ == "__main__":

@@ -20,13 +20,15 @@ FULL = pytest.mark.full
 
 
 def pictures(count: int, size: int) -> Tensor:
-    """Crops of a photograph, (B, S, S, 3) uint8."""
-    from skimage import data
-
-    photograph = data.astronaut()
+    """Coloured waves of all scales with some grain, as smooth and as saturated as photographs, (B, S, S, 3) uint8."""
     rng = np.random.default_rng(0)
-    corners = rng.integers(0, 512 - size, (count, 2))
-    return torch.from_numpy(np.stack([photograph[y : y + size, x : x + size] for y, x in corners]))
+    y, x = np.mgrid[:size, :size] / size
+    waves = np.zeros((count, size, size, 3))
+    for scale in (1, 2, 4, 8, 16):
+        along, phase = rng.normal(0, 6 * scale, (count, 2, 1, 1, 1)), rng.uniform(0, 6.28, (count, 1, 1, 3))
+        waves += np.sin(along[:, 0] * y[..., None] + along[:, 1] * x[..., None] + phase) / scale
+    pixels = 128 + 60 * waves + rng.normal(0, 4, waves.shape)
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
 
 
 def parameters(count: int, view: int) -> Tensor:

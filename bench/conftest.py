@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out of the quick set")
+    config.addinivalue_line("markers", "benchmark: group and timer, for pytest-benchmark")
     config.addinivalue_line("markers", "cpu_only: what is measured does not depend on a GPU")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
@@ -71,13 +72,14 @@ def quick(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Any]]:
+def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """``race(case, params, candidates, truth=..., ...) -> record``: the arguments of :class:`bench.harness.Race`.
 
-    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds.
-    The suite is the file's name without ``bench_``.
+    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds. A
+    bare pytest does as well, on a machine with little more than torch. The suite is the file's name without ``bench_``.
     """
     config = request.config
+    benchmark = request.getfixturevalue("benchmark") if config.pluginmanager.hasplugin("benchmark") else None
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
         options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)
@@ -90,10 +92,14 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
             pytest.skip("not asked for")
         contest.check()
         contest.calibrate()
-        benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
+        if benchmark is None:
+            contest.take_turns()
+        else:
+            benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
         contest.count_cost()
         record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
-        benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
+        if benchmark is not None:
+            benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
         config.stash[RECORDS].append(record)
         _say(config, record)
         return record

@@ -252,6 +252,12 @@ class Race:
         del kept
         return seconds
 
+    def take_turns(self) -> None:
+        """Step 3."""
+        for _ in range(self.rounds):
+            self.time_others()
+            self.time_ours()
+
     def time_others(self) -> None:
         """Everybody's turn but ours; opens a round."""
         for runner in self._racing():
@@ -280,9 +286,7 @@ class Race:
         """The whole race without pytest-benchmark."""
         self.check()
         self.calibrate()
-        for _ in range(self.rounds):
-            self.time_others()
-            self.time_ours()
+        self.take_turns()
         self.count_cost()
         return self.record()
 

@@ -1,0 +1,86 @@
+"""Peers compute what they are raced for; who cannot take part is named with the reason."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from bench import peers
+from bench.harness import relative_error
+from vito_kernels import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    "info-nce-pytorch": "info_nce",
+    "pytorch-metric-learning": "pytorch_metric_learning",
+    "open_clip": "open_clip",
+    "open_clip ClipLoss": "open_clip",
+    "lightly": "lightly",
+    "memeff (LiT)": "memeff",
+    "memeff (CLIP)": "memeff",
+    "inf-cl (flash)": "inf_cl",
+}
+T = 0.2
+
+
+def pair(n=48, d=32):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    y = x + torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+    return x.requires_grad_(), y
+
+
+def info_nce(q, k):
+    return reference.info_nce(normalize(q, dim=1), normalize(k, dim=1), temperature=T)
+
+
+def families():
+    q, k = pair()
+    x, y = (z.detach().requires_grad_() for z in pair())
+    labels = torch.arange(len(q)) % 12
+    yield from ((c, peers.truth_of(info_nce, q, k)) for c in peers.one_sided(q, k, T))
+    clip = peers.truth_of(lambda x, y: peers._reference_clip(x, y, T), x, y)
+    yield from ((c, clip) for c in peers.two_sided(x, y, T))
+    yield from ((c, peers.truth_of(lambda a, b: reference.ntxent(a, b, T), x, y)) for c in peers.self_similar(x, y, T))
+    supcon = peers.truth_of(lambda z: reference.supcon_loss(z, labels, temperature=T), q)
+    yield peers.supervised(q, labels, T), supcon
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_a_peer_is_right_or_named(number):
+    candidate, truth = list(families())[number]
+    if candidate.call is not None:
+        assert relative_error(candidate.call(), (candidate.truth or truth)()) < 1e-5
+    elif importlib.util.find_spec(PACKAGES[candidate.name]) is None:
+        assert candidate.note.startswith(("not installed", "runs on CUDA only"))
+    else:
+        assert candidate.note == "runs on CUDA only"
+
+
+def test_every_family_is_covered():
+    assert len(list(families())) == 11
+
+
+def test_a_peer_too_large_for_the_machine_is_named():
+    q, k = pair()
+    candidate = peers.peer("huge", lambda: info_nce, q, k, matrices=2.0**40)
+    assert (candidate.call, candidate.note) == (None, "its M x N temporaries need about 1024.0 GiB")
+
+
+def test_cuda_only_peers_are_right_under_the_interpreter():
+    command = [sys.executable, "-m", "bench.interpreted"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert set(errors) == {"memeff (LiT)", "memeff (CLIP)", "inf-cl (one-sided)", "inf-cl (two-sided)"}
+    for name, error in errors.items():
+        if isinstance(error, str):
+            package = "memeff" if "memeff" in name else "inf_cl"
+            assert importlib.util.find_spec(package) is None, error
+        else:
+            assert error < 1e-5, name

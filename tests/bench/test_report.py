@@ -1,0 +1,144 @@
+"""The report is whole and self-contained, and the tables in the documents are those of the results files."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from bench import report, tables, text
+from bench.plots import Axis, Series, chart
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
+VOID = {"meta", "link", "circle", "line", "polyline"}
+
+
+class Page(HTMLParser):
+    """Collects ids, links and text, and checks that elements close in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in found:
+            self.ids.append(found["id"])
+        if tag == "a":
+            self.links.append(found["href"])
+        assert "src" not in found
+        assert tag != "link" or found["href"] == "data:,"
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((ROOT / "bench/results/cpu-amd-epyc-2-cores.json").read_text())
+
+
+def test_report_has_every_section_and_loads_nothing(results):
+    page = report.render(results)
+    parsed = Page(page)
+    for suite in {record["suite"] for record in results["cases"]}:
+        assert suite in parsed.ids
+    assert {"summary", "roofline", "static", "skipped"} <= set(parsed.ids)
+    assert {link.removeprefix("#") for link in parsed.links} <= set(parsed.ids)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert "script" not in parsed.tags
+    assert not re.search(r"url\(|https?://", page)
+    assert parsed.tags.count("figure") >= 5
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_report_names_every_case_and_every_candidate_left_out(results):
+    page = report.render(results)
+    for record in results["cases"]:
+        assert f'id="{record["id"]}"' in page
+    for row in results["skipped"]:
+        assert row["name"] in page
+
+
+def test_chart_places_points_on_logarithmic_axes():
+    series = [Series("a <b>", [(10, 1), (100, 10), (1000, 100)], "ours")]
+    picture = chart("title", Axis("N", text.significant), Axis("s", text.seconds_text), series)
+    points = re.search(r'points="([^"]+)"', picture)[1].split()
+    xs, ys = zip(*(map(float, point.split(",")) for point in points), strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
+    assert "a &lt;b&gt;" in picture
+    assert chart("empty", Axis("N", str), Axis("s", str), []) == ""
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_results_files_say_where_they_come_from(path):
+    content = json.loads(path.read_text())
+    assert content["schema"] == 1
+    assert path.stem.removesuffix("-quick") == content["machine"]["name"]
+    assert {"python", "torch"} <= set(content["versions"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+Z", content["date"])
+    for record in content["cases"]:
+        for row in record["candidates"]:
+            assert row["status"] == "ok" or ("median_s" not in row and row["reason"])
+        assert report.ours_of(record)["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_tables_in_documents_are_those_of_the_results(path):
+    content = path.read_text(encoding="utf-8")
+    assert tables.fill(content) == content, "run `make readme-tables`"
+
+
+def test_a_changed_figure_is_noticed(results):
+    machine, case = results["machine"]["name"], results["cases"][0]["id"]
+    source = f"Is <!-- bench:value {machine} {case} ours.median_s -->12 parsecs<!-- /bench --> fast.\n"
+    made = tables.fill(source)
+    assert made != source
+    assert tables.fill(made) == made
+    assert text.seconds_text(report.ours_of(results["cases"][0])["median_s"]) in made
+
+
+@pytest.mark.parametrize("name", sorted(tables.TABLES))
+def test_every_table_can_be_made(results, name):
+    made = tables.fill(f"<!-- bench:{name} {results['machine']['name']} -->\n<!-- /bench -->")
+    assert len(made.splitlines()) >= 3 or name == "machine"
+
+
+def test_an_unknown_table_or_machine_is_an_error():
+    with pytest.raises(ValueError, match="unknown table 'nonsense'"):
+        tables.fill("<!-- bench:nonsense x --><!-- /bench -->")
+    with pytest.raises(FileNotFoundError):
+        tables.fill("<!-- bench:losses no-such-machine --><!-- /bench -->")
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (text.seconds_text(1.234), "1.23 s"),
+        (text.seconds_text(0.0123), "12.3 ms"),
+        (text.seconds_text(4.2e-6), "4.2 µs"),
+        (text.bytes_text(3 * 2**30), "3 GiB"),
+        (text.bytes_text(0), "0 B"),
+        (text.count_text(2_500_000), "2.5 M"),
+        (text.significant(123456), "123000"),
+        (text.significant(0), "0"),
+    ],
+)
+def test_numbers_as_people_read_them(made, expected):
+    assert made == expected
