@@ -50,10 +50,10 @@ def rotated(tmp_path_factory):
     return root / "store"
 
 
-def expected_views(path, batch, config, seed):
+def expected_views(path, batch, config, seed, attempt=0):
     """The batch's uint8 views by the plain way: whole frames, the geometry's specification."""
     store = Store(path)
-    samples = Sampler(store.index, config, seed).sample(batch["sample"].numpy())
+    samples = Sampler(store.index, config, seed).sample(batch["sample"].numpy(), attempt)
     for i, clip in enumerate(samples.clip.tolist()):
         info = store.index.clip(clip)
         for v, number in enumerate(samples.frame[i].tolist()):

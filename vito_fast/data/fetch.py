@@ -126,13 +126,17 @@ class Fetcher:
         for name in Samples._fields:
             getattr(part.samples, name)[rows] = getattr(drawn, name)
         for sample, clip in zip(samples, drawn.clip, strict=True):
-            sample.failed, sample.info = False, self.store.index.clip(int(clip))
-        return samples
+            sample.failed = False
+            try:
+                sample.info = self.store.index.clip(int(clip))
+            except ValueError as error:
+                self._fail(part, sample, int(clip), "index", str(error))
+        return [sample for sample in samples if not sample.failed]
 
     def _routed(self, samples: list[_Sample]) -> dict[Source, list[_Sample]]:
         """Which pipeline takes which samples."""
         if self.store.format == "jpeg":
-            return {"jpeg": samples}
+            return {"jpeg": samples} if samples else {}
         routes: dict[Source, list[_Sample]] = {}
         for sample in samples:
             assert sample.info is not None
