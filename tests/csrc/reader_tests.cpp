@@ -85,6 +85,17 @@ TEST(reader, faults_are_told_apart_and_stay_with_their_sample) {
   CHECK(code(directory, 0, 0) != "ok");
 }
 
+TEST(reader, a_shard_that_shrinks_while_it_is_open) {
+  const TestStore store({constant_clip(4)});
+  const Index index(store.index_path());
+  Reader reader(index, store.directory.path, 1);
+  CHECK_EQUAL(code(reader, 0, 3), std::string("ok"));
+  std::filesystem::resize_file(store.directory.file("shard.bin"), store.shard.size() - 1);
+  CHECK_EQUAL(code(reader, 0, 3), std::string("truncated"));
+  write_file(store.directory.file("shard.bin"), store.shard);
+  CHECK_EQUAL(code(reader, 0, 3), std::string("ok"));
+}
+
 TEST(reader, a_corrupt_index_is_a_fault_of_the_sample) {
   const TestStore store({constant_clip(4), constant_clip(4)});
   std::string bytes = read_file(store.index_path());
