@@ -151,8 +151,9 @@ def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     dtype = _compute_dtype(features, logits)
     if features.shape[0] and dtype == torch.float32 and use_triton(features):
         return launch_forward(features, logits.contiguous())
-    weights = torch.softmax(logits.to(dtype), 1)
-    return torch.bmm(weights[:, None], features.to(dtype))[:, 0], weights
+    with torch.autocast(features.device.type, enabled=False):
+        weights = torch.softmax(logits.to(dtype), 1)
+        return torch.bmm(weights[:, None], features.to(dtype))[:, 0], weights
 
 
 @attention_pool_op.register_fake
@@ -171,7 +172,8 @@ def attention_pool_backward_op(
     g_weights = None if g_weights is None else g_weights.contiguous()
     if features.shape[0] and weights.dtype == torch.float32 and use_triton(features):
         return launch_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
-    pull = torch.bmm(features.to(weights.dtype), g_pooled[:, :, None])[:, :, 0]
+    with torch.autocast(features.device.type, enabled=False):
+        pull = torch.bmm(features.to(weights.dtype), g_pooled[:, :, None])[:, :, 0]
     pull = pull if g_weights is None else pull + g_weights
     d_logits = weights * (pull - (weights * pull).sum(1, keepdim=True))
     d_features = torch.empty_like(features)

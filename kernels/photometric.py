@@ -317,7 +317,8 @@ def photometric_op(
         _check_values(params)
     if images.shape[0] and use_triton(images):
         return launch(images, params, radius, mean, std, dtype)
-    return photometric_cpu.photometric(images, params, radius, mean, std, dtype)
+    with torch.autocast(images.device.type, enabled=False):
+        return photometric_cpu.photometric(images, params, radius, mean, std, dtype)
 
 
 @photometric_op.register_fake
