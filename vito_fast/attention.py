@@ -1,6 +1,7 @@
 """Where the encoder looks: attention maps of a video's frames as a picture grid. People would rather look."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from vito_fast.checkpoint import Checkpoint, find
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.model.pair import Branch
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, as in training."""
@@ -28,14 +32,18 @@ def load_online(checkpoint: Checkpoint) -> Branch:
 
 
 def video_frames(path: Path, count: int, size: int) -> Pixels:
-    """``count`` frames (n,H,W,3) evenly spaced over a video, short side about ``size``, both sides multiples of 32.
+    """``count`` frames (n,H,W,3) evenly spaced over a video, short side about ``size``, both sides multiples of 32;
+    of a store, the middle frames of clips evenly spaced over it.
 
     Fewer if the video has fewer. UserError if it cannot be read.
     """
     import av
+    from av import VideoFrame
 
+    if (path / "store.json").is_file():
+        return _resized([VideoFrame.from_ndarray(f, format="rgb24") for f in _store_frames(path, count)], size)
     if not path.is_file():
-        raise UserError(f"no video {path}")
+        raise UserError(f"no video or store {path}")
     try:
         with av.open(str(path)) as container:
             total = sum(1 for _ in container.decode(video=0))
@@ -46,6 +54,20 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
             pictures = [f for i, f in enumerate(container.decode(video=0)) if i in wanted]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a video that can be read: {' '.join(str(error).split())}") from None
+    return _resized(pictures, size)
+
+
+def _store_frames(store: Path, count: int) -> list[Pixels]:
+    """The middle frame of ``count`` clips, evenly spaced over the store."""
+    from vito_fast.data.store import Store, frames
+
+    opened = Store(store)
+    clips = sorted({round(i) for i in np.linspace(0, len(opened) - 1, min(count, len(opened)))})
+    return [frames(opened, clip, [len(opened.index.times(clip)) // 2])[0] for clip in clips]
+
+
+def _resized(pictures: "list[VideoFrame]", size: int) -> Pixels:
+    """All to the first one's shape at short side ``size``, rounded to 32."""
     scale = size / min(pictures[0].width, pictures[0].height)
     width, height = (max(32, round(side * scale / 32) * 32) for side in (pictures[0].width, pictures[0].height))
     return np.stack([p.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA") for p in pictures])

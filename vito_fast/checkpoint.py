@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, written whole or not at all, checked when read, never unpickled.
 
-A file ``step-00000123.safetensors`` holds the tensors, and in its header the rest of the state as JSON and a SHA-256 over
-both. It is written under another name, flushed to the disk and renamed, so that a name that matches is a whole file unless
-the disk itself failed, which the checksum tells.
+A file ``step-00000123.safetensors`` holds the tensors, and in its header the rest of the state as JSON and a SHA-256
+over both. It is written under another name, flushed to the disk and renamed, so that a name that matches is a whole
+file unless the disk itself failed, which the checksum tells.
 """
 
 import hashlib
@@ -45,6 +45,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically; OSError if it cannot be written, and then ``path`` is as it was."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -56,10 +57,11 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+        sync_folder(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def read(path: Path) -> Checkpoint:
@@ -72,7 +74,8 @@ def read(path: Path) -> Checkpoint:
             if header.get("format") != FORMAT:
                 raise UserError(f"{path} is not a checkpoint of vito-fast")
             if header.get("version") != VERSION:
-                raise UserError(f"{path} is a checkpoint of version {header.get('version')}, this program reads {VERSION}")
+                version = header.get("version")
+                raise UserError(f"{path} is a checkpoint of version {version}, this program reads {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is torn or not a checkpoint: {error}") from None
@@ -133,7 +136,7 @@ class Checkpointer:
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step-*.partial"):
+        for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".tmp??????")]:  # the second are safetensors'
             leftover.unlink()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

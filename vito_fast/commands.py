@@ -14,14 +14,16 @@ import tyro
 from vito_fast.config import Config, dotted_names, load_config, nearest
 from vito_fast.errors import UserError
 
-Argument = tyro.conf.Positional
+Place = Annotated[Path, tyro.conf.Positional]
+"""A path given without an option's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """Pretrain an encoder.
 
-    usage: vito-fast train CONFIG [--resume] [--section.field VALUE ...], where CONFIG is a YAML file or a shipped preset.
+    usage: vito-fast train CONFIG [--resume] [--section.field VALUE ...], where CONFIG is a YAML file or a shipped
+    preset.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -29,6 +31,8 @@ class TrainOptions:
     """Continue the run of this name from its newest whole checkpoint, or start it if there is none."""
     max_steps: int | None = None
     """Stop after this many steps; the schedules stay those of the whole run."""
+    dry_run: bool = False
+    """Run one CUDA step without data or GPU: what it computes and keeps in memory, and what would go wrong."""
 
 
 def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Config, TrainOptions]:
@@ -37,10 +41,10 @@ def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Co
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         raise UserError("a configuration is missing: vito-fast train CONFIG.yaml, or the name of a preset")
     config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
-    known = [*dotted_names(config), "resume", "max_steps"]
+    known = [*dotted_names(config), "resume", "max_steps", "dry_run"]
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in known and name not in ("help",):
+        if word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
             raise UserError(f"unknown option '{word}'{nearest(name, known)}")
     options = parse(TrainOptions, rest, f"vito-fast train {first}", default=TrainOptions(config=config))
     return options.config, options
@@ -48,6 +52,10 @@ def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Co
 
 def train(config: Config, options: TrainOptions) -> int:
     """Pretrain an encoder."""
+    if options.dry_run:
+        from vito_fast.plan_report import report_dry_run
+
+        return report_dry_run(config)
     from vito_fast.train import train as run
 
     summary = run(config, resume=options.resume, max_steps=options.max_steps)
@@ -56,8 +64,8 @@ def train(config: Config, options: TrainOptions) -> int:
 
 
 def export(
-    run: Argument[Path],
-    out: Argument[Path],
+    run: Place,
+    out: Place,
     format: Literal["torchvision", "timm"] = "torchvision",
     ext: Literal["safetensors", "pth"] | None = None,
     network: Literal["online", "target"] = "online",
@@ -79,16 +87,14 @@ def export(
     return 0
 
 
-def attention(
-    run: Argument[Path], video: Argument[Path], out: Argument[Path], frames: int = 6, size: int = 224
-) -> int:
+def attention(run: Place, video: Place, out: Place, frames: int = 6, size: int = 224) -> int:
     """Draw where the encoder looks in a video: frames above, the attention of each scale below.
 
     Args:
         run: A run's folder, or one checkpoint file.
-        video: Any video file.
+        video: Any video file; or a store, for one frame of each of several clips.
         out: The PNG to write.
-        frames: How many, evenly spaced over the video.
+        frames: How many, evenly spaced over the video or store.
         size: Short side of each frame in pixels.
     """
     from vito_fast.attention import draw
@@ -103,4 +109,124 @@ def doctor() -> int:
     from vito_fast.doctor import report
 
     print(report())
+    return 0
+
+
+def pack(
+    src: Place,
+    dst: Place,
+    format: Literal["jpeg", "h264", "copy"] = "jpeg",
+    short_side: int = 256,
+    quality: int = 90,
+    crf: int = 20,
+    gop: int = 8,
+    encoder: Literal["libx264", "h264_nvenc"] = "libx264",
+    clip_length: float = 10.0,
+    min_length: float = 1.0,
+    shot_cuts: Annotated[bool, tyro.conf.FlagConversionOff] = True,
+    shard_mib: int = 256,
+    part: str = "1/1",
+    processes: int = 0,
+    patience: float = 120.0,
+) -> int:
+    """Turn a folder of videos into a store. Safe to kill and to repeat.
+
+    Args:
+        src: A folder of videos, searched through, or one video.
+        dst: The store to write.
+        format: jpeg (any frame in one read), h264 (short groups of pictures) or copy (no re-encoding).
+        short_side: Pixels; smaller videos keep their size.
+        quality: JPEG quality, 1 to 100.
+        crf: x264's constant rate factor, 0 to 51.
+        gop: Frames from key to key of h264 stores.
+        encoder: Of h264 stores.
+        clip_length: Seconds at which a shot is split.
+        min_length: Seconds; what is shorter is left out.
+        shot_cuts: Whether clips end at shot changes.
+        shard_mib: Size at which a new shard begins.
+        part: i/n packs the i-th of n shares, for several machines.
+        processes: 0 = one a core.
+        patience: Seconds without a decoded frame after which a file is given up.
+    """
+    from vito_fast.data import pack as packing
+
+    options: dict[str, Any] = {"short_side": short_side, "quality": quality, "crf": crf, "gop": gop, "encoder": encoder}
+    options |= {"clip_length": clip_length, "min_length": min_length, "shot_cuts": shot_cuts, "shard_mib": shard_mib}
+    options |= {"part": part, "processes": processes, "patience": patience}
+    try:
+        report = packing.pack(src, dst, format=format, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print("\n".join(report.lines()))
+    print(f"packed: {dst}" if report.complete else f"packed: part {part} of {dst}; the last part completes the store")
+    return 0
+
+
+def inspect_store(
+    store: Place,
+    sheet: Path | None = None,
+    pictures: int = 24,
+    verify: Annotated[bool, tyro.conf.FlagConversionOff] = True,
+    threads: int = 0,
+) -> int:
+    """Verify a store's checksums, say what it holds and draw a contact sheet.
+
+    Args:
+        store: A folder written by vito-fast pack.
+        sheet: The PNG to draw; by default contact-sheet.png in the store.
+        pictures: Clips on it, evenly spaced over the store.
+        verify: Whether to read every packet and compare its checksum.
+        threads: 0 = as many as cores.
+    """
+    from vito_fast.data.inspect_store import inspect_store as inspect
+
+    sheet = sheet or store / "contact-sheet.png"
+    try:
+        found = inspect(store, verify=verify, sheet=sheet, pictures=pictures, threads=threads)
+    except OSError as error:
+        raise UserError(f"cannot write {sheet}: {error.strerror or error}") from None
+    print("\n".join(found.lines()))
+    if found.damaged:
+        raise UserError(f"{len(found.damaged)} of {found.clips} clips of {store} are damaged: pack it again")
+    return 0
+
+
+def bench_data(store: Place, batch: int = 32, seconds: float = 10.0, size: int = 224, threads: int = 0) -> int:
+    """Time a store's loader alone, on this machine's CPU or GPU.
+
+    Args:
+        store: A folder written by vito-fast pack.
+        batch: Clips a batch.
+        seconds: How long to measure, after two batches of warm-up.
+        size: Side of a view in pixels.
+        threads: Decoding threads; 0 = as many as cores.
+    """
+    import time
+
+    import torch
+
+    from vito_fast.data.loader import ClipLoader
+    from vito_fast.data.sampler import SamplerConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loader = ClipLoader(store, batch, sampler=SamplerConfig(size=size), device=device, threads=threads)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    done, began, before = -2, time.perf_counter(), dataclasses.replace(loader.stats)
+    while done < 1 or time.perf_counter() - began < seconds:
+        for _ in loader:
+            done += 1
+            if done == 0:
+                began, before = time.perf_counter(), dataclasses.replace(loader.stats)
+            elif done > 0 and time.perf_counter() - began >= seconds:
+                break
+    span, stats = time.perf_counter() - began, loader.stats
+    loader.close()
+    made = max(1, stats.samples - before.samples)
+    for name in ("read", "decode", "augment"):
+        spent = getattr(stats, f"{name}_seconds") - getattr(before, f"{name}_seconds")
+        print(f"{name}: {1000 * spent / made:.2f} ms a pair, over all threads")
+    rate = f"{done * batch / span:.1f} pairs/s"
+    print(f"measured: {rate} from {store} on {device}, {size} px, {done} batches in {span:.1f} s")
     return 0

@@ -1,7 +1,7 @@
 """Which process of how many this is, and the gathering of keys from all of them.
 
-One process needs no launcher. Under ``torchrun`` the same program reads its rank from the environment and joins the group:
-NCCL on CUDA, gloo on CPU.
+One process needs no launcher. Under ``torchrun`` the same program reads its rank from the environment and joins the
+group: NCCL on CUDA, gloo on CPU.
 """
 
 import os
@@ -58,24 +58,48 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class PendingKeys:
-    """Keys on their way: started by the constructor, complete after ``wait``, so that the online forward runs meanwhile.
+def shares(total: int, ranks: int) -> list[int]:
+    """Clips of each rank: as equal as can be, the first ones one more. ValueError if a rank would have none."""
+    if total < ranks:
+        raise ValueError(f"{total} clips leave some of {ranks} ranks without any")
+    return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
 
-    ``embeddings``: one (V,B,D) a scale without gradient, ``video`` (B,) int64; B must be equal on all ranks.
+
+class PendingKeys:
+    """Keys on their way: started by the constructor, complete after ``wait``; the online forward can run meanwhile.
+
+    ``embeddings``: one (V,B,D) a scale without gradient, ``video`` (B,) int64. ``total`` clips of all ranks are shared
+    out as ``shares`` says; by default every rank has as many as this one.
     """
 
-    def __init__(self, embeddings: list[Tensor], video: Tensor, world: World) -> None:
+    def __init__(self, embeddings: list[Tensor], video: Tensor, world: World, total: int | None = None) -> None:
         self.world = world
         # Clips lead, so that ranks concatenate along rows; every (scale, view) is then a row-strided (N,D) view.
         self.local = torch.stack(embeddings).permute(2, 0, 1, 3).contiguous()
         self.video = video
+        self.shares = shares(total or world.size * len(video), world.size)
+        if (share := self.shares[world.rank]) != len(video):
+            raise ValueError(f"rank {world.rank} has {len(video)} clips, its share of {total} is {share}")
         if world.size > 1:
-            self.all = self.local.new_empty((world.size * len(self.local), *self.local.shape[1:]))
-            self.all_video = video.new_empty(world.size * len(video))
-            self.work = [
-                dist.all_gather_into_tensor(self.all, self.local, async_op=True),
-                dist.all_gather_into_tensor(self.all_video, video.contiguous(), async_op=True),
-            ]
+            self.all, first = self._gather(self.local)
+            self.all_video, second = self._gather(video)
+            self.work = [first, second]
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
+        """Where the rows of all ranks will be, shorter shares padded to the longest, and the transfer under way."""
+        longest = max(self.shares)
+        if len(rows) < longest:
+            rows = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
+        every = rows.new_empty((self.world.size * longest, *rows.shape[1:]))
+        work = dist.all_gather_into_tensor(every, rows.contiguous(), async_op=True)
+        assert work is not None
+        return every, work
+
+    def _unpadded(self, rows: Tensor) -> Tensor:
+        longest = max(self.shares)
+        if min(self.shares) == longest:
+            return rows
+        return torch.cat([rows[r * longest : r * longest + share] for r, share in enumerate(self.shares)])
 
     def wait(self) -> Keys:
         """The keys of all ranks in rank order, and where this rank's begin."""
@@ -83,7 +107,8 @@ class PendingKeys:
             return Keys(list(self.local.permute(1, 2, 0, 3)), self.video, 0)
         for work in self.work:
             work.wait()
-        return Keys(list(self.all.permute(1, 2, 0, 3)), self.all_video, self.world.rank * len(self.local))
+        every, video = self._unpadded(self.all), self._unpadded(self.all_video)
+        return Keys(list(every.permute(1, 2, 0, 3)), video, sum(self.shares[: self.world.rank]))
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

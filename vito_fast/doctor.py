@@ -29,7 +29,10 @@ def report() -> str:
         ("DALI", _version(dali)),
         ("PyAV", _version(av) + _codecs(av)),
         *((name, _version(_module(name))) for name in ("torchvision", "timm", "tensorboard")),
-        ("sampler", "built" if _module("vito_fast._sampler") else "not built: run `pip install .` where a C++ compiler is"),
+        (
+            "sampler",
+            _said(bool(_module("vito_fast._sampler")), "built", "not built: `pip install .` needs a C++ compiler"),
+        ),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {finding}" for name, finding in facts]
@@ -40,8 +43,9 @@ def _choices(gpu: bool, triton: bool, dali: bool, av: bool, nvdec: bool) -> list
     kernels = "Triton kernels" if gpu and triton else "the CPU path of the fused ops (no GPU)"
     if gpu and not triton:
         kernels = "torch's own ops (a GPU, but no triton: pip install triton)"
-    jpeg = "DALI on the GPU" if gpu and dali else "DALI on the CPU" if dali else "nothing: pip install 'vito-fast[train]'"
-    video = "NVDEC" if gpu and nvdec and dali else "software (PyAV)" if av else "nothing: pip install 'vito-fast[train]'"
+    nothing = "nothing: pip install 'vito-fast[train]'"
+    jpeg = "DALI on the GPU" if gpu and dali else "DALI on the CPU" if dali else nothing
+    video = "NVDEC" if gpu and nvdec and dali else "software (PyAV)" if av else nothing
     missing = [name for name, there in (("DALI", dali), ("PyAV", av)) if not there]
     verdict = f"training works here on {'the GPU' if gpu else 'the CPU, slowly'}"
     if missing:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vito_fast.checkpoint import Checkpoint, find
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
+from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
 
 Extension = Literal["safetensors", "pth"]
@@ -20,6 +21,16 @@ def encoder_state(checkpoint: Checkpoint, network: Literal["online", "target"] =
     prefix = f"model.{network}.backbone."
     state = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
     return {name.removeprefix("body."): t for name, t in state.items()}
+
+
+def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> nn.Module:
+    """The backbone of a checkpoint, on the CPU, in evaluation mode: (B,3,H,W) -> its last stages' features."""
+    backbone = build_backbone(config_of(checkpoint).model)
+    prefix = f"model.{network}.backbone."
+    backbone.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+    )
+    return backbone.eval()
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
@@ -36,8 +47,8 @@ def export(
 ) -> tuple[Path, str]:
     """Writes the encoder of a run or checkpoint; returns the file's path and a line of Python that loads it.
 
-    The file holds no classifier. It appears whole or not at all. UserError for an unusable run, an extension that contradicts
-    ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
+    The file holds no classifier. It appears whole or not at all. UserError for an unusable run, an extension that
+    contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
     """
     path = _with_extension(out, ext)
     checkpoint = find(run, lambda message: print(f"warning: {message}"))
@@ -65,6 +76,7 @@ def _with_extension(out: Path, ext: Extension | None) -> Path:
 
 
 def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_name(f".{path.name}.partial")
@@ -77,7 +89,7 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         if partial.parent.is_dir():

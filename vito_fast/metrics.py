@@ -1,10 +1,11 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal.
 
-metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit, except those
-of ``TIMINGS``, which are about this machine and this moment.
+metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit,
+except those of ``TIMINGS``, which are about this machine and this moment.
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 
 TIMINGS = ("pairs_per_s", "data_wait", "seconds", "peak_memory", "decode_failures")
-"""pairs_per_s: clips a second over all ranks since the last row. data_wait: share of that time spent waiting for data, 0 to 1.
-seconds: since the process began training. peak_memory: bytes, of the GPU, or resident in main memory without one.
-decode_failures: samples replaced because they could not be decoded, since the process began."""
+"""pairs_per_s: clips a second over all ranks since the last row. data_wait: share of that time spent waiting for
+data, 0 to 1. seconds: since the process began training. peak_memory: bytes, of the GPU, or resident in main memory
+without one. decode_failures: samples replaced because they could not be decoded, since the process began."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -42,9 +43,10 @@ class RowFile:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a row and hands it to the system, so that a killed process loses none."""
+        """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -56,7 +58,9 @@ class RowFile:
 
 
 class Recorder:
-    """Writes rows to metrics.jsonl and TensorBoard, and evaluations to evaluations.jsonl, from the main process alone."""
+    """Writes rows to metrics.jsonl and TensorBoard, and evaluations to evaluations.jsonl, from the main process
+    alone.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -153,8 +157,9 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = ["[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-            self.bar = Bar(*columns, "left", TimeRemainingColumn(), TextColumn("{task.fields[note]}"), transient=True)
+            counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            note = TextColumn("{task.fields[note]}")
+            self.bar = Bar("[bold]{task.description}", *counts, "left", TimeRemainingColumn(), note, transient=True)
             self.bar.start()
             self.task = self.bar.add_task("pretraining", total=total, completed=start, note="")
 
@@ -162,7 +167,9 @@ class Progress:
         """After each step; ``row`` where one was logged."""
         note = f"loss {row['loss']:.3f}  {row['pairs_per_s']:.0f} pairs/s  wait {row['data_wait']:.0%}" if row else None
         if self.live:
-            self.bar.update(self.task, completed=step, **({"note": note} if note else {}))
+            self.bar.update(self.task, completed=step)
+            if note:
+                self.bar.update(self.task, note=note)
         elif self.show and note and step >= self.next_line:
             print(f"step {step}/{self.total}  {note}", flush=True)
             self.next_line = step + max(1, self.total // 10)

@@ -1,11 +1,12 @@
 """A cheap evaluation during pretraining: does an augmented frame find another augmented frame of its own clip?
 
-For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the second
-among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's own start) and
-the raw pixels answer the same question on the same frames.
+For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the
+second among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's
+own start) and the raw pixels answer the same question on the same frames.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,47 +18,69 @@ from vito_fast.config import Config
 from vito_fast.data.loader import ClipLoader
 
 SEED_OFFSET = 1_000_003
-"""The evaluation's frames come from the run's seed plus this, so that they are none of the first epochs' by design."""
+"""The evaluation's frames come from the run's seed plus this:
+
+they are other frames, crops and colours than training's.
+"""
+DRAWS = 4
+"""How often each clip is asked for, with other frames each time: a few clips alone give a coarse number."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Two augmented frames of each of N clips: queries and gallery, both (N,3,S,S) float32 on the CPU."""
+    """DRAWS times two augmented frames of each of N clips:
+
+    queries and gallery, both (DRAWS,N,3,S,S) float32 on the CPU.
+    """
 
     query: Tensor
     gallery: Tensor
 
 
 def draw(config: Config, clips: int) -> Frames:
-    """Two augmented frames of up to ``train.evaluate_clips`` of the store's ``clips`` clips, the same for the same seed."""
+    """Augmented frames of up to ``train.evaluate_clips`` of the store's ``clips`` clips, the same for the same seed."""
     wanted = min(clips, config.train.evaluate_clips)
     batches = -(-wanted // 64)
     size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
     seed, threads = config.seed + SEED_OFFSET, config.data.threads
+    query, gallery = [], []
     with ClipLoader(config.data.store, size, seed=seed, sampler=config.sampler, threads=threads) as loader:
-        views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
-    query, gallery = (torch.cat([v[i] for v in views]) for i in (0, min(1, len(views[0]) - 1)))
-    return Frames(query, gallery)
+        for epoch in range(DRAWS):
+            loader.set_epoch(epoch)
+            views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
+            query.append(torch.cat([v[0] for v in views]))
+            gallery.append(torch.cat([v[-1] for v in views]))
+    return Frames(torch.stack(query), torch.stack(gallery))
 
 
 def top1(query: Tensor, gallery: Tensor) -> float:
-    """Share of rows of ``query`` (N,F) whose nearest row of ``gallery`` (N,F) by cosine is the one of the same number."""
-    nearest = (F.normalize(query.flatten(1), dim=1) @ F.normalize(gallery.flatten(1), dim=1).T).argmax(1)
-    return (nearest == torch.arange(len(nearest), device=nearest.device)).double().mean().item()
+    """Share of rows of ``query`` (K,N,...) whose nearest row of ``gallery`` (K,N,...) of the same draw, by cosine, is
+    the one of the same number."""
+    query, gallery = (F.normalize(x.flatten(2), dim=2) for x in (query, gallery))
+    nearest = (query @ gallery.mT).argmax(2)
+    return (nearest == torch.arange(nearest.shape[1], device=nearest.device)).double().mean().item()
 
 
 @torch.no_grad()
 def features(backbone: nn.Module, images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """(N,C) float32: the spatial mean of the coarsest stage, in whichever mode the backbone is."""
+    """(K,N,C) float32:
+
+    the spatial mean of the coarsest stage, in whichever mode the backbone is, of images (K,N,3,S,S).
+    """
     rows = []
-    for part in images.split(64):
+    for part in images.flatten(0, 1).split(64):
         part = part.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         rows.append(backbone(part)[-1].mean((2, 3)).float())
-    return torch.cat(rows)
+    return torch.cat(rows).unflatten(0, images.shape[:2])
 
 
 def rank_me(rows: Tensor) -> float:
-    """Effective rank of features (N,C): exp of the entropy of their normalised singular values (RankMe, 2210.02885)."""
+    """Effective rank of features (N,C): exp of the entropy of their normalised singular values (RankMe, 2210.02885).
+
+    NaN for features that are not finite, of a run that has failed.
+    """
+    if not torch.isfinite(rows).all():
+        return math.nan
     values = torch.linalg.svdvals(rows.double())
     share = values / values.sum() + 1e-7
     return torch.exp(-(share * share.log()).sum()).item()
@@ -70,7 +93,7 @@ def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.
     query = features(backbone, frames.query, device, config.train.channels_last)
     gallery = features(backbone, frames.gallery, device, config.train.channels_last)
     backbone.train(was_training)
-    return {"retrieval": top1(query, gallery), "rank_me": rank_me(gallery)}
+    return {"retrieval": top1(query, gallery), "rank_me": rank_me(gallery.flatten(0, 1))}
 
 
 def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
@@ -88,5 +111,5 @@ def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch
     return {
         "untrained": evaluate(untrained, frames, config, device)["retrieval"],
         "pixels": top1(frames.query, frames.gallery),
-        "clips": len(frames.query),
+        "clips": frames.query.shape[1],
     }

@@ -1,10 +1,11 @@
-"""One training step: keys, queries, loss, gradient, update. One process or many, CPU or GPU: only configuration differs.
+"""One training step: keys, queries, loss, gradient, update. One process or many, CPU or GPU: only configuration
+differs.
 
 Legend: V views, B clips of this rank, S scales, D embedding width; a part is the share of the clips computed at once.
 """
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,10 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
 
 
+def _compiled(branch: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(branch))
+
+
 class Trainer:
     """Model, optimiser and schedule, and the step that moves them."""
 
@@ -32,15 +37,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = VitoModel(config.model).to(world.device, WEIGHTS[config.train.dtype])
         if config.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         if world.size > 1:
             convert_sync_batchnorm(model, world.device)
         self.model = model.train()
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
-        self.online: nn.Module = torch.compile(model.online) if config.train.compile else model.online
-        self.target: nn.Module = torch.compile(model.target) if config.train.compile else model.target
+        self.online: nn.Module = _compiled(model.online) if config.train.compile else model.online
+        self.target: nn.Module = _compiled(model.target) if config.train.compile else model.target
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             single = config.train.micro_batches == 1
@@ -48,10 +53,15 @@ class Trainer:
                 self.online, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=single
             )
 
-    def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool) -> dict[str, Any]:
-        """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for."""
+    def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool, total: int | None = None) -> dict[str, Any]:
+        """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for.
+
+        ``total``: clips of all ranks, where shares differ (``distributed.shares``). Ranks then count by their clips, so
+        that the step is that of one process with all of them.
+        """
         lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
-        parts = list(zip(*(v.chunk(self.config.train.micro_batches) for v in views), strict=True))
+        self.weight = 1.0 if total is None else len(video) * self.world.size / total
+        parts = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))
         buffers = list(self.model.buffers())
         buffers_before = [b.clone() for b in buffers]
         for p in self.model.online.parameters():
@@ -59,12 +69,14 @@ class Trainer:
 
         with torch.no_grad():  # keys first: they travel between ranks while the online branch runs
             keys = [self._forward(self.target, part)[0] for part in parts]
-            pending = PendingKeys([normalise(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world)
+            pending = PendingKeys(
+                [normalise(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world, total
+            )
         if len(parts) == 1:
             rows, weights = self._forward(self.online, parts[0])
             queries = [normalise(z) for z in rows]
             loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
-            loss.backward()
+            (loss * self.weight).backward()
         else:
             queries, weights, every, loss, by_scale = self._cached_gradients(parts, pending)
 
@@ -95,7 +107,7 @@ class Trainer:
         rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
         queries = [normalise(z) for z in rows]
         loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
-        gradients = [g.split([len(p[0]) for p in parts], 1) for g in torch.autograd.grad(loss, rows)]
+        gradients = [g.split([len(p[0]) for p in parts], 1) for g in torch.autograd.grad(loss * self.weight, rows)]
         for i, part in enumerate(parts):
             with self._without_sync(i < len(parts) - 1), frozen_statistics(self.model.online):
                 again, _ = self._forward(self.online, part)
@@ -130,7 +142,7 @@ class Trainer:
         }
         scalars = [by_scale.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
         flat = torch.cat([torch.stack([s.double() for s in scalars]), *(g.double() for g in groups.values())])
-        values = mean_over_ranks(flat).tolist()
+        values = mean_over_ranks(flat * self.weight).tolist()
         row = dict(zip(("loss", "chance", "gradient_norm", "target_distance"), values, strict=False))
         names = (f"{name}{s}" for name, group in groups.items() for s in range(len(group)))
         row |= zip(names, values[len(scalars) :], strict=True)

@@ -1,7 +1,8 @@
 """The training loop, in the order in which it runs; what one step does is in step.py.
 
-A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, tensorboard/, checkpoints/, summary.json. Killed at
-any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened, bit for bit on the CPU.
+A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, tensorboard/, checkpoints/, summary.json.
+Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened, bit for bit
+on the CPU.
 """
 
 import gc
@@ -36,8 +37,8 @@ class TrainingFailed(Exception):
 def train(config: Config, *, resume: bool = False, max_steps: int | None = None) -> dict[str, Any]:
     """Runs the configuration to its end (or ``max_steps``) and returns the summary that it also prints and saves.
 
-    ``resume`` continues the run of this name from its newest whole checkpoint, or starts it if there is none. UserError for
-    what the user can mend; TrainingFailed if the loss stays non-finite.
+    ``resume`` continues the run of this name from its newest whole checkpoint, or starts it if there is none.
+    UserError for what the user can mend; TrainingFailed if the loss stays non-finite.
     """
     world = join(config.train.device)
     try:
@@ -132,7 +133,8 @@ def make_loader(config: Config, world: World) -> ClipLoader:
     c = config.train
     if c.batch_size % (world.size * c.micro_batches):
         raise UserError(
-            f"train.batch_size {c.batch_size} does not divide among {world.size} processes x {c.micro_batches} micro-batches"
+            f"train.batch_size {c.batch_size} does not divide among {world.size} processes "
+            f"x {c.micro_batches} micro-batches"
         )
     threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     return ClipLoader(
@@ -176,15 +178,16 @@ def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) 
         raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
     if checkpoint.state["clips"] != len(loader.store):
         raise UserError(
-            f"{checkpoint.path} was made on {checkpoint.state['clips']} clips, the store {config.data.store} has {len(loader.store)}"
+            f"{checkpoint.path} was made on {checkpoint.state['clips']} clips, "
+            f"the store {config.data.store} has {len(loader.store)}"
         )
 
 
 def _origin(config: Config, world: World, loader: ClipLoader, baselines: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint tells beside the state: configuration, data position, versions."""
     try:
-        here = Path(__file__).parent
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = None
     versions = {"vito_fast": __version__, "torch": torch.__version__, "python": platform.python_version(), "git": git}
@@ -201,8 +204,11 @@ def _origin(config: Config, world: World, loader: ClipLoader, baselines: dict[st
 def _evidence(run: Path, row: dict[str, Any], batch: dict[str, Any]) -> str:
     """Saves what reproduces a non-finite step, and says so in one line."""
     path = run / "non_finite.json"
-    path.write_text(json.dumps({"row": row, "samples": batch["sample"].tolist(), "clips": batch["clip"].tolist()}))
-    return f"{row['skipped_in_a_row']} steps in a row had a non-finite loss or gradient: see {path} and the last checkpoint"
+    evidence = {"row": {k: str(v) for k, v in row.items()}}
+    evidence |= {name: batch[name].tolist() for name in ("sample", "clip")}
+    path.write_text(json.dumps(evidence), encoding="utf-8")
+    count = row["skipped_in_a_row"]
+    return f"{count} steps in a row had a non-finite loss or gradient: see {path} and the last checkpoint"
 
 
 def _summary(
@@ -215,10 +221,10 @@ def _summary(
         "checkpoint": str(path_of(run / "checkpoints", step)),
         "step": step,
         "steps": total,
-        "first_loss": rows[0]["loss"],
-        "last_loss": rows[-1]["loss"],
-        "log_negatives_plus_1": rows[-1]["chance"],
-        "pairs_per_s": rate or rows[-1]["pairs_per_s"],
+        "first_loss": rows[0]["loss"] if rows else None,
+        "last_loss": rows[-1]["loss"] if rows else None,
+        "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
+        "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
         "retrieval": {"trained": evaluation.get("retrieval"), **baselines},
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -234,10 +240,9 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
             f"retrieval of a clip's other frame among {scores['clips']} clips: trained {scores['trained']:.1%}, "
             f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}"
         )
-    print(
-        f"loss: first {summary['first_loss']:.4f}, last {summary['last_loss']:.4f}; "
-        f"log(negatives + 1) {summary['log_negatives_plus_1']:.4f}"
-    )
+    first, last, uniform = (summary[k] for k in ("first_loss", "last_loss", "log_negatives_plus_1"))
+    if None not in (first, last, uniform):
+        print(f"loss: first {first:.4f}, last {last:.4f}; log(negatives + 1) {uniform:.4f}")
     print(f"speed: {summary['pairs_per_s']:.1f} pairs/s")
     print(f"checkpoint: {summary['checkpoint']}", flush=True)
 

@@ -15,7 +15,7 @@ from vito_fast.step import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 CONFIG = Config(
-    model=ModelConfig(backbone="resnet18", projector_hidden=16, projector_out=8, attention_hidden=8, scales=2),
+    model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8, scales=2),
     optimizer=OptimizerConfig(base_lr=8.0, weight_decay=1e-4),
     schedule=ScheduleConfig(epochs=10, warmup_epochs=0, base_ema=0.9),
     train=TrainConfig(batch_size=8, dtype="float64", channels_last=False),

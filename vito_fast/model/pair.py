@@ -104,7 +104,10 @@ class VitoModel(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau: float, finite: Tensor | None = None) -> None:
-        """target <- tau * target + (1 - tau) * online, over parameters; nothing where ``finite`` (a bool ()) is false."""
+        """target <- tau * target + (1 - tau) * online, over parameters;
+
+        nothing where ``finite`` (a bool ()) is false.
+        """
         target, online = self.averaged_pairs()
         move: Any = 1 - tau if finite is None else (1 - tau) * finite.double()
         torch._foreach_mul_(target, 1 - move)

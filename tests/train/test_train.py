@@ -1,0 +1,242 @@
+"""Whole runs on a small real store: determinism, resuming, being killed, and what a run leaves behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vito_fast.attention import load_online
+from vito_fast.checkpoint import checkpoints, find, read
+from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
+from vito_fast.data.pack import pack
+from vito_fast.data.sampler import SamplerConfig
+from vito_fast.errors import UserError
+from vito_fast.metrics import TIMINGS, RowFile, read_rows
+from vito_fast.train import TrainingFailed, train
+
+STEPS = 10
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory, make_clip):
+    folder = tmp_path_factory.mktemp("videos")
+    for seed in range(9):
+        make_clip(folder / f"{seed}.mp4", seed)
+    store = tmp_path_factory.mktemp("packed") / "store"
+    assert pack(folder, store, progress=False, processes=1).clips == 9
+    return store
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return Config(
+        name="r",
+        data=DataConfig(store=str(store), threads=1),
+        sampler=SamplerConfig(size=32),
+        model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
+        optimizer=OptimizerConfig(base_lr=16.0),
+        schedule=ScheduleConfig(epochs=STEPS / 2, warmup_epochs=1, base_ema=0.9),
+        train=TrainConfig(batch_size=4, log_every=2, checkpoint_every=3, evaluate_every=4, runs=str(tmp_path / "runs")),
+    )
+
+
+def renamed(config, name):
+    return dataclasses.replace(config, name=name)
+
+
+def rows(config, file="metrics.jsonl"):
+    run = os.path.join(config.train.runs, config.name, file)
+    with open(run) as lines:
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def final(config):
+    return read(checkpoints(run_of(config) / "checkpoints")[0])
+
+
+def run_of(config):
+    return Path(config.train.runs) / config.name
+
+
+def assert_same_end(a, b):
+    assert rows(a) == rows(b)
+    assert rows(a, "evaluations.jsonl") == rows(b, "evaluations.jsonl")
+    left, right = final(a), final(b)
+    assert left.state["step"] == right.state["step"] == STEPS
+    assert left.tensors.keys() == right.tensors.keys()
+    for name, tensor in left.tensors.items():
+        assert torch.equal(tensor, right.tensors[name]), name
+
+
+def test_a_run_leaves_what_the_docs_say(config, capsys):
+    summary = train(config)
+    out = capsys.readouterr().out.splitlines()
+    run = run_of(config)
+    assert {"config.yaml", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "checkpoints", "summary.json"} <= {
+        p.name for p in run.iterdir()
+    }
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 4, 6, 8, 10]
+    for row in logged:
+        assert {"step", "loss", "pairs_per_s", "data_wait", *TIMINGS} <= row.keys()
+        assert 0 <= row["data_wait"] <= 1
+        assert row["pairs_per_s"] > 0
+    assert [row["step"] for row in rows(config, "evaluations.jsonl")] == [0, 4, 8, 10]
+    assert out[-1] == f"checkpoint: {summary['checkpoint']}"
+    assert find(run, pytest.fail).state["step"] == STEPS
+    assert summary["first_loss"] == logged[0]["loss"]
+    assert summary["last_loss"] == logged[-1]["loss"]
+    for word in ("untrained", "raw pixels", "log(negatives + 1)", "pairs/s", "first", "last"):
+        assert any(word in line for line in out[-5:]), word
+    assert len(checkpoints(run / "checkpoints")) == config.train.keep_last
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(config):
+    again, other = renamed(config, "again"), dataclasses.replace(config, name="other", seed=1)
+    for c in (config, again, other):
+        train(c)
+    assert_same_end(config, again)
+    assert [r["loss"] for r in rows(other)] != [r["loss"] for r in rows(config)]
+
+
+def test_interrupted_runs_equal_uninterrupted_ones(config):
+    whole, parts = config, renamed(config, "parts")
+    train(whole)
+    for stop in (1, 5, 5, 8, None):
+        train(parts, resume=True, max_steps=stop)
+    assert [r for r in rows(parts, "evaluations.jsonl") if r["step"] in (0, 4, 8, 10)] == rows(
+        whole, "evaluations.jsonl"
+    )
+    assert rows(whole) == rows(parts)
+    left, right = final(whole), final(parts)
+    assert all(torch.equal(t, right.tensors[n]) for n, t in left.tensors.items())
+    train(parts, resume=True)  # finished: says so again, and changes nothing
+    assert rows(whole) == rows(parts)
+
+
+def start(config, *more):
+    """The run as a process of its own."""
+    path = run_of(config).parent.parent / f"{config.name}.yaml"
+    save_config(config, path)
+    command = [sys.executable, "-m", "vito_fast", "train", str(path), "--resume", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD
+    )
+
+
+def wait_for_step(config, step, process):
+    path = run_of(config) / "metrics.jsonl"
+    for _ in range(3000):
+        if any(r["step"] >= step for r in read_rows(path)) or process.poll() is not None:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no step {step} within a minute")
+
+
+def test_kill_9_at_any_moment_resumes_to_the_same_end(config):
+    whole, killed = config, renamed(config, "killed")
+    process = start(whole)
+    assert process.wait(120) == 0, process.stderr.read()
+    for step in (4, 8):
+        process = start(killed)
+        wait_for_step(killed, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(killed)
+    assert process.wait(120) == 0, process.stderr.read()
+    assert_same_end(whole, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_end(config, number):
+    long = dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, epochs=5000),
+        train=dataclasses.replace(config.train, checkpoint_every=100000),
+    )
+    process = start(long)
+    wait_for_step(long, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert out.splitlines()[-1].startswith("checkpoint: ")
+    assert f"stopped by {number.name}" in out
+    last = final(long).state["step"]
+    assert last >= 2
+    assert f"step-{last:08d}" in out
+    assert all(r["step"] <= last for r in rows(long))
+
+
+def test_a_torn_newest_checkpoint_is_named_and_the_one_before_used(config, capsys):
+    whole, torn = config, renamed(config, "torn")
+    train(whole)
+    train(torn, max_steps=7)
+    newest = checkpoints(run_of(torn) / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(torn, resume=True)
+    assert f"warning: {newest}" in capsys.readouterr().out
+    assert rows(whole) == rows(torn)
+
+
+def test_runs_are_not_overwritten_or_continued_as_others(config, tmp_path):
+    train(config, max_steps=3)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+    other = dataclasses.replace(config, loss=dataclasses.replace(config.loss, temperature=0.2))
+    with pytest.raises(UserError, match=r"other values of loss\.temperature"):
+        train(other, resume=True)
+
+
+def test_user_mistakes_are_user_errors(config, tmp_path):
+    cases = {
+        "is no store": dataclasses.replace(config, data=DataConfig(store=str(tmp_path))),
+        "fewer than one batch": dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=64)),
+        "does not divide": dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=3)),
+        "cannot write": dataclasses.replace(config, train=dataclasses.replace(config.train, runs="/proc/nowhere")),
+        "no usable GPU": dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda")),
+    }
+    if torch.cuda.is_available():
+        del cases["no usable GPU"]
+    for says, wrong in cases.items():
+        with pytest.raises(UserError, match=says) as error:
+            train(wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_that_stays_non_finite_stops_with_evidence(config):
+    bad = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, base_lr=1e30),
+        train=dataclasses.replace(config.train, max_bad_steps=3, log_every=1),
+    )
+    with pytest.raises(TrainingFailed, match=r"steps in a row .* non_finite\.json"):
+        train(bad)
+    evidence = json.loads((run_of(bad) / "non_finite.json").read_text())
+    assert int(evidence["row"]["skipped_in_a_row"]) >= 3
+    assert len(evidence["sample"]) == 4
+
+
+def test_a_row_file_continues_after_its_step_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    file = RowFile(path, 2)
+    file.append({"step": 3, "x": 1})
+    file.close()
+    assert read_rows(path) == [{"step": 1}, {"step": 2}, {"step": 3, "x": 1}]
+    RowFile(path, 0).close()
+    assert read_rows(path) == []
+
+
+def test_the_online_branch_of_a_checkpoint_gives_attention(config):
+    train(config, max_steps=1)
+    branch = load_online(find(run_of(config), pytest.fail))
+    out = branch(torch.zeros(2, 3, 32, 32))
+    assert [z.shape for z in out.embeddings] == [(2, 8), (2, 8)]
