@@ -14,9 +14,9 @@ import pytest
 from videos import pictures, write
 
 from vito_fast.data import worker
-from vito_fast.data.copying import Copier
+from vito_fast.data.copying import Copier, _ticks
 from vito_fast.data.crew import Crew
-from vito_fast.data.cutting import PackOptions
+from vito_fast.data.cutting import PackOptions, bucket
 from vito_fast.data.index import Index
 from vito_fast.data.media import BadVideo, fitted, presentation_times
 from vito_fast.data.pack import Report, pack
@@ -351,6 +351,36 @@ def test_times():
     assert presentation_times([0, 3, 1, 2]).tolist() == [0, 1, 2, 3]
     assert presentation_times([0, 0, 0, 5]).tolist() == [0, 1, 2, 5]
     assert presentation_times([None, None, 10, None], step=4).tolist() == [0, 4, 10, 14]
+
+
+def test_hidden_pictures_do_not_move_the_shown_ones():
+    assert _ticks([0, 30, 10, 20], [0, 1, 2], 1).tolist() == [0, 10, 30, 31]
+    assert _ticks([0, 10, 20, 30], [1, 2, 3], 1).tolist() == [0, 10, 20, 30]
+    assert _ticks([50, 40, 20, 30], [1, 2, 3], 1).tolist() == [16, 20, 30, 40]
+
+
+def test_few_sizes(tmp_path):
+    """h264 stores cut the middle out of odd shapes."""
+    assert [bucket(256, side) for side in (454, 456, 342, 48)] == [(256, 448), (256, 448), (256, 320), (256, 48)]
+    for name, width in (("a", 100), ("b", 110), ("c", 126)):
+        write(tmp_path / f"{name}.mp4", pictures(25, 64, width, seed=width))
+    pack(tmp_path, tmp_path / "s", format="h264", progress=False, processes=1)
+    store = Store(tmp_path / "s")
+    assert {(store.index.clip(i).height, store.index.clip(i).width) for i in range(3)} == {(64, 96)}
+    wide = pictures(25, 64, 126, seed=126)[0].astype(float)
+    got = frames(store, 2, [0])[0].astype(float)
+    assert np.abs(got - wide[:, 15:111]).mean() < 8 < np.abs(got - wide[:, :96]).mean()
+
+
+def test_processes_that_cannot_start(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("vito_fast.data.crew.sys.executable", shutil.which("false"))
+    with pytest.raises(UserError, match="a packing process cannot start"):
+        pack(folder, tmp_path / "s", **QUIET)
+
+
+def test_an_encoder_that_is_not_there(folder, tmp_path):
+    with pytest.raises(UserError, match="encoder h264_nvenc cannot be used on this machine"):
+        pack(folder, tmp_path / "s", format="h264", encoder="h264_nvenc", **QUIET)
 
 
 def test_bad_video_names_the_reason(tmp_path):

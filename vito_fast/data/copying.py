@@ -125,8 +125,10 @@ class Copier:
     def _cut(self, stream: _Stream) -> None:
         """Ranges of shown pictures, split at shots and at the clip length, become clips."""
         step = max(1, round(1 / (stream.rate * stream.time_base)))
-        ticks = presentation_times([stream.pts[number] for number in stream.outputs], step)
         shown = [place for place, number in enumerate(stream.outputs) if not stream.flags[number] & DISCARD]
+        if not shown:
+            raise BadVideo("its edit list shows no frame")
+        ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step)
         length, shortest = self.options.clip_length / stream.time_base, self.options.min_length / stream.time_base
         first = 0
         for place in range(1, len(shown) + 1):
@@ -202,6 +204,19 @@ class Copier:
                     bad.append(int(keys[group]))
                 heartbeat()
         return bad
+
+
+def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
+    """Times of all pictures in output order, strictly increasing; hidden ones do not move shown ones."""
+    ticks = presentation_times(pts, step)
+    own = presentation_times([pts[place] for place in shown], step)
+    if not np.array_equal(ticks[shown], own):  # times out of order: hidden pictures are squeezed in between
+        known, squeezed = dict(zip(shown, own.tolist(), strict=True)), [int(own[0]) - len(pts) - 1]
+        for place in range(len(pts)):
+            squeezed.append(known.get(place, squeezed[-1] + 1))
+        if (np.diff(squeezed) > 0).all():
+            return np.array(squeezed[1:], np.int64)
+    return ticks
 
 
 def picture_sum(frame: VideoFrame) -> int:

@@ -1,12 +1,15 @@
 """The packing processes of one run: hands out files, takes back results, survives a process that crashes or hangs."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
+from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,6 +28,15 @@ class _Member:
     name: str | None = None
     """The file it is at."""
     heard: float = 0.0
+    ready: bool = False
+    """Whether it has ever answered."""
+    words: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    """Its standard error."""
+
+    def last_words(self) -> str:
+        self.words.seek(0)
+        lines = self.words.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
 
 
 class Crew:
@@ -63,16 +75,17 @@ class Crew:
 
     def _hire(self) -> _Member:
         mine, theirs = Pipe()
+        words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "vito_fast.data.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()], env=environment,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words,
         )  # fmt: skip
         theirs.close()
-        member = _Member(process, mine, -1)
-        mine.send(("options", self._options))
+        member = _Member(process, mine, -1, words=words)
+        _send(member, ("options", self._options))
         return member
 
     def _give(self, member: _Member, queue: list[str]) -> None:
@@ -81,9 +94,9 @@ class Crew:
             return
         if member.shard < 0 or member.size >= self._options.shard_mib << 20:
             member.shard, member.size = self._journal.new_shard(), 0
-            member.connection.send(("shard", str(self._journal.shard_path(member.shard)), member.shard))
+            _send(member, ("shard", str(self._journal.shard_path(member.shard)), member.shard))
         member.name, member.heard = queue.pop(), time.monotonic()
-        member.connection.send(("file", str(self._listing.path(member.name))))
+        _send(member, ("file", str(self._listing.path(member.name))))
 
     def _heard(self) -> list[_Member]:
         """Waits for news; returns the members whose file is settled."""
@@ -104,10 +117,13 @@ class Crew:
         try:
             message = member.connection.recv()
         except (EOFError, ConnectionResetError):
-            code = member.process.wait()
-            self._replace(member, f"the decoder crashed (exit status {code})")
+            code, said = member.process.wait(), member.last_words()
+            if not member.ready:
+                raise UserError(f"a packing process cannot start (exit status {code}){said}") from None
+            self._replace(member, f"the decoder crashed (exit status {code}){said}")
             return True
         member.heard = time.monotonic()
+        member.ready = True
         if message[0] == "beat":
             return False
         kind, value, member.size = message
@@ -126,6 +142,7 @@ class Crew:
         os.truncate(self._journal.shard_path(member.shard), member.size)
         fresh = self._hire()
         member.process, member.connection, member.shard = fresh.process, fresh.connection, -1
+        member.ready, member.words = False, fresh.words
 
     def _dismiss(self) -> None:
         for member in self._members:
@@ -139,3 +156,9 @@ class Crew:
         for member in self._members:
             member.process.wait()
             member.connection.close()
+
+
+def _send(member: _Member, message: object) -> None:
+    """To a process that may have died: that shows when its answer is awaited."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        member.connection.send(message)

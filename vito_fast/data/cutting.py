@@ -58,6 +58,10 @@ class PackOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be {rule}")
 
 
+class EncoderMissing(Exception):
+    """The encoder asked for cannot be used on this machine."""
+
+
 @dataclass
 class PackedClip:
     """A clip as written to a shard: what ``ClipRecord`` needs, its video number and source name apart."""
@@ -136,6 +140,18 @@ class ShotDetector:
         return cut
 
 
+def bucket(height: int, width: int) -> tuple[int, int]:
+    """The size that ``h264`` stores cut a picture to: hardware decoders restart at each new size, so few occur."""
+    height, width = (side // 32 * 32 if side >= 64 else side for side in (height, width))
+    return height, width
+
+
+def centred(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of ``picture``, of ``size`` (h, w)."""
+    y, x = ((whole - part) // 2 for whole, part in zip(picture.shape[:2], size, strict=True))
+    return np.ascontiguousarray(picture[y : y + size[0], x : x + size[1]])
+
+
 class JpegEncoder:
     """Every frame a JPEG (4:2:0, BT.601 full range as JFIF has it)."""
 
@@ -181,7 +197,9 @@ class H264Encoder:
         try:
             context.open()
         except av.FFmpegError as error:
-            raise ValueError(f"encoder {options.encoder} cannot be used on this machine: {error.strerror}") from None
+            raise EncoderMissing(
+                f"encoder {options.encoder} cannot be used on this machine: {error.strerror}"
+            ) from None
 
     def encode(self, picture: np.ndarray) -> list[bytes]:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
@@ -225,14 +243,14 @@ class Cutter:
             if size is not None and shape != size:
                 raise BadVideo(f"frame size changes at frame {len(tokens)}")
             size = shape
-            picture = rgb(frame, size)
+            picture = centred(rgb(frame, size), bucket(*size)) if self.options.format == "h264" else rgb(frame, size)
             number, seconds = len(tokens), self._seconds(source, token, len(tokens))
             tokens.append(token)
             cut = detector(picture) and self.options.shot_cuts
             if self._clip and (cut or seconds - self._clip.start >= self.options.clip_length - 1e-6):
                 self._close(number, source)
             if self._clip is None:
-                encoder = ENCODERS[self.options.format](self.options, *size, source.rate)
+                encoder = ENCODERS[self.options.format](self.options, picture.shape[0], picture.shape[1], source.rate)
                 self._clip = _OpenClip(encoder, number, seconds)
             self._clip.payloads += self._clip.encoder.encode(picture)
             self._clip.frames += 1
@@ -281,7 +299,7 @@ class Cutter:
         ticks = _constant_rate(ticks, source.rate)
         last = round(1 / (source.rate * TICKS))
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
-            clip.height, clip.width = size
+            clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
             clip.pts = ticks[first:end] - ticks[first]
             following = ticks[end] if end < len(ticks) else ticks[end - 1] + last
             clip.end = int(max(following - ticks[first], clip.pts[-1] + 1))

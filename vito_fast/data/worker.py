@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from vito_fast.data.copying import Copier
-from vito_fast.data.cutting import Cutter, PackOptions
+from vito_fast.data.cutting import Cutter, EncoderMissing, PackOptions
 from vito_fast.data.media import BadVideo
 
 
@@ -64,17 +64,21 @@ def _pack_one(path: Path, shard: ShardWriter, options: PackOptions, heartbeat) -
     except OSError as error:  # of the shard: those of the source are BadVideo
         space = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return "fatal", f"disk full: {shard.path.parent}" if space else f"cannot write {shard.path}: {error.strerror}"
-    except ValueError as error:
+    except EncoderMissing as error:
         return "fatal", str(error)
+    except Exception as error:  # one strange file must not end the run
+        shard.rewind(start)
+        return "rejected", f"unexpected {type(error).__name__}: {error}".splitlines()[0]
 
 
 def serve(connection: Connection, parent: int) -> None:
     """Messages in: ("options", PackOptions), ("shard", path, number), ("file", path), None to end.
 
-    Messages out: ("beat",) every second of work, then ("done", PackedFile, shard size), ("rejected", reason, size) or
-    ("fatal", line, size).
+    Messages out: ("beat",) at the start and every second of work, then ("done", PackedFile, shard size), ("rejected",
+    reason, size) or ("fatal", line, size).
     """
     options, shard = PackOptions(), None
+    connection.send(("beat",))
     last = time.monotonic()
 
     def heartbeat() -> None:
