@@ -172,7 +172,7 @@ def _instead(ledger: Ledger, model: VitoModel, clips: int, world: int) -> Iterat
         with ledger.in_phase("backward"):
             ledger.backward(*zip(roots, gradients or [torch.ones_like(r) for r in roots], strict=True))
 
-    def gathered(embeddings: list[Tensor], video: Tensor, _: World) -> _Gathered:
+    def gathered(embeddings: list[Tensor], video: Tensor, _: World, __: int | None) -> _Gathered:
         return _Gathered(ledger, clips * world, embeddings, video)
 
     lars = step.Lars

@@ -1,0 +1,88 @@
+"""Ranks with unequal shares of the batch make the step of one process with all of it, gradient by gradient."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
+from vito_fast.distributed import PendingKeys, World, join, leave, shares
+from vito_fast.step import Trainer
+
+ALONE = World(0, 1, 1, torch.device("cpu"))
+CONFIG = Config(
+    model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
+    train=TrainConfig(batch_size=9, dtype="float64", channels_last=False),
+)
+CASES = {
+    "plain": CONFIG,
+    "both views": dataclasses.replace(CONFIG, loss=LossConfig(negatives="both_views")),
+    "byol": dataclasses.replace(CONFIG, loss=LossConfig(kind="byol")),
+    "cached": dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batches=2)),
+}
+
+
+def batch(clips):
+    generator = torch.Generator().manual_seed(clips)
+    views = tuple(torch.randn(clips, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    return views, torch.arange(clips) // 2  # two clips of every video
+
+
+def gradients(name, world, clips):
+    """(row of metrics, each parameter's gradient, batch norms' buffers) of one step on this rank's share."""
+    trainer = Trainer(CASES[name], world, 5)
+    if name == "cached":  # by running statistics: a part's forward does not depend on the other parts
+        trainer.model.eval()
+    found = {}
+    honest = trainer.optimizer.step
+
+    def step(lr, finite):
+        found.update({n: p.grad.clone() for n, p in trainer.model.online.named_parameters()})
+        honest(lr, finite)
+
+    trainer.optimizer.step = step
+    before = sum(shares(clips, world.size)[: world.rank])
+    mine = slice(before, before + shares(clips, world.size)[world.rank])
+    views, video = batch(clips)
+    row = trainer.step(tuple(v[mine] for v in views), video[mine], measure=True, total=clips)
+    return row, found, dict(trainer.model.named_buffers())
+
+
+def _rank(rank, ranks, clips, port, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = join("cpu")
+    torch.save({name: gradients(name, world, clips) for name in CASES}, folder / f"{rank}.pt")
+    leave()
+
+
+@pytest.mark.parametrize(("ranks", "clips"), [(2, 9), (3, 8)])
+def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
+    mp.spawn(_rank, (ranks, clips, 21000 + os.getpid() % 20000 + ranks, tmp_path), nprocs=ranks)
+    everyone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for name in CASES:
+        row, whole, buffers = gradients(name, ALONE, clips)
+        for theirs, found, moved in (results[name] for results in everyone):
+            for key in ("loss", "loss_scale0", "gradient_norm"):
+                assert theirs[key] == pytest.approx(row[key], rel=1e-9), (name, key)
+            for key in ("chance", "accuracy_scale0"):  # counted in float32
+                assert theirs[key] == pytest.approx(row[key], rel=1e-6), (name, key)
+            least = 1e-8 * row["gradient_norm"]  # of a bias before a batch norm only rounding is left
+            for parameter, gradient in whole.items():
+                error = (found[parameter] - gradient).norm() / gradient.norm().clamp(min=least)
+                assert error < 1e-6, (name, parameter, float(error))
+            for key, value in buffers.items():
+                torch.testing.assert_close(moved[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_shares():
+    assert shares(9, 2) == [5, 4]
+    assert shares(8, 3) == [3, 3, 2]
+    assert shares(8, 4) == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match="2 clips leave some of 3 ranks"):
+        shares(2, 3)
+    with pytest.raises(ValueError, match="rank 0 has 3 clips, its share of 9 is 9"):
+        PendingKeys([torch.zeros(2, 3, 4)], torch.arange(3), ALONE, 9)
