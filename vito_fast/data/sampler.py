@@ -117,8 +117,8 @@ class Sampler:
     """Samples by number. Pure and thread-safe; the GIL is released while it works.
 
     Number ``n`` is position ``n % num_clips`` of epoch ``n // num_clips``; every epoch visits each clip once, in an
-    order of its own. ``attempt`` a > 0 replaces a sample that could not be read by another clip, with other parameters: the
-    attempts 0 .. num_clips - 1 of one number visit every clip once.
+    order of its own. ``attempt`` a > 0 replaces a sample that could not be read by another clip, with other parameters:
+    the attempts 0 .. num_clips - 1 of one number visit every clip once.
 
     Raises ``ValueError`` for an empty index or a seed outside [0, 2^64).
     """
