@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -145,17 +146,23 @@ def stand_in(arch: int) -> Iterator[StandInDriver]:
 # --------------------------------------------------------------------------------------------------------- inspection
 
 
-def specs(pattern: str = "") -> list[tuple[str, int, Spec]]:
-    """(module, index, spec) of every shipped launch whose name contains the pattern."""
+def specs(pattern: str = "", rare: bool = True) -> list[tuple[str, int, Spec]]:
+    """(module, index, spec) of shipped launches whose name contains the pattern; those marked rare only if asked."""
     found = []
     for module in MODULES:
         listed = list(importlib.import_module(f"vito_kernels.{module}").specs())
-        found += [(module, i, spec) for i, spec in enumerate(listed) if pattern in spec.name]
+        found += [
+            (module, i, spec)
+            for i, spec in enumerate(listed)
+            if pattern in spec.name and (rare or not getattr(spec, "rare", False))
+        ]
     return found
 
 
 def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
-    """One record per kernel that the spec launches; the spec's work belongs to the first."""
+    """One record per kernel that the spec launches. The spec's work belongs to the first and to variants of it, which
+    are the same function compiled for another case; what else the launcher runs (adding up parts) has none.
+    """
     with stand_in(arch) as driver:
         try:
             spec.launch()
@@ -164,7 +171,7 @@ def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
         launched = list(driver.launched.values())
     if not launched:
         return [{**_empty_record(arch, spec), "problems": ["launched no kernel"]}]
-    return [_record(arch, spec, kernel, main=i == 0) for i, kernel in enumerate(launched)]
+    return [_record(arch, spec, kernel, launched[0].name, variant=i) for i, kernel in enumerate(launched)]
 
 
 def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
@@ -180,13 +187,16 @@ def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _record(arch: int, spec: Spec, kernel: Compiled, main: bool) -> dict[str, Any]:
+def _record(arch: int, spec: Spec, kernel: Compiled, main_name: str, variant: int) -> dict[str, Any]:
     binary = sass.read(kernel.binary)
+    main = kernel.name == main_name
     record = _empty_record(arch, spec)
     record |= {"kernel": kernel.name, "shared_bytes": kernel.shared, "warps": kernel.warps, "stages": kernel.stages}
     record |= {k: v for k, v in asdict(binary).items() if k in record} | {"mma": list(binary.mma)}
     if not main:
-        record |= {"name": f"{spec.name} / {kernel.name}", "flops": 0.0, "min_bytes": 0.0, "roofline_ms": 0.0}
+        record |= {"name": f"{spec.name}, {kernel.name}", "flops": 0.0, "min_bytes": 0.0, "roofline_ms": 0.0}
+    elif variant:
+        record["name"] = f"{spec.name}, variant {variant + 1}"
     record["loop_instructions"] = binary.loop["all"]
     record["problems"] = list(_problems(arch, spec.tensor_cores and main, kernel, binary))
     return record
@@ -221,13 +231,14 @@ def _job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     options = _parse(arguments)
-    jobs = [(arch, module, i) for module, i, _ in specs(options.only) for arch in options.arch]
+    jobs = [(arch, module, i) for module, i, _ in specs(options.only, options.all) for arch in options.arch]
     if not jobs:
         print(f"no shipped kernel's name contains {options.only!r}", file=sys.stderr)
         return 2
     records: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for result in pool.map(_job, jobs):
+    workers = min(options.jobs or os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext() as pool:
+        for result in (pool.map if pool else map)(_job, jobs):
             for record in result:
                 print(_line(record), flush=True)
             records += result
@@ -242,6 +253,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vito_kernels.inspect", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     parser.add_argument("--only", default="", help="inspect launches whose name contains this text")
+    parser.add_argument(
+        "--all", action="store_true", help="also the rarer widths and dtypes, which takes an hour or more"
+    )
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--jobs", type=int, default=None, help="processes that compile; by default one per core")
     return parser.parse_args(arguments)
@@ -256,10 +270,13 @@ def _line(record: dict[str, Any]) -> str:
         f"       {record['registers']} registers, {record['spill_bytes']} B spilled, {record['stack_bytes']} B stack, "
         f"{record['shared_bytes']:,} of {record['shared_limit']:,} B shared, {record['warps']} warps, "
         f"{record['stages']} stages; {' + '.join(record['mma']) or 'no tensor cores'}\n"
-        f"       main loop {total} of {record['instructions']} instructions: {mix}\n"
-        f"       {record['flops']:.3g} flops, {record['min_bytes']:.3g} B at least: "
-        f"roofline {record['roofline_ms']:.3g} ms on {record['gpu']}"
+        f"       main loop {total} of {record['instructions']} instructions: {mix}"
     )
+    if record["flops"]:
+        head += (
+            f"\n       {record['flops']:.3g} flops, {record['min_bytes']:.3g} B at least: "
+            f"roofline {record['roofline_ms']:.3g} ms on {record['gpu']}"
+        )
     return head + "".join(f"\n       PROBLEM: {problem}" for problem in record["problems"])
 
 

@@ -1,0 +1,130 @@
+"""The inspection's reading of machine code, and a small part of it run for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from vito_kernels import inspect, sass
+from vito_kernels._triton import Spec, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+LISTING = """
+        .text._kernel:
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_3:
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0040*/                   MUFU.EX2 R9, R9 ;
+        /*0050*/                   FFMA R5, R4, R4, R5 ;
+        /*0060*/                   STL.64 [R1+0x8], R4 ;
+        /*0070*/                   SHFL.BFLY PT, R7, R5, 0x1, 0x1f ;
+        /*0080*/                   IADD3 R2, P0, R2, 0x10, RZ ;
+        /*0090*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00a0*/               @P1 BRA `(.L_x_3) ;
+        /*00b0*/                   ISETP.NE.AND P0, PT, R2, RZ, PT ;
+        /*00c0*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*00d0*/                   LDL R6, [R1+0x8] ;
+        /*00e0*/                   STG.E desc[UR4][R2.64], R6 ;
+        /*00f0*/                   EXIT ;
+.L_x_2:
+        /*0100*/                   BRA `(.L_x_2);
+"""
+
+
+def test_main_loop_and_spills_of_a_listing():
+    code = sass.parse(LISTING)
+    assert len(code) == 17
+    body = sass._main_loop(code)
+    assert [i.name for i in body][:2] == ["HGMMA.64x64x16.F32.BF16", "MUFU.EX2"]
+    assert len(body) == 8, "the smallest loop with all tensor-core instructions"
+    counts = sass._count(body)
+    assert counts["mma"] == counts["exp2"] == counts["float"] == counts["shuffle"] == counts["barrier"] == 1
+    assert sass._spilled(code) == 12
+    assert sass._spilled(body) == 8
+
+
+def test_limits_are_found():
+    kernel = inspect.Compiled("k", 240_000, 16, 2, 1024, b"")
+    binary = sass.Binary(255, 0, 8, 8, 100, 0, ("HMMA.16816.F32.BF16",), {"all": 10})
+    problems = " ".join(inspect._problems(90, True, kernel, binary))
+    for said in ("spills 8", "240000", "255 registers", "1024 columns", "to nothing", "misses HGMMA"):
+        assert said in problems
+    assert list(inspect._problems(90, False, kernel, binary)) != []
+    healthy = sass.Binary(200, 0, 0, 0, 100, 1, ("HGMMA.64x64x16.F32.BF16",), {"all": 10})
+    assert list(inspect._problems(90, True, inspect.Compiled("k", 1000, 8, 2, 0, b""), healthy)) == []
+    without = sass.Binary(200, 0, 0, 0, 100, 1, (), {"all": 10})
+    assert "no tensor-core" in " ".join(inspect._problems(80, True, inspect.Compiled("k", 0, 8, 2, 0, b""), without))
+
+
+@jit
+def writes_nothing(x, N: tl.constexpr):
+    tl.load(x + tl.arange(0, N))
+
+
+@jit
+def needs_much_memory(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i[:, None] * N + i[None])
+    tl.store(y + i[:, None] * N + i[None], tl.dot(a, tl.trans(a)))
+
+
+def launch(kernel, count):
+    x = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta")
+    return lambda: kernel[(1,)](x, *[torch.empty(1 << 20, device="meta")] * count, N=128)
+
+
+def test_an_empty_kernel_is_a_problem():
+    (record,) = inspect.inspect(90, Spec("empty", launch(writes_nothing, 0), 1.0, 1.0, tensor_cores=False))
+    assert "to nothing" in record["problems"][0]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_tensor_core_kinds_by_target(arch):
+    (record,) = inspect.inspect(arch, Spec("dot", launch(needs_much_memory, 1), 2.0 * 128**3, 1.0))
+    kind = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[arch]
+    assert all(mma.startswith(kind) for mma in record["mma"])
+    assert record["mma"]
+    assert record["registers"] > 0
+    assert record["problems"] == []
+
+
+def test_a_compiler_error_is_a_problem():
+    def fails():
+        raise RuntimeError("no such luck")
+
+    (record,) = inspect.inspect(80, Spec("broken", fails, 1.0, 1.0))
+    assert "no such luck" in record["problems"][0]
+
+
+def test_command_line_writes_records(tmp_path):
+    path = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "vito_kernels.inspect", "--only", "blur rows", "--json", str(path), "--jobs", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    records = json.loads(path.read_text())["kernels"]
+    assert [record["arch"] for record in records] == ["sm_80", "sm_90", "sm_100"]
+    for record in records:
+        assert record["spill_bytes"] == 0
+        assert 0 < record["shared_limit"] < 1 << 18
+        assert record["roofline_ms"] > 0
+        assert record["loop"]["all"] > 0
+    unknown = [*command[:4], "no such kernel"]
+    assert subprocess.run(unknown, capture_output=True, env=environment).returncode == 2
+
+
+@pytest.mark.parametrize("module", inspect.MODULES)
+def test_every_module_lists_its_kernels(module):
+    assert any(name == module for name, _, _ in inspect.specs())
