@@ -21,7 +21,7 @@ from bench.harness import Budget, Candidate, Race, timestamp
 
 SCHEMA = 1
 QUICK = Budget(seconds=2.0, fewest=7, most=40)
-FULL = Budget(seconds=6.0, fewest=7, most=60)
+FULL = Budget(seconds=5.0, fewest=7, most=60)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

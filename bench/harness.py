@@ -194,8 +194,10 @@ class Race:
         if candidate.call is None:
             runner.status, runner.reason = "skipped", candidate.note
             return
+        start = self.clock()
         try:
             result = candidate.call()
+            runner.estimate = self.clock() - start
         except Exception as error:
             if candidate.role == "ours":
                 raise
@@ -216,6 +218,9 @@ class Race:
         for runner in self._racing():
             call = runner.candidate.call
             assert call is not None
+            if runner.estimate > self.budget.seconds:  # too long for a warm-up: the check was one
+                runner.sample = call
+                continue
             estimate = min(self._timed(call) for _ in range(2))
             if self.device.type == "cuda" and estimate < MICRO and self._flush is None:
                 estimate = self._make_graph(runner, estimate)
@@ -274,10 +279,10 @@ class Race:
         runner.times[self._round] = self._timed(runner.sample) / runner.repeats
 
     def count_cost(self) -> None:
-        """Step 4: peak memory and flops of each candidate that has a time."""
-        if not self._memory:
-            return
+        """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
         for runner in self._racing():
+            if not self._memory or runner.candidate.role == "limit":
+                continue
             assert runner.candidate.call is not None
             counted = cost(runner.candidate.call, self.device)
             runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops

@@ -12,6 +12,7 @@ from bench.plots import Axis, Series, chart
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 VOID = {"meta", "link", "circle", "line", "polyline"}
 
 
@@ -97,9 +98,7 @@ def test_results_files_say_where_they_come_from(path):
         assert report.ours_of(record)["status"] == "ok"
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 def test_tables_in_documents_are_those_of_the_results(path):
     content = path.read_text(encoding="utf-8")
     assert tables.fill(content) == content, "run `make readme-tables`"
