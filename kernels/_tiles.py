@@ -37,7 +37,7 @@ def load_rows(
     """Rows ``row .. row + BLOCK`` as a tuple of column chunks, zero beyond the matrix; CLEAN promises that no row
     is.
     """
-    chunks = ()  # type: tuple[Any, ...]
+    chunks = ()  # type: tuple
     index = tl.arange(0, BLOCK)
     if not TMA:  # one 64-bit address for the tile, 32-bit offsets within it
         x += tl.cast(row, tl.int64) * stride
@@ -86,7 +86,7 @@ def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
 @jit
 def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
     """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b."""
-    sums = ()  # type: tuple[Any, ...]
+    sums = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
         sums += (product(p.to(b[c].dtype), b[c], accs[c - FIRST], PRECISION),)
     return sums
@@ -95,7 +95,7 @@ def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: 
 @jit
 def zero_sums(BLOCK: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
 tl.constexpr):  # fmt: skip
-    sums = ()  # type: tuple[Any, ...]
+    sums = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
         sums += (tl.zeros((BLOCK, W if c < D // W else TAIL), tl.float32),)
     return sums
@@ -221,22 +221,22 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
     (100, "mean"): {
-        128: Tile(128, 128, 128, 8, 3),
+        128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 32, 256, 8, 2, span=256),
     },
     (100, "mean online"): {
-        128: Tile(128, 128, 128, 8, 3, 8),
-        256: Tile(128, 64, 256, 8, 3, 8),
-        512: Tile(64, 64, 256, 8, 2, 8, span=256),
+        128: Tile(128, 64, 128, 8, 3, 8),
+        256: Tile(128, 32, 256, 8, 3, 8),
+        512: Tile(64, 32, 256, 8, 2, 8, span=256),
     },
     (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
     (100, "gradient"): {
-        128: Tile(128, 128, 128, 8, 3),
+        128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 32, 256, 8, 2, span=256),
     },
-    (100, "two_sided"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
+    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
 }
 FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @jit
 def _gradient_step(
-    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse, y_weight, x_group, y_group, positive, M, N, y_stride,
+    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, y_stride,
     diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
     POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +55,7 @@ def _gradient_step(
     if not CLEAN:
         s = hide(s, own, other, M, N, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, True)
     if Y_ROLE:
-        lse2 = tl.load(y_lse + other, mask=other < N, other=0.0) * 1.4426950408889634
+        lse2 = tl.load(y_lse2 + other, mask=other < N, other=0.0)
         weights = tl.exp2(s - lse2[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
         if X_ROLE:
             weights += tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
@@ -66,7 +66,7 @@ def _gradient_step(
 
 @jit
 def _gradient_kernel(
-    x, y, y_tail, scale, out, x_lse, x_weight, y_lse, y_weight, x_group, y_group, positive, M, N, x_stride, y_stride,
+    x, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, x_stride, y_stride,
     diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
     DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr,
@@ -78,10 +78,10 @@ def _gradient_kernel(
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     scale2 = tl.load(scale) * 1.4426950408889634
-    x_lse2 = own
+    top = own
     weight = own
     if X_ROLE:
-        x_lse2 = tl.load(x_lse + own, mask=own < M, other=0.0) * 1.4426950408889634
+        top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
         weight = tl.load(x_weight + own, mask=own < M, other=0.0)
     rows = load_rows(x, x, row, M, x_stride, D, W, TAIL, BLOCK, False, False)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
@@ -95,14 +95,14 @@ def _gradient_kernel(
         for i in tl.range(first, full - crossing, num_stages=STAGES):
             t = tl.where(i < crossed, i, i + crossing)
             accs = _gradient_step(
-                t, rows, accs, y, y_tail, scale2, own, x_lse2, weight, y_lse, y_weight, x_group, y_group, positive, M,
+                t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive, M,
                 N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES,
                 X_ROLE, Y_ROLE, TMA, PRECISION,
             )  # fmt: skip
     for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1):
         t = tl.where(i < crossing, crossed + i, full)
         accs = _gradient_step(
-            t, rows, accs, y, y_tail, scale2, own, x_lse2, weight, y_lse, y_weight, x_group, y_group, positive, M, N,
+            t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
             y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES, X_ROLE,
             Y_ROLE, TMA, PRECISION,
         )  # fmt: skip
@@ -126,8 +126,8 @@ def launch_gradient(
     with on_device(x):
         for first, last in spans(D, tile):
             _gradient_kernel[(blocks, splits)](
-                x, right.wide, right.narrow, scale, out, x_role and x_role.lse, x_role and x_role.weight,
-                y_role and y_role.lse, y_role and y_role.weight, hidden.k_group, hidden.q_group, hidden.positive, M, N,
+                x, right.wide, right.narrow, scale, out, x_role and x_role.lse2, x_role and x_role.weight,
+                y_role and y_role.lse2, y_role and y_role.weight, hidden.k_group, hidden.q_group, hidden.positive, M, N,
                 x.stride(0), y.stride(0), -(hidden.diagonal or 0), split_tiles, D, left.chunk, left.tail, first, last,
                 tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
                 DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
@@ -152,9 +152,9 @@ def _usable(role: Role | None, gain: Tensor | None) -> Role | None:
     """A row that sees nothing (lse = -inf) has no share in any gradient, whatever arrives at it."""
     if role is None:
         return None
-    empty = role.lse == -torch.inf
+    empty = role.lse2 == -torch.inf
     weight = role.weight.masked_fill(empty, 0)
-    return Role(role.lse.masked_fill(empty, 0), weight if gain is None else weight * gain)
+    return Role(role.lse2.masked_fill(empty, 0), weight if gain is None else weight * gain)
 
 
 def pair_gradient(

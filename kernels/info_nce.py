@@ -24,7 +24,7 @@ not trusted and leaves the others at once. No value is read by the host.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def _lse_step(
         p = tl.exp2(s - (base - HEADROOM)[:, None])
         top = new_top
         total *= old[:, None]
-        scaled = ()  # type: tuple[Any, ...]
+        scaled = ()  # type: tuple
         for c in tl.static_range(FIRST, LAST):
             scaled += (accs[c - FIRST] * old[:, None],)
         accs = scaled
@@ -102,14 +102,14 @@ def _lse_step(
 
 @jit
 def _lse_kernel(
-    q, k, k_tail, scale, lse, mean, trusted, q_group, k_group, positive, M, N, q_stride, k_stride, diagonal,
+    q, k, k_tail, scale, lse2, rest, mean, trusted, q_group, k_group, positive, M, N, q_stride, k_stride, diagonal,
     split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK:
     tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL:
     tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr, HEADROOM: tl.constexpr, TMA:
     tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block of rows and
-    split.
+    """lse2 and rest (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block of
+    rows and split.
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0  # an excluded key may be anywhere
@@ -154,8 +154,13 @@ def _lse_kernel(
         for c in tl.static_range(FIRST, LAST):
             safe &= tl.max(tl.abs(accs[c - FIRST]), 1) < float("inf")
         tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
-    tl.store(lse + tl.cast(split, tl.int64) * M + own, (tl.log2(z) + shift) * 0.6931471805599453, mask=own < M)
-    means = ()  # type: tuple[Any, ...]
+    log_z = tl.log2(z)
+    whole = log_z + shift
+    lost = tl.where(z == 0.0, 0.0, shift - whole + log_z)  # what the sum rounds away, as ``tiled.split_sum``
+    part = tl.cast(split, tl.int64) * M + own
+    tl.store(lse2 + part, whole, mask=own < M)
+    tl.store(rest + part, lost, mask=own < M)
+    means = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
         means += (accs[c - FIRST] / tl.where(z == 0.0, 1.0, z)[:, None],)
     store_sums(mean + tl.cast(split, tl.int64) * M * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
@@ -166,8 +171,12 @@ def _lse_kernel(
 VARIANTS = ("fixed", "online")
 
 
-def launch_lse(q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool) -> tuple[Tensor, Tensor]:
-    """(lse (M,), mean (M, D) or (0, D)) by the kernels above; keys are split among programs where queries are few."""
+def launch_lse(
+    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2 (M,), rest (M,), mean (M, D) or (0, D)) by the kernels above; keys are split among programs where queries
+    are few.
+    """
     M, D = q.shape
     q, k = rows_contiguous(q), rows_contiguous(k)
     kind = "mean" if bring_mean else "lse"
@@ -175,15 +184,15 @@ def launch_lse(q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
     split_keys = cdiv(split_keys, tiles[0].other * tiles[1].other) * tiles[0].other * tiles[1].other
     splits = cdiv(k.shape[0], split_keys)
-    lse = scale.new_empty(splits, M)
+    lse2, rest = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if bring_mean else 0, D)
     trusted = torch.empty(splits, M, dtype=torch.int8, device=q.device)
     half = q.dtype == torch.float16 and bring_mean
     for span in spans(D, tiles[0]) if bring_mean else [(0, 0)]:
         if not half:
-            run_lse("fixed", q, k, scale, exclusion, lse, mean, trusted, span, split_keys)
-        run_lse("online", q, k, scale, exclusion, lse, mean, None if half else trusted, span, split_keys)
-    return merge_splits(lse, mean)
+            run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
+        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if half else trusted, span, split_keys)
+    return merge_splits(lse2, rest, mean)
 
 
 def run_lse(
@@ -192,13 +201,14 @@ def run_lse(
     k: Tensor,
     scale: Tensor,
     exclusion: Exclusion,
-    lse: Tensor,
+    lse2: Tensor,
+    rest: Tensor,
     mean: Tensor,
     trusted: Tensor | None,
     span: tuple[int, int],
     split_keys: int,
 ) -> None:
-    """Fills lse (S, M) and the column chunks ``span`` of mean (S, M, D). ``trusted`` (S, M): written by the fixed
+    """Fills lse2 (S, M) and the column chunks ``span`` of mean (S, M, D). ``trusted`` (S, M): written by the fixed
     variant, obeyed by the online one, which without it does every row.
     """
     (M, D), N = q.shape, k.shape[0]
@@ -207,8 +217,8 @@ def run_lse(
     online = variant == "online"
     headroom = 100.0 if not online else 14.0 if q.dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
     with on_device(q):
-        _lse_kernel[(cdiv(M, tile.own), lse.shape[0])](
-            q, right.wide, right.narrow, scale, lse, mean, trusted, exclusion.q_group, exclusion.k_group,
+        _lse_kernel[(cdiv(M, tile.own), lse2.shape[0])](
+            q, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group, exclusion.k_group,
             exclusion.positive, M, N, q.stride(0), k.stride(0), exclusion.diagonal or 0, split_keys // tile.other, D,
             left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other, tile.stages,
             GROUPS=exclusion.q_group is not None, DIAGONAL=exclusion.blocks, POSITIVES=columns_of(exclusion.positive),
@@ -217,15 +227,19 @@ def run_lse(
         )  # fmt: skip
 
 
-def merge_splits(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """One lse (M,) and mean (M, D) out of those over disjoint sets of keys, (S, M) and (S, M, D), in a fixed order."""
-    if lse.shape[0] == 1:
-        return lse[0], mean[0]
-    whole = lse.logsumexp(0)
+def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One lse2 (M,), rest (M,) and mean (M, D) out of those over disjoint sets of keys (S, ...), in a fixed order."""
+    if lse2.shape[0] == 1:
+        return lse2[0], rest[0], mean[0]
+    top = lse2.amax(0)
+    top = top.masked_fill_(top == -torch.inf, 0)
+    shares = torch.exp2(lse2 - top + rest)
+    total = shares.sum(0)
+    whole, lost = torch.empty_like(top), torch.empty_like(top)
+    tiled.split_sum(total.log2(), top, whole, lost)
     if mean.shape[1] == 0:
-        return whole, mean[0]
-    share = torch.exp(lse - whole.masked_fill(whole == -torch.inf, 0))
-    return whole, (mean * share[:, :, None]).sum(0)
+        return whole, lost, mean[0]
+    return whole, lost, (mean * shares[:, :, None]).sum(0).div_(total.masked_fill(total == 0, 1)[:, None])
 
 
 def specs(device: str = "meta") -> list[Spec]:
@@ -272,9 +286,9 @@ def contrast(
     positive: Tensor | None,
     diagonal: int | None,
     bring_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse (M,) over the keys that a query may see, logits of its positives (M, P), mean (M, D) of the keys under the
-    softmax).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse2 (M,), in units of log 2, over the keys that a query may see, logits of its positives (M, P), mean (M, D)
+    of the keys under the softmax).
 
     Keys of the query's group, its positives, and key ``i + diagonal`` are not seen; the latter counts as its only
     positive. ``mean`` is what the gradient of q needs: with ``bring_mean`` forward and backward together cost 4 M N D
@@ -286,8 +300,8 @@ def contrast(
         raise ValueError(f"scale must be finite, got {scale.item()}")
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
     run = launch_lse if use_triton(q) else tiled.forward
-    lse, mean = run(q, k, scale, exclusion, bring_mean)
-    return lse, _positive_logits(q, k, scale, positive, diagonal), mean
+    lse2, rest, mean = run(q, k, scale, exclusion, bring_mean)
+    return lse2, _positive_logits(q, k, scale, positive, diagonal), mean, rest
 
 
 @contrast.register_fake
@@ -295,12 +309,12 @@ def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean):
     count = positive.shape[1] if positive is not None else int(diagonal is not None)
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
-    return new(rows), new(rows, count), new(rows if bring_mean else 0, width)
+    return new(rows), new(rows, count), new(rows if bring_mean else 0, width), new(rows)
 
 
 @torch.library.custom_op("vito_kernels::contrast_backward", mutates_args=())
 def contrast_backward(
-    g_lse: Tensor,
+    g_lse2: Tensor,
     g_positive: Tensor,
     q: Tensor,
     k: Tensor | None,
@@ -309,7 +323,8 @@ def contrast_backward(
     k_group: Tensor | None,
     positive: Tensor | None,
     diagonal: int | None,
-    lse: Tensor,
+    lse2: Tensor,
+    rest: Tensor,
     mean: Tensor,
     need_q: bool,
     need_k: bool,
@@ -317,6 +332,7 @@ def contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
+    g_lse = g_lse2 * tiled.LOG2E
     if need_q or need_scale:
         pull = mean * g_lse[:, None]
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
@@ -328,7 +344,7 @@ def contrast_backward(
             dq = pull.mul_(scale).to(q.dtype)
     if need_k and k is not None:
         exclusion = Exclusion(q_group, k_group, positive, diagonal)
-        _, push = pair_gradient(q, k, scale, Role(lse, g_lse), None, exclusion, need_x=False, need_y=True)
+        _, push = pair_gradient(q, k, scale, Role.of(lse2, rest, g_lse), None, exclusion, need_x=False, need_y=True)
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
             part = q.to(push.dtype) * g_positive[:, p, None]
             if isinstance(keys, slice):
@@ -340,7 +356,9 @@ def contrast_backward(
 
 
 @contrast_backward.register_fake
-def _(g_lse, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse, mean, need_q, need_k, need_scale):
+def _(
+    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, need_q, need_k, need_scale
+):
     return (
         q.new_empty(q.shape if need_q else 0),
         q.new_empty(k.shape if need_k else 0),
@@ -366,21 +384,35 @@ def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | Non
 
 def _setup_context(ctx, inputs, output):
     q, k, scale, q_group, k_group, positive, ctx.diagonal, _ = inputs
-    lse, _, mean = output
+    lse2, _, mean, rest = output
     # Locked keys without positives are not kept: a queue may take new keys before the backward pass.
     keep = k.requires_grad or positive is not None or ctx.diagonal is not None
-    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse, mean)
+    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse2, rest, mean)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g_lse, g_positive, _):  # nothing outside this module sees the mean, so no gradient comes to it
-    q, k, scale, q_group, k_group, positive, lse, mean = ctx.saved_tensors
+def _backward(ctx, g_lse2, g_positive, *_):  # mean and rest do not leave this module: no gradient comes to them
+    q, k, scale, q_group, k_group, positive, lse2, rest, mean = ctx.saved_tensors
     need_q, need_k, need_scale = ctx.needs_input_grad[:3]
     count = positive.shape[1] if positive is not None else int(ctx.diagonal is not None)
-    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-    g_positive = lse.new_zeros(lse.shape[0], count) if g_positive is None else g_positive
+    g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
+    g_positive = lse2.new_zeros(lse2.shape[0], count) if g_positive is None else g_positive
     dq, dk, dscale = apply_contrast_backward(
-        g_lse, g_positive, q, k, scale, q_group, k_group, positive, ctx.diagonal, lse, mean, need_q, need_k, need_scale
+        g_lse2,
+        g_positive,
+        q,
+        k,
+        scale,
+        q_group,
+        k_group,
+        positive,
+        ctx.diagonal,
+        lse2,
+        rest,
+        mean,
+        need_q,
+        need_k,
+        need_scale,
     )
     return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, None, None, None, None, None
 
@@ -424,7 +456,7 @@ def similarity_lse(
     check_groups(q_group, k_group, q, k)
     q, k = autocast(q, k)
     scale = scale_tensor(scale, q)
-    return apply_contrast(q, k, scale, q_group, k_group, None, None, differentiable(q, scale))[0]
+    return apply_contrast(q, k, scale, q_group, k_group, None, None, differentiable(q, scale))[0] / tiled.LOG2E
 
 
 def info_nce(
@@ -516,7 +548,7 @@ def negatives_and_positives(
     """
     q, k = autocast(q, k)
     scale = scale_tensor(scale, q)
-    lse, logits, _ = apply_contrast(
+    lse2, logits, *_ = apply_contrast(
         q, k, scale, q_group, k_group, positive, None if positive is not None else diagonal, differentiable(q, scale)
     )
-    return lse, logits
+    return lse2 / tiled.LOG2E, logits

@@ -22,6 +22,7 @@ from vito_kernels.checks import (
     scale_tensor,
 )
 from vito_kernels.info_nce import autocast, info_nce, similarity_lse
+from vito_kernels.tiled import LOG2E
 from vito_kernels.two_sided import apply_self, clip_loss, ntxent
 
 
@@ -68,7 +69,7 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_reduction(reduction)
     (z,) = autocast(normalize(z, dim=1))
     scale = scale_tensor(inverse_temperature(temperature), z)
-    lse = apply_self(z, scale, 1)
+    lse = apply_self(z, scale, 1)[0] / LOG2E
     order = labels.argsort(stable=True)
     rank = torch.zeros_like(order)
     rank[order[1:]] = (labels[order[1:]] != labels[order[:-1]]).long()

@@ -84,24 +84,33 @@ def _logits(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(q, k.T, out=buffer[: q.shape[0] * k.shape[0]].view(q.shape[0], k.shape[0]))
 
 
-def forward(q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool) -> tuple[Tensor, Tensor]:
-    """(lse (M,), mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean (0, D)
+def forward(
+    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2 (M,), mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean (0, D)
     unless asked.
     """
     q, k = _computed(q), _computed(k)
     scale2 = scale * LOG2E
-    lse2 = q.new_empty(q.shape[0])
+    lse2, rest = q.new_empty(q.shape[0]), q.new_empty(q.shape[0])
     mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
     rows = _direct_rows if _is_direct(q, k, scale2) else _online_rows
     buffer = _buffer(q, k)
     for row in range(0, q.shape[0], ROWS):
         tile = slice(row, row + ROWS)
-        rows(q[tile] * scale2, k, row, exclusion, buffer, lse2[tile], mean[tile] if bring_mean else None)
-    return lse2.div_(LOG2E), mean
+        rows(q[tile] * scale2, k, row, exclusion, buffer, lse2[tile], rest[tile], mean[tile] if bring_mean else None)
+    return lse2, rest, mean
 
 
 def _direct_rows(
-    q: Tensor, k: Tensor, row: int, exclusion: Exclusion, buffer: Tensor, lse2: Tensor, mean: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    row: int,
+    exclusion: Exclusion,
+    buffer: Tensor,
+    lse2: Tensor,
+    rest: Tensor,
+    mean: Tensor | None,
 ) -> None:
     total = torch.zeros_like(lse2)
     for column in range(0, k.shape[0], COLUMNS):
@@ -113,12 +122,20 @@ def _direct_rows(
         if mean is not None:
             torch.addmm(mean, tile, keys, beta=float(column > 0), out=mean)
     torch.log2(total, out=lse2)
+    rest.zero_()
     if mean is not None:
         mean.div_(total.masked_fill_(total == 0, 1)[:, None])
 
 
 def _online_rows(
-    q: Tensor, k: Tensor, row: int, exclusion: Exclusion, buffer: Tensor, lse2: Tensor, mean: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    row: int,
+    exclusion: Exclusion,
+    buffer: Tensor,
+    lse2: Tensor,
+    rest: Tensor,
+    mean: Tensor | None,
 ) -> None:
     total, top = torch.zeros_like(lse2), torch.full_like(lse2, -math.inf)
     if mean is not None:
@@ -135,19 +152,32 @@ def _online_rows(
         total.mul_(old).add_(tile.sum(1))
         if mean is not None:
             torch.addmm(mean.mul_(old[:, None]), tile, keys, out=mean)
-    torch.add(torch.log2(total), top.masked_fill_(top == -math.inf, 0), out=lse2)
+    split_sum(total.log2(), top.masked_fill_(top == -math.inf, 0), lse2, rest)
     if mean is not None:
         mean.div_(total.masked_fill_(total == 0, 1)[:, None])
 
 
+def split_sum(small: Tensor, large: Tensor, total: Tensor, rest: Tensor) -> None:
+    """``small + large`` as the float ``total`` and what it rounds away (Dekker); a log-sum-exp in the hundreds is
+    rounded by more than its softmax may be.
+    """
+    torch.add(small, large, out=total)
+    torch.add(large - total, small, out=rest).nan_to_num_(nan=0.0)
+
+
 @dataclass(frozen=True)
 class Role:
-    """One side's softmax in a gradient: ``weight`` is what arrives at each log-sum-exp ``lse`` (natural units), both
+    """One side's softmax in a gradient: ``weight`` is what arrives at each log-sum-exp ``lse2`` (log 2 units), both
     (rows,).
     """
 
-    lse: Tensor
+    lse2: Tensor
     weight: Tensor
+
+    @classmethod
+    def of(cls, lse2: Tensor, rest: Tensor, weight: Tensor) -> Role:
+        """With a log-sum-exp in two parts: p = 2^(s - lse2 - rest), and the second part goes with the weight."""
+        return cls(lse2, weight * torch.exp2(-rest))
 
 
 def gradient(
@@ -192,7 +222,7 @@ def _part(role: Role | None, part: slice) -> tuple[Tensor, Tensor] | None:
     """
     if role is None:
         return None
-    lse2, weight = role.lse[part] * LOG2E, role.weight[part]
+    lse2, weight = role.lse2[part], role.weight[part]
     empty = lse2 == -math.inf
     return lse2.masked_fill(empty, 0), weight.masked_fill(empty, 0)
 
@@ -227,12 +257,12 @@ def _weights(
     return tile.add_(other) if rows and columns else tile
 
 
-def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
-    """(row lse (M,), column lse (N,)) in one pass over the logits."""
+def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits."""
     x, y = _computed(x), _computed(y)
     scale2 = scale * LOG2E
     if not _is_direct(x, y, scale2):
-        return forward(x, y, scale, exclusion, False)[0], forward(y, x, scale, exclusion.flipped(), False)[0]
+        return *forward(x, y, scale, exclusion, False)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
     rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
     buffer = _buffer(x, y)
     for row in range(0, x.shape[0], ROWS):
@@ -245,4 +275,4 @@ def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tupl
             tile.exp2_()
             rows[own] += tile.sum(1)
             columns[other] += tile.sum(0)
-    return rows.log2_().div_(LOG2E), columns.log2_().div_(LOG2E)
+    return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)

@@ -105,8 +105,10 @@ def _two_sided_kernel(
 HEADROOM = 100.0
 
 
-def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
-    """(row lse (M,), column lse (N,)), as ``tiled.two_sided``."""
+def launch_two_sided(
+    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
     (M, D), N = x.shape, y.shape[0]
     x, y = rows_contiguous(x), rows_contiguous(y)
     tile = choose_tile("two_sided", D, x.dtype)
@@ -123,16 +125,18 @@ def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) 
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
-    return rows, _trusted_lse(y, x, scale, exclusion.flipped(), column_sums.sum(0))
+    return *rows, *_trusted_lse(y, x, scale, exclusion.flipped(), column_sums.sum(0))
 
 
-def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> Tensor:
-    """The log of the sums, repeated by the online kernel where a sum is no longer to be trusted."""
+def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of the sums in two parts, repeated by the online kernel where a sum is no longer to be trusted."""
     trusted = ((sums > 2.0**-64) & (sums < 2.0**120)).to(torch.int8)[None]
-    lse = (sums.log2() + (scale.abs() * tiled.LOG2E - HEADROOM)).mul_(1 / tiled.LOG2E)[None]
+    lse2, rest = sums.new_empty(1, len(sums)), sums.new_empty(1, len(sums))
+    tiled.split_sum(sums.log2(), scale.abs() * tiled.LOG2E - HEADROOM, lse2[0], rest[0])
     every_key = 1 << (y.shape[0] - 1).bit_length() + 8
-    run_lse("online", x, y, scale, exclusion, lse, lse.new_empty(1, 0, x.shape[1]), trusted, (0, 0), every_key)
-    return lse[0]
+    no_mean = lse2.new_empty(1, 0, x.shape[1])
+    run_lse("online", x, y, scale, exclusion, lse2, rest, no_mean, trusted, (0, 0), every_key)
+    return lse2[0], rest[0]
 
 
 def specs(device: str = "meta") -> list[Spec]:
@@ -162,18 +166,20 @@ def _spec(width: int, dtype: torch.dtype, device: str = "meta", rows: int = 3276
 
 
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
-def two_sided(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row lse (M,), column lse (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
+def two_sided(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), column lse2 (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
     see each other.
     """
     run = launch_two_sided if use_triton(x) else tiled.two_sided
-    rows, columns = run(x, y, scale, Exclusion(diagonal=diagonal))
-    return rows, columns, (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
+    rows, row_rest, columns, column_rest = run(x, y, scale, Exclusion(diagonal=diagonal))
+    pairs = (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
+    return rows, columns, pairs, row_rest, column_rest
 
 
 @two_sided.register_fake
 def _(x, y, scale, diagonal):
-    return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), scale.new_empty(x.shape[0])
+    m, n = x.shape[0], y.shape[0]
+    return tuple(scale.new_empty(rows) for rows in (m, n, m, m, n))
 
 
 @torch.library.custom_op("vito_kernels::two_sided_backward", mutates_args=())
@@ -187,6 +193,8 @@ def two_sided_backward(
     diagonal: int,
     row: Tensor,
     column: Tensor,
+    row_rest: Tensor,
+    column_rest: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -194,7 +202,9 @@ def two_sided_backward(
     """(dx, dy, dscale), each rounded once; what is not needed comes back empty."""
     side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
     hidden = Exclusion(diagonal=diagonal)
-    gx, gy = pair_gradient(x, y, scale, Role(row, g_row), Role(column, g_column), hidden, side, need_y)
+    x_role = Role.of(row, row_rest, g_row * tiled.LOG2E)
+    y_role = Role.of(column, column_rest, g_column * tiled.LOG2E)
+    gx, gy = pair_gradient(x, y, scale, x_role, y_role, hidden, side, need_y)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
     if side:
         gx.addcmul_(y[pairs].to(gx.dtype), g_pair[:, None])
@@ -207,7 +217,7 @@ def two_sided_backward(
 
 
 @two_sided_backward.register_fake
-def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, need_x, need_y, need_scale):
+def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, need_x, need_y, need_scale):
     return (
         x.new_empty(x.shape if need_x else 0),
         y.new_empty(y.shape if need_y else 0),
@@ -217,14 +227,14 @@ def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, need_x, need_
 
 def _two_sided_setup(ctx, inputs, output):
     x, y, scale, ctx.diagonal = inputs
-    ctx.save_for_backward(x, y, scale, output[0], output[1])
+    ctx.save_for_backward(x, y, scale, output[0], output[1], output[3], output[4])
 
 
-def _two_sided_backward(ctx, g_row, g_column, g_pair):
-    x, y, scale, row, column = ctx.saved_tensors
+def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
+    x, y, scale, *sums = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = [g.contiguous() for g in (g_row, g_column, g_pair)]
-    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, row, column, *needs)
+    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs)
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None
 
 
@@ -235,42 +245,43 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 
 
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
-def self_contrast(z: Tensor, scale: Tensor, views: int) -> Tensor:
-    """lse (M,) of each embedding over those of other samples; a sample is ``views`` neighbouring rows."""
+def self_contrast(z: Tensor, scale: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows."""
     run = launch_lse if use_triton(z) else tiled.forward
-    return run(z, z, scale, Exclusion(diagonal=0, width=views), False)[0]
+    lse2, rest, _ = run(z, z, scale, Exclusion(diagonal=0, width=views), False)
+    return lse2, rest
 
 
 @self_contrast.register_fake
 def _(z, scale, views):
-    return scale.new_empty(z.shape[0])
+    return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0])
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
 def self_contrast_backward(
-    g_lse: Tensor, z: Tensor, scale: Tensor, views: int, lse: Tensor, need_z: bool, need_scale: bool
+    g_lse2: Tensor, z: Tensor, scale: Tensor, views: int, lse2: Tensor, rest: Tensor, need_z: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
-    role = Role(lse, g_lse)
+    role = Role.of(lse2, rest, g_lse2 * tiled.LOG2E)
     gz, _ = pair_gradient(z, z, scale, role, role, Exclusion(diagonal=0, width=views), True, False)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
     return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
 
 
 @self_contrast_backward.register_fake
-def _(g_lse, z, scale, views, lse, need_z, need_scale):
+def _(g_lse2, z, scale, views, lse2, rest, need_z, need_scale):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
     z, scale, ctx.views = inputs
-    ctx.save_for_backward(z, scale, output)
+    ctx.save_for_backward(z, scale, *output)
 
 
-def _self_backward(ctx, g_lse):
-    z, scale, lse = ctx.saved_tensors
+def _self_backward(ctx, g_lse2, _):
+    z, scale, lse2, rest = ctx.saved_tensors
     need_z, need_scale = ctx.needs_input_grad[:2]
-    dz, dscale = apply_self_backward(g_lse.contiguous(), z, scale, ctx.views, lse, need_z, need_scale)
+    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, lse2, rest, need_z, need_scale)
     return dz if need_z else None, dscale if need_scale else None, None
 
 
@@ -297,7 +308,8 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
     x, y = autocast(x, y)
-    return apply_two_sided(x, y, scale_tensor(scale, x), diagonal)
+    rows, columns, pairs, *_ = apply_two_sided(x, y, scale_tensor(scale, x), diagonal)
+    return rows / tiled.LOG2E, columns / tiled.LOG2E, pairs
 
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
@@ -317,6 +329,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     z = torch.stack([z1, z2], 1).flatten(0, 1)
     factor = scale_tensor(scale, z)
-    lse = apply_self(z, factor, 2).unflatten(0, (-1, 2))
+    lse = apply_self(z, factor, 2)[0].unflatten(0, (-1, 2)) / tiled.LOG2E
     pairs = (z1.to(factor.dtype) * z2.to(factor.dtype)).sum(1) * factor
-    return reduce(softplus(lse - pairs[:, None]).T.flatten(), reduction)
+    loss = softplus(lse - pairs[:, None])
+    return reduce(torch.cat([loss[:, 0], loss[:, 1]]), reduction)

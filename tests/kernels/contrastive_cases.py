@@ -1,0 +1,60 @@
+"""Inputs and the yardstick shared by the contrastive tests: float64 is the truth, torch in the same precision the
+bar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SHAPES = [(1, 1, 16), (5, 9, 16), (33, 70, 48), (64, 64, 64), (17, 130, 100), (130, 17, 192)]
+LAYOUTS = ["none", "groups", "positive", "many"]
+
+
+def embeddings(rows: int, width: int, dtype: torch.dtype, device: str, seed: int, unit: bool = True) -> Tensor:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return (normalize(x, dim=1) if unit else x).to(device, dtype)
+
+
+def layout(name: str, queries: int, keys: int, device: str) -> dict[str, Tensor]:
+    """Arguments of ``info_nce`` that exclude keys in one of four ways."""
+    draw = torch.Generator().manual_seed(queries * 1000 + keys)
+    if name == "groups":
+        ids = [torch.randint(0, 4, (n,), generator=draw).to(device) for n in (queries, keys)]
+        return {"q_group": ids[0], "k_group": ids[1], "positive": torch.arange(queries, device=device) % keys}
+    if name == "positive":
+        return {"positive": torch.randint(0, keys, (queries,), generator=draw).to(device)}
+    if name == "many":
+        return {"positive": torch.randint(0, keys, (queries, 3), generator=draw).to(device)}
+    return {} if queries <= keys else {"positive": torch.arange(queries, device=device) % keys}
+
+
+def with_gradients(function, inputs: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The result of ``function`` and its gradients with respect to all inputs, in float64."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    return [out.detach().double(), *(g.double() for g in grads)]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    assert not found.isnan().any()
+    same = torch.where(found == truth, 0, found - truth)  # -inf equals -inf
+    return float(same.norm() / truth[truth.isfinite()].norm().clamp(min=1e-30))
+
+
+def assert_at_most_twice_torch(fused, reference, inputs: list[Tensor], floor: float = 4.0) -> None:
+    """Against float64: at most twice the error of plain torch in the same precision, or ``floor`` roundings of the
+    output.
+
+    The floor stands for results (a loss of exactly 0, say) that torch happens to round to no error at all.
+    """
+    truth = with_gradients(reference, inputs, torch.float64)
+    plain = with_gradients(reference, inputs)
+    for i, (mine, theirs, exact) in enumerate(zip(with_gradients(fused, inputs), plain, truth, strict=True)):
+        kind = torch.float32 if i == 0 else inputs[i - 1].dtype
+        allowed = 2 * error(torch.nan_to_num(theirs), exact) + floor * torch.finfo(kind).eps
+        found = error(mine, exact)
+        assert found <= allowed or float((mine - exact).norm()) < 1e-6 * torch.finfo(kind).eps, (i, found, allowed)

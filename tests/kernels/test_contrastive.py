@@ -1,0 +1,239 @@
+"""The contrastive primitive on the CPU path: exactness, extremes, memory, and everything PyTorch does with an op."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from contrastive_cases import LAYOUTS, SHAPES, assert_at_most_twice_torch, embeddings, error, layout, with_gradients
+from torch.utils.checkpoint import checkpoint
+
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, tiled
+from vito_kernels.tiled import Exclusion, Role
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[None, 16], ids=["one tile", "many tiles"])
+def tile_rows(request, monkeypatch):
+    """Also with tiles so small that every shape has whole, ragged and diagonal ones."""
+    if request.param:
+        monkeypatch.setattr(tiled, "ROWS", request.param)
+        monkeypatch.setattr(tiled, "COLUMNS", request.param + 8)
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_info_nce_is_as_exact_as_torch(dtype, shape, kind, unit, tile_rows):
+    m, n, width = shape
+    q, k = (embeddings(rows, width, dtype, "cpu", i, unit) for i, rows in enumerate((m, n)))
+    kwargs = layout(kind, m, n, "cpu") | {"temperature": 0.1, "reduction": "none"}
+    assert_at_most_twice_torch(lambda *x: info_nce(*x, **kwargs), lambda *x: reference.info_nce(*x, **kwargs), [q, k])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.013, 0.07, 2.0])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_similarity_lse_and_its_scale(temperature, grouped, tile_rows):
+    q, k = embeddings(40, 32, torch.float32, "cpu", 0), embeddings(70, 32, torch.float32, "cpu", 1)
+    ids = {"q_group": torch.arange(40) // 3, "k_group": torch.arange(70) // 3} if grouped else {}
+    scale = torch.tensor(1 / temperature)
+    assert_at_most_twice_torch(
+        lambda *x: similarity_lse(*x, **ids), lambda *x: reference.similarity_lse(*x, **ids), [q, k, scale]
+    )
+
+
+@pytest.mark.parametrize("loss", ["clip", "ntxent"])
+@pytest.mark.parametrize("rows", [1, 2, 45])
+@pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
+def test_two_sided_losses(loss, rows, scale, tile_rows):
+    x, y = embeddings(rows, 32, torch.float32, "cpu", 0), embeddings(rows, 32, torch.float32, "cpu", 1)
+    pair = {"clip": (clip_loss, reference.clip_loss), "ntxent": (ntxent, reference.ntxent)}[loss]
+    factor = torch.tensor(scale if loss == "clip" else 1 / scale)
+    assert_at_most_twice_torch(*pair, [x, y, factor], floor=32)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.999, 0.9999])
+def test_the_gradient_survives_a_confident_positive(p):
+    """Peers put the positive into a low-precision product and lose what is left of 1 - p.
+
+    The gradient in bfloat16 is one rounding of the true one: compared as computed, before it, the error is under 1e-3.
+    """
+    m, width = 64, 64
+    k = embeddings(m, width, torch.bfloat16, "cpu", 0)
+    q = (k.float() + 0.02 * embeddings(m, width, torch.float32, "cpu", 1)).bfloat16()
+    low, high = 0.1, 60.0
+    for _ in range(40):  # the scale at which the typical positive has probability p
+        scale = (low + high) / 2
+        typical = (scale * q.double() @ k.double().T).softmax(1).diagonal().median()
+        low, high = (scale, high) if typical < p else (low, scale)
+    truth = with_gradients(lambda a, b: reference.info_nce(a, b, temperature=1 / scale), [q, k], torch.float64)
+    mine = with_gradients(lambda a, b: info_nce(a, b, temperature=1 / scale), [q, k])
+    wide = with_gradients(lambda a, b: info_nce(a, b, temperature=1 / scale), [q.float(), k.float()])
+    for found, whole, exact in zip(mine, wide, truth, strict=True):
+        assert error(whole, exact) < 1e-3
+        assert error(found, exact) < max(1e-3, 2**-8)  # half a unit in the last place of bfloat16
+
+
+def test_all_keys_excluded():
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (3, 5))
+    same = {"q_group": torch.zeros(3, dtype=torch.long), "k_group": torch.zeros(5, dtype=torch.long)}
+    lse = similarity_lse(q, k, 7.0, **same)
+    assert (lse == -torch.inf).all()
+    loss = info_nce(q, k, **same)
+    loss.backward()
+    assert loss == 0
+    assert not q.grad.any()
+    assert not k.grad.any()
+
+
+def test_identical_keys_count_as_many():
+    q, key = embeddings(4, 16, torch.float32, "cpu", 0), embeddings(1, 16, torch.float32, "cpu", 1)
+    lse = similarity_lse(q, key.expand(1000, -1).contiguous(), 3.0)
+    torch.testing.assert_close(lse, (3 * q @ key.T)[:, 0] + torch.log(torch.tensor(1000.0)))
+
+
+def test_strided_rows_are_read_in_place():
+    wide = embeddings(40, 64, torch.float32, "cpu", 0)
+    q, k = wide[::2, :32], wide[1::2, 32:]
+    torch.testing.assert_close(similarity_lse(q, k, 5.0), similarity_lse(q.contiguous(), k.contiguous(), 5.0))
+    torch.testing.assert_close(similarity_lse(q.T.contiguous().T, k, 5.0), similarity_lse(q, k, 5.0))
+
+
+def test_gradcheck_in_float64(tile_rows):
+    q, k = (embeddings(n, 4, torch.float64, "cpu", n).requires_grad_() for n in (3, 28))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    ids = {"q_group": torch.arange(3) // 2, "k_group": torch.arange(28) // 4}
+    many = torch.tensor([[0, 3], [1, 1], [27, 18]])
+    torch.autograd.gradcheck(lambda *x: similarity_lse(*x, **ids), (q, k, scale))
+    torch.autograd.gradcheck(lambda a, b, t: info_nce(a, b, temperature=t, positive=many), (q, k, scale))
+    torch.autograd.gradcheck(lambda b, s: clip_loss(b, b.roll(1, 0), s), (k, scale))
+    torch.autograd.gradcheck(lambda b, t: ntxent(b[:14], b[14:], t), (k, scale))
+
+
+def test_gradcheck_where_a_running_maximum_is_needed():
+    q, k = (4 * embeddings(n, 4, torch.float64, "cpu", n) for n in (4, 7))
+    scale = torch.tensor(30.0, dtype=torch.float64)
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    torch.autograd.gradcheck(lambda a, b: similarity_lse(a, b, scale), (q, k), rtol=1e-4)
+    torch.autograd.gradcheck(lambda a, b: clip_loss(a, b[:4], scale), (q, k), rtol=1e-4)
+
+
+def test_ops_are_registered_in_full():
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
+    scale = torch.tensor(3.0, requires_grad=True)
+    ids = (torch.arange(6) // 2, torch.arange(9) // 2)
+    ops = torch.ops.vito_kernels
+    for args in (
+        (q, k, scale, None, None, None, 0, True),
+        (q, k, scale, *ids, None, None, True),
+        (q, k.detach(), scale.detach(), None, None, torch.tensor([[1]] * 6), None, True),
+    ):
+        torch.library.opcheck(ops.contrast.default, args)
+    torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1))
+    torch.library.opcheck(ops.self_contrast.default, (q, scale, 2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda q, k: info_nce(q, k, temperature=0.2),
+        lambda q, k: info_nce(q, k, hard_negatives=1.0, debias=0.1),
+        lambda q, k: similarity_lse(q, k, 4.0, q_group=torch.arange(6), k_group=torch.arange(9)).sum(),
+        lambda q, k: clip_loss(q, k[:6], 4.0),
+        lambda q, k: ntxent(q, k[:6], 0.3),
+    ],
+    ids=["info_nce", "options", "lse", "clip", "ntxent"],
+)
+def test_under_every_transform_of_pytorch(loss):
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
+    expected = torch.autograd.grad(loss(q, k), (q, k))
+    again = torch.func.grad(loss, argnums=(0, 1))(q.detach(), k.detach())
+    held = torch.autograd.grad(checkpoint(loss, q, k, use_reentrant=False), (q, k))
+    for found in (again, held):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    first = torch.autograd.grad(loss(q, k), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"no second derivative.*vito_kernels\.reference"):
+        first.sum().backward()
+
+
+def test_compiles_without_a_graph_break():
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
+
+    def step(q, k):
+        return info_nce(2 * q, k, temperature=0.2) + clip_loss(q, k[:6], 4.0) + ntxent(q, k[:6], 0.3)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), step(q, k))
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k), (q, k)), torch.autograd.grad(step(q, k), (q, k)))
+
+
+def test_autocast_rounds_the_embeddings_and_nothing_else():
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(q, k, temperature=0.07)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, info_nce(q.bfloat16(), k.bfloat16(), temperature=0.07))
+    assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
+
+
+def test_no_gradient_costs_half():
+    """Without a gradient the mean of the keys is not made; with one, the backward pass of q is a scaling."""
+    q, k = (embeddings(n, 16, torch.float32, "cpu", n) for n in (6, 9))
+    seen = []
+    ops = torch.ops.vito_kernels
+    original = tiled.forward
+
+    def spy(*args):
+        seen.append(args[-1])
+        return original(*args)
+
+    tiled.forward = spy
+    try:
+        similarity_lse(q, k, 2.0)
+        similarity_lse(q, k.requires_grad_(), 2.0)
+        similarity_lse(q.requires_grad_(), k, 2.0)
+        with torch.no_grad():
+            similarity_lse(q, k, 2.0)
+    finally:
+        tiled.forward = original
+    assert seen == [False, False, True, False]
+    assert ops.contrast(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
+
+
+def test_one_sided_key_gradient_equals_the_two_role_form():
+    x, y = embeddings(30, 16, torch.float32, "cpu", 0), embeddings(20, 16, torch.float32, "cpu", 1)
+    scale, weight = torch.tensor(6.0), torch.rand(30)
+    lse = similarity_lse(x, y, scale)
+    alone = tiled.gradient(x, y, scale, Role(lse * tiled.LOG2E, weight), None, Exclusion(), False, True)[1]
+    columns = Role(similarity_lse(y, x, scale) * tiled.LOG2E, torch.zeros(20))
+    torch.testing.assert_close(
+        alone, tiled.gradient(x, y, scale, Role(lse * tiled.LOG2E, weight), columns, Exclusion(), True, True)[1]
+    )
+
+
+MEMORY = """
+import resource, torch
+from vito_kernels import info_nce
+q = torch.nn.functional.normalize(torch.randn({n}, 256), dim=1).requires_grad_()
+k = torch.nn.functional.normalize(torch.randn({n}, 256), dim=1)
+info_nce(q[:64], k[:64]).backward()
+q.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+info_nce(q, k).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_matrix():
+    """At M = N = 12288 the matrix alone would take 576 MiB, and autograd three of it."""
+    run = subprocess.run([sys.executable, "-c", MEMORY.format(n=12288)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 100
+
+
+def test_nothing_of_triton_is_imported():
+    script = "import sys, torch, vito_kernels; vito_kernels.info_nce(*torch.ones(2, 3, 16)); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
