@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from videos import pictures, write
@@ -162,6 +163,16 @@ def awkward(tmp_path):
     path.write_bytes(damaged)
     (root / "no-moov.mp4").write_bytes(good.read_bytes()[:-2000])
     write(root / "short.mp4", pictures(10))
+    with av.open(str(good)) as reader, av.open(str(root / "cut.mp4"), "w", options={"movflags": "faststart"}) as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                writer.mux(packet)
+    with av.open(str(root / "cut.mp4")) as reader:
+        places = [packet.pos for packet in reader.demux(video=0) if packet.size]
+    os.truncate(root / "cut.mp4", places[20])
+    os.link(write(tmp_path / "odd.mp4", pictures(30, seed=8)), os.fsencode(root) + b"/line\nbreak-\xff.mp4")
     (root / "notes.txt").write_text("not looked at")
     outside = write(tmp_path / "secret.mp4", pictures(30, seed=7))
     (root / "link.mp4").symlink_to(outside)
@@ -175,14 +186,15 @@ def awkward(tmp_path):
 
 def test_what_is_left_out_and_why(awkward, tmp_path):
     report = pack(awkward, tmp_path / "s", **QUIET)
-    assert {clip[0] for clip in contents(tmp_path / "s")} == {"again.mp4"}
+    assert {clip[0] for clip in contents(tmp_path / "s")} == {"again.mp4", "line\nbreak-\udcff.mp4"}
     reasons = quarantine(tmp_path / "s")
     assert reasons.keys() == {
-        "good.mp4", "in.mp4", "text.mp4", "empty.mp4", "damaged.mp4", "no-moov.mp4", "link.mp4", "loop.mp4",
+        "good.mp4", "in.mp4", "text.mp4", "empty.mp4", "cut.mp4", "damaged.mp4", "no-moov.mp4", "link.mp4", "loop.mp4",
         "dangling.mp4", "pipe.mp4",
     }  # fmt: skip
     assert reasons["good.mp4"] == reasons["in.mp4"] == "same content as another file: again.mp4"
     assert reasons["link.mp4"] == "link leads outside the folder"
+    assert reasons["cut.mp4"].startswith("cut short: ")
     assert reasons["pipe.mp4"] == "no regular file"
     assert "damaged" in reasons["damaged.mp4"] or "cannot be decoded" in reasons["damaged.mp4"]
     for name in ("text.mp4", "empty.mp4", "no-moov.mp4"):
@@ -218,6 +230,13 @@ def test_output_not_writable(folder, tmp_path):
         pack(folder, tmp_path / "file" / "s", **QUIET)
     with pytest.raises(UserError, match="cannot write the store /proc/none"):
         pack(folder, "/proc/none", **QUIET)
+
+
+def test_a_folder_of_other_things_is_not_touched(folder, tmp_path):
+    (tmp_path / "shard-00000.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds other files \(shard-00000\.bin"):
+        pack(folder, tmp_path, **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.bin"]
 
 
 def test_senseless_options(folder, tmp_path):

@@ -221,7 +221,11 @@ def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
 
 def picture_sum(frame: VideoFrame) -> int:
     """Checksum of a frame's samples, line padding left out."""
-    return checksum(np.ascontiguousarray(frame.to_ndarray()))
+    try:
+        samples = frame.to_ndarray()
+    except ValueError:  # a sample format that PyAV does not lay out as an array
+        samples = rgb(frame, turn=False)
+    return checksum(np.ascontiguousarray(samples))
 
 
 def _rotation(path: Path) -> int:

@@ -60,9 +60,14 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file's container and first video stream; what FFmpeg or the file system says against it becomes BadVideo."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream):
                 raise BadVideo("no video stream")
-            yield container, container.streams.video[0]
+            if container.format.name.startswith("mov"):  # MP4: its index says how long the file must be
+                end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+                if end > path.stat().st_size:
+                    raise BadVideo(f"cut short: {path.stat().st_size} bytes of at least {end}")
+            yield container, stream
     except av.FFmpegError as error:
         raise BadVideo(f"cannot be decoded: {error.strerror}") from None
 

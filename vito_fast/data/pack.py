@@ -104,6 +104,7 @@ def pack(
     if (store / "index.bin").exists():
         return _finished(store, options, listing)
     try:
+        _same_place(store)
         (store / ".pack").mkdir(parents=True, exist_ok=True)
         with _locked(store / ".pack" / f"part-{number}.lock", store):
             _same_options(store / ".pack" / "options.json", options)
@@ -112,6 +113,14 @@ def pack(
             return _finish(store, options, listing, parts)
     except OSError as error:
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
+
+
+def _same_place(store: Path) -> None:
+    """Only a new folder, an empty one, or one that packing has begun is written to: nobody's files are touched."""
+    if store.is_dir() and not (store / ".pack").is_dir():
+        others = sorted(path.name for path in store.iterdir() if path.name != "quarantine.jsonl")
+        if others:
+            raise UserError(f"{store} holds other files ({others[0]}, ...): pack into a new folder")
 
 
 def _parse_part(part: str) -> tuple[int, int]:
