@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._triton import Spec, jit, processors, use_triton
+from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +150,8 @@ def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     """features (B, L, C), logits (B, L) -> pooled (B, C), weights (B, L), both float32 (float64 if either input is)."""
     dtype = _compute_dtype(features, logits)
     if features.shape[0] and dtype == torch.float32 and use_triton(features):
-        return launch_forward(features, logits.contiguous())
+        with on_device(features):
+            return launch_forward(features, logits.contiguous())
     with torch.autocast(features.device.type, enabled=False):
         weights = torch.softmax(logits.to(dtype), 1)
         return torch.bmm(weights[:, None], features.to(dtype))[:, 0], weights
@@ -171,7 +172,8 @@ def attention_pool_backward_op(
     g_pooled = g_pooled.contiguous()
     g_weights = None if g_weights is None else g_weights.contiguous()
     if features.shape[0] and weights.dtype == torch.float32 and use_triton(features):
-        return launch_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
+        with on_device(features):
+            return launch_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
     with torch.autocast(features.device.type, enabled=False):
         pull = torch.bmm(features.to(weights.dtype), g_pooled[:, :, None])[:, :, 0]
     pull = pull if g_weights is None else pull + g_weights

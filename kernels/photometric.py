@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels import photometric_cpu
-from vito_kernels._triton import Spec, jit, use_triton
+from vito_kernels._triton import Spec, jit, on_device, use_triton
 from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -316,7 +316,8 @@ def photometric_op(
     if not images.is_cuda:
         _check_values(params)
     if images.shape[0] and use_triton(images):
-        return launch(images, params, radius, mean, std, dtype)
+        with on_device(images):
+            return launch(images, params, radius, mean, std, dtype)
     with torch.autocast(images.device.type, enabled=False):
         return photometric_cpu.photometric(images, params, radius, mean, std, dtype)
 
