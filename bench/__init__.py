@@ -1,4 +1,1 @@
-"""Benchmarks of vito-fast:
-
-races against the reference, the peers and the machine's own limit. Run ``python -m bench``.
-"""
+"""Races against the reference, the peers and the machine's own limit. Run ``python -m bench``."""

@@ -40,7 +40,7 @@ def main() -> int:
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return status  # nothing ran: a file from before stays as it is
     if options.static:
-        static.add(results)
+        static.add(results, options.quick)
     report.write(results, options.report)
     print(f"results: {os.path.relpath(results)}\nreport:  {os.path.relpath(options.report)}")
     return status

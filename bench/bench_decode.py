@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bench.harness import Candidate, Result, Work, absent
-from bench.readers import READERS, Reader
 from bench.videos import Request, originals, requests, sequential, store
 from vito_fast.data.decode import Decoder
+from vito_fast.data.peers import PairReader, installed
 from vito_fast.data.store import Store
 
 pytestmark = pytest.mark.cpu_only
@@ -31,8 +31,8 @@ def delivered(frames: Sequence[np.ndarray]) -> Result:
     return (torch.from_numpy(np.stack([small(frame) for frame in frames])),)
 
 
-def by_reader(reader: Reader, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
-    return lambda: delivered([frame for one in asked for frame in reader(files[one.video], one.frames)])
+def by_reader(reader: PairReader, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
+    return lambda: delivered([frame for one in asked for frame in reader(files[one.video], list(one.frames))])
 
 
 def by_store(folder: Path, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
@@ -101,13 +101,9 @@ def wrong_or_far(truths: dict[int, np.ndarray], asked: list[Request]) -> Callabl
 
 
 def peers(files: list[Path], asked: list[Request]) -> list[Candidate]:
-    found = []
-    for name, make in READERS.items():
-        try:
-            found.append(Candidate(name, by_reader(make(), files, asked)))
-        except (ImportError, RuntimeError, OSError) as error:
-            found.append(absent(name, f"not installed ({str(error).splitlines()[0]})"))
-    return found
+    readers, missing = installed()
+    found = [Candidate(name, by_reader(reader, files, asked)) for name, reader in readers.items()]
+    return found + [absent(name, f"not installed ({why})") for name, why in missing.items()]
 
 
 def decode_race(

@@ -1,7 +1,4 @@
-"""InfoNCE with keys that carry no gradient (momentum targets, queues, locked towers):
-
-loss and the gradient of the queries.
-"""
+"""InfoNCE whose keys carry no gradient (momentum targets, queues, locked towers): loss and the queries' gradient."""
 
 from __future__ import annotations
 
@@ -144,10 +141,7 @@ def test_low_precision(race: Any, device: torch.device, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("views", [2, pytest.param(3, marks=FULL), pytest.param(4, marks=FULL)])
 def test_over_views(race: Any, device: torch.device, views: int) -> None:
-    """The loss of a step:
-
-    every view's queries against every other view's keys, 1024 videos; no key of the same video counts.
-    """
+    """A step's loss: all views' queries against all other views' keys of 1024 videos; keys of one's own video are out."""
     batch, d = 1024, 256
     q, k = pair(views * batch, views * batch, d, device)
     video = torch.arange(batch, device=device)

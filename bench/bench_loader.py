@@ -1,7 +1,4 @@
-"""The whole data path with all augmentations, from files to normalised views:
-
-ours against the best public CPU parts.
-"""
+"""From files to augmented, normalised views: our loader against the best public CPU parts."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from torch import Tensor
 
 from bench.bench_photometric import torchvision_chain
 from bench.harness import Candidate, Result, Work, absent
-from bench.readers import READERS
 from bench.videos import originals, store
 from vito_fast.data.loader import ClipLoader
+from vito_fast.data.peers import installed
 from vito_fast.data.sampler import Sampler, SamplerConfig, Samples
-from vito_fast.data.store import Store, frames
+from vito_fast.data.store import frames
 from vito_kernels import reference
 
 pytestmark = pytest.mark.cpu_only
@@ -30,25 +27,23 @@ THREADS = len(os.sched_getaffinity(0))
 Colour = Callable[[Tensor, Tensor], Tensor]
 
 
-def ours(folder: Path, numbers: np.ndarray, config: SamplerConfig) -> Callable[[], Result]:
-    """Batches as the loader makes them, without prefetching, so that nothing runs in other candidates' turns."""
-    loader = ClipLoader(folder, len(numbers), seed=1, sampler=config, threads=THREADS, prefetch=0)
-    assert np.array_equal(loader.numbers(0), numbers)
-    return lambda: loader.batch(0)["views"]
+def ours(folder: Path, batch: int) -> tuple[Callable[[], Result], ClipLoader]:
+    """Batch 0, made when asked for: nothing is made ahead, so nothing of ours runs in other candidates' turns."""
+    loader = ClipLoader(folder, batch, seed=1, threads=THREADS)
+    return lambda: loader.batch(0)["views"], loader
 
 
 def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, colour: Colour) -> Candidate:
     """A public reader, torchvision's crop and resize, and ``colour``; samples spread over as many threads."""
     from torchvision.transforms.v2 import functional as F
 
-    try:
-        read = READERS["torchcodec"]()
-    except (ImportError, RuntimeError, OSError) as error:
-        return absent(name, f"not installed ({str(error).splitlines()[0]})")
+    readers, missing = installed()
+    if "torchcodec" in missing:
+        return absent(name, f"not installed ({missing['torchcodec']})")
+    read = readers["torchcodec"]
 
     def sample(number: int) -> Tensor:
-        first, second = (int(frame) for frame in samples.frame[number])
-        pictures = read(files[int(samples.clip[number])], (first, second))
+        pictures = read(files[int(samples.clip[number])], samples.frame[number].tolist())
         views = []
         for view, picture in enumerate(pictures):
             y, x, height, width = (int(value / scale) for value in samples.crop[number, view])
@@ -84,31 +79,28 @@ def exactly(folder: Path, samples: Samples) -> Result:
 
 
 def mean_distance(got: Result, truth: Result) -> float:
-    """Mean distance in grey levels over all views:
-
-    decoders and resizers differ by a few, another frame or crop by dozens.
-    """
+    """Mean distance in grey levels: decoders and resizers differ by a few, another frame or crop by dozens."""
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
     return max(((mine.double() - true).abs() * std * 255).mean().item() for mine, true in zip(got, truth, strict=True))
 
 
 def test_jpeg_store(race: Any) -> None:
     """Sixteen pairs of 224 px views; the others read the 256p originals with a key every 12 frames."""
-    files, count = originals(256, 12, 2), 16
+    count = 16
+    files = originals(256, 12, count, frames=100)
     folder = store(files, "jpeg")
-    opened, config = Store(folder), SamplerConfig()
-    numbers = np.arange(count)
-    samples = Sampler(opened.index, config, 1).sample(numbers)
+    mine, loader = ours(folder, count)
+    index = loader.store.index
+    samples = Sampler(index, SamplerConfig(), 1).sample(np.arange(count))
     by_source = {file.name: file for file in files}
-    infos = {clip: opened.index.clip(clip) for clip in range(len(opened))}
-    by_clip = {clip: by_source[info.source] for clip, info in infos.items()}
-    scale = infos[0].height / 256
+    by_clip = {clip: by_source[index.clip(clip).source] for clip in range(count)}
+    scale = index.clip(0).height / 256
     exact_colours: Colour = reference.photometric
     quick_colours: Colour = lambda images, params: torchvision_chain(images, params, 23)  # noqa: E731
     context = by_parts("torchcodec + torchvision v2", by_clip, samples, scale, quick_colours)
     context.role, context.note = "context", context.note or "colour formulas of its own"
     candidates = [
-        Candidate("vito_fast jpeg store", ours(folder, numbers, config), "ours"),
+        Candidate("vito_fast jpeg store", mine, "ours"),
         by_parts("torchcodec + torch", by_clip, samples, scale, exact_colours),
         context,
     ]

@@ -1,7 +1,4 @@
-"""The C++ sampler and index:
-
-fully parameterised samples a second on one core, and opening an index of 1.2 million clips.
-"""
+"""The C++ core: fully parameterised samples on one core, and opening an index of 1.2 million clips."""
 
 from __future__ import annotations
 

@@ -296,10 +296,7 @@ class Race:
         return self.record()
 
     def speedup(self, runner: _Runner) -> dict[str, float]:
-        """How many times as fast as ``runner`` we are:
-
-        median over the rounds of the ratio within a round, and its spread.
-        """
+        """How many times as fast as ``runner`` we are: median and spread of the ratio within a round."""
         common = [turn for turn in runner.times if turn in self.ours.times]
         ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in common)
         return {"speedup": statistics.median(ratios), "speedup_spread": spread(ratios)}

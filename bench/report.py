@@ -1,7 +1,4 @@
-"""``bench/report.html`` from a results file:
-
-one self-contained page, tables and plots, light and dark, also on a phone.
-"""
+"""``bench/report.html`` from a results file: one self-contained page, light and dark, also on a phone."""
 
 from __future__ import annotations
 
@@ -174,10 +171,7 @@ def _rates(record: Record) -> str:
 
 
 def _plots(suite: str, cases: list[Record]) -> list[str]:
-    """The curves of a suite:
-
-    every case name, against every parameter that takes several values while the others stand.
-    """
+    """The curves of a suite: each case against each parameter that takes three values while the others stand."""
     found = []
     for case in dict.fromkeys(record["case"] for record in cases):
         mine = [record for record in cases if record["case"] == case]

@@ -13,10 +13,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parent.parent / "build/bench-data/1"
+FOLDER = Path(__file__).resolve().parent.parent / "build/bench-data/2"
 FRAMES, RATE = 250, 25
 SIZES = {256: (256, 456), 720: (720, 1280)}  # short side: height, width
-PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "chelsea")
+PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "chelsea")  # a video repeats one of them under another motion
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ def _scene(name: str, height: int, width: int) -> np.ndarray:
     return (np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)
 
 
-def _write(path: Path, name: str, side: int, gop: int) -> None:
+def _write(path: Path, number: int, side: int, gop: int, frames: int) -> None:
     height, width = SIZES[side]
-    scene = _scene(name, height, width)
+    scene = _scene(PHOTOGRAPHS[number % len(PHOTOGRAPHS)], height, width)
     down, right = scene.shape[0] - height, scene.shape[1] - width
     options = {"preset": "veryfast", "crf": "21", "threads": "1"}
     temporary = path.with_suffix(".part.mp4")
     with av.open(str(temporary), "w") as out:
         stream = out.add_stream("libx264", rate=RATE, options=options | {"x264-params": f"keyint={gop}:scenecut=0"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(FRAMES):
-            turn = 2 * np.pi * number / FRAMES
+        for time in range(frames):
+            turn = 2 * np.pi * time / FRAMES + number
             y, x = int(down * (0.5 + 0.5 * np.sin(turn))), int(right * (0.5 + 0.5 * np.cos(1.7 * turn)))
             frame = np.ascontiguousarray(scene[y : y + height, x : x + width])
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -69,14 +69,14 @@ def _write(path: Path, name: str, side: int, gop: int) -> None:
     temporary.rename(path)
 
 
-def originals(side: int, gop: int, count: int) -> list[Path]:
-    """``count`` H.264 files with B-frames, ten seconds each."""
-    folder = FOLDER / f"{side}p-gop{gop}"
+def originals(side: int, gop: int, count: int, frames: int = FRAMES) -> list[Path]:
+    """``count`` H.264 files with B-frames, of ``frames`` frames at 25 a second."""
+    folder = FOLDER / f"{side}p-gop{gop}-{count}x{frames}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{PHOTOGRAPHS[i]}.mp4" for i in range(count)]
-    for path in paths:
+    paths = [folder / f"{number:02}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
         if not path.exists():
-            _write(path, path.stem, side, gop)
+            _write(path, number, side, gop, frames)
     return paths
 
 
