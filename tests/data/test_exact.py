@@ -79,6 +79,18 @@ def test_shot_changes(tmp_path):
     assert [store.index.clip(i).num_frames for i in range(len(store))] == [20, 20, 15]
 
 
+@pytest.mark.parametrize("format", ["jpeg", "copy"])
+def test_a_gap_in_time_ends_the_clip(format, tmp_path):
+    times = [40 * n + (60_000 if n >= 25 else 0) for n in range(40)]
+    path = write(tmp_path / "a.mkv", pictures(40), times=times, b_frames=2, options={"preset": "veryfast"})
+    pack(path, tmp_path / "s", format=format, min_length=0, progress=False, processes=1)
+    store = Store(tmp_path / "s")
+    assert [store.index.clip(clip).num_frames for clip in range(len(store))] == [25, 15]
+    assert [store.index.clip(c).end - store.index.clip(c).start for c in range(2)] == pytest.approx(
+        [1.0, 0.6], abs=0.05
+    )
+
+
 def test_variable_frame_rate(tmp_path):
     times = np.cumsum(np.random.default_rng(1).integers(10, 190, 30)).tolist()
     path = write(tmp_path / "a.mkv", pictures(30), times=times, b_frames=2, options={"preset": "veryfast"})

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.cutting import PackedClip, PackedFile, PackOptions, Shard, ShotDetector
+from vito_fast.data.cutting import GAP, PackedClip, PackedFile, PackOptions, Shard, ShotDetector
 from vito_fast.data.decode import BadPackets, Decoder, open_decoder
 from vito_fast.data.index import (
     DISCARD,
@@ -132,12 +132,15 @@ class Copier:
         length, shortest = self.options.clip_length / stream.time_base, self.options.min_length / stream.time_base
         first = 0
         for place in range(1, len(shown) + 1):
-            whole = place == len(shown)
-            if not whole:
-                long = ticks[shown[place]] - ticks[shown[first]] >= length
-                if stream.outputs[shown[place]] not in stream.shots and not long:
-                    continue
-            end = int(ticks[shown[place]]) if not whole else int(ticks[shown[-1]]) + step
+            end = int(ticks[shown[place - 1]]) + step
+            if place < len(shown):
+                here = int(ticks[shown[place]])
+                gap = (here - ticks[shown[place - 1]]) * stream.time_base > GAP
+                if not gap:
+                    end = here
+                    long = here - ticks[shown[first]] >= length
+                    if stream.outputs[shown[place]] not in stream.shots and not long:
+                        continue
             if end - int(ticks[shown[first]]) >= shortest:
                 self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
             else:

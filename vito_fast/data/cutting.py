@@ -18,6 +18,10 @@ TICKS = Fraction(1, 90000)
 """Time base of re-encoded clips: exact for all usual frame rates."""
 
 
+GAP = 2.0
+"""Seconds between two frames that end a clip: the recording was interrupted, or a time is wrong."""
+
+
 @dataclass(frozen=True)
 class PackOptions:
     """What a store is made of; two runs with equal options on the same files make the same clips."""
@@ -237,6 +241,7 @@ class Cutter:
         """Packs ``path``; raises BadVideo. The caller takes back what was appended if it raises."""
         source, detector = Source(path), ShotDetector()
         tokens: list[int] = []
+        latest = 0.0
         size: tuple[int, int] | None = None
         for token, frame in source.frames():
             shape = fitted(*upright(frame), self.options.short_side)
@@ -247,6 +252,8 @@ class Cutter:
             number, seconds = len(tokens), self._seconds(source, token, len(tokens))
             tokens.append(token)
             cut = detector(picture) and self.options.shot_cuts
+            cut = cut or seconds - latest > GAP
+            latest = max(latest, seconds) if number else seconds
             if self._clip and (cut or seconds - self._clip.start >= self.options.clip_length - 1e-6):
                 self._close(number, source)
             if self._clip is None:
@@ -301,7 +308,9 @@ class Cutter:
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
             clip.pts = ticks[first:end] - ticks[first]
-            following = ticks[end] if end < len(ticks) else ticks[end - 1] + last
+            following = ticks[end - 1] + last
+            if end < len(ticks) and (ticks[end] - ticks[end - 1]) * TICKS <= GAP:
+                following = ticks[end]
             clip.end = int(max(following - ticks[first], clip.pts[-1] + 1))
         self.result.rate = float(source.rate)
 

@@ -63,6 +63,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise BadVideo("no video stream")
+            if stream.codec_context is None:
+                raise BadVideo("no decoder for its codec")
             if container.format.name.startswith("mov"):  # MP4: its index says how long the file must be
                 end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
                 if end > path.stat().st_size:

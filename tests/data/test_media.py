@@ -1,0 +1,130 @@
+"""Properties of the parts of packing, and mutated files: refused, or read exactly."""
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exact import sequential
+from videos import pictures, write
+
+from vito_fast.data.cutting import PackedClip, PackedFile, ShotDetector
+from vito_fast.data.journal import Journal, Rejected
+from vito_fast.data.media import BadVideo, fitted, presentation_times
+from vito_fast.data.pack import pack
+from vito_fast.data.store import Store, frames
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-1000, 1000)), min_size=1, max_size=60), st.integers(1, 50))
+def test_times_always_increase(pts, step):
+    ticks = presentation_times(pts, step)
+    assert len(ticks) == len(pts)
+    assert (np.diff(ticks) > 0).all()
+    if None not in pts and len(set(pts)) == len(pts):
+        assert ticks.tolist() == sorted(pts)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(16, 512))
+def test_fitted_keeps_the_shape(height, width, short):
+    h, w = fitted(height, width, short)
+    assert h % 2 == w % 2 == 0
+    assert min(h, w) <= max(2, short + 1)
+    scale = min(1, short / min(height, width))
+    assert abs(h - height * scale) <= 2
+    assert abs(w - width * scale) <= 2
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1))
+def test_shots_are_told_from_motion(seed):
+    moving = pictures(24, seed=seed)
+    detector = ShotDetector()
+    found = [n for n, picture in enumerate([*moving, *(255 - picture for picture in moving)]) if detector(picture)]
+    assert found == [24]
+
+
+def test_the_journal_gives_back_what_it_was_given(tmp_path):
+    (tmp_path / ".pack").mkdir()
+    rng = np.random.default_rng(0)
+    clip = PackedClip(
+        codec="h264", width=640, height=361, rotation=90, shard=0, time_base=Fraction(1, 12800), end=9000,
+        extradata=b"\0\xff",
+        pts=np.array([0, 512, 2**40]), offsets=np.array([0, 5, 9]), sizes=np.array([5, 4, 3]),
+        checksums=rng.integers(0, 2**32, 3).astype(np.uint32), flags=np.array([1, 0, 8], np.uint8),
+    )  # fmt: skip
+    names = {
+        "plain.mp4": PackedFile([clip], 25.0, 2),
+        "line\nbreak.mp4": Rejected("why"),
+        "bytes\udcff.mp4": PackedFile(),
+    }
+    journal = Journal(tmp_path, 1, 1)
+    (tmp_path / "shard-00000.bin").write_bytes(bytes(20))
+    for name, entry in names.items():
+        journal.add(name, entry)
+    journal.mark_done()
+    again = Journal(tmp_path, 1, 1)
+    assert again.entries.keys() == names.keys()
+    assert again.entries["line\nbreak.mp4"] == Rejected("why")
+    (same,) = again.entries["plain.mp4"].clips
+    for key, value in vars(clip).items():
+        assert np.array_equal(getattr(same, key), value), key
+    assert (tmp_path / "shard-00000.bin").stat().st_size == 12, "what no record knows of is cut off"
+    (tmp_path / "shard-00000.bin").write_bytes(bytes(11))
+    assert "plain.mp4" not in Journal(tmp_path, 1, 1).entries, "its packets are gone: it is packed again"
+
+
+def test_mutated_files_are_refused_or_read_exactly(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (tmp_path / "whole").mkdir()
+    kinds = [("a.mp4", "libx264", 2), ("b.mkv", "libx265", 2), ("c.webm", "libvpx-vp9", 0), ("d.ts", "libx264", 0)]
+    whole = [write(tmp_path / "whole" / name, pictures(12), codec, gop=6, b_frames=b) for name, codec, b in kinds]
+    rng = random.Random(3)
+    for number in range(60):
+        original = rng.choice(whole)
+        data = bytearray(original.read_bytes())
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.choice([1, 2, 5, 50])):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        (source / f"{number}{original.suffix}").write_bytes(data)
+    report = pack(source, tmp_path / "s", format="copy", min_length=0, progress=False, patience=20)
+    assert report.rejected
+    store = Store(tmp_path / "s")
+    clips: dict[str, list[int]] = {}
+    for clip in range(len(store)):
+        clips.setdefault(store.index.clip(clip).source, []).append(clip)
+    assert len(clips) >= 10
+    for name, numbers in clips.items():
+        _, truth = sequential(source / name)
+        got = [
+            picture for clip in numbers for picture in frames(store, clip, np.arange(store.index.clip(clip).num_frames))
+        ]
+        assert len(got) == len(truth), name
+        for place, (ours, theirs) in enumerate(zip(got, truth, strict=True)):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{name} frame {place}")
+
+
+def test_mutated_files_make_whole_jpeg_stores(tmp_path):
+    (tmp_path / "in").mkdir()
+    data = write(tmp_path / "a.mp4", pictures(12), gop=6).read_bytes()
+    rng = random.Random(5)
+    for number in range(40):
+        mutated = bytearray(data)
+        mutated[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+        (tmp_path / "in" / f"{number}.mp4").write_bytes(mutated)
+    report = pack(tmp_path / "in", tmp_path / "s", min_length=0, progress=False)
+    assert report.videos + sum(report.rejected.values()) == 40
+    assert min(report.videos, sum(report.rejected.values())) > 3
+    store = Store(tmp_path / "s")
+    for clip in range(len(store)):
+        assert len(frames(store, clip, np.arange(store.index.clip(clip).num_frames))) <= 12
+
+
+def test_reasons_are_one_line(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x" * 50)
+    with pytest.raises(BadVideo, match=r"^[^\n]+$"):
+        sequential(tmp_path / "a.mp4")
