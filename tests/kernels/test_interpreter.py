@@ -13,7 +13,7 @@ FILES = sorted(path.name for path in HERE.glob("test_*_kernel.py"))
 
 
 def test_there_are_kernel_tests():
-    assert len(FILES) >= 3
+    assert len(FILES) >= 2
 
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
