@@ -141,7 +141,7 @@ def test_low_precision(race: Any, device: torch.device, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("views", [2, pytest.param(3, marks=FULL), pytest.param(4, marks=FULL)])
 def test_over_views(race: Any, device: torch.device, views: int) -> None:
-    """A step's loss: all views' queries against all other views' keys of 1024 videos; keys of one's own video are out."""
+    """All views' queries against all other views' keys of 1024 videos, keys of one's own video left out."""
     batch, d = 1024, 256
     q, k = pair(views * batch, views * batch, d, device)
     video = torch.arange(batch, device=device)

@@ -23,12 +23,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values fall, and how they are written; ``ticks`` replaces the decades or the five even steps."""
+    """Where values fall, and how they are written; ``ticks`` replaces the powers of ``base`` or the five even steps."""
 
     label: str
     text: Callable[[float], str]
     log: bool = True
     ticks: Sequence[float] = ()
+    base: int = 10
 
 
 class _Scale:
@@ -54,9 +55,10 @@ class _Scale:
             step = _even_step(self._high / 5)
             return [step * i for i in range(int(self._high / step) + 1)]
         low, high = math.exp(self._low), math.exp(self._high)
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 2, 5) if high / low < 60 else (1,)
-        found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        base = float(axis.base)
+        decades = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
+        steps = (1, 2, 5) if base == 10 and high / low < 60 else (1,)
+        found = [step * base**decade for decade in decades for step in steps if low <= step * base**decade <= high]
         return found[:: max(1, math.ceil(len(found) / 7))]
 
 

@@ -84,14 +84,20 @@ def _section(name: str, title: str, note: str, body: str) -> str:
     return f'<section id="{name}"><h2>{escape(title)}</h2><p>{escape(note)}</p>{body}</section>'
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """A table in a box that scrolls sideways; the first column is text, the others are numbers. Cells are HTML."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], classes: Sequence[str] = (), kind: str = "plain"
+) -> str:
+    """A table in a box that scrolls sideways, of cells in HTML. The last cell of a short row spans the rest."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = ""
     for position, row in enumerate(rows):
         style = f' class="{classes[position]}"' if position < len(classes) and classes[position] else ""
-        body += f"<tr{style}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        *cells, last = row
+        span = f' colspan="{len(header) - len(cells)}"' if len(row) < len(header) else ""
+        body += f"<tr{style}>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"<td{span}>{last}</td></tr>"
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _summary(cases: list[Record]) -> str:
@@ -128,17 +134,8 @@ def _case(record: Record) -> str:
     for row in sorted(record["candidates"], key=lambda row: row.get("median_s", float("inf"))):
         styles.append(row["role"] if row["status"] == "ok" else "absent")
         if row["status"] != "ok":
-            rows.append(
-                [
-                    escape(row["name"]),
-                    row["role"],
-                    f"<small>{escape(row['status'])}: {escape(row['reason'])}</small>",
-                    "",
-                    "",
-                    "",
-                    "",
-                ]
-            )
+            why = f"<small>{escape(row['status'])}: {escape(row['reason'])}</small>"
+            rows.append([escape(row["name"]), row["role"], why])
             continue
         note = f" <small>{escape(row['reason'])}</small>" if row["reason"] else ""
         rows.append(
@@ -153,7 +150,7 @@ def _case(record: Record) -> str:
             ]
         )
     header = ["candidate", "role", "median", "spread", "ratio", "peak memory", "error"]
-    return f'<h3 id="{escape(record["id"])}">{escape(record["id"])}</h3>{_rates(record)}{table(header, rows, styles)}'
+    return f'<h3 id="{escape(record["id"])}">{escape(record["id"])}</h3>{_rates(record)}{table(header, rows, styles, "candidates")}'
 
 
 def _rates(record: Record) -> str:
@@ -184,7 +181,9 @@ def _plots(suite: str, cases: list[Record]) -> list[str]:
             x = Axis(name, count_or_power, ticks=ticks if len(ticks) < 8 else ticks[::2])
             label = f"{case}: %s against {name}" + (f" ({rest})" if rest else "")
             found.append(chart(label % "time", x, Axis("time", seconds_text), _series(family, name, _time)))
-            found.append(chart(label % "peak memory", x, Axis("memory", bytes_text), _series(family, name, _memory)))
+            found.append(
+                chart(label % "peak memory", x, Axis("memory", bytes_text, base=4), _series(family, name, _memory))
+            )
     return found
 
 

@@ -26,10 +26,7 @@ KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=1
 
 
 def add(results: Path, quick: bool) -> None:
-    """Adds ``static`` to a results file:
-
-    ``counts`` by name, ``kernels`` of the inspection, ``missing`` with reasons.
-    """
+    """Adds ``static`` to a results file: ``counts`` by name, ``kernels`` as compiled, ``missing`` with reasons."""
     content = json.loads(results.read_text())
     counts, missing = count()
     kernels = [] if content["device"] == "cuda" else inspect(quick, missing)

@@ -55,10 +55,7 @@ HEADER = ["case", "ours", "x reference", "x best peer", "of the limit", "peak me
 
 
 def suites(results: Record, *names: str) -> str:
-    """The summary rows of some suites:
-
-    our median, how many times as fast as reference and best peer, share of the limit, memory.
-    """
+    """Summary of some suites: our median, speed over reference and best peer, share of the limit, memory."""
     return markdown(HEADER, [_row(record) for record in results["cases"] if record["suite"] in names])
 
 

@@ -29,4 +29,4 @@ def bytes_text(count: float) -> str:
 
 
 def count_text(count: float) -> str:
-    return _scaled(count, [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1e-9, "")]).strip()
+    return _scaled(count, [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")]).strip()
