@@ -18,6 +18,7 @@
 #include "philox.hpp"
 #include "planner.hpp"
 #include "reader.hpp"
+#include "resize.hpp"
 #include "sampler.hpp"
 
 namespace py = pybind11;
@@ -324,6 +325,27 @@ void bind_reader(py::module_& m) {
           py::arg("clips").noconvert(), py::arg("frames").noconvert(), py::arg("miniclip"), py::arg("single_stream"));
 }
 
+void bind_resize(py::module_& m) {
+  m.def(
+      "resize_cubic",
+      [](const py::array_t<uint8_t>& picture, const std::array<size_t, 4>& window, bool vertically, bool horizontally,
+         Array<uint8_t>& out) {
+        if (picture.ndim() != 3 || picture.shape(2) != 3 || picture.strides(2) != 1 || picture.strides(1) != 3 ||
+            picture.strides(0) < 3 * picture.shape(1) || picture.size() == 0)
+          throw std::invalid_argument("the picture must be (height, width, 3) with whole rows of pixels");
+        if (out.ndim() != 3 || out.shape(0) != out.shape(1) || out.shape(2) != 3)
+          throw std::invalid_argument("out must be (size, size, 3)");
+        const Picture source{picture.data(), static_cast<size_t>(picture.shape(0)),
+                             static_cast<size_t>(picture.shape(1)), static_cast<size_t>(picture.strides(0))};
+        uint8_t* target = out.mutable_data();
+        const size_t size = static_cast<size_t>(out.shape(0));
+        const py::gil_scoped_release release;
+        resize_cubic(source, {window[0], window[1], window[2], window[3]}, vertically, horizontally, size, target);
+      },
+      py::arg("picture").noconvert(), py::arg("window"), py::arg("vertically"), py::arg("horizontally"),
+      py::arg("out").noconvert());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sampler, m) {
@@ -351,4 +373,5 @@ PYBIND11_MODULE(_sampler, m) {
   bind_index(m);
   bind_sampler(m);
   bind_reader(m);
+  bind_resize(m);
 }

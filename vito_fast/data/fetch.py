@@ -204,7 +204,7 @@ class Fetcher:
                 self._fail(part, sample, clip, "decode", str(error))
                 continue
             for picture, (y, x, height, width) in zip(pictures, part.samples.crop[sample.row], strict=True):
-                windows.append(np.ascontiguousarray(picture[y : y + height, x : x + width]))
+                windows.append(picture[y : y + height, x : x + width])
         good = [sample for sample in samples if not sample.failed]
         if not good:
             return []

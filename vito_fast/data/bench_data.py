@@ -1,0 +1,309 @@
+"""How fast a store can be read on this machine: the whole loader, and decoding alone beside the public readers.
+
+Everything is measured on the same requests, those of the store's own sampler. The candidates of the decoding race take
+turns within each round, so that a busy machine slows all alike; figures are medians over the rounds, and a reader that
+delivers another frame than the one asked for is named.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vito_fast.data.decode import Decoder
+from vito_fast.data.index import Read
+from vito_fast.data.loader import ClipLoader
+from vito_fast.data.peers import Frames, PairReader, installed
+from vito_fast.data.pipeline import Geometry
+from vito_fast.data.sampler import Sampler, SamplerConfig
+from vito_fast.data.store import Store
+from vito_fast.errors import UserError
+
+PACKAGES = ("torch", "nvidia-dali-cuda130", "av", "torchcodec", "decord2", "opencv-python-headless", "numpy")
+FAR = 12.0
+"""Mean distance in grey levels of two decodings beyond which they are not of one frame: a new coding costs up to 4."""
+
+
+def bench_data(
+    store: str | os.PathLike[str],
+    *,
+    originals: str | os.PathLike[str] | None = None,
+    batch_size: int = 32,
+    seconds: float = 10.0,
+    size: int = 224,
+    threads: int = 0,
+    device: str | None = None,
+    pairs: int = 16,
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a store; returns plain JSON values.
+
+    Args:
+        store: a folder written by ``pack``.
+        originals: the folder that was packed. The public readers then read these files; without it they read the
+            store's own clips, written to temporary files as they are coded.
+        batch_size, threads, device: of the loader; default device: the GPU if there is one.
+        seconds: how long the loader is measured, after one batch to warm up.
+        size: side of a view in pixels.
+        pairs, rounds: requests a round, and rounds, of the decoding race.
+        seed: of the requests.
+
+    Result: ``loader`` (pairs_per_s, d_per_u = packets decoded per frame used, bytes_per_pair, ms_per_pair and share of
+    read, decode and augment summed over the workers, failures), ``decode`` (for each candidate ms_per_pair and
+    pairs_per_s on one thread to ``size`` px, and frames ``far`` from ours; ``speedup`` over the best of the others),
+    ``machine``.
+    """
+    config = SamplerConfig(size=size)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
+    with ClipLoader(store, batch_size, seed=seed, sampler=config, threads=threads, device=device) as loader:
+        result["format"], result["clips"] = loader.store.format, len(loader.store)
+        result["loader"] = _loader(loader, seconds) | {"device": device, "batch_size": batch_size}
+    result["decode"] = decoding(store, originals=originals, size=size, pairs=pairs, rounds=rounds, seed=seed)
+    return result
+
+
+def _loader(loader: ClipLoader, seconds: float) -> dict[str, Any]:
+    def batches() -> Any:
+        while True:
+            yield from loader
+
+    endless = batches()
+    next(endless)
+    before, start = dataclasses.replace(loader.stats), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        next(endless)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    span = time.perf_counter() - start
+    endless.close()
+    gained = {
+        name: getattr(loader.stats, name) - getattr(before, name)
+        for name in ("samples", "failures", "bytes_read", "packets", "frames")
+    }
+    spent = {
+        name: getattr(loader.stats, f"{name}_seconds") - getattr(before, f"{name}_seconds")
+        for name in ("read", "decode", "augment")
+    }
+    count, total = gained["samples"], sum(spent.values())
+    return {
+        "pairs": count,
+        "seconds": round(span, 3),
+        "pairs_per_s": round(count / span, 2),
+        "d_per_u": round(gained["packets"] / gained["frames"], 3),
+        "bytes_per_pair": round(gained["bytes_read"] / count),
+        "ms_per_pair": {name: round(1e3 * value / count, 3) for name, value in spent.items()},
+        "share": {name: round(value / total, 4) for name, value in spent.items()},
+        "failures": gained["failures"],
+    }
+
+
+def decoding(
+    store: str | os.PathLike[str],
+    *,
+    originals: str | os.PathLike[str] | None = None,
+    size: int = 224,
+    pairs: int = 16,
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The race to ``size`` px squares on one thread; see :func:`bench_data`."""
+    opened = Store(store, threads=1)
+    samples = Sampler(opened.index, SamplerConfig(size=size), seed).sample(np.arange(pairs))
+    requests = list(zip(samples.clip.tolist(), samples.frame.tolist(), strict=True))
+    readers, missing = installed()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            asked = _files(opened, requests, None if originals is None else Path(originals), Path(folder))
+            runs: dict[str, Callable[[], Frames]] = {"vito_fast": _ours(opened, requests, size)}
+            for name, reader in readers.items():
+                runs[name] = _theirs(reader, asked, size)
+            return _race(runs, missing, pairs, rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _race(runs: dict[str, Callable[[], Frames]], missing: dict[str, str], pairs: int, rounds: int) -> dict[str, Any]:
+    delivered: dict[str, Frames] = {}
+    for name, run in list(runs.items()):
+        try:
+            delivered[name] = run()  # and all is warm
+        except Exception as error:  # whatever a reader raises on a file that ours reads is a result
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            del runs[name]
+            if name == "vito_fast":
+                raise
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    middle = {name: median(spans) / pairs for name, spans in times.items()}
+    table = {
+        name: {
+            "ms_per_pair": round(1e3 * span, 3),
+            "pairs_per_s": round(1 / span, 2),
+            "far": sum(map(_far, delivered[name], delivered["vito_fast"])),
+        }
+        for name, span in middle.items()
+    }
+    others = [span for name, span in middle.items() if name != "vito_fast"]
+    return {
+        "pairs": pairs,
+        "rounds": rounds,
+        "readers": table,
+        "missing": missing,
+        "speedup": round(min(others) / middle["vito_fast"], 3) if others else None,
+    }
+
+
+def _far(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    return bool(np.abs(one.astype(np.int16) - other).mean() > FAR)
+
+
+def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Callable[[], Frames]:
+    """Planned reads, decoding, resize: the loader's path on one thread, of whole frames, in one batch."""
+    jpeg, decoder = store.format == "jpeg", Decoder()
+    clips, numbers = (np.array(values) for values in zip(*requests, strict=True))
+    infos = [store.index.clip(clip) for clip, _ in requests]
+    views = numbers.shape[1]
+    geometry = Geometry("jpeg" if jpeg else "frames", size, views, len(requests), device=torch.device("cpu"))
+    crop = np.array([[[0, 0, info.height, info.width]] * views for info in infos], np.int32)
+    mirror = np.zeros((len(requests), views, 2), bool)
+
+    def pictures(row: int, read: Read) -> Frames:
+        if read.code != "ok":
+            raise OSError(read.error)
+        if not jpeg:
+            return store.decode(decoder, int(clips[row]), infos[row], read, numbers[row])
+        packets = read.split()
+        return [packets[picture] for picture in read.pictures]
+
+    def run() -> Frames:
+        reads = store.reader.read(clips, numbers, single_stream=False)
+        data = [picture for row, read in enumerate(reads) for picture in pictures(row, read)]
+        squares = torch.stack(geometry(data, crop, mirror), 1).numpy()
+        return [np.rot90(one, -info.rotation // 90) for info, pair in zip(infos, squares, strict=True) for one in pair]
+
+    return run
+
+
+def _theirs(reader: PairReader, asked: list[tuple[Path, list[int]]], size: int) -> Callable[[], Frames]:
+    resize = _resize(size)
+    return lambda: [resize(frame) for path, numbers in asked for frame in reader(path, numbers)]
+
+
+def _resize(size: int) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]:
+    """Bicubic without antialiasing, as ours: OpenCV's, the fastest at hand, or PyTorch's."""
+    try:
+        import cv2
+    except ImportError:
+        return lambda frame: (
+            torch.nn.functional.interpolate(
+                torch.from_numpy(frame).permute(2, 0, 1)[None], (size, size), mode="bicubic"
+            )[0].permute(1, 2, 0).numpy()
+        )  # fmt: skip
+    cv2.setNumThreads(1)
+    return lambda frame: cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _files(
+    store: Store, requests: list[tuple[int, list[int]]], originals: Path | None, folder: Path
+) -> list[tuple[Path, list[int]]]:
+    """File and frame numbers of each request."""
+    if originals is None:
+        written = {clip: _written(store, clip, folder) for clip in {clip for clip, _ in requests}}
+        return [(written[clip], numbers) for clip, numbers in requests]
+    times: dict[Path, npt.NDArray[np.float64]] = {}
+    asked = []
+    for clip, numbers in requests:
+        path = originals / store.index.clip(clip).source
+        if path not in times:
+            times[path] = _times(path)
+        wanted = store.index.times(clip)[numbers]
+        asked.append((path, [int(np.abs(times[path] - when).argmin()) for when in wanted]))
+    return asked
+
+
+def _times(path: Path) -> npt.NDArray[np.float64]:
+    """When the file's frames are shown, in seconds, ascending."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            pts = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            return np.sort(np.array(pts, np.float64)) * float(stream.time_base or 1)
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise UserError(f"the original {path} cannot be read: {error}") from None
+
+
+def _written(store: Store, clip: int, folder: Path) -> Path:
+    """The clip as a file of its own, coded as in the store."""
+    info = store.index.clip(clip)
+    (read,) = store.reader.read([clip], [range(info.num_frames)], miniclip=True)
+    if read.code != "ok":
+        raise UserError(f"clip {clip} of {store.path} cannot be written to a file: {read.error}")
+    small, path = folder / f"{clip}.mini.mkv", folder / f"{clip}.mkv"
+    small.write_bytes(read.data.tobytes())
+    with av.open(str(small)) as source, av.open(str(path), "w") as target:  # now with an index to seek by
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    small.unlink()
+    return path
+
+
+def _machine() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result for people."""
+    loader, decode = result["loader"], result["decode"]
+    spent = ", ".join(
+        f"{name} {loader['ms_per_pair'][name]:.2f} ms ({loader['share'][name]:.0%})" for name in loader["share"]
+    )
+    table = [
+        f"  {name:12} {row['ms_per_pair']:9.2f} ms a pair"
+        + (f", {row['far']} frames far from ours" if row["far"] else "")
+        for name, row in decode["readers"].items()
+    ]
+    absent = [f"  {name:12} not measured: {why}" for name, why in decode["missing"].items()]
+    ratio = f"; {decode['speedup']:.2f} times the best of the others" if decode["speedup"] else ""
+    return [
+        f"store: {result['store']}, {result['format']}, {result['clips']} clips",
+        f"a pair costs the workers: {spent}",
+        f"packets decoded per frame used: {loader['d_per_u']:.2f}; read a pair: {loader['bytes_per_pair']} bytes",
+        f"decoding to {result['size']} px on one thread{ratio}:",
+        *table,
+        *absent,
+        f"measured: {loader['pairs_per_s']:.1f} pairs/s with all augmentations on {loader['device']}, "
+        f"{loader['failures']} failures, {loader['pairs']} pairs in {loader['seconds']:.1f} s",
+    ]
