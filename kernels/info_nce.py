@@ -16,9 +16,10 @@ Two variants. *Fixed shift*: exponents are relative to a constant, |scale| log2(
 and no maximum is taken. For unit vectors every logit is at most |scale|, so the largest term is 2^100 and 2^27 keys
 cannot overflow; what underflows is 226 powers of two below the largest possible. For other inputs it may fail, and it
 says so: a row whose sum left [2^-64, 2^120] or whose mean is not finite is not trusted, as terms lost below 2^-126
-are negligible in any other. *Online*: a running maximum, right for every input. The rule: float16 runs online (its P
-cannot hold 2^100); otherwise the fixed shift runs first, and the online kernel behind it repeats the blocks that were
-not trusted and leaves the others at once. No value is read by the host.
+are negligible in any other. *Online*: a running maximum, right for every input. The rule: float32 runs online (a
+shift of 100 would round its exponents to 2^-18), and so does float16 with the mean (its P cannot hold 2^100);
+otherwise the fixed shift runs first, and the online kernel behind it repeats the blocks that were not trusted and
+leaves the others at once. No value is read by the host.
 """
 
 from __future__ import annotations
@@ -187,11 +188,11 @@ def launch_lse(
     lse2, rest = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if bring_mean else 0, D)
     trusted = torch.empty(splits, M, dtype=torch.int8, device=q.device)
-    half = q.dtype == torch.float16 and bring_mean
+    online_only = q.dtype == torch.float32 or (q.dtype == torch.float16 and bring_mean)
     for span in spans(D, tiles[0]) if bring_mean else [(0, 0)]:
-        if not half:
+        if not online_only:
             run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
-        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if half else trusted, span, split_keys)
+        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if online_only else trusted, span, split_keys)
     return merge_splits(lse2, rest, mean)
 
 

@@ -102,7 +102,10 @@ def _two_sided_kernel(
 
 # ---- launcher
 
-HEADROOM = 100.0
+
+def headroom(dtype: torch.dtype) -> float:
+    """Powers of two between the largest exponential and 1: the exponents of float32 shall keep their last bits."""
+    return 20.0 if dtype == torch.float32 else 100.0
 
 
 def launch_two_sided(
@@ -121,7 +124,7 @@ def launch_two_sided(
         _two_sided_kernel[(blocks, row_sums.shape[0])](
             x, right.wide, right.narrow, scale, row_sums, column_sums, M, N, x.stride(0), y.stride(0),
             exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other,
-            tile.lanes or tile.other, tile.stages, DIAGONAL=exclusion.blocks, HEADROOM=HEADROOM, TMA=right.tma,
+            tile.lanes or tile.other, tile.stages, DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
@@ -132,7 +135,7 @@ def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums
     """The log of the sums in two parts, repeated by the online kernel where a sum is no longer to be trusted."""
     trusted = ((sums > 2.0**-64) & (sums < 2.0**120)).to(torch.int8)[None]
     lse2, rest = sums.new_empty(1, len(sums)), sums.new_empty(1, len(sums))
-    tiled.split_sum(sums.log2(), scale.abs() * tiled.LOG2E - HEADROOM, lse2[0], rest[0])
+    tiled.split_sum(sums.log2(), scale.abs() * tiled.LOG2E - headroom(x.dtype), lse2[0], rest[0])
     every_key = 1 << (y.shape[0] - 1).bit_length() + 8
     no_mean = lse2.new_empty(1, 0, x.shape[1])
     run_lse("online", x, y, scale, exclusion, lse2, rest, no_mean, trusted, (0, 0), every_key)

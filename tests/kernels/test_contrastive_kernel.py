@@ -1,0 +1,100 @@
+"""The contrastive Triton kernels, on a GPU or in the interpreter: exactness, layouts, extremes, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contrastive_cases import assert_at_most_twice_torch, embeddings, layout
+
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels._triton import use_triton
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_these_tests_run_triton(device):
+    assert use_triton(torch.ones(1, device=device))
+
+
+@pytest.mark.parametrize("kind", ["none", "groups", "positive", "many"])
+@pytest.mark.parametrize("shape", [(5, 9, 16), (35, 70, 48), (18, 33, 100)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_info_nce_is_as_exact_as_torch(device, dtype, shape, kind):
+    m, n, width = shape
+    q, k = (embeddings(rows, width, dtype, device, i) for i, rows in enumerate((m, n)))
+    kwargs = layout(kind, m, n, device) | {"temperature": 0.1, "reduction": "none"}
+    assert_at_most_twice_torch(lambda *x: info_nce(*x, **kwargs), lambda *x: reference.info_nce(*x, **kwargs), [q, k])
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
+@pytest.mark.parametrize("temperature", [0.01, 0.07])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_the_fixed_shift_cannot_hold_is_repeated(device, dtype, temperature, unit):
+    q, k = (embeddings(rows, 32, dtype, device, rows, unit) for rows in (20, 40))
+    scale = torch.tensor(1 / temperature, device=device)
+    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])
+
+
+def test_opposite_vectors_underflow_the_fixed_shift_only(device):
+    """At temperature 0.01 a logit of -100 is 289 powers of two below the largest possible one."""
+    q = torch.zeros(3, 16, device=device, dtype=torch.bfloat16)
+    q[:, 0] = 1
+    lse = similarity_lse(q, -q, 100.0)
+    torch.testing.assert_close(lse, torch.full((3,), -100.0, device=device) + torch.log(torch.tensor(3.0)))
+
+
+@pytest.mark.parametrize("rows", [1, 20, 37])
+@pytest.mark.parametrize("scale", [5.0, 100.0])
+def test_two_sided_losses(device, rows, scale):
+    x, y = (embeddings(rows, 40, torch.float32, device, i) for i in range(2))
+    factor = torch.tensor(scale, device=device)
+    assert_at_most_twice_torch(clip_loss, reference.clip_loss, [x, y, factor], floor=32)
+    assert_at_most_twice_torch(ntxent, reference.ntxent, [x, y, 1 / factor], floor=32)
+
+
+def test_supcon(device):
+    labels = torch.randint(0, 7, (30,), generator=torch.Generator().manual_seed(0)).to(device)
+    z = embeddings(30, 32, torch.float32, device, 0, unit=False)
+    pair = [lambda x, f=f: f(x, labels) for f in (supcon_loss, reference.supcon_loss)]
+    assert_at_most_twice_torch(*pair, [z], floor=32)
+
+
+def test_all_keys_excluded_and_one_of_each(device):
+    q, k = (embeddings(n, 16, torch.float32, device, n).requires_grad_() for n in (3, 20))
+    ids = {"q_group": torch.zeros(3, dtype=torch.long, device=device)}
+    ids["k_group"] = torch.zeros(20, dtype=torch.long, device=device)
+    lse = similarity_lse(q, k, 7.0, **ids)
+    assert (lse == -torch.inf).all()
+    info_nce(q, k, **ids).backward()
+    assert not q.grad.any()
+    assert not k.grad.any()
+    assert info_nce(q[:1], k[:1]) == 0
+
+
+def test_few_queries_split_the_keys(device):
+    """Two queries against 3000 keys: several programs share them, and their parts are merged."""
+    q, k = (embeddings(n, 24, torch.float32, device, n) for n in (2, 3000))
+    assert_at_most_twice_torch(
+        lambda a, b: similarity_lse(a, b, 12.0), lambda a, b: reference.similarity_lse(a, b, 12.0), [q, k], floor=32
+    )
+
+
+def test_identical_keys_count_as_many(device):
+    q, key = embeddings(4, 16, torch.float32, device, 0), embeddings(1, 16, torch.float32, device, 1)
+    lse = similarity_lse(q, key.expand(300, -1), 3.0)
+    torch.testing.assert_close(lse, (3 * q @ key.T)[:, 0] + torch.log(torch.tensor(300.0, device=device)))
+
+
+def test_strided_rows_and_twice_the_same(device):
+    wide = embeddings(40, 64, torch.float32, device, 0)
+    q, k = wide[::2, :32], wide[1::2, 32:]
+    first, again = similarity_lse(q, k, 5.0), similarity_lse(q.contiguous(), k.T.contiguous().T, 5.0)
+    assert torch.equal(first, again)
+
+
+def test_a_wider_output_than_a_program_keeps(device):
+    q, k = (embeddings(n, 130, torch.float32, device, n) for n in (6, 20))
+    assert_at_most_twice_torch(
+        lambda a, b: info_nce(a, b, temperature=0.2), lambda a, b: reference.info_nce(a, b, temperature=0.2), [q, k]
+    )

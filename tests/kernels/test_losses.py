@@ -1,0 +1,206 @@
+"""The losses by name: against their references, torch's cross_entropy, and the libraries they stand in for."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from contrastive_cases import assert_at_most_twice_torch, embeddings, with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, normalize
+
+import vito_kernels as vk
+from vito_kernels import reference
+from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
+from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
+
+B, D = 24, 32
+
+
+def pair(dtype=torch.float32, unit=True):
+    return [embeddings(B, D, dtype, "cpu", i, unit) for i in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_against_the_references(dtype, reduction):
+    x, y = pair(dtype)
+    labels = torch.arange(B) // 3
+    queue = embeddings(50, D, dtype, "cpu", 9)
+    how = {"reduction": reduction}
+    cases = [
+        (lambda m, a, b: m.info_nce(a, b, **how), [x, y]),
+        (lambda m, a, b: m.ntxent(a, b, 0.2, **how), [x, y]),
+        (lambda m, a: m.supcon_loss(a, labels, **how), [x]),
+        (lambda m, a: m.moco_loss(a, y.to(a.dtype), queue.to(a.dtype), **how), [x]),
+        (lambda m, a: m.lit_loss(y.to(a.dtype), a, 14.0), [x]),
+        (lambda m, a, b: m.clip_loss(a, b, 14.0), [x, y]),
+    ]
+    for loss, inputs in cases:
+        fused, plain = (lambda *t, f=loss, m=m: f(m, *t) for m in (vk, reference))
+        assert_at_most_twice_torch(fused, plain, inputs, floor=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 0.1}, {"hard_negatives": 0.7}, {"debias": 0.1}, {"debias": 0.05, "hard_negatives": 1.0}],
+    ids=str,
+)
+def test_options_of_info_nce(options):
+    ids = {} if "label_smoothing" in options else {"q_group": torch.arange(B) // 2, "k_group": torch.arange(B) // 2}
+    fused, plain = (lambda a, b, m=m: m.info_nce(a, b, temperature=0.5, **options, **ids) for m in (vk, reference))
+    assert_at_most_twice_torch(fused, plain, pair(), floor=32)
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    x, y = pair()
+    expected = cross_entropy(x @ y.T / 0.1, torch.arange(B), label_smoothing=0.2)
+    torch.testing.assert_close(vk.InfoNCELoss(0.1, label_smoothing=0.2)(x, y), expected)
+
+
+def test_modules_are_their_functions():
+    x, y = pair()
+    labels = torch.arange(B) // 2
+    assert torch.equal(vk.InfoNCELoss(0.2)(x, y), vk.info_nce(x, y, temperature=0.2))
+    assert torch.equal(vk.CLIPLoss()(x, y, 9.0), vk.clip_loss(x, y, 9.0))
+    assert torch.equal(vk.LiTLoss()(x, y, 9.0), vk.lit_loss(x, y, 9.0))
+    assert torch.equal(vk.NTXentLoss(0.2)(x, y), vk.ntxent(x, y, 0.2))
+    assert torch.equal(vk.SupConLoss(0.2)(x, labels), vk.supcon_loss(x, labels, temperature=0.2))
+
+
+def test_moco_replaces_its_oldest_keys_after_the_loss():
+    torch.manual_seed(0)
+    moco = vk.MoCoLoss(D, queue_size=40, temperature=0.2)
+    x, y = pair()
+    x.requires_grad_()
+    before = moco.queue.clone()
+    loss = moco(x, y)
+    torch.testing.assert_close(loss, reference.moco_loss(x, y, before, temperature=0.2))
+    loss.backward()  # although the queue has changed since
+    assert torch.equal(moco.queue, torch.cat([y, before[B:]]))
+    moco(x, y + 1)
+    assert torch.equal(moco.queue[B:], (y + 1)[: 40 - B])
+    assert torch.equal(moco.queue[: 2 * B - 40], (y + 1)[40 - B :])
+    moco.eval()(x, y + 2)
+    assert not torch.isin(moco.queue, y + 2).any()
+    assert moco.state_dict()["oldest"] == 2 * B - 40
+
+
+def test_open_clip():
+    peer = pytest.importorskip("open_clip.loss")
+    inputs = [*pair(), torch.tensor(14.0)]
+    for found, truth in zip(
+        with_gradients(ClipAdapter(), inputs), with_gradients(peer.ClipLoss(), inputs), strict=True
+    ):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+    assert ClipAdapter()(*inputs, output_dict=True).keys() == peer.ClipLoss()(*inputs, output_dict=True).keys()
+    bias = torch.tensor(-3.0)
+    torch.testing.assert_close(ClipAdapter()(*inputs, bias), peer.ClipLoss()(*inputs, bias))
+
+
+def test_lightly():
+    peer = pytest.importorskip("lightly.loss")
+    inputs = pair(unit=False)
+    fused, plain = with_gradients(LightlyAdapter(0.3), inputs), with_gradients(peer.NTXentLoss(0.3), inputs)
+    for found, truth in zip(fused, plain, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+    losses = []
+    for make in (LightlyAdapter, peer.NTXentLoss):
+        torch.manual_seed(0)
+        loss = make(0.3, (2 * B + 5, D))
+        losses.append([loss(inputs[0].clone().requires_grad_(), inputs[1].roll(i, 0)).detach() for i in range(5)])
+    torch.testing.assert_close(*losses)
+
+
+def test_pytorch_metric_learning():
+    peer = pytest.importorskip("pytorch_metric_learning.losses")
+    x, y = pair(unit=False)
+    labels = torch.arange(B) // 3
+    torch.testing.assert_close(vk.supcon_loss(x, labels), peer.SupConLoss(temperature=0.1)(x, labels))
+    both = torch.cat([x, y]), torch.arange(B).repeat(2)
+    torch.testing.assert_close(vk.ntxent(x, y, 0.1), peer.NTXentLoss(temperature=0.1)(*both))
+
+
+def test_info_nce_pytorch():
+    if importlib.util.find_spec("info_nce") is None:
+        pytest.skip("info-nce-pytorch is not installed")
+    from info_nce import info_nce
+
+    x, y = pair()
+    torch.testing.assert_close(vk.info_nce(x, y, temperature=0.1), info_nce(x, y, temperature=0.1))
+
+
+shapes = st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(1, 24), st.integers(0, 2**31))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(0.01, 3.0), st.booleans())
+def test_any_shape_and_temperature(shape, temperature, unit):
+    m, n, width, seed = shape
+    draw = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(rows, width, generator=draw, dtype=torch.float64) for rows in (m, n))
+    q, k = (normalize(q, dim=1), normalize(k, dim=1)) if unit else (q, k)
+    ids = {"q_group": torch.randint(0, 3, (m,), generator=draw), "k_group": torch.randint(0, 3, (n,), generator=draw)}
+    fused, plain = (
+        lambda a, b, f=f: f(a, b, 1 / temperature, **ids) for f in (vk.similarity_lse, reference.similarity_lse)
+    )
+    for found, truth in zip(with_gradients(fused, [q, k]), with_gradients(plain, [q, k]), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.floats(-20, 20))
+def test_invariances(shape, shift):
+    """Keys may come in any order; a constant added to every logit is added to their log-sum-exp."""
+    m, n, width, seed = shape
+    draw = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(rows, width, generator=draw, dtype=torch.float64) for rows in (m, n))
+    lse = vk.similarity_lse(q, k, 2.0)
+    torch.testing.assert_close(vk.similarity_lse(q, k[torch.randperm(n, generator=draw)], 2.0), lse)
+    ones = [torch.cat([x, x.new_full((len(x), 1), v)], 1) for x, v in ((q, shift / 2), (k, 1.0))]
+    torch.testing.assert_close(vk.similarity_lse(*ones, 2.0), lse + shift)
+
+
+X = torch.ones(4, 16)
+IDS = torch.arange(4)
+WRONG = [
+    (ValueError, r"q must have shape.*\(4,\)", lambda: vk.info_nce(X[:, 0], X)),
+    (ValueError, r"k must not be empty.*\(0, 16\)", lambda: vk.similarity_lse(X, X[:0], 1.0)),
+    (ValueError, "same width, got 16 and 8", lambda: vk.similarity_lse(X, X[:, :8], 1.0)),
+    (TypeError, "same dtype.*float32.*float64", lambda: vk.similarity_lse(X, X.double(), 1.0)),
+    (TypeError, "int64", lambda: vk.similarity_lse(X.long(), X.long(), 1.0)),
+    (TypeError, "list", lambda: vk.similarity_lse([1.0], X, 1.0)),
+    (ValueError, "k is on meta", lambda: vk.similarity_lse(X, X.to("meta"), 1.0)),
+    (ValueError, "finite, got nan", lambda: vk.similarity_lse(X, X, float("nan"))),
+    (ValueError, "finite, got nan", lambda: vk.similarity_lse(X, X, torch.tensor(float("nan")))),
+    (TypeError, "scale must be a number.*str", lambda: vk.similarity_lse(X, X, "1")),
+    (ValueError, r"one element, got shape \(2,\)", lambda: vk.similarity_lse(X, X, torch.ones(2))),
+    (ValueError, "temperature must be positive.*0", lambda: vk.info_nce(X, X, temperature=0.0)),
+    (ValueError, "k_group is None", lambda: vk.similarity_lse(X, X, 1.0, q_group=IDS)),
+    (ValueError, r"k_group must have shape \(4,\).*\(3,\)", lambda: vk.info_nce(X, X, q_group=IDS, k_group=IDS[:3])),
+    (TypeError, "q_group must be int64.*float32", lambda: vk.info_nce(X, X, q_group=IDS.float(), k_group=IDS)),
+    (ValueError, r"positive must lie in \[0, 4\), got 9", lambda: vk.info_nce(X, X, positive=IDS * 3)),
+    (ValueError, r"positive must have shape.*\(3,\)", lambda: vk.info_nce(X, X, positive=IDS[:3])),
+    (TypeError, "positive must hold int64.*float32", lambda: vk.info_nce(X, X, positive=IDS.float())),
+    (ValueError, "4 queries and 3 keys", lambda: vk.info_nce(X, X[:3])),
+    (ValueError, "reduction must be one of.*'avg'", lambda: vk.info_nce(X, X, reduction="avg")),
+    (ValueError, r"label_smoothing must lie in \[0, 1\), got 1.5", lambda: vk.info_nce(X, X, label_smoothing=1.5)),
+    (ValueError, "label_smoothing=0.1 needs", lambda: vk.info_nce(X, X, label_smoothing=0.1, debias=0.1)),
+    (ValueError, "hard_negatives.*got -1", lambda: vk.InfoNCELoss(hard_negatives=-1)),
+    (ValueError, "queue requires grad", lambda: vk.moco_loss(X, X, X.clone().requires_grad_())),
+    (ValueError, "locked requires grad", lambda: vk.lit_loss(X.clone().requires_grad_(), X, 1.0)),
+    (ValueError, "x and y must have as many rows, got 4 and 3", lambda: vk.clip_loss(X, X[:3], 1.0)),
+    (ValueError, "z1 and z2 must have as many rows", lambda: vk.ntxent(X, X[:3], 0.1)),
+    (ValueError, "labels must have shape", lambda: vk.supcon_loss(X, IDS[:2])),
+    (ValueError, "more than the queue of 3", lambda: vk.MoCoLoss(16, 3)(X, X)),
+    (ValueError, "use_horovod", lambda: ClipAdapter(use_horovod=True)),
+    (ValueError, "memory bank size 7", lambda: LightlyAdapter(memory_bank_size=7)),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), WRONG, ids=[message for _, message, _ in WRONG])
+def test_wrong_input_is_named(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
