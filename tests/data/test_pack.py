@@ -145,6 +145,8 @@ def test_other_options_into_a_begun_store(folder, tmp_path):
     pack(folder, tmp_path / "s", part="1/2", **QUIET)
     with pytest.raises(UserError, match="begun with format=jpeg, not h264"):
         pack(folder, tmp_path / "s", part="2/2", format="h264", **QUIET)
+    with pytest.raises(UserError, match="begun with parts=2, not 3"):
+        pack(folder, tmp_path / "s", part="2/3", **QUIET)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,23 +28,77 @@ class Rejected:
 Entry = PackedFile | Rejected
 
 
+class Records(Mapping[str, Entry]):
+    """Entries by file name. They stay on disk: memory holds only where each line begins."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Path, int]] = {}
+        self.end = 0
+        """Bytes of the file read last that are whole lines."""
+
+    def __getitem__(self, name: str) -> Entry:
+        path, place = self._places[name]
+        with open(path, "rb") as file:
+            file.seek(place)
+            return _load(file.readline())[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def note(self, name: str, path: Path, place: int) -> None:
+        self._places[name] = (path, place)
+
+    def forget(self, name: str) -> None:
+        self._places.pop(name, None)
+
+    def read(self, path: Path) -> Iterator[tuple[str, Entry]]:
+        """Notes and yields what is in ``path``, up to half a line that a killed run may have left."""
+        place = 0
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    name, entry = _load(line)
+                except (ValueError, KeyError, TypeError, zlib.error):
+                    return
+                self.note(name, path, place)
+                place += len(line)
+                self.end = place
+                yield name, entry
+
+
 class Journal:
     """The record of one part (``number`` of ``parts``, from 1) of the store being packed in ``store``."""
 
     def __init__(self, store: Path, number: int, parts: int):
         self.store, self.number, self.parts = store, number, parts
+        self.entries = Records()
         self._path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"
-        self.entries, good = _read(self._path)
+        self._path.touch()
+        ends: dict[int, int] = {}
+        lost = []
+        for name, entry in self.entries.read(self._path):
+            for clip in entry.clips if isinstance(entry, PackedFile) else []:
+                end = int((clip.offsets + clip.sizes).max())
+                path = self.shard_path(clip.shard)
+                if not path.exists() or path.stat().st_size < end:  # lost in a power cut: pack this file again
+                    lost.append(name)
+                else:
+                    ends[clip.shard] = max(ends.get(clip.shard, 0), end)
+        for name in lost:
+            self.entries.forget(name)
         self._file = open(self._path, "a+b")  # noqa: SIM115 - open until mark_done
-        self._file.truncate(good)
-        self._trim_shards()
+        self._file.truncate(self.entries.end)
+        self._trim_shards(ends)
 
     def mine(self, name: str) -> bool:
         """Whether the file belongs to this part; by its name alone, so that machines need not agree on a listing."""
         return zlib.crc32(name.encode("utf-8", "surrogateescape")) % self.parts == self.number - 1
 
     def add(self, name: str, entry: Entry) -> None:
-        self.entries[name] = entry
+        self.entries.note(name, self._path, self._file.seek(0, os.SEEK_END))
         self._file.write(_dump(name, entry))
         self._file.flush()
 
@@ -65,16 +120,8 @@ class Journal:
             except FileExistsError:
                 number += self.parts
 
-    def _trim_shards(self) -> None:
-        ends: dict[int, int] = {}
-        for name, entry in list(self.entries.items()):
-            for clip in entry.clips if isinstance(entry, PackedFile) else []:
-                end = int((clip.offsets + clip.sizes).max())
-                path = self.shard_path(clip.shard)
-                if not path.exists() or path.stat().st_size < end:  # lost in a power cut: pack this file again
-                    self.entries.pop(name, None)
-                else:
-                    ends[clip.shard] = max(ends.get(clip.shard, 0), end)
+    def _trim_shards(self, ends: dict[int, int]) -> None:
+        """Cuts this part's shards off where the last recorded packet ends."""
         for path in self.store.glob("shard-*.bin"):
             number = int(path.stem.split("-")[1])
             if number % self.parts == self.number - 1:
@@ -84,34 +131,16 @@ class Journal:
                     os.truncate(path, ends[number])
 
     @staticmethod
-    def present_entries(store: Path) -> dict[str, Entry]:
-        """Everything recorded so far, by whatever part."""
-        entries: dict[str, Entry] = {}
-        for path in sorted((store / ".pack").glob("part-*-of-*.jsonl")):
-            entries.update(_read(path)[0])
-        return entries
-
-    @staticmethod
-    def all_entries(store: Path, parts: int) -> dict[str, Entry] | None:
-        """Everything recorded, or None while a part is unfinished."""
-        done = [store / ".pack" / f"part-{number + 1}-of-{parts}.done" for number in range(parts)]
-        return Journal.present_entries(store) if all(path.exists() for path in done) else None
-
-
-def _read(path: Path) -> tuple[dict[str, Entry], int]:
-    """Records by file name and the length of the readable part (a killed run may leave half a line)."""
-    entries: dict[str, Entry] = {}
-    good = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    name, entry = _load(line)
-                except (ValueError, KeyError, TypeError):
-                    break
-                entries[name] = entry
-                good += len(line)
-    return entries, good
+    def all_entries(store: Path, parts: int) -> Records | None:
+        """Everything recorded, by whatever part, or None while a part is unfinished."""
+        records = Records()
+        for number in range(1, parts + 1):
+            path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"
+            if not path.with_suffix(".done").exists():
+                return None
+            for _ in records.read(path):
+                pass
+        return records
 
 
 def _dump(name: str, entry: Entry) -> bytes:
@@ -127,7 +156,7 @@ def _plain(clip: PackedClip) -> dict[str, Any]:
     values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
     for key, value in values.items():
         if isinstance(value, np.ndarray):
-            values[key] = [value.dtype.str, base64.b64encode(value.tobytes()).decode()]
+            values[key] = [value.dtype.str, base64.b64encode(zlib.compress(value.tobytes(), 1)).decode()]
     return {**values, "time_base": str(clip.time_base), "extradata": base64.b64encode(clip.extradata).decode()}
 
 
@@ -143,6 +172,6 @@ def _load(line: bytes) -> tuple[str, Entry]:
 def _clip(values: dict[str, Any]) -> PackedClip:
     for key in ("pts", "offsets", "sizes", "checksums", "flags"):
         dtype, data = values[key]
-        values[key] = np.frombuffer(base64.b64decode(data), np.dtype(dtype))
+        values[key] = np.frombuffer(zlib.decompress(base64.b64decode(data)), np.dtype(dtype))
     values["time_base"], values["extradata"] = Fraction(values["time_base"]), base64.b64decode(values["extradata"])
     return PackedClip(**values)

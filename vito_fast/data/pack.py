@@ -13,16 +13,17 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vito_fast.data.crew import Crew
-from vito_fast.data.cutting import PackedClip, PackedFile, PackOptions
-from vito_fast.data.index import ClipRecord, Index, plan_packets, write_index
-from vito_fast.data.journal import Journal, Rejected
+from vito_fast.data.cutting import PackOptions
+from vito_fast.data.index import DISCARD, NO_PICTURE, ClipRecord, Index, plan_packets, write_index
+from vito_fast.data.journal import Entry, Journal, Rejected
 from vito_fast.data.listing import Listing, list_videos
 from vito_fast.errors import UserError
 
@@ -49,6 +50,9 @@ class Report:
     """False after one part of several: the store has no index yet."""
 
     def lines(self) -> list[str]:
+        """What to tell the user; nothing after one part of several."""
+        if not self.complete:
+            return []
         rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items())
         result = [
             f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, "
@@ -107,7 +111,7 @@ def pack(
         _same_place(store)
         (store / ".pack").mkdir(parents=True, exist_ok=True)
         with _locked(store / ".pack" / f"part-{number}.lock", store):
-            _same_options(store / ".pack" / "options.json", options)
+            _same_options(store / ".pack" / "options.json", {**asdict(options), "parts": parts})
             journal = Journal(store, number, parts)
             _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), patience, progress)
             return _finish(store, options, listing, parts)
@@ -143,8 +147,7 @@ def _locked(path: Path, store: Path) -> Iterator[None]:
         yield
 
 
-def _same_options(path: Path, options: PackOptions) -> None:
-    mine = asdict(options)
+def _same_options(path: Path, mine: dict[str, Any]) -> None:
     if path.exists():
         theirs = json.loads(path.read_text())
         for key, value in mine.items():
@@ -202,30 +205,23 @@ def _run(
 def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> Report:
     entries = Journal.all_entries(store, parts)
     if entries is None:
-        mine = Counter(type(entry) for entry in Journal.present_entries(store).values())
-        return Report(videos=mine[PackedFile], complete=False)
-    rejected = {name: entry.reason for name, entry in entries.items() if isinstance(entry, Rejected)}
-    packed = {name: entry for name, entry in sorted(entries.items()) if isinstance(entry, PackedFile)}
-    _write_quarantine(store, rejected)
-    if not any(entry.clips for entry in packed.values()):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items())[:3])
-        short = sum(entry.too_short for entry in packed.values())
-        shutil.rmtree(store / ".pack")
-        for shard in store.glob("shard-*.bin"):
-            shard.unlink()
-        raise UserError(
-            f"no usable video in {listing.root}: {reasons or f'{short} shots, all shorter than {options.min_length} s'}"
-        )
-    shards = sorted(path for path in store.glob("shard-*.bin"))
-    numbers = {int(path.stem.split("-")[1]): place for place, path in enumerate(shards)}
-    records = (
-        _record(video, name, clip, numbers[clip.shard])
-        for video, (name, entry) in enumerate(packed.items())
-        for clip in entry.clips
-    )
-    report = _summary(packed, rejected, sum(path.stat().st_size for path in shards))
+        return Report(complete=False)
+    shards = sorted(store.glob("shard-*.bin"))
+    tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)})
     temporary = store / ".pack" / "index.bin"
-    write_index(temporary, records, format=options.format, shards=[(path.name, path.stat().st_size) for path in shards])
+    sizes = [(path.name, path.stat().st_size) for path in shards]
+    write_index(temporary, tally.records(entries), format=options.format, shards=sizes)
+    _write_quarantine(store, tally.rejected)
+    report = tally.report(sum(size for _, size in sizes))
+    if not report.clips:
+        shutil.rmtree(store / ".pack")
+        for shard in shards:
+            shard.unlink()
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(tally.rejected.items())[:3])
+        raise UserError(
+            f"no usable video in {listing.root}: "
+            + (reasons or f"{report.short_shots} shots, all shorter than {options.min_length} s")
+        )
     report.packets_per_frame = expected_packets(Index(temporary))
     description = {
         "version": VERSION,
@@ -239,22 +235,38 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     return report
 
 
-def _record(video: int, name: str, clip: PackedClip, shard: int) -> ClipRecord:
-    values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
-    return ClipRecord(video=video, source=name, **{**values, "shard": shard})
+class _Tally:
+    """Turns the journal's entries into the index's records, one at a time, and sums them up on the way."""
 
+    def __init__(self, shards: dict[int, int]):
+        self._shards = shards
+        self._report = Report()
+        self._rates: Counter[str] = Counter()
+        self.rejected: dict[str, str] = {}
 
-def _summary(packed: dict[str, PackedFile], rejected: dict[str, str], size: int) -> Report:
-    clips = [clip for entry in packed.values() for clip in entry.clips]
-    seconds = sum(float((clip.end - clip.pts.min()) * clip.time_base) for clip in clips)
-    rates = Counter(f"{entry.rate:.3f}".rstrip("0").rstrip(".") for entry in packed.values())
-    reasons = Counter(reason.split(":")[0] for reason in rejected.values())
-    return Report(
-        clips=len(clips), videos=sum(bool(entry.clips) for entry in packed.values()),
-        frames=sum(len(clip.pts) for clip in clips),
-        hours=seconds / 3600, bytes=size, frame_rates=dict(rates.most_common()),
-        short_shots=sum(entry.too_short for entry in packed.values()), rejected=dict(reasons.most_common()),
-    )  # fmt: skip
+    def records(self, entries: Mapping[str, Entry]) -> Iterator[ClipRecord]:
+        video = 0
+        for name in sorted(entries):
+            entry = entries[name]
+            if isinstance(entry, Rejected):
+                self.rejected[name] = entry.reason
+                continue
+            self._rates[f"{entry.rate:.3f}".rstrip("0").rstrip(".")] += 1
+            self._report.short_shots += entry.too_short
+            for clip in entry.clips:
+                self._report.clips += 1
+                self._report.frames += int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
+                self._report.hours += float((clip.end - clip.pts.min()) * clip.time_base) / 3600
+                values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
+                yield ClipRecord(video=video, source=name, **{**values, "shard": self._shards[clip.shard]})
+            video += bool(entry.clips)
+        self._report.videos = video
+
+    def report(self, size: int) -> Report:
+        self._report.bytes = size
+        self._report.frame_rates = dict(self._rates.most_common())
+        self._report.rejected = dict(Counter(reason.split(":")[0] for reason in self.rejected.values()).most_common())
+        return self._report
 
 
 def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> float:
