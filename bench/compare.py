@@ -2,10 +2,10 @@
 thresholds.
 
 *Timed* figures are ratios within one run: our time over the time of each anchor (limit, reference, peers) of the same
-case. A case is slower by the median, over its anchors, of how much that ratio grew, taken both from medians and from
-the fastest rounds: an anchor that had a bad day is outvoted. *Counted* figures (flops, peak memory, instructions,
-packets per frame, registers, spills) are exact, so that next to nothing is allowed. A case or figure that disappeared
-counts as a regression.
+case. A case is slower by the median, over its anchors, of how much that ratio grew, taken from medians, from CPU time
+and from the fastest rounds: an anchor that had a bad day is outvoted. *Counted* figures (flops, peak memory,
+instructions, packets per frame, registers, spills) are exact, so that next to nothing is allowed. A case or figure
+that disappeared counts as a regression.
 
 ``--confirm N`` runs the cases that look slower again, at most N times, and keeps the verdict only if it repeats:
 noise does not repeat, a slower kernel does. Exit status: 0 nothing got worse, 1 something did (named on the last
@@ -89,7 +89,8 @@ def compare(old: Record, new: Record, *, slack: float = 1.0) -> tuple[list[Chang
                 missing.append(f"{name}: not in the new results")
             continue
         changes += _case_changes(name, record, after[name], slack)
-    static_changes, static_missing = _static_changes(old.get("static", {}), new.get("static", {}))
+    complete = old["quick"] == new["quick"]
+    static_changes, static_missing = _static_changes(old.get("static", {}), new.get("static", {}), complete)
     return changes + static_changes, missing + static_missing
 
 
@@ -124,11 +125,15 @@ def slowdown(old: Record, new: Record) -> float | None:
         if anchor is None or "speedup" not in row:
             continue
         votes.append(anchor["speedup"] / row["speedup"])
-        votes.append((anchor["low_s"] / mine["low_s"]) / (row["low_s"] / yours["low_s"]))
+        figures = ("low_s", "cpu_s") if new["device"] == "cpu" else ("low_s",)
+        for figure in figures:
+            values = anchor.get(figure), mine.get(figure), row.get(figure), yours.get(figure)
+            if all(values):
+                votes.append((values[0] / values[1]) / (values[2] / values[3]))
     return statistics.median(votes) if votes else None
 
 
-def _static_changes(old: Record, new: Record) -> tuple[list[Change], list[str]]:
+def _static_changes(old: Record, new: Record, complete: bool) -> tuple[list[Change], list[str]]:
     changes, missing = [], []
     if not new:
         return [], []
@@ -144,7 +149,7 @@ def _static_changes(old: Record, new: Record) -> tuple[list[Change], list[str]]:
     after = {(k["name"], str(k["arch"])): k for k in new.get("kernels", [])}
     for key, kernel in before.items():
         if key not in after:
-            if after:
+            if after and complete:
                 missing.append(f"{key[0]} on {key[1]}: no longer compiled")
             continue
         for figure in ("registers", "spill_bytes", "shared_bytes", "loop_instructions", "min_bytes"):

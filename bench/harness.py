@@ -88,6 +88,7 @@ class _Runner:
     estimate: float = 0.0
     sample: Callable[[], object] | None = None
     times: dict[int, float] = field(default_factory=dict)
+    cpu_times: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     flops: int | None = None
 
@@ -103,7 +104,7 @@ class _Runner:
         if self.times:
             ordered = sorted(self.times.values())
             row |= {"median_s": self.median, "low_s": ordered[0], "spread": spread(ordered)}
-            row |= {"rounds": len(ordered), "repeats": self.repeats}
+            row |= {"rounds": len(ordered), "repeats": self.repeats, "cpu_s": statistics.median(self.cpu_times)}
         if self.peak_bytes is not None:
             row |= {"peak_bytes": self.peak_bytes, "flops": self.flops}
         return row
@@ -276,7 +277,9 @@ class Race:
 
     def _sample(self, runner: _Runner) -> None:
         assert runner.sample is not None
+        start = time.process_time()
         runner.times[self._round] = self._timed(runner.sample) / runner.repeats
+        runner.cpu_times.append((time.process_time() - start) / runner.repeats)
 
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""

@@ -150,7 +150,8 @@ def _case(record: Record) -> str:
             ]
         )
     header = ["candidate", "role", "median", "spread", "ratio", "peak memory", "error"]
-    return f'<h3 id="{escape(record["id"])}">{escape(record["id"])}</h3>{_rates(record)}{table(header, rows, styles, "candidates")}'
+    name = escape(record["id"])
+    return f'<h3 id="{name}">{name}</h3>{_rates(record)}{table(header, rows, styles, "candidates")}'
 
 
 def _rates(record: Record) -> str:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def candidate(name, role, median, speedup=None, **more):
-    row = {"name": name, "role": role, "status": "ok", "reason": "", "median_s": median, "low_s": median * 0.95}
+    row = {"name": name, "role": role, "status": "ok", "reason": "", "median_s": median}
+    row |= {"low_s": median * 0.95, "cpu_s": median * 1.9}
     return row | ({"speedup": speedup} if speedup else {}) | more
 
 
@@ -26,7 +27,7 @@ def case(name, ours=1.0, flops=1000, peak=100):
         candidate("peer", "peer", 2.0, 2.0 / ours),
         {"name": "gone", "role": "peer", "status": "skipped", "reason": "not installed"},
     ]
-    return {"id": f"{name}[N=1]", "case": name, "params": {"N": 1}, "candidates": rows}
+    return {"id": f"{name}[N=1]", "case": name, "device": "cpu", "params": {"N": 1}, "candidates": rows}
 
 
 @pytest.fixture
@@ -72,6 +73,7 @@ def test_a_machine_slower_by_half_changes_nothing(results):
             if row["status"] == "ok":
                 row["median_s"] *= 1.5
                 row["low_s"] *= 1.5
+                row["cpu_s"] *= 1.5
     assert worse(results, new) == []
 
 
@@ -80,6 +82,7 @@ def test_one_anchor_with_a_bad_day_is_outvoted(results):
     reference = new["cases"][0]["candidates"][1]
     reference["speedup"] *= 0.5
     reference["low_s"] *= 0.5
+    reference["cpu_s"] *= 0.5
     assert worse(results, new) == []
 
 
