@@ -94,6 +94,20 @@ def test_maps_of_both_memory_formats():
         torch.testing.assert_close(attention_pool(features.contiguous(memory_format=layout), logits), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_maps_as_large_as_a_network_has(dtype):
+    torch.manual_seed(5)
+    features = torch.randn(3, 196, 256).to(dtype).requires_grad_()
+    logits = torch.randn(3, 196).to(dtype).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (features, logits)]
+    g = torch.randn(3, 256).to(dtype)
+    ours = torch.autograd.grad(attention_pool(features, logits)[0], (features, logits), g)
+    expected = torch.autograd.grad(reference.attention_pool(*exact)[0], exact, g.double())
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(ours, expected, strict=True):
+        assert (a.double() - b).norm() <= 2 * eps * b.norm()
+
+
 def test_empty_batch():
     pooled, weights = attention_pool(torch.empty(0, 4, 3), torch.empty(0, 4))
     assert pooled.shape == (0, 3)
