@@ -101,3 +101,4 @@ class Spec:
     flops: float
     min_bytes: float
     tensor_cores: bool = True
+    rare: bool = False  # inspected only with ``--all``

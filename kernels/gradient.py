@@ -206,4 +206,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         flops=4.0 * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * width * 4 + rows * 16,
         tensor_cores=dtype != torch.float32,
+        rare=dtype != torch.bfloat16
+        or width not in (128, 256, 512)
+        or layout not in (("none", "diagonal") if name == "key gradient" else ("diagonal",)),
     )

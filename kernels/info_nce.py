@@ -271,6 +271,9 @@ def _spec(
         flops=(4.0 if bring_mean else 2.0) * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 4 + (rows * width * 4 if bring_mean else 0),
         tensor_cores=dtype != torch.float32,
+        rare=dtype != torch.bfloat16
+        or width not in (128, 256, 512)
+        or layout not in (("none", "diagonal", "groups") if bring_mean else ("none",)),
     )
 
 

@@ -152,9 +152,7 @@ def specs(pattern: str = "", rare: bool = True) -> list[tuple[str, int, Spec]]:
     for module in MODULES:
         listed = list(importlib.import_module(f"vito_kernels.{module}").specs())
         found += [
-            (module, i, spec)
-            for i, spec in enumerate(listed)
-            if pattern in spec.name and (rare or not getattr(spec, "rare", False))
+            (module, i, spec) for i, spec in enumerate(listed) if pattern in spec.name and (rare or not spec.rare)
         ]
     return found
 

@@ -162,6 +162,7 @@ def _spec(width: int, dtype: torch.dtype, device: str = "meta", rows: int = 3276
         flops=2.0 * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,
         tensor_cores=dtype != torch.float32,
+        rare=dtype != torch.bfloat16 or width not in (128, 256, 512),
     )
 
 
