@@ -145,17 +145,25 @@ class TrainConfig:
     """Also keep each checkpoint whose step is a multiple of this; 0 = none (ours)."""
     evaluate_every: int = 0
     """Steps between retrieval evaluations; 0 = at the start and the end only (ours)."""
-    evaluate_clips: int = 512
-    """Clips that the retrieval evaluation uses at most (ours)."""
+    evaluate_clips: int = 264
+    """Clips that the retrieval evaluation uses at most; fewer are asked for up to four times (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
     runs: str = "runs"
     """Directory that holds the runs, each in a folder of its name (ours)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batches", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
+        for name in (
+            "batch_size",
+            "micro_batches",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+            "max_bad_steps",
+            "evaluate_clips",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("keep_every", "evaluate_every", "evaluate_clips"):
+        for name in ("keep_every", "evaluate_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 

@@ -5,7 +5,6 @@ second among those of all clips, by cosine of the encoder's averaged last featur
 own start) and the raw pixels answer the same question on the same frames.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from vito_fast.config import Config
 from vito_fast.data.loader import ClipLoader
+from vito_fast.model.pair import build_backbone
 
 SEED_OFFSET = 1_000_003
 """The evaluation's frames come from the run's seed plus this:
@@ -23,15 +23,12 @@ SEED_OFFSET = 1_000_003
 they are other frames, crops and colours than training's.
 """
 DRAWS = 4
-"""How often each clip is asked for, with other frames each time: a few clips alone give a coarse number."""
+"""How often each of a few clips is asked for at most, with other frames each time: once alone gives a coarse number."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """DRAWS times two augmented frames of each of N clips:
-
-    queries and gallery, both (DRAWS,N,3,S,S) float32 on the CPU.
-    """
+    """K times two augmented frames of each of N clips: queries and gallery, both (K,N,3,S,S) float32 on the CPU."""
 
     query: Tensor
     gallery: Tensor
@@ -40,12 +37,13 @@ class Frames:
 def draw(config: Config, clips: int) -> Frames:
     """Augmented frames of up to ``train.evaluate_clips`` of the store's ``clips`` clips, the same for the same seed."""
     wanted = min(clips, config.train.evaluate_clips)
+    draws = max(1, min(DRAWS, config.train.evaluate_clips // wanted))
     batches = -(-wanted // 64)
     size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
     seed, threads = config.seed + SEED_OFFSET, config.data.threads
     query, gallery = [], []
     with ClipLoader(config.data.store, size, seed=seed, sampler=config.sampler, threads=threads) as loader:
-        for epoch in range(DRAWS):
+        for epoch in range(draws):
             loader.set_epoch(epoch)
             views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
             query.append(torch.cat([v[0] for v in views]))
@@ -67,9 +65,10 @@ def features(backbone: nn.Module, images: Tensor, device: torch.device, channels
 
     the spatial mean of the coarsest stage, in whichever mode the backbone is, of images (K,N,3,S,S).
     """
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     rows = []
     for part in images.flatten(0, 1).split(64):
-        part = part.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        part = part.to(device, dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         rows.append(backbone(part)[-1].mean((2, 3)).float())
     return torch.cat(rows).unflatten(0, images.shape[:2])
 
@@ -101,7 +100,8 @@ def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch
 
     The statistics favour the untrained network: without them its features would be scaled for no images at all.
     """
-    untrained = copy.deepcopy(backbone)
+    untrained = build_backbone(config.model).to(device)  # not a copy: its norms must not wait for other ranks
+    untrained.load_state_dict(backbone.state_dict())
     for module in untrained.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()

@@ -119,7 +119,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
 
     summary: dict[str, Any] = {}
     if recorder and frames:
-        if trainer.step_count >= last and recorder.evaluations.rows[-1]["step"] != trainer.step_count:
+        evaluated = [row["step"] for row in recorder.evaluations.rows]
+        if trainer.step_count >= last and trainer.step_count not in evaluated:
             evaluation = monitor.evaluate(backbone, frames, config, world.device)
             recorder.evaluation({"step": trainer.step_count} | evaluation)
         summary = _summary(run, trainer.step_count, total, recorder, baselines, clock.rate)
@@ -153,9 +154,12 @@ def make_loader(config: Config, world: World) -> ClipLoader:
 
 
 def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
-    """Batches of this epoch from the loader's position, then of the next ones."""
-    while True:
-        yield from loader
+    """Batches of this epoch from the loader's position, then of the next ones. TrainingFailed if the data gives out."""
+    try:
+        while True:
+            yield from loader
+    except RuntimeError as error:
+        raise TrainingFailed(f"the data gave out: {error}") from None
 
 
 def _open_run(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
@@ -216,7 +220,7 @@ def _summary(
 ) -> dict[str, Any]:
     """The run's outcome, also written to summary.json."""
     rows = recorder.metrics.rows
-    evaluation = recorder.evaluations.rows[-1]
+    evaluation = recorder.evaluations.rows[-1] if recorder.evaluations.rows else {}
     summary = {
         "checkpoint": str(path_of(run / "checkpoints", step)),
         "step": step,

@@ -155,6 +155,25 @@ def test_kill_9_at_any_moment_resumes_to_the_same_end(config):
     assert_same_end(whole, killed)
 
 
+def test_torchrun_with_two_ranks_makes_the_run_of_one(config):
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="float64"))
+    ranks = renamed(whole, "ranks")
+    train(whole)
+    path = run_of(ranks).parent.parent / "ranks.yaml"
+    save_config(ranks, path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vito_fast", "train", str(path)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | ONE_THREAD)
+    assert final(ranks).state["ranks"] == 2
+    for one, two in zip(rows(whole), rows(ranks), strict=True):
+        assert one["step"] == two["step"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    left, right = final(whole).tensors, final(ranks).tensors
+    for name in left:
+        if name.startswith("model.online.") and left[name].is_floating_point():
+            torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_save_and_end(config, number):
     long = dataclasses.replace(

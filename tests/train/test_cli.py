@@ -1,0 +1,149 @@
+"""The command line: help, exit status, and one line for every mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vito_fast import cli
+from vito_fast.commands import TrainOptions, train_arguments
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit status, stdout and stderr of ``vito-fast ARGUMENTS``."""
+
+    def _run(*arguments):
+        try:
+            status = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return _run
+
+
+def assert_one_line(status, err, *says):
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in says:
+        assert word in err
+
+
+def test_help_names_every_command_and_each_has_its_own(run):
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    for name in cli.COMMANDS:
+        assert name in out
+        status, text, _ = run(name, "--help")
+        assert status == 0
+        assert len(text) > 100
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from vito_fast.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["exprot"], ["exprot", "export"]),
+        (["zzz"], ["zzz", "pack"]),
+        ([], ["a command is missing"]),
+        (["train"], ["a configuration is missing"]),
+        (["train", "--resume"], ["a configuration is missing"]),
+        (["train", "nothing.yaml"], ["nothing.yaml", "demo"]),
+        (["train", "demo", "--los.temperature", "1"], ["--los.temperature", "loss.temperature"]),
+        (["train", "demo", "--loss.temprature=1"], ["loss.temprature", "loss.temperature"]),
+        (["train", "demo", "--loss.temperature", "warm"], ["--loss.temperature", "warm"]),
+        (["train", "demo", "--loss.temperature", "-1"], ["loss.temperature", "above 0", "-1"]),
+        (["train", "demo", "--loss.kind", "bryol"], ["bryol", "byol"]),
+        (["train", "demo", "--train.batch-size", "1.5"], ["--train.batch-size", "1.5"]),
+        (["train", "demo", "--sampler.area", "0.4"], ["--sampler.area"]),
+        (["train", "demo", "--sampler.views", "9"], ["views", "9"]),
+        (["train", "demo", "stray"], ["stray"]),
+        (["train", "demo", "--data.store", "/nowhere"], ["/nowhere"]),
+        (["export", "a"], ["PATH"]),
+        (["export", "a", "b", "--formt", "timm"], ["--formt", "--format"]),
+        (["export", "nowhere", "b"], ["nowhere"]),
+        (["attention", "nowhere", "v.mp4", "a.png"], ["nowhere"]),
+        (["inspect-store", "/nowhere"], ["/nowhere"]),
+        (["bench-data", "/nowhere"], ["/nowhere"]),
+        (["pack", "/nowhere", "/tmp/x"], ["/nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(run, arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*arguments)
+    assert_one_line(status, err, *says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_files_name_the_file(run, tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer: {bas_lr: 1}\n")
+    status, _, err = run("train", tmp_path / "c.yaml")
+    assert_one_line(status, err, "c.yaml", "optimizer.bas_lr", "optimizer.base_lr")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "text.mp4").write_text("hello")
+    status, _, err = run("pack", tmp_path / "videos", tmp_path / "store", "--processes", "1")
+    assert_one_line(status, err, "text.mp4")
+    status, _, err = run("pack", tmp_path / "videos", tmp_path / "store", "--quality", "101")
+    assert_one_line(status, err, "quality", "101")
+    (tmp_path / "empty").mkdir()
+    status, _, err = run("pack", tmp_path / "empty", tmp_path / "store2")
+    assert_one_line(status, err, "empty")
+
+
+def test_overrides_reach_the_configuration():
+    words = ["demo", "--resume", "--max-steps", "7", "--loss.temperature=0.2", "--train.batch_size", "8"]
+    words += ["--sampler.area", "0.5", "0.9", "--model.no-predictor", "--name", "x"]
+    config, options = train_arguments(words, cli.parse)
+    assert isinstance(options, TrainOptions)
+    assert (options.resume, options.max_steps) == (True, 7)
+    assert (config.loss.temperature, config.train.batch_size, config.sampler.area) == (0.2, 8, (0.5, 0.9))
+    assert (config.model.predictor, config.name, config.model.backbone) == (False, "x", "resnet18")
+
+
+def test_pack_inspect_and_bench_say_what_they_made(run, make_clip, tmp_path):
+    (tmp_path / "v").mkdir()
+    for seed in range(2):
+        make_clip(tmp_path / "v" / f"{seed}.mp4", seed)
+    status, out, _ = run("pack", tmp_path / "v", tmp_path / "s", "--processes", "1")
+    assert status == 0
+    assert out.splitlines()[-1] == f"packed: {tmp_path / 's'}"
+    status, out, _ = run("inspect-store", tmp_path / "s")
+    assert status == 0
+    assert "2 clips of 2 videos" in out
+    assert str(tmp_path / "s") in out.splitlines()[-1]
+    status, out, _ = run("bench-data", tmp_path / "s", "--batch", "2", "--seconds", "0.2", "--size", "32")
+    assert status == 0
+    assert "pairs/s" in out.splitlines()[-1]
+    (tmp_path / "s" / "store.json").write_text('{"version": 99}')
+    status, _, err = run("inspect-store", tmp_path / "s")
+    assert_one_line(status, err, "99")
+
+
+def test_doctor_ends_with_a_verdict(run):
+    status, out, _ = run("doctor")
+    assert status == 0
+    assert out.splitlines()[-1].startswith("training works here")
+    for name in ("GPU", "driver", "NVDEC", "nvJPEG", "triton", "DALI", "PyAV", "CPU", "memory"):
+        assert any(line.startswith(name) for line in out.splitlines()), name
+
+
+def test_a_full_disk_or_a_lost_file_is_one_line(run, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "/some/file")
+
+    monkeypatch.setattr("vito_fast.doctor.report", fail)
+    status, _, err = run("doctor")
+    assert_one_line(status, err, "/some/file", "No space left")
+
+
+def test_bugs_are_not_disguised_as_mistakes(run, monkeypatch):
+    monkeypatch.setattr("vito_fast.doctor.report", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("doctor")
