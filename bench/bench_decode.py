@@ -142,6 +142,6 @@ def test_copy_store(race: Any, gop: int) -> None:
 def test_packed_store(race: Any, quick: bool, format: str) -> None:
     """Stores coded anew at 256p, against the readers on the 720p originals with a key every 250 frames."""
     files = originals(720, 250, 2)
-    asked = requests(len(files), 4)
+    asked = requests(len(files), 2)
     mine = [Candidate(f"vito_fast {format} store", by_store(store(files, format), files, asked), "ours")]
     decode_race(race, f"decode_{format}", {"side": 720, "GOP": 250}, files, len(asked), mine, asked)

@@ -20,7 +20,7 @@ from bench.clock import CudaClock, wall_clock
 from bench.harness import Budget, Candidate, Race, timestamp
 
 SCHEMA = 1
-QUICK = Budget(seconds=2.0, fewest=7, most=40)
+QUICK = Budget(seconds=1.5, fewest=7, most=40)
 FULL = Budget(seconds=5.0, fewest=7, most=60)
 
 

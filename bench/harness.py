@@ -219,16 +219,16 @@ class Race:
         for runner in self._racing():
             call = runner.candidate.call
             assert call is not None
-            if runner.estimate > self.budget.seconds:  # too long for a warm-up: the check was one
+            if runner.estimate > self.budget.seconds:  # too long to warm up: the check was one
                 runner.sample = call
                 continue
-            estimate = min(self._timed(call) for _ in range(2))
+            estimate = min(self._timed(call) for _ in range(1 if self._slow(runner) else 2))
             if self.device.type == "cuda" and estimate < MICRO and self._flush is None:
                 estimate = self._make_graph(runner, estimate)
             runner.repeats = 1 if self._flush else max(runner.repeats, min(1000, int(SHORT / max(estimate, 1e-7)) + 1))
             if runner.sample is None:
                 runner.sample = _repeated(call, runner.repeats)
-            runner.estimate = min(estimate, self._timed(runner.sample) / runner.repeats)
+            runner.estimate = estimate if self._long(estimate) else self._timed(runner.sample) / runner.repeats
         total = sum(runner.estimate * runner.repeats for runner in self._racing() if not self._slow(runner))
         self.rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
 
@@ -244,7 +244,11 @@ class Race:
         return self._timed(runner.sample) / repeats
 
     def _slow(self, runner: _Runner) -> bool:
-        return runner is not self.ours and runner.estimate * runner.repeats * self.budget.fewest > self.budget.seconds
+        return runner is not self.ours and self._long(runner.estimate * runner.repeats)
+
+    def _long(self, seconds: float) -> bool:
+        """Whether the fewest rounds of this alone would take the whole budget."""
+        return seconds * self.budget.fewest > self.budget.seconds
 
     def _racing(self) -> list[_Runner]:
         return [runner for runner in self._runners if runner.status == "ok"]

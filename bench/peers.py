@@ -42,10 +42,16 @@ def truth_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Resul
     return call
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of a reference, fixed shapes."""
+def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:
+    """``torch.compile`` of a reference with its gradients, for the shapes of ``inputs``; compiled before it is timed."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    call = with_gradients(torch.compile(function, dynamic=False), *inputs)
+    name = "torch.compile of the reference"
+    try:
+        call()
+    except Exception as error:  # no compiler on this machine, or one that fails
+        return absent(name, f"does not compile: {str(error).splitlines()[0][:120]}")
+    return Candidate(name, call)
 
 
 def peer(
