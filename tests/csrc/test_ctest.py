@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("random", "index", "sampler", "bitstream", "planner", "reader", "miniclip", "fuzz_index", "fuzz_miniclip")
+SUITES = (
+    "random", "index", "sampler", "bitstream", "planner", "reader", "miniclip", "resize", "fuzz_index", "fuzz_miniclip",
+)  # fmt: skip
 
 
 def run(*command: str) -> str:

@@ -219,7 +219,7 @@ def _resize(size: int) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8
             )[0].permute(1, 2, 0).numpy()
         )  # fmt: skip
     cv2.setNumThreads(1)
-    return lambda frame: cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC)
+    return lambda frame: np.asarray(cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
 def _files(
