@@ -94,7 +94,7 @@ def show(p: Prediction, advice: tuple[Change, Prediction] | None, console: Conso
     console.print(_decode_table(p))
     console.print(_memory_table(p))
     console.print(_total_table(p))
-    console.print(f"bottleneck: {p.bottleneck}")
+    console.print(f"in one line: {summary(p)}", soft_wrap=True)
     if advice is None:
         console.print("advice: none of the changes this plan knows moves it")
     else:
@@ -105,6 +105,12 @@ def show(p: Prediction, advice: tuple[Change, Prediction] | None, console: Conso
         console.print(
             f"advice ({change.cost}): {change.what}, {' '.join(change.flags)}: {became}; then {after.bottleneck}"
         )
+
+
+def summary(p: Prediction) -> str:
+    """The prediction in one line, as the presets' headers quote it."""
+    room = f"{p.gpu_bytes / 1e9:.0f} of {p.machine['memory'] / 1e9:.0f} GB a GPU"
+    return f"{_ms(p.step_seconds)} a step, {p.hours:.3g} hours, {p.kwh:.3g} kWh, {room}; bottleneck: {p.bottleneck}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,8 +1,8 @@
 """Kills a run with SIGKILL again and again, resumes it each time, and compares its end with that of a run left alone.
 
-``python survive.py CONFIG.yaml KILLS SEED`` prints JSON. Each run is a fork of this process, which has imported everything
-and started nothing, so that most of a child's life is training. Half of the kills come at a random moment, half while a
-checkpoint is being written.
+``python survive.py CONFIG.yaml KILLS SEED`` prints JSON. Each run is a fork of this process, which has imported
+everything and started nothing, so that most of a child's life is training. Half of the kills come at a random moment,
+half while a checkpoint is being written.
 """
 
 import json

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vito_fast.cli import parse
-from vito_fast.config import load_config
+from vito_fast.config import load_config, preset_files
 from vito_fast.data.index import ClipRecord, write_index
 from vito_fast.errors import UserError
 from vito_fast.hardware import COMMON, GPUS, machine
@@ -228,3 +228,12 @@ def test_tables_print_and_call_themselves_a_prediction(small, capsys):
     printed = capsys.readouterr().out
     for text in ("PREDICTION", "bottleneck:", "advice", "kWh", "GPU: all", "jpeg, engine"):
         assert text in printed
+
+
+@pytest.mark.parametrize("preset", [p for p in preset_files() if p.stem != "demo"], ids=lambda p: p.stem)
+def test_every_preset_quotes_its_plan(preset, capsys):
+    lines = preset.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("# Predicted, not measured, by: vito-fast plan "))
+    assert run(lines[at].split("vito-fast plan ")[1].split(), parse) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("in one line: "))
+    assert told.removeprefix("in one line: ") == lines[at + 1].removeprefix("#   ")
