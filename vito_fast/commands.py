@@ -191,42 +191,42 @@ def inspect_store(
     return 0
 
 
-def bench_data(store: Place, batch: int = 32, seconds: float = 10.0, size: int = 224, threads: int = 0) -> int:
-    """Time a store's loader alone, on this machine's CPU or GPU.
+def bench_data(
+    store: Place,
+    originals: Path | None = None,
+    batch: int = 32,
+    seconds: float = 10.0,
+    size: int = 224,
+    threads: int = 0,
+    pairs: int = 16,
+    rounds: int = 5,
+    output: Path | None = None,
+) -> int:
+    """Time a store's loader, and its decoding beside that of the public readers that are installed.
 
     Args:
         store: A folder written by vito-fast pack.
+        originals: The folder that was packed: the public readers then read its files, not the store's clips.
         batch: Clips a batch.
-        seconds: How long to measure, after two batches of warm-up.
+        seconds: How long to measure the loader.
         size: Side of a view in pixels.
-        threads: Decoding threads; 0 = as many as cores.
+        threads: Decoding threads of the loader; 0 = as many as cores. Decoding is compared on one.
+        pairs: Frame pairs a round of the comparison.
+        rounds: Rounds of the comparison.
+        output: File to write all figures to, as JSON.
     """
-    import time
+    import json
 
-    import torch
+    from vito_fast.data import bench_data as bench
 
-    from vito_fast.data.loader import ClipLoader
-    from vito_fast.data.sampler import SamplerConfig
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        loader = ClipLoader(store, batch, sampler=SamplerConfig(size=size), device=device, threads=threads)
-    except ValueError as error:
+        result = bench.bench_data(
+            store, originals=originals, batch_size=batch, seconds=seconds, size=size, threads=threads, pairs=pairs,
+            rounds=rounds,
+        )  # fmt: skip
+        if output is not None:
+            output.write_text(json.dumps(result, indent=1) + "\n")
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    done, began, before = -2, time.perf_counter(), dataclasses.replace(loader.stats)
-    while done < 1 or time.perf_counter() - began < seconds:
-        for _ in loader:
-            done += 1
-            if done == 0:
-                began, before = time.perf_counter(), dataclasses.replace(loader.stats)
-            elif done > 0 and time.perf_counter() - began >= seconds:
-                break
-    span, stats = time.perf_counter() - began, loader.stats
-    loader.close()
-    made = max(1, stats.samples - before.samples)
-    for name in ("read", "decode", "augment"):
-        spent = getattr(stats, f"{name}_seconds") - getattr(before, f"{name}_seconds")
-        print(f"{name}: {1000 * spent / made:.2f} ms a pair, over all threads")
-    rate = f"{done * batch / span:.1f} pairs/s"
-    print(f"measured: {rate} from {store} on {device}, {size} px, {done} batches in {span:.1f} s")
+    print("\n".join(bench.lines(result)))
     return 0

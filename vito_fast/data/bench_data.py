@@ -60,11 +60,16 @@ def bench_data(
         pairs, rounds: requests a round, and rounds, of the decoding race.
         seed: of the requests.
 
+    Raises UserError for a store or an original that cannot be used, ValueError for senseless numbers.
+
     Result: ``loader`` (pairs_per_s, d_per_u = packets decoded per frame used, bytes_per_pair, ms_per_pair and share of
     read, decode and augment summed over the workers, failures), ``decode`` (for each candidate ms_per_pair and
     pairs_per_s on one thread to ``size`` px, and frames ``far`` from ours; ``speedup`` over the best of the others),
     ``machine``.
     """
+    for name, value in (("pairs", pairs), ("rounds", rounds), ("seconds", seconds)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}, must be above 0")
     config = SamplerConfig(size=size)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
