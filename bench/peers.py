@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def truth_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Resul
 
 
 def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:
-    """``torch.compile`` of a reference with its gradients, for the shapes of ``inputs``; compiled before it is timed."""
+    """``torch.compile`` of a reference with its gradients, for the shapes of ``inputs``; compiled before the race."""
     torch._dynamo.reset()
     call = with_gradients(torch.compile(function, dynamic=False), *inputs)
     name = "torch.compile of the reference"
