@@ -52,17 +52,18 @@ class Lars:
         gradients = self.gradients()
         momentum = list(self.momentum.values())
         keep: Any = self.config.momentum
-        rate: Any = -lr
         if finite is not None:
             for g in gradients:
                 g.copy_(torch.where(finite, g, torch.zeros((), dtype=g.dtype, device=g.device)))
             usable = finite.double()
             keep = keep * usable + (1 - usable)
-            rate = rate * usable
         self._adapt(gradients[: len(self.adapted)], finite)
         torch._foreach_mul_(momentum, keep)
         torch._foreach_add_(momentum, gradients)
-        torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, rate))
+        if finite is None:
+            torch._foreach_add_(self.parameters, momentum, alpha=-lr)
+        else:
+            torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, -lr * usable))
 
     def _adapt(self, gradients: list[Tensor], finite: Tensor | None) -> None:
         """Weight decay and trust ratio, in place, on the gradients of the parameters that have them."""

@@ -81,11 +81,14 @@ class Trainer:
             queries, weights, every, loss, by_scale = self._cached_gradients(parts, pending)
 
         norm = self.optimizer.gradient_norm()
-        finite = self._finite(loss.detach(), norm)
+        finite: Tensor | None = self._finite(loss.detach(), norm)
+        if self.world.device.type == "cpu" and finite:
+            finite = None  # reading the flag is free here, and choosing by it on the device is not
         self.optimizer.step(lr, finite)
         self.model.update_target(tau, finite)
-        for buffer, before in zip(buffers, buffers_before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, before))
+        if finite is not None:
+            for buffer, before in zip(buffers, buffers_before, strict=True):
+                buffer.copy_(torch.where(finite, buffer, before))
         self.step_count += 1
         if not measure:
             return {}

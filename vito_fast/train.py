@@ -58,6 +58,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
     loader.load_state_dict({"step": trainer.step_count})
     start, total = trainer.step_count, trainer.schedule.total_steps
     last = total if max_steps is None else min(total, max_steps)
+    if world.main and start:
+        print(f"{run} {'goes on after' if start < last else 'is finished at'} step {start} of {total}", flush=True)
 
     recorder = Recorder(run, start) if world.main else None
     saver = Checkpointer(run / "checkpoints", config.train.keep_last, config.train.keep_every) if world.main else None

@@ -109,7 +109,10 @@ class VitoModel(nn.Module):
         nothing where ``finite`` (a bool ()) is false.
         """
         target, online = self.averaged_pairs()
-        move: Any = 1 - tau if finite is None else (1 - tau) * finite.double()
+        if finite is None:
+            torch._foreach_lerp_(target, online, 1 - tau)
+            return
+        move: Any = (1 - tau) * finite.double()
         torch._foreach_mul_(target, 1 - move)
         torch._foreach_add_(target, torch._foreach_mul(online, move))
 
