@@ -1,10 +1,10 @@
 """The CPU path of :mod:`vito_kernels.photometric`: one image at a time, in buffers that stay in the second-level cache.
 
 A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorised pass over data in the
-cache and costs microseconds; nothing is allocated per image. What makes it fast besides:
+cache and costs microseconds; large buffers are made once. What makes it fast besides:
 
 - HSV is never formed. With V and C the largest channel and the largest minus the smallest, saturation times f moves
-  every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in :func:`_shift_hue`, which needs no
+  every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Colour._hue``, which needs no
   comparison and no branch.
 - Blur is two banded matrix products: 16 output rows (then columns) at a time need 16 + 2 radius input rows, and all
   these blocks share one small Toeplitz matrix. Taps below 2^-24 of the centre are left out, so small sigmas cost less.
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from .reference.photometric import GREY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
+FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has made the default
 TINY = 1e-30  # stands for a chroma of zero, where any finite quotient gives the same colour
 
 
@@ -29,18 +31,20 @@ def photometric(
     images: Tensor, params: Tensor, radius: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """(B, H, W, 3) uint8 to (B, H, W, 3) ``dtype``; the arguments of the public function, checked."""
-    out = torch.empty(images.shape, dtype=dtype)
+    out = torch.empty(images.shape, dtype=dtype, device=images.device)
+    inference = torch.is_inference_mode_enabled()
     work = iter(zip(images.unbind(), params.tolist(), out.unbind(), strict=True))
     lock = Lock()
 
     def worker() -> None:
-        augment = _Augment(images.shape[1], images.shape[2], radius, mean, std)
-        while True:
-            with lock:
-                task = next(work, None)
-            if task is None:
-                return
-            augment(*task)
+        with torch.inference_mode(inference):
+            augment = _Augment(images.shape[1], images.shape[2], radius, mean, std)
+            while True:
+                with lock:
+                    task = next(work, None)
+                if task is None:
+                    return
+                augment(*task)
 
     _in_threads(worker, min(torch.get_num_threads(), images.shape[0]))
     return out
@@ -70,7 +74,7 @@ class _Augment:
 
     def __init__(self, height: int, width: int, radius: int, mean: Sequence[float], std: Sequence[float]):
         self.colour, self.blur = _Colour(height, width), _Blur(height, width, radius)
-        self.mean_C11, self.std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.mean_C11, self.std_C11 = (torch.tensor(x, **FLOAT).view(3, 1, 1) for x in (mean, std))
 
     def __call__(self, image: Tensor, row: Sequence[float], target: Tensor) -> None:
         """image (H, W, 3) uint8, row of the parameters, target (H, W, 3)."""
@@ -86,14 +90,13 @@ class _Augment:
 
 
 class _Colour:
-    """Jitter and grey. Planes lie in [0, 1], and so does every operation's result; only the first two need a clip for
-    it."""
+    """Jitter and grey. Every operation's result lies in [0, 1], as the planes do; only the first two need a clip."""
 
     def __init__(self, height: int, width: int):
-        self.planes = torch.empty(3, height, width)
-        self.scratch = torch.empty(4, height, width)
+        self.planes = torch.empty(3, height, width, **FLOAT)
+        self.scratch = torch.empty(4, height, width, **FLOAT)
         self.operations = (_brightness, _contrast, self._saturation, self._hue)
-        self.grey_weights = torch.tensor(GREY_WEIGHTS)
+        self.grey_weights = torch.tensor(GREY_WEIGHTS, **FLOAT)
 
     def __call__(self, image: Tensor, amounts: Sequence[float], order: int, grey: bool) -> Tensor:
         """(H, W, 3) uint8 to planes (3, H, W), or (1, H, W) if grey, that the next call overwrites."""
@@ -143,7 +146,7 @@ class _Colour:
         u.div_(chroma).copysign_(side)
         bottom.sub_(chroma)
         own = [(2.0 * (channel - thirds) + 3) % 6 - 3 - rest for channel in range(3)]
-        torch.sub(u, torch.tensor(own).view(3, 1, 1), out=x)
+        torch.sub(u, torch.tensor(own, **FLOAT).view(3, 1, 1), out=x)
         x.abs_().sub_(3).abs_().clamp_(1, 2)
         torch.addcmul(bottom, chroma, x, out=x)
 
@@ -169,9 +172,9 @@ class _Blur:
         self.height, self.width, self.radius = height, width, radius
         self.row_blocks, self.column_blocks = -(-height // BLOCK), -(-width // BLOCK)
         rows, columns = self.row_blocks * BLOCK, self.column_blocks * BLOCK
-        self.padded = torch.zeros(3, rows + 2 * radius, columns + 2 * radius)
-        self.halfway = torch.empty(3, rows, columns + 2 * radius)
-        self.done = torch.empty(3, rows, columns)
+        self.padded = torch.zeros(3, rows + 2 * radius, columns + 2 * radius, **FLOAT)
+        self.halfway = torch.empty(3, rows, columns + 2 * radius, **FLOAT)
+        self.done = torch.empty(3, rows, columns, **FLOAT)
 
     def reach(self, sigma: float) -> int:
         """Taps on each side that are at least 2^-24 of the one in the middle."""
@@ -204,6 +207,6 @@ def _toeplitz(sigma: float, reach: int, band: int) -> Tensor:
     """(BLOCK, band): row i holds the normalised taps from column i on."""
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
     taps = torch.exp(offsets.square() / (-2 * sigma * sigma))
-    rows = torch.zeros(BLOCK, band + 1)
+    rows = torch.zeros(BLOCK, band + 1, **FLOAT)
     rows[:, : 2 * reach + 1] = taps / taps.sum()
     return rows.flatten()[: BLOCK * band].view(BLOCK, band)
