@@ -186,6 +186,9 @@ class Tile:
     span: int = 512
 
 
+# Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 128 columns.
+WIDE = {80: {1024: Tile(32, 32, 128, 4, 1, span=128)}, 90: {1024: Tile(64, 16, 128, 4, 1, 8, span=128)}}
+
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
 # of the compiled kernels. Keys: architecture and pass; then the largest D that a tile serves. "mean" and "lse" are
 # the forward pass with and without the keys' mean. A pass has a row of its own for the online variant where that
@@ -194,49 +197,57 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(64, 64, 128, 8, 3),
-        1024: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 64, 256, 8, 2, span=256),
+        **WIDE[80],
     },
-    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 32, 256, 8, 3)},
+    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 32, 256, 8, 3), **WIDE[80]},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(64, 64, 128, 8, 3),
-        1024: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 64, 256, 8, 2, span=256),
+        **WIDE[80],
     },
-    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 1024: Tile(64, 32, 256, 8, 3)},
+    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 32, 256, 8, 3), **WIDE[80]},
     (90, "mean"): {
         128: Tile(128, 128, 128, 8, 3, 8),
         256: Tile(128, 64, 256, 8, 4, 8),
         512: Tile(128, 32, 256, 8, 2, 8, span=256),
+        **WIDE[90],
     },
-    (90, "lse"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
+    (90, "lse"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8), **WIDE[90]},
     (90, "gradient"): {
         128: Tile(128, 128, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 4),
         512: Tile(128, 32, 256, 8, 2, span=256),
+        **WIDE[90],
     },
     (90, "gradient both"): {
         128: Tile(128, 64, 128, 8, 4),
         256: Tile(128, 64, 256, 8, 4),
         512: Tile(128, 32, 256, 8, 2, span=256),
+        **WIDE[90],
     },
-    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8)},
+    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8), **WIDE[90]},
     (100, "mean"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(64, 32, 256, 8, 2, span=256),
+        512: Tile(64, 32, 256, 8, 2, 8, span=256),
+        **WIDE[90],
     },
     (100, "mean online"): {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(128, 32, 256, 8, 3, 8),
         512: Tile(64, 32, 256, 8, 2, 8, span=256),
+        **WIDE[90],
     },
-    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
+    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[90]},
     (100, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
         512: Tile(64, 32, 256, 8, 2, span=256),
+        **WIDE[90],
     },
-    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2)},
+    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[90]},
 }
 FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path

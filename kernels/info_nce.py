@@ -24,13 +24,12 @@ leaves the others at once. No value is read by the host.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vito_kernels import tiled
+from vito_kernels import options, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Operand,
@@ -193,7 +192,7 @@ def launch_lse(
         if not online_only:
             run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if online_only else trusted, span, split_keys)
-    return merge_splits(lse2, rest, mean)
+    return tiled.merge_splits(lse2, rest, mean)
 
 
 def run_lse(
@@ -226,21 +225,6 @@ def run_lse(
             ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, TMA=right.tma,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-
-
-def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One lse2 (M,), rest (M,) and mean (M, D) out of those over disjoint sets of keys (S, ...), in a fixed order."""
-    if lse2.shape[0] == 1:
-        return lse2[0], rest[0], mean[0]
-    top = lse2.amax(0)
-    top = top.masked_fill_(top == -torch.inf, 0)
-    shares = torch.exp2(lse2 - top + rest)
-    total = shares.sum(0)
-    whole, lost = torch.empty_like(top), torch.empty_like(top)
-    tiled.split_sum(total.log2(), top, whole, lost)
-    if mean.shape[1] == 0:
-        return whole, lost, mean[0]
-    return whole, lost, (mean * shares[:, :, None]).sum(0).div_(total.masked_fill(total == 0, 1)[:, None])
 
 
 def specs(device: str = "meta") -> list[Spec]:
@@ -505,35 +489,22 @@ def info_nce(
     groups = (q_group, k_group)
     negatives, logits = negatives_and_positives(q, k, scale, columns, 0, *groups)
     if hard_negatives or debias:
-        with torch.no_grad():  # a scale of zero counts the keys that are seen
-            log_count = negatives_and_positives(q[:, :16], k[:, :16], 0.0, columns, 0, *groups)[0]
+
+        def over_negatives(scale: float | Tensor, width: int = q.shape[1]) -> Tensor:
+            return negatives_and_positives(q[:, :width], k[:, :width], scale, columns, 0, *groups)[0]
+
+        with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
+            log_count = over_negatives(0.0, 16)
         if hard_negatives:
-            harder = negatives_and_positives(q, k, scale * (1 + hard_negatives), columns, 0, *groups)[0]
-            weights = negatives_and_positives(q, k, scale * hard_negatives, columns, 0, *groups)[0]
-            negatives = torch.where(negatives == -torch.inf, negatives, harder - weights + log_count)
-        if debias:
-            negatives = _debiased(negatives[:, None], logits, log_count[:, None], scale, debias)
-    loss = torch.nn.functional.softplus((negatives if debias else negatives[:, None]) - logits).mean(1)
+            harder = over_negatives(scale * (1 + hard_negatives)) - over_negatives(scale * hard_negatives) + log_count
+            negatives = torch.where(negatives == -torch.inf, negatives, harder)
+        sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
+    else:
+        sums = negatives[:, None]
+    loss = torch.nn.functional.softplus(sums - logits).mean(1)
     if label_smoothing:
-        loss = loss + label_smoothing * (logits[:, 0] - _mean_logit(q, k, scale))
+        loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
     return reduce(loss, reduction)
-
-
-def _debiased(negatives: Tensor, positives: Tensor, log_count: Tensor, scale: float | Tensor, share: float) -> Tensor:
-    """log of (sum over negatives - share * n * e^positive) / (1 - share), at least that of n negatives at distance
-    2.
-    """
-    floor = log_count - scale
-    excess = (math.log(share) + log_count + positives - negatives).clamp(max=-1e-6)  # beyond, the floor holds
-    sums = negatives + torch.log(-torch.expm1(excess)) - math.log1p(-share)
-    below = (math.log(share) + log_count + positives >= negatives) | (sums < floor) & (log_count > -torch.inf)
-    return torch.where(below, floor + torch.zeros_like(sums), sums)
-
-
-def _mean_logit(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
-    """Mean over all keys of each query's logits: one product with the keys' mean."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (q.to(dtype) @ k.to(dtype).mean(0)) * scale
 
 
 def negatives_and_positives(

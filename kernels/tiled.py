@@ -165,6 +165,21 @@ def split_sum(small: Tensor, large: Tensor, total: Tensor, rest: Tensor) -> None
     torch.add(large - total, small, out=rest).nan_to_num_(nan=0.0)
 
 
+def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One lse2 (M,), rest (M,) and mean (M, D) out of those over disjoint sets of keys (S, ...), in a fixed order."""
+    if lse2.shape[0] == 1:
+        return lse2[0], rest[0], mean[0]
+    top = lse2.amax(0)
+    top = top.masked_fill_(top == -torch.inf, 0)
+    shares = torch.exp2(lse2 - top + rest)
+    total = shares.sum(0)
+    whole, lost = torch.empty_like(top), torch.empty_like(top)
+    split_sum(total.log2(), top, whole, lost)
+    if mean.shape[1] == 0:
+        return whole, lost, mean[0]
+    return whole, lost, (mean * shares[:, :, None]).sum(0).div_(total.masked_fill(total == 0, 1)[:, None])
+
+
 @dataclass(frozen=True)
 class Role:
     """One side's softmax in a gradient: ``weight`` is what arrives at each log-sum-exp ``lse2`` (log 2 units), both

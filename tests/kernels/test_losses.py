@@ -54,6 +54,14 @@ def test_options_of_info_nce(options):
     assert_at_most_twice_torch(fused, plain, pair(), floor=32)
 
 
+def test_a_query_without_negatives_has_no_loss_under_any_option():
+    x, y = (t[:1].requires_grad_() for t in pair())
+    for options in ({"hard_negatives": 0.5}, {"debias": 0.1}, {"debias": 0.1, "hard_negatives": 2.0}):
+        loss = vk.info_nce(x, y, **options)
+        assert loss == 0
+        assert not any(g.any() or g.isnan().any() for g in torch.autograd.grad(loss, (x, y)))
+
+
 def test_label_smoothing_is_that_of_cross_entropy():
     x, y = pair()
     expected = cross_entropy(x @ y.T / 0.1, torch.arange(B), label_smoothing=0.2)
