@@ -79,10 +79,6 @@ class Recorder:
         self.evaluations.append(row)
         self._scalars("evaluation", row)
 
-    def picture(self, name: str, image_hwc: Any, step: int) -> None:
-        """An (H,W,3) uint8 array for TensorBoard."""
-        self._board.add_image(name, image_hwc, step, dataformats="HWC")
-
     def _scalars(self, group: str, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
