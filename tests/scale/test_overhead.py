@@ -1,0 +1,44 @@
+"""What the trainer adds to forward, backward and update: at most three hundredths, with the data ready."""
+
+import time
+
+import torch
+
+from vito_fast.config import Config, ModelConfig, TrainConfig
+from vito_fast.distributed import World
+from vito_fast.loss import Keys, objective
+from vito_fast.model.pair import normalise
+from vito_fast.step import Trainer
+
+CONFIG = Config(model=ModelConfig(backbone="resnet18"), train=TrainConfig(batch_size=12, device="cpu"))
+ROUNDS = 3
+
+
+def bare(trainer, views, video):
+    """The step's mathematics and nothing else."""
+    images = torch.cat(views)
+    for p in trainer.model.online.parameters():
+        p.grad = None
+    with torch.no_grad():
+        keys = [normalise(z).unflatten(0, (2, -1)) for z in trainer.model.target(images).embeddings]
+    queries = [normalise(z).unflatten(0, (2, -1)) for z in trainer.model.online(images).embeddings]
+    objective(queries, Keys(keys, video, 0), CONFIG.loss)[0].backward()
+    trainer.optimizer.step(0.1)
+    trainer.model.update_target(0.99)
+
+
+def test_the_trainer_costs_at_most_three_hundredths_more_than_the_bare_step():
+    trainer = Trainer(CONFIG, World(0, 1, 1, torch.device("cpu")), 100)
+    views = tuple(torch.randn(12, 3, 128, 128).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    video = torch.arange(12)
+    times = {"bare": [], "trainer": []}
+    for _ in range(ROUNDS):  # in turn, by processor time: what else the machine does concerns both alike
+        for name, step in (
+            ("bare", lambda: bare(trainer, views, video)),
+            ("trainer", lambda: trainer.step(views, video, measure=False)),
+        ):
+            before = time.process_time()
+            step()
+            times[name].append(time.process_time() - before)
+    best = {name: min(spent[1:]) for name, spent in times.items()}
+    assert best["trainer"] <= 1.03 * best["bare"], times
