@@ -20,7 +20,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.parametrize("name", FILES)
     def test_kernels_in_the_interpreter(name):
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / name)]
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / name)]
         run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
         assert " passed" in run.stdout
