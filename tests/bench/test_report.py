@@ -13,7 +13,7 @@ from bench.plots import Axis, Series, chart
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VOID = {"meta", "link", "circle", "line", "polyline"}
+VOID = {"meta", "link"}
 
 
 class Page(HTMLParser):
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results():
-    return json.loads((ROOT / "bench/results/cpu-amd-epyc-2-cores.json").read_text())
+    return json.loads(RESULTS[0].read_text())
 
 
 def test_report_has_every_section_and_loads_nothing(results):
@@ -62,7 +62,7 @@ def test_report_has_every_section_and_loads_nothing(results):
     assert len(parsed.ids) == len(set(parsed.ids))
     assert "script" not in parsed.tags
     assert not re.search(r"url\(|https?://", page)
-    assert parsed.tags.count("figure") >= 5
+    assert parsed.tags.count("figure") >= (1 if results["quick"] else 12)
     assert "prefers-color-scheme:dark" in page
 
 
@@ -116,7 +116,7 @@ def test_a_changed_figure_is_noticed(results):
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_every_table_can_be_made(results, name):
     made = tables.fill(f"<!-- bench:{name} {results['machine']['name']} -->\n<!-- /bench -->")
-    assert len(made.splitlines()) >= 3 or name == "machine"
+    assert len(made.splitlines()) >= (1 if name == "machine" else 4)
 
 
 def test_an_unknown_table_or_machine_is_an_error():
