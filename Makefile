@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test lint pretrain bench bench-gate readme-tables inspect gpu-check clean
+.PHONY: setup test lint pretrain bench bench-gate bench-counted readme-tables inspect gpu-check clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -51,6 +51,11 @@ BASELINE ?= bench/results/cpu-amd-epyc-2-cores.json
 bench-gate: $(VENV)/.bench
 	$(BIN)/python -m bench --quick --results build/bench/gate.json --report build/bench/gate.html
 	$(BIN)/python -m bench.compare $(BASELINE) build/bench/gate.json --confirm 2
+
+# The same without a clock, for CI: flops, peak memory, instructions, packets a frame, kernels as compiled. Needs no peers.
+bench-counted: setup
+	$(BIN)/python -m bench --quick --counted --results build/bench/counted.json
+	$(BIN)/python -m bench.compare $(BASELINE) build/bench/counted.json --all
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'

@@ -16,6 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
+    parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     parser.add_argument("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     parser.add_argument(
@@ -34,15 +35,18 @@ def main() -> int:
     from bench import report, static
     from bench.machine import machine
 
-    name = machine(options.device)["name"] + ("-quick" if options.quick else "")
+    kind = "-counted" if options.counted else "-quick" if options.quick else ""
+    name = machine(options.device)["name"] + kind
     results = options.results or ROOT / f"bench/results/{name}.json"
     status = int(pytest.main(_arguments(options, results)))
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return status  # nothing ran: a file from before stays as it is
     if options.static:
         static.add(results, options.quick)
-    report.write(results, options.report)
-    print(f"results: {os.path.relpath(results)}\nreport:  {os.path.relpath(options.report)}")
+    print(f"results: {os.path.relpath(results)}")
+    if not options.counted:
+        report.write(results, options.report)
+        print(f"report:  {os.path.relpath(options.report)}")
     return status
 
 
@@ -63,7 +67,7 @@ def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
     if importlib.util.find_spec("pytest_benchmark"):
         found += ["--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "--benchmark-quiet"]
     found += ["--device", options.device, "--results", str(results)]
-    found += [f"--{name}" for name in ("quick", "cold") if getattr(options, name)]
+    found += [f"--{name}" for name in ("quick", "counted", "cold") if getattr(options, name)]
     for name, value in (("-k", options.keyword), ("--only", options.only), ("--rounds", options.rounds)):
         found += [name, str(value)] if value else []
     return found

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vito-fast benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the races run")
     group.addoption("--quick", action="store_true", help="the quick set: fewer cases, fewer rounds")
+    group.addoption("--counted", action="store_true", help="no clock: correctness, flops and peak memory of ours alone")
     group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     group.addoption("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     group.addoption("--only", metavar="ID,ID", help="race the cases of these ids alone")
@@ -90,6 +91,11 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         only = config.getoption("--only")
         if only and contest.id not in _split_ids(only):
             pytest.skip("not asked for")
+        if config.getoption("--counted"):
+            if not options.get("memory", True):
+                pytest.skip("nothing to count without a clock")
+            config.stash[RECORDS].append({"suite": request.path.stem.removeprefix("bench_")} | contest.count())
+            return config.stash[RECORDS][-1]
         contest.check()
         contest.calibrate()
         if benchmark is None:
@@ -140,6 +146,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "commit": machines.commit(),
         "device": config.getoption("--device"),
         "quick": config.getoption("--quick"),
+        "counted": config.getoption("--counted"),
         "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
         "threads": torch.get_num_threads(),
         "machine": machines.machine(config.getoption("--device")),

@@ -302,6 +302,14 @@ class Race:
         self.count_cost()
         return self.record()
 
+    def count(self) -> dict[str, Any]:
+        """Correctness, flops and peak memory of ours alone: no clock, so the same on every run. Rates are left empty."""
+        self._runners = [runner for runner in self._runners if runner.candidate.role in ("ours", "reference")]
+        self.check()
+        self._runners = [self.ours]
+        self.count_cost()
+        return self.record()
+
     def speedup(self, runner: _Runner) -> dict[str, float]:
         """How many times as fast as ``runner`` we are: median and spread of the ratio within a round."""
         common = [turn for turn in runner.times if turn in self.ours.times]
@@ -316,7 +324,7 @@ class Race:
             if runner.times and runner is not self.ours:
                 row |= self.speedup(runner)
             rows.append(row)
-        seconds = self.ours.median
+        seconds = self.ours.median if self.ours.times else float("inf")
         rates: dict[str, float] = {}
         if self.work.flops:
             rates["tflops"] = self.work.flops / seconds / 1e12

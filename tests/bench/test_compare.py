@@ -126,6 +126,17 @@ def test_a_quick_run_is_compared_on_what_it_has(results):
     assert compare.compare(full, results)[1] == []
 
 
+def test_a_counted_run_is_compared_on_what_it_counts(results):
+    new = copy.deepcopy(results) | {"counted": True}
+    del new["cases"][0]
+    new["cases"][1] = case("sampler", flops=1010)
+    for record in new["cases"]:
+        record["candidates"] = record["candidates"][:1]
+        del record["candidates"][0]["median_s"]
+    assert worse(results, new) == [("sampler[N=1]", "flops")]
+    assert compare.compare(results, new)[1] == []
+
+
 def test_another_processor_gets_twice_the_slack(results):
     new = copy.deepcopy(results)
     new["cases"][1] = case("photometric", ours=1.2)

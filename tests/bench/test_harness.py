@@ -120,6 +120,19 @@ def test_a_race_needs_something_to_judge_by():
         race(Candidate("ours", pausing(0.0), "ours"), bound=None)
 
 
+def test_counting_needs_no_clock():
+    candidates = [Candidate("ours", pausing(1.0), "ours"), Candidate("peer", lambda: 1 / 0)]
+    record = race(*candidates, memory=True).count()
+    assert [row["name"] for row in record["candidates"]] == ["ours"]
+    assert record["candidates"][0]["peak_bytes"] > 0
+    assert "median_s" not in record["candidates"][0]
+
+
+def test_counting_checks_the_result():
+    with pytest.raises(AssertionError, match="differs"):
+        race(Candidate("ours", pausing(1.0, 1.1), "ours")).count()
+
+
 def test_exactly_one_candidate_is_ours():
     with pytest.raises(ValueError, match="exactly one candidate of ours, exp has 0"):
         race(Candidate("peer", pausing(0.0)))
