@@ -80,7 +80,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     bare pytest does as well, on a machine with little more than torch. The suite is the file's name without ``bench_``.
     """
     config = request.config
-    benchmark = request.getfixturevalue("benchmark") if config.pluginmanager.hasplugin("benchmark") else None
+    timed = config.pluginmanager.hasplugin("benchmark") and not config.getoption("--counted")
+    benchmark = request.getfixturevalue("benchmark") if timed else None
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
         options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)

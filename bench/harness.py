@@ -303,7 +303,7 @@ class Race:
         return self.record()
 
     def count(self) -> dict[str, Any]:
-        """Correctness, flops and peak memory of ours alone: no clock, so the same on every run. Rates are left empty."""
+        """Correctness, flops and peak memory of ours alone: no clock, so the same on every run."""
         self._runners = [runner for runner in self._runners if runner.candidate.role in ("ours", "reference")]
         self.check()
         self._runners = [self.ours]
