@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)([^;]*);")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)([^;]*);")
 LABEL = re.compile(r"^\s*(\.L\w*):")
 TARGET = re.compile(r"\((\.L\w*)\)")
 MMA = re.compile(r"^(HMMA|HGMMA|QGMMA|IMMA|DMMA|BGMMA|IGMMA|OMMA|QMMA|UTC\w*MMA)\b")
@@ -79,41 +79,74 @@ class Instruction:
     name: str
     operands: str
     jump: int | None  # index of the instruction that a branch goes to
+    last: bool = False  # whether control never goes on to the next one
 
 
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a disassembly, in order."""
     labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str, str]] = []
     for line in listing.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(found)
         elif instruction := INSTRUCTION.search(line):
-            found.append((instruction[2], instruction[3]))
+            found.append((instruction[1] or "", instruction[2], instruction[3]))
     code = []
-    for name, operands in found:
+    for predicate, name, operands in found:
         target = TARGET.search(operands) if name.startswith("BRA") else None
-        code.append(Instruction(name, operands, labels.get(target[1]) if target else None))
+        alone = not predicate and re.fullmatch(r"\s*`?(\(\.L\w*\))?\s*", operands) is not None
+        last = alone and name.split(".")[0] in ("BRA", "EXIT")
+        code.append(Instruction(name, operands, labels.get(target[1]) if target else None, last))
     return code
 
 
 def _main_loop(code: list[Instruction]) -> list[Instruction]:
     """The smallest loop with the most tensor-core instructions; without any, the longest innermost loop."""
-    loops = [(i.jump, at + 1) for at, i in enumerate(code) if i.jump is not None and i.jump <= at]
-    loops = [(first, last) for first, last in loops if last - first >= SHORT_LOOP]
+    loops = [loop for loop in _loops(code) if len(loop) >= SHORT_LOOP]
     if not loops:
         return []
 
-    def mmas(loop: tuple[int, int]) -> int:
-        return sum(bool(MMA.match(i.name)) for i in code[slice(*loop)])
+    def mmas(loop: frozenset[int]) -> int:
+        return sum(bool(MMA.match(code[i].name)) for i in loop)
 
     most = max(map(mmas, loops))
     if most:
-        best = min((loop for loop in loops if mmas(loop) == most), key=lambda loop: loop[1] - loop[0])
+        best = min((loop for loop in loops if mmas(loop) == most), key=len)
     else:
-        inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-        best = max(inner, key=lambda loop: loop[1] - loop[0])
-    return code[slice(*best)]
+        best = max((loop for loop in loops if not any(other < loop for other in loops)), key=len)
+    return [code[i] for i in sorted(best)]
+
+
+def _loops(code: list[Instruction]) -> list[frozenset[int]]:
+    """The natural loops, as the instructions in each. Where code lies tells little: a compiler puts what rarely runs
+    (a second wait on a barrier) behind everything else, and its jump back spans all that lies between.
+    """
+    after: list[list[int]] = [[] for _ in code]
+    before: list[list[int]] = [[] for _ in code]
+    for at, instruction in enumerate(code):
+        for to in {at + 1 if not instruction.last else None, instruction.jump}:
+            if to is not None and to < len(code):
+                after[at].append(to)
+                before[to].append(at)
+    reachable = _reach([0], after) if code else set()
+    loops = []
+    for head in {i.jump for i in code if i.jump is not None} & reachable:
+        avoiding = _reach([0], after, head) if head else set()
+        if back := [at for at in before[head] if at in reachable and at not in avoiding]:  # the head dominates them
+            loops.append(frozenset((_reach(back, before, head) | {head}) & reachable))
+    return loops
+
+
+def _reach(starts: list[int], edges: list[list[int]], closed: int | None = None) -> set[int]:
+    """What can be reached without passing ``closed``."""
+    seen = {start for start in starts if start != closed}
+    stack = list(seen)
+    while stack:
+        for to in edges[stack.pop()]:
+            if to != closed and to not in seen:
+                seen.add(to)
+                stack.append(to)
+    return seen
 
 
 def _count(body: list[Instruction]) -> dict[str, int]:

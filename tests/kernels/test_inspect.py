@@ -55,6 +55,44 @@ def test_main_loop_and_spills_of_a_listing():
     assert sass._spilled(body) == 8
 
 
+OUT_OF_LINE = """
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0020*/              @!P0 BRA `(.L_x_5) ;
+.L_x_1:
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0040*/                   MUFU.EX2 R9, R9 ;
+        /*0050*/                   FADD R5, R5, R9 ;
+        /*0060*/                   IADD3 R2, P0, R2, 0x10, RZ ;
+        /*0070*/                   ISETP.NE.AND P1, PT, R2, RZ, PT ;
+        /*0080*/               @P1 BRA `(.L_x_0) ;
+        /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*00a0*/                   STL [R1], R9 ;
+        /*00b0*/                   STG.E desc[UR4][R2.64], R6 ;
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*00d0*/              @!P0 BRA `(.L_x_6) ;
+.L_x_2:
+        /*00e0*/                   EXIT ;
+.L_x_5:
+        /*00f0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0100*/              @!P0 BRA `(.L_x_5) ;
+        /*0110*/                   BRA `(.L_x_1) ;
+.L_x_6:
+        /*0120*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0130*/              @!P0 BRA `(.L_x_6) ;
+        /*0140*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_a_jump_back_from_code_out_of_line_is_no_loop():
+    """From the repeated wait at the end to the loop and beyond lies a second product, which the loop does not hold."""
+    body = sass._main_loop(sass.parse(OUT_OF_LINE))
+    assert sass._count(body)["mma"] == 1
+    assert sass._spilled(body) == 0
+    assert len(body) == 8 + 3, "the loop and, elsewhere, its repeated wait"
+
+
 def test_limits_are_found():
     kernel = inspect.Compiled("k", 240_000, 16, 2, 1024, b"")
     binary = sass.Binary(255, 0, 8, 8, 100, 0, ("HMMA.16816.F32.BF16",), {"all": 10})
