@@ -11,43 +11,16 @@ softmax,
 
 which makes it FlashAttention's forward with V = K, and the backward pass of q a scaling: 4 M N D flops for both. Every
 output row is owned by one program and summed in a fixed order: deterministic, no atomics.
-
-Two variants. *Fixed shift*: exponents are relative to a constant, |scale| log2(e) - 100, so that nothing is rescaled
-and no maximum is taken. For unit vectors every logit is at most |scale|, so the largest term is 2^100 and 2^27 keys
-cannot overflow; what underflows is 226 powers of two below the largest possible. For other inputs it may fail, and it
-says so: a row whose sum left [2^-64, 2^120] or whose mean is not finite is not trusted, as terms lost below 2^-126
-are negligible in any other. *Online*: a running maximum, right for every input. The rule: float32 runs online (a
-shift of 100 would round its exponents to 2^-18), and so does float16 with the mean (its P cannot hold 2^100);
-otherwise the fixed shift runs first, and the online kernel behind it repeats the blocks that were not trusted and
-leaves the others at once. No value is read by the host.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vito_kernels import options, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._tiles import (
-    Operand,
-    add_product,
-    cdiv,
-    choose_tile,
-    columns_of,
-    dot_rows,
-    hide,
-    load_rows,
-    plan_tiles,
-    precision,
-    rows_contiguous,
-    spans,
-    store_sums,
-    zero_sums,
-)
-from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels._triton import use_triton
 from vito_kernels.checks import (
     check_groups,
     check_options,
@@ -59,207 +32,8 @@ from vito_kernels.checks import (
     scale_tensor,
 )
 from vito_kernels.gradient import pair_gradient
+from vito_kernels.lse import launch_lse
 from vito_kernels.tiled import Exclusion, Role
-
-if TYPE_CHECKING:
-    import triton.language as tl
-
-# ---- Triton kernels
-
-
-@jit
-def _lse_step(
-    t, q, accs, total, top, k, k_tail, scale2, shift, own, own_group, other_group, positive, M, N, k_stride, diagonal,
-    D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
-    POSITIVES: tl.constexpr, ONLINE: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys: s = q k^T, p = 2^(s - shift), sums of p by row and of p k by row and column."""
-    BLOCK: tl.constexpr = total.shape[0]
-    keys = load_rows(k, k_tail, t * TILE, N, k_stride, D, W, TAIL, TILE, CLEAN, TMA)
-    s = dot_rows(q, keys, CHUNKS, PRECISION) * scale2
-    if not ONLINE:
-        s -= shift
-    if not CLEAN:
-        other = t * TILE + tl.arange(0, TILE)
-        s = hide(s, own, other, M, N, own_group, other_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, False)
-    if ONLINE:
-        new_top = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
-        old = tl.exp2(top - base)
-        p = tl.exp2(s - (base - HEADROOM)[:, None])
-        top = new_top
-        total *= old[:, None]
-        scaled = ()  # type: tuple
-        for c in tl.static_range(FIRST, LAST):
-            scaled += (accs[c - FIRST] * old[:, None],)
-        accs = scaled
-    else:
-        p = tl.exp2(s)
-    total += tl.sum(tl.reshape(p, (BLOCK, TILE // LANES, LANES)), 1)  # within a thread: no shuffle in the loop
-    return add_product(accs, p, keys, FIRST, LAST, PRECISION), total, top
-
-
-@jit
-def _lse_kernel(
-    q, k, k_tail, scale, lse2, rest, mean, trusted, q_group, k_group, positive, M, N, q_stride, k_stride, diagonal,
-    split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK:
-    tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL:
-    tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr, HEADROOM: tl.constexpr, TMA:
-    tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """lse2 and rest (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block of
-    rows and split.
-    """
-    CHUNKS: tl.constexpr = D // W + (TAIL > 0)
-    MASKED: tl.constexpr = GROUPS or POSITIVES > 0  # an excluded key may be anywhere
-    row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
-    own = row + tl.arange(0, BLOCK)
-    if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
-        if tl.min(tl.load(trusted + tl.cast(split, tl.int64) * M + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
-            return
-    scale2 = tl.load(scale) * 1.4426950408889634
-    shift = tl.abs(scale2) - HEADROOM
-    queries = load_rows(q, q, row, M, q_stride, D, W, TAIL, BLOCK, False, False)
-    accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
-    total = tl.zeros((BLOCK, LANES), tl.float32)
-    top = tl.full((BLOCK,), -float("inf"), tl.float32)
-
-    first = split * split_tiles
-    last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
-    crossed, crossing, full = plan_tiles(row, N, first, last, diagonal, BLOCK, TILE, DIAGONAL)
-    if MASKED:
-        crossed, crossing, full = first, last - first, last
-    else:
-        for i in tl.range(first, full - crossing, num_stages=STAGES):
-            t = tl.where(i < crossed, i, i + crossing)
-            accs, total, top = _lse_step(
-                t, queries, accs, total, top, k, k_tail, scale2, shift, own, q_group, k_group, positive, M, N, k_stride,
-                diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES, ONLINE,
-                HEADROOM, TMA, PRECISION,
-            )  # fmt: skip
-    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1):
-        t = tl.where(i < crossing, crossed + i, full)
-        accs, total, top = _lse_step(
-            t, queries, accs, total, top, k, k_tail, scale2, shift, own, q_group, k_group, positive, M, N, k_stride,
-            diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES, ONLINE,
-            HEADROOM, TMA, PRECISION,
-        )  # fmt: skip
-
-    z = tl.sum(total, 1)
-    if ONLINE:
-        shift = tl.where(top == -float("inf"), 0.0, top) - HEADROOM
-    else:
-        safe = (z > 2.0**-64) & (z < 2.0**120)
-        for c in tl.static_range(FIRST, LAST):
-            safe &= tl.max(tl.abs(accs[c - FIRST]), 1) < float("inf")
-        tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
-    log_z = tl.log2(z)
-    whole = log_z + shift
-    lost = tl.where(z == 0.0, 0.0, shift - whole + log_z)  # what the sum rounds away, as ``tiled.split_sum``
-    part = tl.cast(split, tl.int64) * M + own
-    tl.store(lse2 + part, whole, mask=own < M)
-    tl.store(rest + part, lost, mask=own < M)
-    means = ()  # type: tuple
-    for c in tl.static_range(FIRST, LAST):
-        means += (accs[c - FIRST] / tl.where(z == 0.0, 1.0, z)[:, None],)
-    store_sums(mean + tl.cast(split, tl.int64) * M * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
-
-
-# ---- launcher
-
-VARIANTS = ("fixed", "online")
-
-
-def launch_lse(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), rest (M,), mean (M, D) or (0, D)) by the kernels above; keys are split among programs where queries
-    are few.
-    """
-    M, D = q.shape
-    q, k = rows_contiguous(q), rows_contiguous(k)
-    kind = "mean" if bring_mean else "lse"
-    tiles = [choose_tile(f"{kind} {variant}", D, q.dtype) for variant in VARIANTS]
-    split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
-    split_keys = cdiv(split_keys, tiles[0].other * tiles[1].other) * tiles[0].other * tiles[1].other
-    splits = cdiv(k.shape[0], split_keys)
-    lse2, rest = scale.new_empty(splits, M), scale.new_empty(splits, M)
-    mean = scale.new_empty(splits, M if bring_mean else 0, D)
-    trusted = torch.empty(splits, M, dtype=torch.int8, device=q.device)
-    online_only = q.dtype == torch.float32 or (q.dtype == torch.float16 and bring_mean)
-    for span in spans(D, tiles[0]) if bring_mean else [(0, 0)]:
-        if not online_only:
-            run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
-        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if online_only else trusted, span, split_keys)
-    return tiled.merge_splits(lse2, rest, mean)
-
-
-def run_lse(
-    variant: str,
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    exclusion: Exclusion,
-    lse2: Tensor,
-    rest: Tensor,
-    mean: Tensor,
-    trusted: Tensor | None,
-    span: tuple[int, int],
-    split_keys: int,
-) -> None:
-    """Fills lse2 (S, M) and the column chunks ``span`` of mean (S, M, D). ``trusted`` (S, M): written by the fixed
-    variant, obeyed by the online one, which without it does every row.
-    """
-    (M, D), N = q.shape, k.shape[0]
-    tile = choose_tile(f"{'mean' if mean.shape[1] else 'lse'} {variant}", D, q.dtype)
-    left, right = Operand(q, tile.own, tile), Operand(k, tile.other, tile)
-    online = variant == "online"
-    headroom = 100.0 if not online else 14.0 if q.dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
-    with on_device(q):
-        _lse_kernel[(cdiv(M, tile.own), lse2.shape[0])](
-            q, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group, exclusion.k_group,
-            exclusion.positive, M, N, q.stride(0), k.stride(0), exclusion.diagonal or 0, split_keys // tile.other, D,
-            left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other, tile.stages,
-            GROUPS=exclusion.q_group is not None, DIAGONAL=exclusion.blocks, POSITIVES=columns_of(exclusion.positive),
-            ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, TMA=right.tma,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-
-def specs(device: str = "meta") -> list[Spec]:
-    """Every shipped launch of this file, at the nominal size of a large contrastive batch."""
-    return [
-        _spec(width, dtype, bring_mean, layout, device)
-        for width in (64, 128, 192, 256, 512, 1024)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for bring_mean in (True, False)
-        for layout in ("none", "diagonal", "groups", "positive")
-    ]
-
-
-def _spec(
-    width: int, dtype: torch.dtype, bring_mean: bool, layout: str, device: str = "meta", rows: int = 32768
-) -> Spec:
-    def launch() -> None:
-        x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
-        ids = torch.arange(rows, device=device)
-        group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
-        scale = torch.full((), 10.0, device=device)
-        exclusion = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
-        launch_lse(x, x, scale, exclusion, bring_mean)
-
-    return Spec(
-        f"similarity_lse {'with mean' if bring_mean else 'alone'} D={width} {str(dtype)[6:]} {layout}",
-        launch,
-        flops=(4.0 if bring_mean else 2.0) * rows * rows * width,
-        min_bytes=2.0 * rows * width * dtype.itemsize + rows * 4 + (rows * width * 4 if bring_mean else 0),
-        tensor_cores=dtype != torch.float32,
-        rare=dtype != torch.bfloat16
-        or width not in (128, 256, 512)
-        or layout not in (("none", "diagonal", "groups") if bring_mean else ("none",)),
-    )
-
 
 # ---- custom op
 

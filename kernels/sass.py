@@ -12,13 +12,14 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][
 LABEL = re.compile(r"^\s*(\.L\w*):")
 TARGET = re.compile(r"\((\.L\w*)\)")
 MMA = re.compile(r"^(HMMA|HGMMA|QGMMA|IMMA|DMMA|BGMMA|IGMMA|OMMA|QMMA|UTC\w*MMA)\b")
+COPY = re.compile(r"^(LDGSTS|UTMA|UBLKCP)")
 SHORT_LOOP = 8  # instructions; shorter loops only wait on a barrier
 KINDS = (  # of instructions, the first that matches
     ("mma", MMA),
     ("exp2", re.compile(r"^MUFU\.EX2")),
     ("shuffle", re.compile(r"^(SHFL|REDUX|CREDUX)")),
     ("barrier", re.compile(r"^(BAR|WARPSYNC|SYNCS|WARPGROUP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|UCGABAR)")),
-    ("async copy", re.compile(r"^(LDGSTS|UTMA|UBLKCP)")),
+    ("async copy", COPY),
     ("global", re.compile(r"^(LDG|STG|LD|ST|RED|ATOM|ATOMG)\b")),
     ("local", re.compile(r"^(LDL|STL)\b")),
     ("shared", re.compile(r"^(LDS|STS|LDSM|STSM|ATOMS|LDTM|STTM)\b")),
@@ -101,17 +102,18 @@ def parse(listing: str) -> list[Instruction]:
 
 
 def _main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The smallest loop with the most tensor-core instructions; without any, the longest innermost loop."""
+    """The loop with the most tensor-core instructions, of several the one that copies ahead (another takes the last,
+    ragged tile), the smallest; without any, the longest innermost loop.
+    """
     loops = [loop for loop in _loops(code) if len(loop) >= SHORT_LOOP]
     if not loops:
         return []
 
-    def mmas(loop: frozenset[int]) -> int:
-        return sum(bool(MMA.match(code[i].name)) for i in loop)
+    def count(kind: re.Pattern[str], loop: frozenset[int]) -> int:
+        return sum(bool(kind.match(code[i].name)) for i in loop)
 
-    most = max(map(mmas, loops))
-    if most:
-        best = min((loop for loop in loops if mmas(loop) == most), key=len)
+    if any(count(MMA, loop) for loop in loops):
+        best = max(loops, key=lambda loop: (count(MMA, loop), count(COPY, loop) > 0, -len(loop)))
     else:
         best = max((loop for loop in loops if not any(other < loop for other in loops)), key=len)
     return [code[i] for i in sorted(best)]

@@ -10,8 +10,8 @@ logit between both softmaxes (8 M N D; for NT-Xent, whose matrix is symmetric, o
 of rows and keeps their sums; column sums leave it as one partial sum for each block of rows, and these are added in
 order: deterministic, no atomics, M N / 128 floats of memory.
 
-Exponents are relative to the fixed shift of ``info_nce``, so partial sums merge by addition. Rows and columns whose
-sum left the trusted range are repeated by the online kernel of ``info_nce``, blocks that hold none are left at once;
+Exponents are relative to the fixed shift of ``lse``, so partial sums merge by addition. Rows and columns whose
+sum left the trusted range are repeated by the online kernel of ``lse``, blocks that hold none are left at once;
 the host reads no value.
 """
 
@@ -39,7 +39,8 @@ from vito_kernels._tiles import (
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import pair_gradient
-from vito_kernels.info_nce import autocast, launch_lse, run_lse
+from vito_kernels.info_nce import autocast
+from vito_kernels.lse import launch_lse, run_lse
 from vito_kernels.tiled import Exclusion, Role
 
 if TYPE_CHECKING:
