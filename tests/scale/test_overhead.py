@@ -11,7 +11,8 @@ from vito_fast.model.pair import normalise
 from vito_fast.step import Trainer
 
 CONFIG = Config(model=ModelConfig(backbone="resnet18"), train=TrainConfig(batch_size=12, device="cpu"))
-ROUNDS = 3
+ROUNDS = 20
+"""At most. The least of several is what a step costs; the first rounds in which both had a quiet moment decide."""
 
 
 def bare(trainer, views, video):
@@ -29,16 +30,20 @@ def bare(trainer, views, video):
 
 def test_the_trainer_costs_at_most_three_hundredths_more_than_the_bare_step():
     trainer = Trainer(CONFIG, World(0, 1, 1, torch.device("cpu")), 100)
-    views = tuple(torch.randn(12, 3, 128, 128).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    views = tuple(torch.randn(12, 3, 96, 96).contiguous(memory_format=torch.channels_last) for _ in range(2))
     video = torch.arange(12)
-    times = {"bare": [], "trainer": []}
+    steps = {
+        "bare": lambda: bare(trainer, views, video),
+        "trainer": lambda: trainer.step(views, video, measure=False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # warm
     for _ in range(ROUNDS):  # in turn, by processor time: what else the machine does concerns both alike
-        for name, step in (
-            ("bare", lambda: bare(trainer, views, video)),
-            ("trainer", lambda: trainer.step(views, video, measure=False)),
-        ):
+        for name, step in steps.items():
             before = time.process_time()
             step()
             times[name].append(time.process_time() - before)
-    best = {name: min(spent[1:]) for name, spent in times.items()}
-    assert best["trainer"] <= 1.03 * best["bare"], times
+        if len(times["bare"]) >= 4 and min(times["trainer"]) <= 1.03 * min(times["bare"]):
+            return
+    raise AssertionError(f"the trainer's step costs more than 1.03 times the bare one: {times}")
