@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except UserError as error:
         return _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("", "vito_fast", "vito_kernels"):
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'vito-fast[train]'", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

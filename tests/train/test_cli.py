@@ -147,3 +147,10 @@ def test_bugs_are_not_disguised_as_mistakes(run, monkeypatch):
     monkeypatch.setattr("vito_fast.doctor.report", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("doctor")
+
+
+def test_an_installation_without_the_extra_says_which_one(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.delitem(sys.modules, "vito_fast.commands")
+    monkeypatch.delattr("vito_fast.commands")
+    assert_one_line(*run("doctor")[::2], "tyro", "vito-fast[train]")
