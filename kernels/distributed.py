@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
+from vito_kernels._ops import softplus
 from vito_kernels.checks import (
     check_groups,
     check_ids,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels import options, tiled
-from vito_kernels._ops import autograd_op, refuse_double_backward
+from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import (
     check_groups,
@@ -275,7 +275,7 @@ def info_nce(
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
     else:
         sums = negatives[:, None]
-    loss = torch.nn.functional.softplus(sums - logits).mean(1)
+    loss = softplus(sums - logits).mean(1)
     if label_smoothing:
         loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
     return reduce(loss, reduction)

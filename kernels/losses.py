@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
+from vito_kernels._ops import softplus
 from vito_kernels.checks import (
     check_ids,
     check_locked,

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
 from vito_kernels import tiled
-from vito_kernels._ops import autograd_op, refuse_double_backward
+from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._tiles import (
     Operand,
     cdiv,

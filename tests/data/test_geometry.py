@@ -104,10 +104,11 @@ def test_the_native_resize(data):
     pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width + 3, 3), np.uint8)
     out = np.full((size, size, 3), 77, np.uint8)
     resize_cubic(pixels[:, :width], window, upside, sideways, out)
-    expected = view(pixels[:, :width], window, sideways, size)
-    distance = np.abs((out[::-1] if upside else out).astype(int) - expected)
-    assert distance.max() <= 1
-    assert (distance > 0).mean() < 0.02 or distance.size < 300
+    y, x, _, _ = window
+    inside = pixels[y : y + h, x : x + w].astype(np.float64)
+    exact = np.einsum("ih,hwc,jw->ijc", cubic_weights(h, size), inside, cubic_weights(w, size)).clip(0, 255)
+    upright = out[:: -1 if upside else 1, :: -1 if sideways else 1]
+    assert np.abs(upright - exact).max() <= 0.5 + 1e-3  # either neighbour of an exact tie is right
 
 
 @pytest.mark.parametrize("window", [(0, 0, 0, 5), (0, 0, 11, 5), (6, 0, 5, 5), (0, 8, 5, 5), (2**63, 0, 5, 5)])
