@@ -120,6 +120,16 @@ def test_what_disappears_is_missing(results):
     assert "GOP 8" in missing[1]
 
 
+def test_instructions_are_excused_where_no_tool_counts_them(results):
+    new = copy.deepcopy(results)
+    del new["static"]["counts"]["sampler: instructions a sample"]
+    assert len(compare.compare(results, new)[1]) == 1
+    new["static"]["missing"] = ["instructions: valgrind not installed"]
+    assert compare.compare(results, new)[1] == []
+    del new["static"]["counts"]["packets per frame, GOP 8"]
+    assert len(compare.compare(results, new)[1]) == 1
+
+
 def test_a_quick_run_is_compared_on_what_it_has(results):
     full = copy.deepcopy(results) | {"quick": False}
     del results["cases"][0]
