@@ -20,6 +20,7 @@ from vito_fast.data.index import (
     packet_flags,
     write_index,
 )
+from vito_fast.data.media import bare_packet
 
 SHARD = "shard-00000.bin"
 CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # FFmpeg's decoders of other names
@@ -119,9 +120,6 @@ def decode_packets(codec: str, extradata: bytes, packets: list[bytes]) -> dict[i
     context.extradata = extradata or None
     pictures = {}
     for number, payload in enumerate([*packets, None]):
-        packet = None if payload is None else av.Packet(payload)
-        if packet is not None:
-            packet.pts = packet.dts = number
-        for frame in context.decode(packet):
+        for frame in context.decode(None if payload is None else bare_packet(payload, number)):
             pictures[frame.pts] = frame.to_ndarray()
     return pictures

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data.bench_data import bench_data, decoding, lines
+from vito_fast.data.bench_data import _files, bench_data, decoding, lines
 from vito_fast.data.media import Source, rgb
+from vito_fast.data.pack import pack
 from vito_fast.data.peers import installed
+from vito_fast.data.store import Store, frames
 from vito_fast.errors import UserError
 
 
@@ -45,6 +47,18 @@ def test_readers_agree_on_the_clips(result, stores):
 def test_readers_agree_on_the_originals(stores, folder, format):
     decode = decoding(stores / format, originals=folder, size=48, pairs=4, rounds=1)
     assert decode["readers"]["PyAV"]["far"] == 0, decode
+
+
+def test_clips_that_begin_inside_a_group_of_pictures(tmp_path):
+    """The file written for the public readers has pictures before the clip's first frame: they are not counted."""
+    write(tmp_path / "video.mp4", pictures(60), gop=50, b_frames=2)
+    pack(tmp_path / "video.mp4", tmp_path / "store", format="copy", min_length=0, clip_length=0.8, progress=False)
+    store = Store(tmp_path / "store")
+    assert len(store) == 3
+    requests = [(clip, [1, store.index.clip(clip).num_frames - 1]) for clip in range(3)]
+    read = installed()[0]["PyAV"]
+    for (path, asked), (clip, numbers) in zip(_files(store, requests, None, tmp_path), requests, strict=True):
+        np.testing.assert_array_equal(read(path, asked), frames(store, clip, numbers))
 
 
 def test_d_per_u_of_jpeg_is_one(stores):

@@ -1,5 +1,6 @@
 """The frame delivered is the frame that decoding the original from its beginning gives."""
 
+import av
 import numpy as np
 import pytest
 from videos import pictures, remux, rotate, skip_start, write
@@ -10,9 +11,12 @@ from vito_fast.data.store import Store, frames
 
 
 def sequential(path):
-    """(seconds from the first frame, pictures) by decoding everything in order."""
+    """(seconds from the first frame, pictures) by decoding everything in order; PyAV left alone says the same."""
     source = Source(path)
     shown = [(token, rgb(frame)) for token, frame in source.frames()]
+    with av.open(str(path)) as container:
+        plain = [rgb(frame) for frame in container.decode(video=0)]
+    np.testing.assert_array_equal([picture for _, picture in shown], plain)
     ticks = presentation_times([source.pts[token] for token, _ in shown])
     return (ticks - ticks[0]) * float(source.time_base), [picture for _, picture in shown]
 
@@ -53,6 +57,7 @@ CODECS = {
     "mpeg4-avi": ("mpeg4", "avi", 0, {}),
     "mpeg2": ("mpeg2video", "mpg", 2, {}),
     "mjpeg": ("mjpeg", "mov", 0, {}),
+    "png": ("png", "mov", 0, {}),
     "ffv1": ("ffv1", "mkv", 0, {}),
     "wmv2": ("wmv2", "asf", 0, {}),
 }
@@ -65,6 +70,47 @@ def test_every_codec(name, tmp_path):
     path = write(tmp_path / f"a.{suffix}", pictures(36, *side), codec, b_frames=b_frames, options=options)
     store = check(path, tmp_path)
     assert store.index.num_frames == 36
+
+
+VOP = b"\x00\x00\x01\xb6"  # begins a picture of MPEG-4
+
+
+def test_frames_packed_two_to_a_packet(tmp_path):
+    """As DivX wrote them into AVI: a B-frame rides with the frame it refers to, and an empty packet stands for it."""
+
+    def join(packets):
+        joined, place = [], 0
+        while place < len(packets):
+            pair = place + 1 < len(packets) and _vop(packets[place + 1]) == "B"
+            payload = b"".join(bytes(packet) for packet in packets[place : place + 1 + pair])
+            if not place:
+                payload = payload.replace(VOP, b"\x00\x00\x01\xb2DivX503b1393p" + VOP, 1)
+            for data in [payload, VOP + b"\x5f\x80\x00"][: 1 + pair]:
+                packet = av.Packet(len(data))
+                packet.update(data)
+                packet.time_base, packet.pts = packets[0].time_base, None
+                packet.dts, packet.is_keyframe = len(joined), packets[place].is_keyframe and data is payload
+                joined.append(packet)
+            place += 1 + pair
+        return joined
+
+    path = write(tmp_path / "a.avi", pictures(36), "mpeg4", b_frames=1)
+    shown = [rgb(frame) for _, frame in Source(path).frames()]
+    packed = remux(path, tmp_path / "b.avi", join)
+    assert len({bytes(packet) for packet in _packets(packed)}) < 24, "one kind of empty packet"
+    store = check(packed, tmp_path)
+    assert store.index.num_frames == 36
+    np.testing.assert_array_equal(frames(store, 0, range(36)), shown)
+
+
+def _vop(packet):
+    data = bytes(packet)
+    return "IPBS"[data[data.rindex(VOP) + 4] >> 6]
+
+
+def _packets(path):
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
 
 
 def test_clips_begin_inside_a_group_of_pictures(tmp_path):

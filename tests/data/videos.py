@@ -52,7 +52,7 @@ _DEFAULTS = {
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8"},
 }
-_PIXELS = {"mjpeg": "yuvj420p", "prores": "yuv422p10le"}
+_PIXELS = {"mjpeg": "yuvj420p", "png": "rgb24", "prores": "yuv422p10le"}
 
 
 def remux(source: Path, target: Path, change) -> Path:

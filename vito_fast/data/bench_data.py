@@ -233,7 +233,7 @@ def _files(
     """File and frame numbers of each request."""
     if originals is None:
         written = {clip: _written(store, clip, folder) for clip in {clip for clip, _ in requests}}
-        return [(written[clip], numbers) for clip, numbers in requests]
+        return [(path, places[numbers].tolist()) for (path, places), numbers in ((written[c], n) for c, n in requests)]
     times: dict[Path, npt.NDArray[np.float64]] = {}
     asked = []
     for clip, numbers in requests:
@@ -256,8 +256,9 @@ def _times(path: Path) -> npt.NDArray[np.float64]:
         raise UserError(f"the original {path} cannot be read: {error}") from None
 
 
-def _written(store: Store, clip: int, folder: Path) -> Path:
-    """The clip as a file of its own, coded as in the store."""
+def _written(store: Store, clip: int, folder: Path) -> tuple[Path, npt.NDArray[np.int32]]:
+    """The clip as a file of its own, coded as in the store, and which of the file's pictures are the clip's frames: a
+    clip that begins inside a group of pictures has more before them."""
     info = store.index.clip(clip)
     (read,) = store.reader.read([clip], [range(info.num_frames)], miniclip=True)
     if read.code != "ok":
@@ -271,7 +272,7 @@ def _written(store: Store, clip: int, folder: Path) -> Path:
                 packet.stream = stream
                 target.mux(packet)
     small.unlink()
-    return path
+    return path, read.pictures
 
 
 def _machine() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """``copy`` stores: the packets of the source as they are, with an index good enough to decode any frame exactly.
 
-The file is decoded once in order, from bare packets as a reader of the store will have them. Then every group of
-pictures is decoded again the way training will, planned from its key, and each picture must be the same bit for bit.
+The file is decoded once in order, by a decoder that knows all its container says. Then every group of pictures is
+decoded again the way training will, from bare packets and planned from its key, and each picture must be the same bit
+for bit.
 Keys from which that fails are not used; a file that cannot be read exactly at all is rejected.
 """
 
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -16,7 +18,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from vito_fast.data.cutting import GAP, PackedClip, PackedFile, PackOptions, Shard, ShotDetector
-from vito_fast.data.decode import BadPackets, Decoder, open_decoder
+from vito_fast.data.decode import BadPackets, Decoder
 from vito_fast.data.index import (
     DISCARD,
     KEY,
@@ -29,7 +31,7 @@ from vito_fast.data.index import (
     packet_flags,
     write_index,
 )
-from vito_fast.data.media import BadVideo, bare_packet, fitted, opened, presentation_times, rgb
+from vito_fast.data.media import BadVideo, bare_packet, demuxed, fitted, opened, presentation_times, rgb, strictness
 
 THUMBNAIL = 64
 """Short side in pixels of the pictures by which shot changes are told."""
@@ -87,15 +89,12 @@ class Copier:
             codec, extradata = context.codec.canonical_name, context.extradata or b""
             time_base = video.time_base or Fraction(1, 90000)
             stream = _Stream(codec, context.width, context.height, extradata, time_base, rate, rotation)
-            decoder, detector = (
-                open_decoder(stream.codec, stream.width, stream.height, stream.extradata),
-                ShotDetector(),
-            )
-            for packet in container.demux(video):
-                if packet.is_corrupt:
+            context.thread_count, context.options = 1, strictness(codec)
+            detector = ShotDetector()
+            for packet in chain(demuxed(container, video), [None]):
+                if packet is not None and packet.is_corrupt:
                     raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
-                bare = self._take(stream, packet) if packet.size else None
-                for frame in decoder.decode(bare):
+                for frame in context.decode(None if packet is None else self._take(stream, packet)):
                     if frame.is_corrupt or frame.pts in stream.pictures:
                         raise BadVideo(f"frame {len(stream.outputs)} is damaged")
                     small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
@@ -110,7 +109,7 @@ class Copier:
         return stream
 
     def _take(self, stream: _Stream, packet: av.Packet) -> av.Packet:
-        """Records and copies one packet; returns it stripped of all but its bytes and its number."""
+        """Records and copies one packet; returns it without its times and edit list, which the decoder must not obey."""
         payload = bytes(packet)
         flags = packet_flags(stream.codec, stream.extradata, payload)
         if flags is None:
@@ -120,7 +119,11 @@ class Copier:
         stream.offsets.append(self.shard.append(payload))
         stream.sizes.append(len(payload))
         stream.checksums.append(checksum(payload))
-        return bare_packet(payload, len(stream.pts) - 1)
+        bare = bare_packet(payload, len(stream.pts) - 1)
+        bare.is_keyframe = packet.is_keyframe
+        for extra in packet.iter_sidedata():
+            bare.set_sidedata(extra)
+        return bare
 
     def _cut(self, stream: _Stream) -> None:
         """Ranges of shown pictures, split at shots and at the clip length, become clips."""

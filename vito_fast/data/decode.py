@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from vito_fast.data.index import ClipInfo, Read
-from vito_fast.data.media import bare_packet
+from vito_fast.data.media import bare_packet, strictness
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
@@ -59,6 +59,7 @@ class Decoder:
                     packet = None
                     if row is not None:
                         packet = bare_packet(payloads[row], int(read.packets[row]))
+                        packet.is_keyframe = row == first  # PNG's decoder adds others to the picture before
                     for frame in context.decode(packet):
                         if frame.pts in wanted and frame.pts not in found:
                             if frame.is_corrupt:
@@ -98,7 +99,7 @@ def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.Vi
     except (av.FFmpegError, ValueError) as error:
         raise BadPackets(f"no decoder for {codec}: {error}") from None
     assert isinstance(context, av.VideoCodecContext)
-    context.thread_count = 1
+    context.thread_count, context.options = 1, strictness(codec)
     context.width, context.height = width, height
     if extradata:
         context.extradata = extradata

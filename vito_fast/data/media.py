@@ -9,11 +9,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -74,6 +76,26 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise BadVideo(f"cannot be decoded: {error.strerror}") from None
 
 
+def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets in decoding order, none empty. DivX files pack a B-frame into the packet of another frame:
+    these are taken apart, so that a packet is a frame."""
+    codec = stream.codec_context.codec.canonical_name
+    unpack = BitStreamFilterContext("mpeg4_unpack_bframes", stream) if codec == "mpeg4" else None
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from unpack.filter(packet) if unpack else [packet]
+    if unpack:
+        yield from unpack.filter(None)
+
+
+def strictness(codec: str) -> dict[str, str]:
+    """Options of a decoder by which damage is an error, not something hidden behind what was there before.
+
+    None for H.264, whose decoder then takes the first pictures of an open group for damage; what it conceals it marks.
+    """
+    return {} if codec == "h264" else {"err_detect": "crccheck+explode"}
+
+
 @dataclass
 class Source:
     """One video file being decoded in order by :meth:`frames`; the packet lists fill up as it goes.
@@ -103,14 +125,14 @@ class Source:
 
     def _decode(self, container, stream, on_packet) -> Iterator[tuple[int, VideoFrame]]:
         context = stream.codec_context
-        context.thread_count = 1
         self.width, self.height, self.codec = context.width, context.height, context.codec.canonical_name
+        context.thread_count, context.options = 1, strictness(self.codec)
         self.time_base = stream.time_base
         self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         self.extradata = context.extradata or b""
         seen: set[int] = set()
-        for packet in container.demux(stream):
-            if packet.size:
+        for packet in chain(demuxed(container, stream), [None]):
+            if packet is not None:
                 if packet.is_corrupt:
                     raise BadVideo(f"packet {len(self.pts)} is damaged or cut short")
                 if on_packet is not None:
@@ -118,7 +140,7 @@ class Source:
                 self.pts.append(packet.pts if packet.pts is not None else packet.dts)
                 self.discard.append(packet.is_discard)
                 packet.pts = len(self.pts) - 1
-            for frame in context.decode(packet if packet.size else None):
+            for frame in context.decode(packet):
                 if frame.is_corrupt:
                     raise BadVideo(f"frame {len(seen)} is damaged")
                 token = frame.pts

@@ -270,13 +270,13 @@ class _Tally:
 
 
 def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> float:
-    """Packets decoded per distinct frame used, as planned for pairs drawn as the sampler draws them (fixed seed)."""
+    """Packets decoded per distinct frame used, as planned in software for pairs drawn as the sampler does (fixed seed)."""
     from vito_fast.data.sampler import Sampler, SamplerConfig
 
     samples = Sampler(index, SamplerConfig(window=window), seed=0).sample(np.arange(draws))
     decoded = used = 0
     for clip, frames in zip(samples.clip, samples.frame, strict=True):
-        decoded += len(plan_packets(index, int(clip), frames).packets)
+        decoded += len(plan_packets(index, int(clip), frames, single_stream=False).packets)
         used += len(set(frames.tolist()))
     return decoded / used
 
