@@ -84,14 +84,40 @@ uint8_t h264_flags(Bytes packet, int length_size) {
   return static_cast<uint8_t>((recovery && intra ? kKey | kOpen : 0) | (disposable ? kDisposable : 0));
 }
 
-uint8_t hevc_flags(Bytes packet, int length_size) {
+// Temporal sub-layers by a sequence parameter set, 0 for any other unit.
+int layers_by(Bytes nal) { return nal.size() > 2 && (nal[0] >> 1 & 63) == 33 ? (nal[2] >> 1 & 7) + 1 : 0; }
+
+// The same of the whole stream; 0 where its extradata do not tell.
+int hevc_layers(Bytes extradata) {
+  int layers = 0;
+  if (nal_length_size(true, extradata) == 0) {
+    for (Bytes nal; !layers && !(nal = next_nal(extradata, 0)).empty();) layers = layers_by(nal);
+    return layers;
+  }
+  Bytes rest = extradata.sub(22);  // hvcC: arrays of units of one type
+  if (!rest.empty()) rest.drop_front(1);
+  while (!layers && rest.size() > 3) {
+    int units = rest[1] << 8 | rest[2];
+    rest.drop_front(3);
+    for (; units > 0 && rest.size() > 2; --units) {
+      const Bytes nal = next_nal(rest, 2);
+      if (nal.empty()) return 0;
+      if (!layers) layers = layers_by(nal);
+    }
+  }
+  return layers;
+}
+
+uint8_t hevc_flags(Bytes extradata, Bytes packet, int length_size) {
   while (true) {
     const Bytes nal = next_nal(packet, length_size);
-    if (nal.empty()) return 0;
-    const int type = nal[0] >> 1 & 63;
+    if (nal.size() < 2) return 0;
+    const int type = nal[0] >> 1 & 63, layer = nal[1] & 7;
     if (type == 19 || type == 20) return kKey;                // IDR
     if (type >= 16 && type <= 21) return kKey | kOpen;        // BLA, CRA
-    if (type < 32) return 0;                                  // another slice
+    // Even types: no picture of the same sub-layer refers to it; and above the highest there is none to do so.
+    if (type < 16) return type % 2 == 0 && layer == hevc_layers(extradata) ? kDisposable : 0;
+    if (type < 32) return 0;  // reserved
   }
 }
 
@@ -195,7 +221,7 @@ Bytes next_nal(Bytes& rest, int length_size) {
 std::optional<uint8_t> packet_flags(std::string_view codec, Bytes extradata, Bytes packet) {
   if (codec == "mjpeg") return kKey;
   if (codec == "h264") return h264_flags(packet, nal_length_size(false, extradata));
-  if (codec == "hevc") return hevc_flags(packet, nal_length_size(true, extradata));
+  if (codec == "hevc") return hevc_flags(extradata, packet, nal_length_size(true, extradata));
   if (codec == "vp8") return vp8_flags(packet);
   if (codec == "vp9") return vp9_flags(packet);
   if (codec == "av1") return av1_flags(extradata, packet);

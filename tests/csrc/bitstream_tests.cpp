@@ -65,6 +65,22 @@ TEST(bitstream, hevc) {
   CHECK_EQUAL(flags("hevc", {0, 0, 1, 1 << 1, 1, 0xA0}), 0);
 }
 
+TEST(bitstream, hevc_pictures_that_none_refers_to) {
+  const Raw flat{0, 0, 1, 33 << 1, 1, 0x01}, layered{0, 0, 1, 33 << 1, 1, 0x03};  // one and two temporal sub-layers
+  Raw hvcc(22, 0);
+  hvcc[0] = 1, hvcc[21] = 3;
+  for (const unsigned char byte : {2, 32, 0, 1, 0, 3, 64, 1, 0, 33, 0, 1, 0, 3, 33 << 1, 1, 0x03})
+    hvcc.push_back(byte);
+  const Raw low{0, 0, 1, 0, 1, 0xA0}, high{0, 0, 1, 8 << 1, 2, 0xA0}, referred{0, 0, 1, 9 << 1, 2, 0xA0};
+  CHECK_EQUAL(flags("hevc", low, flat), int{kDisposable});
+  CHECK_EQUAL(flags("hevc", low, layered), 0);  // one of the sub-layer above may refer to it
+  CHECK_EQUAL(flags("hevc", high, layered), int{kDisposable});
+  CHECK_EQUAL(flags("hevc", referred, layered), 0);
+  CHECK_EQUAL(flags("hevc", {0, 0, 0, 3, 8 << 1, 2, 0xA0}, hvcc), int{kDisposable});
+  CHECK_EQUAL(flags("hevc", {0, 0, 0, 3, 0, 1, 0xA0}, hvcc), 0);
+  CHECK_EQUAL(flags("hevc", low), 0);  // unknown
+}
+
 TEST(bitstream, vp8_vp9) {
   CHECK_EQUAL(flags("vp8", {0x10, 0, 0}), int{kKey});
   CHECK_EQUAL(flags("vp8", {0x11, 0, 0}), 0);

@@ -131,8 +131,8 @@ def test_flags_come_from_the_bits(clips: dict[str, CopiedClip]) -> None:
     assert seen("open_groups.mkv") == {0, KEY, KEY | OPEN, DISPOSABLE}
     assert seen("intra_refresh.mkv") <= {0, KEY, DISPOSABLE}
     assert np.sum(clips["intra_refresh.mkv"].index.packets(0).flags & KEY) == 1  # recovering takes many frames: no keys
-    assert seen("hevc_open.mp4") == {0, KEY, KEY | OPEN}
-    assert seen("hevc_closed.mkv") == {0, KEY}
+    assert seen("hevc_open.mp4") == {0, KEY, KEY | OPEN, DISPOSABLE}
+    assert seen("hevc_closed.mkv") == {0, KEY, DISPOSABLE}
     for name in ("vp8.webm", "vp9.webm", "av1.mkv"):
         assert seen(name) - {NO_PICTURE} == {0, KEY}
     assert packet_flags("mpeg4", b"", b"\0\0\1") is None

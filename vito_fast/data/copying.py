@@ -95,13 +95,14 @@ class Copier:
                 if packet is not None and packet.is_corrupt:
                     raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
                 for frame in context.decode(None if packet is None else self._take(stream, packet)):
-                    if frame.is_corrupt or frame.pts in stream.pictures:
+                    number = frame.pts
+                    if frame.is_corrupt or number is None or number in stream.pictures:
                         raise BadVideo(f"frame {len(stream.outputs)} is damaged")
                     small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
                     if detector(small) and self.options.shot_cuts:
-                        stream.shots.add(frame.pts)
-                    stream.outputs.append(frame.pts)
-                    stream.pictures[frame.pts] = picture_sum(frame)
+                        stream.shots.add(number)
+                    stream.outputs.append(number)
+                    stream.pictures[number] = picture_sum(frame)
                     heartbeat()
         expected = sum(not flags & NO_PICTURE for flags in stream.flags)
         if len(stream.outputs) < max(1, 0.9 * expected):
@@ -109,7 +110,7 @@ class Copier:
         return stream
 
     def _take(self, stream: _Stream, packet: av.Packet) -> av.Packet:
-        """Records and copies one packet; returns it without its times and edit list, which the decoder must not obey."""
+        """Records and copies one packet; returns it without times and edit list, which its decoder must not obey."""
         payload = bytes(packet)
         flags = packet_flags(stream.codec, stream.extradata, payload)
         if flags is None:

@@ -270,7 +270,7 @@ class _Tally:
 
 
 def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> float:
-    """Packets decoded per distinct frame used, as planned in software for pairs drawn as the sampler does (fixed seed)."""
+    """Packets decoded per distinct frame used, decoding in software pairs drawn as the sampler does (fixed seed)."""
     from vito_fast.data.sampler import Sampler, SamplerConfig
 
     samples = Sampler(index, SamplerConfig(window=window), seed=0).sample(np.arange(draws))
