@@ -4,6 +4,7 @@ Each returns the exit status. Imports are inside, so that ``--help`` does not wa
 """
 
 import dataclasses
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,7 @@ def pack(
     quality: int = 90,
     crf: int = 20,
     gop: int = 8,
-    encoder: Literal["libx264", "h264_nvenc"] = "libx264",
+    encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto",
     clip_length: float = 10.0,
     min_length: float = 1.0,
     shot_cuts: Annotated[bool, tyro.conf.FlagConversionOff] = True,
@@ -139,7 +140,7 @@ def pack(
         quality: JPEG quality, 1 to 100.
         crf: x264's constant rate factor, 0 to 51.
         gop: Frames from key to key of h264 stores.
-        encoder: Of h264 stores.
+        encoder: Of h264 stores; auto is h264_nvenc where it works, else libx264, and a line says which and why.
         clip_length: Seconds at which a shot is split.
         min_length: Seconds; what is shorter is left out.
         shot_cuts: Whether clips end at shot changes.
@@ -150,6 +151,8 @@ def pack(
     """
     from vito_fast.data import pack as packing
 
+    logging.basicConfig(format="%(message)s")
+    packing.log.setLevel(logging.INFO)
     options: dict[str, Any] = {"short_side": short_side, "quality": quality, "crf": crf, "gop": gop, "encoder": encoder}
     options |= {"clip_length": clip_length, "min_length": min_length, "shot_cuts": shot_cuts, "shard_mib": shard_mib}
     options |= {"part": part, "processes": processes, "patience": patience}

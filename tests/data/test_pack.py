@@ -17,7 +17,7 @@ from videos import pictures, write
 from vito_fast.data import worker
 from vito_fast.data.copying import Copier, _ticks
 from vito_fast.data.crew import Crew
-from vito_fast.data.cutting import PackOptions, bucket
+from vito_fast.data.cutting import PackOptions, bucket, choose_encoder
 from vito_fast.data.index import Index
 from vito_fast.data.media import BadVideo, fitted, presentation_times
 from vito_fast.data.pack import Report, pack
@@ -409,3 +409,29 @@ def test_bad_video_names_the_reason(tmp_path):
     shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
     with pytest.raises(BadVideo, match="cannot be decoded"):
         Copier(PackOptions("copy"), shard).run(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_encoder_is_the_one_that_works(works, monkeypatch):
+    """Stand-ins for NVENC, which not every machine has: one encoder bears its options and one refuses them."""
+    create = av.CodecContext.create
+    other = "mpeg4" if works else "libx264"
+
+    def stand_in(name, mode):
+        return create(other if name == "h264_nvenc" else name, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("av.CodecContext.create", stand_in)
+        encoder, line = choose_encoder()
+    assert encoder == ("h264_nvenc" if works else "libx264")
+    assert line.startswith(f"encoding by {encoder}")
+
+
+def test_a_begun_store_keeps_its_encoder(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vito_fast.data.pack.choose_encoder", lambda: ("libx264", "encoding by libx264: no other"))
+    with caplog.at_level("INFO", "vito_fast.data"):
+        pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
+    assert "encoding by libx264: no other" in caplog.text
+    monkeypatch.setattr("vito_fast.data.pack.choose_encoder", lambda: pytest.fail("asked again"))
+    pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
+    assert Store(tmp_path / "s").description["options"]["encoder"] == "libx264"

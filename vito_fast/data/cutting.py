@@ -179,7 +179,10 @@ class H264Encoder:
     codec = "h264"
 
     def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
-        context = av.CodecContext.create(options.encoder, "w")
+        try:
+            context = av.CodecContext.create(options.encoder, "w")
+        except (av.FFmpegError, ValueError) as error:
+            raise EncoderMissing(f"encoder {options.encoder} is not part of this FFmpeg: {error}") from None
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
         context.framerate, context.time_base = rate, 1 / rate
         context.gop_size, context.max_b_frames, context.thread_count = options.gop, 0, 1
@@ -214,6 +217,15 @@ class H264Encoder:
     def finish(self) -> tuple[list[bytes], bytes]:
         rest = [bytes(packet) for packet in self._context.encode(None)]
         return rest, self._context.extradata or b""
+
+
+def choose_encoder() -> tuple[str, str]:
+    """The H.264 encoder to use, h264_nvenc where the machine has one that works, and a line that says why."""
+    try:
+        H264Encoder(PackOptions("h264", encoder="h264_nvenc"), 256, 448, Fraction(25))
+    except EncoderMissing as error:
+        return "libx264", f"encoding by libx264: {error}"
+    return "h264_nvenc", "encoding by h264_nvenc"
 
 
 ENCODERS: dict[str, type[JpegEncoder] | type[H264Encoder]] = {"jpeg": JpegEncoder, "h264": H264Encoder}

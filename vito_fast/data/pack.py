@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -21,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from vito_fast.data.crew import Crew
-from vito_fast.data.cutting import PackOptions
+from vito_fast.data.cutting import PackOptions, choose_encoder
 from vito_fast.data.index import DISCARD, NO_PICTURE, ClipRecord, Index, plan_packets, write_index
 from vito_fast.data.journal import Entry, Journal, Rejected
 from vito_fast.data.listing import Listing, list_videos
 from vito_fast.errors import UserError
+
+log = logging.getLogger("vito_fast.data")
 
 VERSION = 1
 
@@ -74,7 +77,7 @@ def pack(
     quality: int = 90,
     crf: int = 20,
     gop: int = 8,
-    encoder: str = "libx264",
+    encoder: str = "auto",
     clip_length: float = 10.0,
     min_length: float = 1.0,
     shot_cuts: bool = True,
@@ -87,7 +90,8 @@ def pack(
     """Packs every video under ``src`` (a folder, or one file) into the store ``dst``.
 
     format: ``jpeg`` (every frame a JPEG, any frame in one read), ``h264`` (short groups of pictures), ``copy`` (no
-    re-encoding).
+    re-encoding). encoder: of h264 stores, ``libx264``, ``h264_nvenc`` or ``auto``: what this store was begun with, or
+    h264_nvenc where it works and libx264 elsewhere (one line on the logger ``vito_fast.data`` says which and why).
     part: ``i/n`` packs the i-th of n shares, so that machines can work side by side into one folder; the last one to
     finish writes the index. processes: 0 = one per core. patience: seconds without a decoded frame after which a file
     is given up. The other options are those of :class:`PackOptions`.
@@ -99,12 +103,15 @@ def pack(
     Raises UserError for what the user can mend: no such folder, no usable video in it, a full disk, ``dst`` not
     writable or holding another store; ValueError for options out of range.
     """
+    store = Path(dst)
+    if encoder == "auto":
+        encoder = _encoder(store) if format == "h264" else "libx264"
     options = PackOptions(
         format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
         clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
     )  # fmt: skip
     number, parts = _parse_part(part)
-    listing, store = list_videos(Path(src)), Path(dst)
+    listing = list_videos(Path(src))
     if (store / "index.bin").exists():
         return _finished(store, options, listing)
     try:
@@ -117,6 +124,18 @@ def pack(
             return _finish(store, options, listing, parts)
     except OSError as error:
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
+
+
+def _encoder(store: Path) -> str:
+    """Of the store if it has been begun, so that all its clips are of one kind; else the best that works here."""
+    begun = store / ".pack" / "options.json"
+    if begun.exists():
+        return str(json.loads(begun.read_text())["encoder"])
+    if (store / "index.bin").exists():
+        return str(read_description(store)["options"]["encoder"])
+    encoder, line = choose_encoder()
+    log.info(line)
+    return encoder
 
 
 def _same_place(store: Path) -> None:
