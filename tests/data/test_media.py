@@ -124,6 +124,13 @@ def test_mutated_files_make_whole_jpeg_stores(tmp_path):
         assert len(frames(store, clip, np.arange(store.index.clip(clip).num_frames))) <= 12
 
 
+def test_a_playlist_is_no_video(tmp_path):
+    write(tmp_path / "a.ts", pictures(10))
+    (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
+    with pytest.raises(BadVideo, match="playlist"):
+        sequential(tmp_path / "b.mp4")
+
+
 def test_reasons_are_one_line(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x" * 50)
     with pytest.raises(BadVideo, match=r"^[^\n]+$"):

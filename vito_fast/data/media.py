@@ -53,6 +53,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
+PLAYLISTS = frozenset(["concat", "dash", "hls", "image2", "imf", "sdp"])
+"""FFmpeg's formats of files that name other files, wherever those may lie."""
+
+
 class BadVideo(Exception):
     """A file that cannot be used; the message is the reason that goes to the quarantine list."""
 
@@ -62,6 +66,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file's container and first video stream; what FFmpeg or the file system says against it becomes BadVideo."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
+            if container.format.name in PLAYLISTS:
+                raise BadVideo("a playlist, not a video")
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise BadVideo("no video stream")
