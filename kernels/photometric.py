@@ -37,6 +37,7 @@ PARAMS = (
 )
 SPLITS = 16  # programs that share the sums of an image
 PIXELS, ELEMENTS, WARPS = 1024, 2048, 4  # per program of the colour kernels and of the blur
+MOST_TAPS = 4095
 REACH = math.sqrt(48 * math.log(2))  # taps beyond REACH * sigma are below 2^-24 of the one in the middle
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -348,7 +349,8 @@ def photometric(
     Args:
         images: (B, H, W, 3) uint8, on a GPU or CPU.
         params: (B, 8) float32 on the same device; the columns are named by :data:`PARAMS`.
-        kernel_size: odd number of taps of the blur; by default ``2 * int(H / 10 / 2) + 1``, 23 for 224 rows.
+        kernel_size: odd number of taps of the blur, at most 4095; by default ``2 * int(H / 10 / 2) + 1``, 23 for
+            224 rows.
         mean, std: per-channel normalisation, in units of [0, 1] intensities.
         dtype: of the result: float32, bfloat16 or float16. Arithmetic is in float32.
 
@@ -356,7 +358,7 @@ def photometric(
         (B, 3, H, W), channels_last; no gradient.
 
     Raises:
-        TypeError: images are not uint8, params not float32, or dtype is another.
+        TypeError: images are not uint8, params not float32, dtype is another, or kernel_size is no int.
         ValueError: a shape, device, kernel size, mean or deviation is wrong; or, on a CPU, a parameter is: not finite,
             an order that is no integer from -1 to 23, grey other than 0 and 1, a negative sigma. Reading values on a
             GPU would stall it, so there an image with such parameters comes out as NaN.
@@ -364,8 +366,11 @@ def photometric(
     Deterministic.
     """
     _check(images, params, mean, std, dtype)
-    if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
-        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if kernel_size is not None:
+        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+            raise TypeError(f"kernel_size must be an int, got {kernel_size!r}")
+        if kernel_size % 2 == 0 or not 1 <= kernel_size <= MOST_TAPS:
+            raise ValueError(f"kernel_size must be odd and from 1 to {MOST_TAPS}, got {kernel_size}")
     radius = kernel_size // 2 if kernel_size is not None else int(images.shape[1] / 10 / 2)
     mean, std = [float(m) for m in mean], [float(s) for s in std]
     return photometric_op(images, params.detach(), radius, mean, std, dtype).permute(0, 3, 1, 2)

@@ -14,6 +14,7 @@ cache and costs microseconds; large buffers are made once. What makes it fast be
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -32,12 +33,12 @@ def photometric(
 ) -> Tensor:
     """(B, H, W, 3) uint8 to (B, H, W, 3) ``dtype``; the arguments of the public function, checked."""
     out = torch.empty(images.shape, dtype=dtype, device=images.device)
-    inference = torch.is_inference_mode_enabled()
-    work = iter(zip(images.unbind(), params.tolist(), out.unbind(), strict=True))
+    tables = params.tolist(), _hues(params[:, 3]), _toeplitz(params[:, 6], radius)
+    work = iter(zip(images.unbind(), *tables, out.unbind(), strict=True))
     lock = Lock()
 
     def worker() -> None:
-        with torch.inference_mode(inference):
+        with torch.inference_mode():  # spares every operator its look at autograd
             augment = _Augment(images.shape[1], images.shape[2], radius, mean, std)
             while True:
                 with lock:
@@ -76,17 +77,18 @@ class _Augment:
         self.colour, self.blur = _Colour(height, width), _Blur(height, width, radius)
         self.mean_C11, self.std_C11 = (torch.tensor(x, **FLOAT).view(3, 1, 1) for x in (mean, std))
 
-    def __call__(self, image: Tensor, row: Sequence[float], target: Tensor) -> None:
-        """image (H, W, 3) uint8, row of the parameters, target (H, W, 3)."""
+    def __call__(self, image: Tensor, row: Sequence[float], hues: Tensor, toeplitz: Tensor, target: Tensor) -> None:
+        """image (H, W, 3) uint8, row of the parameters, what is made of them, target (H, W, 3)."""
         *jitter, order, grey, sigma, threshold = row
-        x = self.colour(image, jitter, int(order), grey > 0)
-        if self.blur.reach(sigma) > 0:
-            x = self.blur(x, sigma)
+        x = self.colour(image, jitter, int(order), hues, grey > 0)
+        reach = self.blur.reach(sigma)
+        if reach > 0:
+            x = self.blur(x, toeplitz, reach)
         if threshold <= 1:
             _solarise(x, threshold)
         x = torch.sub(x, self.mean_C11, out=self.colour.planes).div_(self.std_C11).to(target.dtype)
-        for channel in range(3):  # faster than one permuted copy
-            target[..., channel].copy_(x[channel])
+        for plane, channel in zip(x.unbind(), target.unbind(-1), strict=True):  # faster than one permuted copy
+            channel.copy_(plane)
 
 
 class _Colour:
@@ -95,69 +97,70 @@ class _Colour:
     def __init__(self, height: int, width: int):
         self.planes = torch.empty(3, height, width, **FLOAT)
         self.scratch = torch.empty(4, height, width, **FLOAT)
-        self.operations = (_brightness, _contrast, self._saturation, self._hue)
+        self.red_green_blue = self.planes.unbind()
+        self.top, self.bottom, self.chroma, self.side = self.scratch.unbind()
+        self.top_C, self.ratio_C = self.top.expand(3, -1, -1), self.chroma.expand(3, -1, -1)
         self.grey_weights = torch.tensor(GREY_WEIGHTS, **FLOAT)
 
-    def __call__(self, image: Tensor, amounts: Sequence[float], order: int, grey: bool) -> Tensor:
+    def __call__(self, image: Tensor, amounts: Sequence[float], order: int, hues: Tensor, grey: bool) -> Tensor:
         """(H, W, 3) uint8 to planes (3, H, W), or (1, H, W) if grey, that the next call overwrites."""
         x = self.planes.copy_(image.permute(2, 0, 1)).div_(255)
+        brightness, contrast, saturation, _ = amounts
         for operation in ORDERS[order] if order >= 0 else ():
-            self.operations[operation](x, amounts[operation])
+            if operation == 0:
+                x.add_(brightness).clamp_(0, 1)
+            elif operation == 1:
+                rest = x.mean((1, 2), keepdim=True).mul_(1 - contrast)
+                torch.add(rest, x, alpha=contrast, out=x).clamp_(0, 1)
+            elif operation == 2:
+                self._saturation(x, saturation)
+            else:
+                self._hue(x, hues)
         if not grey:
             return x
-        flat = self.scratch[0].flatten()
-        torch.mv(x.flatten(1).t(), self.grey_weights, out=flat)
+        torch.mv(x.flatten(1).t(), self.grey_weights, out=self.top.flatten())
         return self.scratch[:1]
 
-    def _chroma(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest and smallest channel, and their difference: three planes of the scratch."""
-        top, bottom, chroma, _ = self.scratch
-        torch.amax(x, 0, out=top)
-        torch.amin(x, 0, out=bottom)
-        torch.sub(top, bottom, out=chroma)
-        return top, bottom, chroma
-
     def _saturation(self, x: Tensor, factor: float) -> None:
+        torch.amax(x, 0, out=self.top)
         if factor <= 1:
-            top = torch.amax(x, 0, out=self.scratch[0])
-            x.lerp_(top.expand_as(x), 1 - max(factor, 0.0))
+            x.lerp_(self.top_C, 1 - max(factor, 0.0))
             return
-        top, _, chroma = self._chroma(x)
-        ratio = torch.div(top, chroma.clamp_min_(TINY), out=chroma).clamp_max_(factor)
-        torch.lerp(top.expand_as(x), x, ratio.expand_as(x), out=x)
+        torch.amin(x, 0, out=self.bottom)
+        torch.sub(self.top, self.bottom, out=self.chroma).clamp_min_(TINY)
+        torch.div(self.top, self.chroma, out=self.chroma).clamp_max_(factor)
+        torch.lerp(self.top_C, x, self.ratio_C, out=x)
 
-    def _hue(self, x: Tensor, turns: float) -> None:
-        """Shifts the hue by ``turns``.
+    def _hue(self, x: Tensor, hues: Tensor) -> None:
+        """Shifts the hue by as much as ``hues``, of :func:`_hues`, says.
 
         With chroma C and smallest channel m, the hue lies ``|u| = (C - m + g + b - r) / C`` sixths of a turn from red,
         on the side of green where g > b; and the channel whose own hue is o becomes ``m + C clip(2 - d, 0, 1)``, d the
         distance from u to o round the circle of six, which is ``3 - ||u - o| - 3|`` while u - o stays within one turn.
-        It does, because thirds of a turn merely rename the channels.
         """
-        thirds = round(3 * turns)
-        rest = 6 * turns - 2 * thirds
-        r, g, b = x
-        _, bottom, chroma = self._chroma(x)
-        top_u = self.scratch[0]
-        side = self.scratch[3]
+        r, g, b = self.red_green_blue
+        bottom, chroma, side = self.bottom, self.chroma, self.side
+        torch.amin(x, 0, out=bottom)
+        torch.sub(torch.amax(x, 0, out=self.top), bottom, out=chroma)
         torch.sub(g, b, out=side)
-        u = torch.add(g, b, out=top_u).sub_(r).sub_(bottom).add_(chroma)
+        u = torch.add(g, b, out=self.top).sub_(r).sub_(bottom).add_(chroma)
         chroma.clamp_min_(TINY)
         u.div_(chroma).copysign_(side)
         bottom.sub_(chroma)
-        own = [(2.0 * (channel - thirds) + 3) % 6 - 3 - rest for channel in range(3)]
-        torch.sub(u, torch.tensor(own, **FLOAT).view(3, 1, 1), out=x)
-        x.abs_().sub_(3).abs_().clamp_(1, 2)
+        torch.sub(u, hues, out=x).abs_().sub_(3).abs_().clamp_(1, 2)
         torch.addcmul(bottom, chroma, x, out=x)
 
 
-def _brightness(x: Tensor, delta: float) -> None:
-    x.add_(delta).clamp_(0, 1)
+def _hues(turns: Tensor) -> Tensor:
+    """(B, 3, 1, 1): each channel's own hue less the shift, in sixths of a turn.
 
-
-def _contrast(x: Tensor, factor: float) -> None:
-    rest = x.mean((1, 2), keepdim=True).mul_(1 - factor)
-    torch.add(rest, x, alpha=factor, out=x).clamp_(0, 1)
+    Thirds of a turn merely rename the channels; what is left of the shift is at most one sixth either way, so that a
+    hue less its channel's own stays within one turn.
+    """
+    turns = turns.double()[:, None]
+    thirds = (3 * turns).round()
+    own = (2 * (torch.arange(3, device="cpu") - thirds) + 3).remainder(6) - 3
+    return (own - (6 * turns - 2 * thirds)).float()[:, :, None, None]
 
 
 def _solarise(x: Tensor, threshold: float) -> None:
@@ -173,40 +176,54 @@ class _Blur:
         self.row_blocks, self.column_blocks = -(-height // BLOCK), -(-width // BLOCK)
         rows, columns = self.row_blocks * BLOCK, self.column_blocks * BLOCK
         self.padded = torch.zeros(3, rows + 2 * radius, columns + 2 * radius, **FLOAT)
+        self.inside = self.padded[:, radius : radius + height, radius : radius + width]
         self.halfway = torch.empty(3, rows, columns + 2 * radius, **FLOAT)
         self.done = torch.empty(3, rows, columns, **FLOAT)
+        self.views = cache(self._views)
 
     def reach(self, sigma: float) -> int:
         """Taps on each side that are at least 2^-24 of the one in the middle."""
         return min(self.radius, int(sigma * math.sqrt(48 * math.log(2))))
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+    def __call__(self, x: Tensor, toeplitz: Tensor, reach: int) -> Tensor:
         """(P, H, W) planes to (P, H, W), which the next call overwrites."""
-        count, reach = x.shape[0], self.reach(sigma)
+        count, edge = x.shape[0], self.radius - reach
+        self.inside[:count].copy_(x)
+        toeplitz = toeplitz[:, edge : edge + BLOCK + 2 * reach]
+        by_rows, bands, done, result = self.views(count, reach)
+        left = toeplitz.expand(self.row_blocks, -1, -1)
+        for plane_bands, target in by_rows:
+            torch.bmm(left, plane_bands, out=target)
+        torch.bmm(bands, toeplitz.t().expand(self.column_blocks, -1, -1), out=done)
+        return result
+
+    def _views(self, count: int, reach: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
+        """Of ``count`` planes: each one's overlapping bands of rows and where their products go; the bands of columns
+        of all, where theirs go, and the result.
+        """
         edge, band, pitch = self.radius - reach, BLOCK + 2 * reach, self.padded.stride(1)
-        inside = slice(self.radius, self.radius + self.height), slice(self.radius, self.radius + self.width)
-        self.padded[:count, *inside].copy_(x)
-        toeplitz = _toeplitz(sigma, reach, band)
-
-        for plane, target in zip(self.padded[:count, edge:], self.halfway, strict=False):
-            bands = _overlapping(plane, (self.row_blocks, band, pitch), (BLOCK * pitch, pitch, 1))
-            torch.bmm(toeplitz.expand(self.row_blocks, -1, -1), bands, out=target.unflatten(0, (-1, BLOCK)))
-
+        by_rows = [
+            (
+                _overlapping(plane, (self.row_blocks, band, pitch), (BLOCK * pitch, pitch, 1)),
+                target.unflatten(0, (-1, BLOCK)),
+            )
+            for plane, target in zip(self.padded[:count, edge:], self.halfway, strict=False)
+        ]
         rows = self.halfway[:count, :, edge:].flatten(0, 1)
         bands = _overlapping(rows, (self.column_blocks, rows.shape[0], band), (BLOCK, pitch, 1))
         done = self.done[:count].flatten(0, 1).unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        torch.bmm(bands, toeplitz.t().expand(self.column_blocks, -1, -1), out=done)
-        return self.done[:count, : self.height, : self.width]
+        return by_rows, bands, done, self.done[:count, : self.height, : self.width]
 
 
 def _overlapping(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     return x.as_strided(size, stride, x.storage_offset())
 
 
-def _toeplitz(sigma: float, reach: int, band: int) -> Tensor:
-    """(BLOCK, band): row i holds the normalised taps from column i on."""
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    taps = torch.exp(offsets.square() / (-2 * sigma * sigma))
-    rows = torch.zeros(BLOCK, band + 1, **FLOAT)
-    rows[:, : 2 * reach + 1] = taps / taps.sum()
-    return rows.flatten()[: BLOCK * band].view(BLOCK, band)
+def _toeplitz(sigma: Tensor, radius: int) -> Tensor:
+    """(B, BLOCK, BLOCK + 2 radius): row i holds an image's normalised taps from column i on; NaN without a blur."""
+    band = BLOCK + 2 * radius
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
+    taps = torch.exp(offsets.square() / (-2 * sigma.double().square()[:, None]))
+    rows = torch.zeros(len(sigma), BLOCK, band + 1, **FLOAT)
+    rows[:, :, : 2 * radius + 1] = (taps / taps.sum(1, keepdim=True))[:, None]
+    return rows.flatten(1)[:, : BLOCK * band].unflatten(1, (BLOCK, band))

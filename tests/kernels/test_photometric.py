@@ -167,7 +167,7 @@ def test_autocast_changes_nothing():
 
 
 def test_callers_modes_change_nothing():
-    """Inference mode and default dtype belong to a thread or the process; the workers' buffers do not take them up."""
+    """Inference mode, default dtype and device belong to a thread or the process; the workers' buffers ignore them."""
     images, params = photographs(4, 40, 40), random_params(4)
     expected = photometric(images, params)
     with torch.inference_mode():
@@ -175,7 +175,8 @@ def test_callers_modes_change_nothing():
         assert torch.equal(photometric(images.clone(), params.clone()), expected)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(photometric(images, params), expected)
+        with torch.device("meta"):
+            assert torch.equal(photometric(images, params), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -210,6 +211,8 @@ def test_callers_threads_are_left_as_they_were():
         ({"params": torch.zeros(2, 8, device="meta")}, ValueError, "meta"),
         ({"kernel_size": 4}, ValueError, "4"),
         ({"kernel_size": -1}, ValueError, "-1"),
+        ({"kernel_size": 10**9 + 1}, ValueError, "1000000001"),
+        ({"kernel_size": 3.0}, TypeError, "3.0"),
         ({"dtype": torch.float64}, TypeError, "float64"),
         ({"std": (1, 0, 1)}, ValueError, r"\(1, 0, 1\)"),
         ({"mean": (0, 0)}, ValueError, r"\(0, 0\)"),
