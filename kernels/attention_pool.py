@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels.checks import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -234,7 +235,7 @@ def attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         gradients; a second derivative raises RuntimeError.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
+        TypeError: an input is no tensor of one of these dtypes.
         ValueError: shapes or devices do not match, or there is no location or channel.
 
     Deterministic.
@@ -248,8 +249,9 @@ def attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(features: Tensor, logits: Tensor) -> None:
     for name, x in (("features", features), ("logits", logits)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            got = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"{name} must be a tensor of float32, bfloat16, float16 or float64, got {got}")
     if features.ndim not in (3, 4):
         raise ValueError(f"features must be (B, L, C) or (B, C, H, W), got shape {tuple(features.shape)}")
     batch = features.shape[0]
@@ -287,6 +289,10 @@ class AttentionPool(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, C, H, W) -> pooled (B, C), weights (B, H * W)."""
+        channels = self.hidden.in_features
+        if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != channels:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must be a tensor (B, {channels}, H, W), got {got}")
         x = features.permute(0, 2, 3, 1).flatten(1, 2)
         logits = self.score(torch.relu(self.hidden(x))).squeeze(-1)
         return attention_pool(x, logits)

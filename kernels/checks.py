@@ -20,6 +20,8 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     if q.shape[1] != k.shape[1]:
@@ -50,7 +52,7 @@ def check_locked(name: str, x: Tensor) -> None:
 def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     """The factor on the dot products as a 0-d tensor: float64 beside float64 embeddings, otherwise float32.
 
-    A number must be finite. The value of a tensor on a GPU is not looked at: that would stop the host.
+    A number must be finite. Of a tensor the ops ask that themselves, by ``check_finite``.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(scale, Tensor):
@@ -67,15 +69,36 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), float(scale), dtype=dtype, device=like.device)
 
 
+def check_finite(scale: Tensor) -> None:
+    """The value of a scale, looked at where looking is free: on a GPU it would stop the host."""
+    if scale.is_cpu and not bool(torch.isfinite(scale)):
+        raise ValueError(f"scale, or 1 / temperature, must be finite, got {scale.item()}")
+
+
 def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
-    """1 / temperature, of a positive number or of a (learnable) tensor of one element."""
+    """1 / temperature, of a positive number or of a (learnable) tensor of one element.
+
+    The value of a tensor is looked at in eager code on the CPU; elsewhere it stays unknown to the host.
+    """
     if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be a number or one element, got shape {tuple(temperature.shape)}")
+        if not temperature.dtype.is_floating_point:
+            raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+        if _is_readable(temperature) and not 0 < float(temperature.detach()) < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {float(temperature.detach())}")
         return temperature.reciprocal()
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     return 1 / temperature
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether the host may ask for the value of x: no graph is being traced, no GPU stalled."""
+    plain = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    return plain and x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_ids(name: str, ids: Tensor, rows: int, like: Tensor) -> None:

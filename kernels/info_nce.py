@@ -22,6 +22,7 @@ from vito_kernels import options, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import (
+    check_finite,
     check_groups,
     check_options,
     check_pair,
@@ -58,8 +59,7 @@ def contrast(
     """
     if positive is not None and not positive.is_cuda:
         check_positive_range(positive, k.shape[0])
-    if not scale.is_cuda and not bool(torch.isfinite(scale)):
-        raise ValueError(f"scale must be finite, got {scale.item()}")
+    check_finite(scale)
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
     run = launch_lse if use_triton(q) else tiled.forward
     lse2, rest, mean = run(q, k, scale, exclusion, bring_mean)

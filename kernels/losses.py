@@ -146,6 +146,7 @@ class MoCoLoss(nn.Module):
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        check_paired(q, k, ("q", "k"))
         loss = moco_loss(q, k, self.queue.to(q.dtype), temperature=self.temperature, reduction=self.reduction)
         if self.training:
             self.enqueue(k)

@@ -37,7 +37,7 @@ from vito_kernels._tiles import (
     rows_contiguous,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.checks import check_paired, inverse_temperature, reduce, scale_tensor
+from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import pair_gradient
 from vito_kernels.info_nce import autocast
 from vito_kernels.lse import launch_lse, run_lse
@@ -175,6 +175,7 @@ def two_sided(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> tuple[Tenso
     """(row lse2 (M,), column lse2 (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
     see each other.
     """
+    check_finite(scale)
     run = launch_two_sided if use_triton(x) else tiled.two_sided
     rows, row_rest, columns, column_rest = run(x, y, scale, Exclusion(diagonal=diagonal))
     pairs = (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
@@ -252,6 +253,7 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
 def self_contrast(z: Tensor, scale: Tensor, views: int) -> tuple[Tensor, Tensor]:
     """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows."""
+    check_finite(scale)
     run = launch_lse if use_triton(z) else tiled.forward
     lse2, rest, _ = run(z, z, scale, Exclusion(diagonal=0, width=views), False)
     return lse2, rest
