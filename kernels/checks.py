@@ -64,7 +64,7 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
         return scale.reshape(()).to(dtype)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)
 
@@ -90,7 +90,7 @@ def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
         return temperature.reciprocal()
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     return 1 / temperature
 
@@ -159,7 +159,7 @@ def check_options(
     for name, value in (("label_smoothing", label_smoothing), ("debias", debias)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    if not (hard_negatives >= 0 and math.isfinite(hard_negatives)):
+    if not 0 <= hard_negatives < math.inf:
         raise ValueError(f"hard_negatives must be finite and at least 0, got {hard_negatives}")
     many = isinstance(positive, Tensor) and positive.dim() == 2 and positive.shape[1] > 1
     if label_smoothing and (hard_negatives or debias or many or group is not None):

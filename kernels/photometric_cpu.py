@@ -47,7 +47,7 @@ def photometric(
                     return
                 augment(*task)
 
-    _in_threads(worker, min(torch.get_num_threads(), images.shape[0]))
+    _in_threads(worker, max(1, min(torch.get_num_threads(), images.shape[0])))
     return out
 
 
@@ -58,10 +58,10 @@ def _in_threads(worker: Callable[[], None], count: int) -> None:
     ``set_num_threads`` acts on the thread that calls it and on threads yet to come; calling it again here puts the
     latter back.
     """
-    if count <= 1:
+    threads = torch.get_num_threads()
+    if threads == 1:
         worker()
         return
-    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for done in [pool.submit(worker) for _ in range(count)]:

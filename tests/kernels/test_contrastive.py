@@ -160,13 +160,14 @@ def test_under_every_transform_of_pytorch(loss):
         first.sum().backward()
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_compiles_without_a_graph_break(dynamic):
     q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
 
     def step(q, k):
         return info_nce(2 * q, k, temperature=0.2) + clip_loss(q, k[:6], 4.0) + ntxent(q, k[:6], 0.3)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k), step(q, k))
     torch.testing.assert_close(torch.autograd.grad(compiled(q, k), (q, k)), torch.autograd.grad(step(q, k), (q, k)))
 
