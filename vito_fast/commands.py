@@ -146,7 +146,7 @@ def pack(
         shot_cuts: Whether clips end at shot changes.
         shard_mib: Size at which a new shard begins.
         part: i/n packs the i-th of n shares, for several machines.
-        processes: 0 = one a core.
+        processes: 0 = one a core. A file, however long, is packed by one of them.
         patience: Seconds without a decoded frame after which a file is given up.
     """
     from vito_fast.data import pack as packing

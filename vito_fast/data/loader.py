@@ -235,7 +235,7 @@ class ClipLoader:
         if self.stats.failures > allowed or any(part.hopeless for part in parts):
             last = self.stats.last_failures[-1]
             raise UserError(
-                f"{self.stats.failures} of {self.stats.samples} samples of {self.store.path} failed, more than "
+                f"{self.stats.failures} failures in {self.stats.samples} samples of {self.store.path}, more than "
                 f"max_bad_share = {self.max_bad_share} allows; the last: clip {last.clip} ({last.source}): "
                 f"{last.code}: {last.reason}; see `vito-fast inspect-store {self.store.path}`"
             )

@@ -93,8 +93,9 @@ def pack(
     re-encoding). encoder: of h264 stores, ``libx264``, ``h264_nvenc`` or ``auto``: what this store was begun with, or
     h264_nvenc where it works and libx264 elsewhere (one line on the logger ``vito_fast.data`` says which and why).
     part: ``i/n`` packs the i-th of n shares, so that machines can work side by side into one folder; the last one to
-    finish writes the index. processes: 0 = one per core. patience: seconds without a decoded frame after which a file
-    is given up. The other options are those of :class:`PackOptions`.
+    finish writes the index. processes: 0 = one per core; a file, however long, is packed by one of them. patience:
+    seconds without a decoded frame after which a file is given up. The other options are those of
+    :class:`PackOptions`.
 
     Links that lead outside ``src`` are not followed; identical files are packed once. Safe to kill at any time and to
     repeat: a finished store is left as it is. The clips and their order depend on the files and options only, not on
