@@ -111,7 +111,7 @@ def _summary(cases: list[Record]) -> str:
         )
         rows.append(
             [
-                f'<a href="#{escape(record["id"])}">{escape(record["id"])}</a>',
+                f'<a href="#{escape(record["id"])}">{_breakable(record["id"])}</a>',
                 seconds_text(ours["median_s"]),
                 f"×{significant(vs['reference'])}" if "reference" in vs else "–",
                 best,
@@ -122,6 +122,11 @@ def _summary(cases: list[Record]) -> str:
     header = ["case", "ours", "vs reference", "vs best peer", "of the limit", "peak memory"]
     note = "Speed over the others' in the same run; the limit is the bare matmuls, copies or decoding of the case."
     return _section("summary", "Summary", note, table(header, rows))
+
+
+def _breakable(name: str) -> str:
+    """A case's name that a phone breaks between parameters."""
+    return escape(name).replace("[", "<wbr>[").replace(",", ",<wbr>")
 
 
 def ours_of(record: Record) -> Record:
