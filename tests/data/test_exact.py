@@ -3,7 +3,7 @@
 import av
 import numpy as np
 import pytest
-from videos import pictures, remux, rotate, skip_start, write
+from videos import pictures, remux, rotate, skip_start, without_usability_information, write
 
 from vito_fast.data.media import Source, presentation_times, rgb
 from vito_fast.data.pack import pack
@@ -144,6 +144,15 @@ def test_variable_frame_rate(tmp_path):
     np.testing.assert_allclose(np.diff(store.index.times(0)), np.diff(times) / 1000, atol=0.0011)
     pack(path, tmp_path / "jpeg", min_length=0, progress=False, processes=1)
     np.testing.assert_allclose(np.diff(Store(tmp_path / "jpeg").index.times(0)), np.diff(times) / 1000, atol=0.0011)
+
+
+def test_reordering_that_the_stream_does_not_tell(tmp_path):
+    """A decoder that sees no more than the packets must not lose frames while it finds out."""
+    options = {"preset": "medium", "x264-params": "b-pyramid=normal:b-adapt=0"}
+    path = write(tmp_path / "a.mp4", pictures(40), b_frames=5, options=options)
+    store = check(without_usability_information(path, tmp_path / "b.mp4"), tmp_path)
+    assert np.count_nonzero(store.index.packets(0).flags & 1) == 4
+    assert store.index.num_frames == 40
 
 
 def test_times_written_in_decoding_order(tmp_path):

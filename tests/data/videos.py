@@ -89,3 +89,33 @@ def skip_start(source: Path, target: Path, ticks: int) -> Path:
     struct.pack_into(f">{size}", data, field, start + ticks)
     target.write_bytes(data)
     return target
+
+
+def without_usability_information(source: Path, target: Path) -> Path:
+    """x264's High profile without the part that tells how far frames are reordered, as many encoders leave it out."""
+    with av.open(str(source)) as container:
+        extradata = container.streams.video[0].codec_context.extradata or b""
+    sps = extradata[8 : 8 + int.from_bytes(extradata[6:8], "big")]
+    bits = "".join(f"{byte:08b}" for byte in sps.replace(b"\0\0\3", b"\0\0"))
+    place = 32
+
+    def golomb(count: int) -> None:
+        nonlocal place
+        for _ in range(count):
+            place += 2 * (bits.index("1", place) - place) + 1
+
+    golomb(4)  # number, chroma format, depths
+    place += 2
+    golomb(4)  # frame number and order of display (type 0), reference frames
+    place += 1
+    golomb(2)  # size
+    place += 2
+    place += 1
+    if bits[place - 1] == "1":
+        golomb(4)  # cropping
+    short = bits[:place] + "01"
+    short += "0" * (8 * len(sps) - len(short))
+    data = source.read_bytes()
+    assert sps in data
+    target.write_bytes(data.replace(sps, int(short, 2).to_bytes(len(sps), "big")))
+    return target

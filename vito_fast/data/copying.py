@@ -183,7 +183,9 @@ class Copier:
             if bad:
                 clip.flags[[key for key in bad if key]] &= np.uint8(0xFF & ~(KEY | OPEN))
                 if self._inexact_keys(stream, clip, heartbeat):
-                    raise BadVideo("cannot be decoded exactly from its keys")
+                    raise BadVideo(
+                        "cannot be decoded exactly from its keys alone: the formats jpeg and h264 may hold it"
+                    )
 
     def _inexact_keys(self, stream: _Stream, clip: PackedClip, heartbeat: Callable[[], None]) -> list[int]:
         base = stream.offsets.index(int(clip.offsets[0]))

@@ -100,6 +100,8 @@ def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.Vi
         raise BadPackets(f"no decoder for {codec}: {error}") from None
     assert isinstance(context, av.VideoCodecContext)
     context.thread_count, context.options = 1, strictness(codec)
+    if codec == "h264":  # a stream that does not tell how far frames are reordered: assume the most, so none is lost
+        context.options = {"strict": "strict"}
     context.width, context.height = width, height
     if extradata:
         context.extradata = extradata
