@@ -207,7 +207,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         512: Tile(64, 64, 256, 8, 2, span=256),
         **WIDE[80],
     },
-    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), **WIDE[80]},
+    (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
     (90, "mean"): {
         128: Tile(128, 128, 128, 8, 3, 8),
         256: Tile(128, 64, 256, 8, 4, 8),
@@ -227,7 +227,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         512: Tile(128, 32, 256, 8, 2, span=256),
         **WIDE[90],
     },
-    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8), **WIDE[90]},
+    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[90]},
     (100, "mean"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
@@ -247,7 +247,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         512: Tile(64, 32, 256, 8, 2, span=256),
         **WIDE[90],
     },
-    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[90]},
+    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[90]},
 }
 FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path

@@ -51,27 +51,35 @@ if TYPE_CHECKING:
 
 @jit
 def _two_sided_step(
-    t, x, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D: tl.constexpr,
-    W: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CHUNKS: tl.constexpr,
-    CLEAN: tl.constexpr, DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    t, total, x, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr,
+    DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: its exponentials, added to the sums of rows and written out as sums of columns."""
-    BLOCK: tl.constexpr = total.shape[0]
+    """One tile of y: its exponentials, added to ``total`` (TILE, BLOCK) and written out as sums of columns.
+
+    The tile is computed transposed, so that the sums which leave the loop lie along what a thread holds, and those
+    that stay in it cross no thread.
+    """
+    BLOCK: tl.constexpr = total.shape[1]
     rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA)
     other = t * TILE + tl.arange(0, TILE)
-    s = dot_rows(x, rows, CHUNKS, PRECISION) * scale2 - shifts[:, None]
+    if x[0].dtype == tl.float32 or 4 * TILE <= BLOCK:  # no tensor cores, or too few rows for their left factor
+        s = tl.trans(dot_rows(x, rows, CHUNKS, PRECISION))
+    else:
+        s = dot_rows(rows, x, CHUNKS, PRECISION)
+    s = s * scale2 - shifts[None]
     if not CLEAN:
-        s = hide(s, own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False)
+        s = tl.trans(hide(tl.trans(s), own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False))
     p = tl.exp2(s)
-    tl.store(column_sums + other, tl.sum(p, 0), mask=other < N)
-    return total + tl.sum(tl.reshape(p, (BLOCK, TILE // LANES, LANES)), 1)
+    tl.store(column_sums + other, tl.sum(p, 1), mask=other < N)
+    return total + p
 
 
 @jit
 def _two_sided_kernel(
     x, y, y_tail, scale, row_sums, column_sums, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr,
-    W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-    STAGES: tl.constexpr, DIAGONAL: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    DIAGONAL: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_sums (splits, M) and column_sums (blocks of rows, N) of 2^(s log2(e) - shift)."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
@@ -81,7 +89,7 @@ def _two_sided_kernel(
     scale2 = tl.load(scale) * 1.4426950408889634
     shifts = tl.where(own < M, tl.abs(scale2) - HEADROOM, float("inf"))  # rows beyond the matrix add nothing to columns
     rows = load_rows(x, x, block * BLOCK, M, x_stride, D, W, TAIL, BLOCK, False, False)
-    total = tl.zeros((BLOCK, LANES), tl.float32)
+    total = tl.zeros((TILE, BLOCK), tl.float32)
 
     first = split * split_tiles
     last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
@@ -89,16 +97,16 @@ def _two_sided_kernel(
     for i in tl.range(first, full - crossing, num_stages=STAGES):
         t = tl.where(i < crossed, i, i + crossing)
         total = _two_sided_step(
-            t, rows, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
-            LANES, CHUNKS, True, DIAGONAL, TMA, PRECISION,
+            t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            CHUNKS, True, DIAGONAL, TMA, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, crossing + last - full, num_stages=1):
         t = tl.where(i < crossing, crossed + i, full)
         total = _two_sided_step(
-            t, rows, total, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
-            LANES, CHUNKS, False, DIAGONAL, TMA, PRECISION,
+            t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            CHUNKS, False, DIAGONAL, TMA, PRECISION,
         )  # fmt: skip
-    tl.store(row_sums + tl.cast(split, tl.int64) * M + own, tl.sum(total, 1), mask=own < M)
+    tl.store(row_sums + tl.cast(split, tl.int64) * M + own, tl.sum(total, 0), mask=own < M)
 
 
 # ---- launcher
@@ -124,9 +132,9 @@ def launch_two_sided(
     with on_device(x):
         _two_sided_kernel[(blocks, row_sums.shape[0])](
             x, right.wide, right.narrow, scale, row_sums, column_sums, M, N, x.stride(0), y.stride(0),
-            exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other,
-            tile.lanes or tile.other, tile.stages, DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other, tile.stages,
+            DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=precision(),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
     return *rows, *_trusted_lse(y, x, scale, exclusion.flipped(), column_sums.sum(0))

@@ -8,6 +8,8 @@ from contrastive_cases import assert_at_most_twice_torch, embeddings, layout
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._triton import use_triton
+from vito_kernels.tiled import LOG2E, Exclusion
+from vito_kernels.two_sided import launch_two_sided
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,6 +53,18 @@ def test_two_sided_losses(device, rows, scale):
     factor = torch.tensor(scale, device=device)
     assert_at_most_twice_torch(clip_loss, reference.clip_loss, [x, y, factor], floor=32)
     assert_at_most_twice_torch(ntxent, reference.ntxent, [x, y, 1 / factor], floor=32)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (20, 37), (37, 20)])
+def test_two_sided_sums_in_bfloat16(device, rows, columns):
+    """The transposed tile, which float32 does not take."""
+    x, y = (embeddings(n, 40, torch.bfloat16, device, n) for n in (rows, columns))
+    scale = torch.tensor(20.0, device=device)
+    found = launch_two_sided(x, y, scale, Exclusion(diagonal=0))
+    hidden = torch.eye(rows, columns, dtype=torch.bool, device=device)
+    logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
+    for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
+        torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
 
 
 def test_supcon(device):
