@@ -49,25 +49,26 @@ def contrast(
     positive: Tensor | None,
     diagonal: int | None,
     bring_mean: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lse2 (M,), in units of log 2, over the keys that a query may see, logits of its positives (M, P), mean (M, D)
     of the keys under the softmax).
 
     Keys of the query's group, its positives, and key ``i + diagonal`` are not seen; the latter counts as its only
     positive. ``mean`` is what the gradient of q needs: with ``bring_mean`` forward and backward together cost 4 M N D
-    flops.
+    flops. ``narrow`` is a dtype that holds the values of q and k exactly (see ``autocast``), for the tensor cores.
     """
     if positive is not None and not positive.is_cuda:
         check_positive_range(positive, k.shape[0])
     check_finite(scale)
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
     run = launch_lse if use_triton(q) else tiled.forward
-    lse2, rest, mean = run(q, k, scale, exclusion, bring_mean)
+    lse2, rest, mean = run(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
     return lse2, _positive_logits(q, k, scale, positive, diagonal), mean, rest
 
 
 @contrast.register_fake
-def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean):
+def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None):
     count = positive.shape[1] if positive is not None else int(diagonal is not None)
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
@@ -91,6 +92,7 @@ def contrast_backward(
     need_q: bool,
     need_k: bool,
     need_scale: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
@@ -106,7 +108,8 @@ def contrast_backward(
             dq = pull.mul_(scale).to(q.dtype)
     if need_k and k is not None:
         exclusion = Exclusion(q_group, k_group, positive, diagonal)
-        _, push = pair_gradient(q, k, scale, Role.of(lse2, rest, g_lse), None, exclusion, need_x=False, need_y=True)
+        sides = narrowed(q, narrow), narrowed(k, narrow)
+        _, push = pair_gradient(*sides, scale, Role.of(lse2, rest, g_lse), None, exclusion, need_x=False, need_y=True)
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
             part = q.to(push.dtype) * g_positive[:, p, None]
             if isinstance(keys, slice):
@@ -119,8 +122,9 @@ def contrast_backward(
 
 @contrast_backward.register_fake
 def _(
-    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, need_q, need_k, need_scale
-):
+    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, need_q, need_k, need_scale,
+    narrow=None,
+):  # fmt: skip
     return (
         q.new_empty(q.shape if need_q else 0),
         q.new_empty(k.shape if need_k else 0),
@@ -145,7 +149,7 @@ def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | Non
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, scale, q_group, k_group, positive, ctx.diagonal, _ = inputs
+    q, k, scale, q_group, k_group, positive, ctx.diagonal, _, ctx.narrow = inputs
     lse2, _, mean, rest = output
     # Locked keys without positives are not kept: a queue may take new keys before the backward pass.
     keep = k.requires_grad or positive is not None or ctx.diagonal is not None
@@ -175,8 +179,9 @@ def _backward(ctx, g_lse2, g_positive, *_):  # mean and rest do not leave this m
         need_q,
         need_k,
         need_scale,
+        ctx.narrow,
     )
-    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, None, None, None, None, None
+    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, *(None,) * 6
 
 
 apply_contrast = autograd_op(contrast, _setup_context, _backward)
@@ -185,12 +190,21 @@ apply_contrast_backward = refuse_double_backward(contrast_backward)
 # ---- public functions
 
 
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """As autocast does for a matmul: float32 embeddings become its dtype. Sums and losses stay in float32."""
+def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
+    """As autocast does for a matmul: float32 embeddings take the values of its dtype, which comes second (else None).
+
+    They stay float32 tensors with the gradient of the identity, so that no gradient is rounded to 16 bits on its way.
+    """
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype != torch.float32:
+        return list(tensors), None
+    dtype = torch.get_autocast_dtype(kind)
+    return [x + (x.to(dtype) - x).detach() for x in tensors], dtype
+
+
+def narrowed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x in ``dtype`` for the Triton kernels; the CPU path computes in float32 anyway."""
+    return x if dtype is None or not use_triton(x) else x.to(dtype)
 
 
 def differentiable(*tensors: Tensor) -> bool:
@@ -208,7 +222,9 @@ def similarity_lse(
     be strided. ``scale`` is a number or a tensor of one element, which may require grad. Groups are int64 or int32,
     (M,) and (N,); without them every key counts. A query that sees no key has lse = -inf and no gradient.
 
-    Sums are in float32 (float64 for float64, and so is the result). Under autocast float32 embeddings take its dtype.
+    Sums are in float32 (float64 for float64, and so is the result). Under autocast float32 embeddings are rounded to
+    its dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor has
+    a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
     The gradient of q comes with the forward pass: 4 M N D flops for both together, 2 M N D without a gradient; keys
     that require grad cost 4 M N D more. Deterministic. No second derivative: double backward raises RuntimeError.
 
@@ -216,9 +232,9 @@ def similarity_lse(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
-    q, k = autocast(q, k)
+    (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
-    return apply_contrast(q, k, scale, q_group, k_group, None, None, differentiable(q, scale))[0] / tiled.LOG2E
+    return apply_contrast(q, k, scale, q_group, k_group, None, None, differentiable(q, scale), narrow)[0] / tiled.LOG2E
 
 
 def info_nce(
@@ -295,9 +311,9 @@ def negatives_and_positives(
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
     elsewhere.
     """
-    q, k = autocast(q, k)
+    (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
-    lse2, logits, *_ = apply_contrast(
-        q, k, scale, q_group, k_group, positive, None if positive is not None else diagonal, differentiable(q, scale)
-    )
+    diagonal = None if positive is not None else diagonal
+    bring_mean = differentiable(q, scale)
+    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow)
     return lse2 / tiled.LOG2E, logits

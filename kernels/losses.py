@@ -41,7 +41,7 @@ def moco_loss(
     check_locked("queue", queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
     negatives = similarity_lse(q, queue, scale)
-    q, k = autocast(q, k)
+    (q, k), _ = autocast(q, k)
     positives = (q.to(scale.dtype) * k).sum(1) * scale
     return reduce(softplus(negatives - positives), reduction)
 
@@ -68,9 +68,9 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
-    (z,) = autocast(normalize(z, dim=1))
+    (z,), narrow = autocast(normalize(z, dim=1))
     scale = scale_tensor(inverse_temperature(temperature), z)
-    lse = apply_self(z, scale, 1)[0] / LOG2E
+    lse = apply_self(z, scale, 1, narrow)[0] / LOG2E
     order = labels.argsort(stable=True)
     rank = torch.zeros_like(order)
     rank[order[1:]] = (labels[order[1:]] != labels[order[:-1]]).long()

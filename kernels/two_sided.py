@@ -39,7 +39,7 @@ from vito_kernels._tiles import (
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import pair_gradient
-from vito_kernels.info_nce import autocast
+from vito_kernels.info_nce import autocast, narrowed
 from vito_kernels.lse import launch_lse, run_lse
 from vito_kernels.tiled import Exclusion, Role
 
@@ -179,19 +179,22 @@ def _spec(width: int, dtype: torch.dtype, device: str = "meta", rows: int = 3276
 
 
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
-def two_sided(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def two_sided(
+    x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), column lse2 (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
-    see each other.
+    see each other. ``narrow`` as for ``contrast``.
     """
     check_finite(scale)
     run = launch_two_sided if use_triton(x) else tiled.two_sided
-    rows, row_rest, columns, column_rest = run(x, y, scale, Exclusion(diagonal=diagonal))
+    sides = narrowed(x, narrow), narrowed(y, narrow)
+    rows, row_rest, columns, column_rest = run(*sides, scale, Exclusion(diagonal=diagonal))
     pairs = (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
     return rows, columns, pairs, row_rest, column_rest
 
 
 @two_sided.register_fake
-def _(x, y, scale, diagonal):
+def _(x, y, scale, diagonal, narrow=None):
     m, n = x.shape[0], y.shape[0]
     return tuple(scale.new_empty(rows) for rows in (m, n, m, m, n))
 
@@ -212,13 +215,14 @@ def two_sided_backward(
     need_x: bool,
     need_y: bool,
     need_scale: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, dscale), each rounded once; what is not needed comes back empty."""
     side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
     hidden = Exclusion(diagonal=diagonal)
     x_role = Role.of(row, row_rest, g_row * tiled.LOG2E)
     y_role = Role.of(column, column_rest, g_column * tiled.LOG2E)
-    gx, gy = pair_gradient(x, y, scale, x_role, y_role, hidden, side, need_y)
+    gx, gy = pair_gradient(narrowed(x, narrow), narrowed(y, narrow), scale, x_role, y_role, hidden, side, need_y)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
     if side:
         gx.addcmul_(y[pairs].to(gx.dtype), g_pair[:, None])
@@ -231,7 +235,10 @@ def two_sided_backward(
 
 
 @two_sided_backward.register_fake
-def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, need_x, need_y, need_scale):
+def _(
+    g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, need_x, need_y, need_scale,
+    narrow=None,
+):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0),
         y.new_empty(y.shape if need_y else 0),
@@ -240,7 +247,7 @@ def _(g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, col
 
 
 def _two_sided_setup(ctx, inputs, output):
-    x, y, scale, ctx.diagonal = inputs
+    x, y, scale, ctx.diagonal, ctx.narrow = inputs
     ctx.save_for_backward(x, y, scale, output[0], output[1], output[3], output[4])
 
 
@@ -248,8 +255,8 @@ def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
     x, y, scale, *sums = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = [g.contiguous() for g in (g_row, g_column, g_pair)]
-    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs)
-    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None
+    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs, ctx.narrow)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None
 
 
 apply_two_sided = autograd_op(two_sided, _two_sided_setup, _two_sided_backward)
@@ -259,45 +266,59 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 
 
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
-def self_contrast(z: Tensor, scale: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows."""
+def self_contrast(z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows.
+
+    ``narrow`` as for ``contrast``.
+    """
     check_finite(scale)
     run = launch_lse if use_triton(z) else tiled.forward
-    lse2, rest, _ = run(z, z, scale, Exclusion(diagonal=0, width=views), False)
+    side = narrowed(z, narrow)
+    lse2, rest, _ = run(side, side, scale, Exclusion(diagonal=0, width=views), False)
     return lse2, rest
 
 
 @self_contrast.register_fake
-def _(z, scale, views):
+def _(z, scale, views, narrow=None):
     return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0])
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
 def self_contrast_backward(
-    g_lse2: Tensor, z: Tensor, scale: Tensor, views: int, lse2: Tensor, rest: Tensor, need_z: bool, need_scale: bool
+    g_lse2: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    views: int,
+    lse2: Tensor,
+    rest: Tensor,
+    need_z: bool,
+    need_scale: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
     role = Role.of(lse2, rest, g_lse2 * tiled.LOG2E)
-    gz, _ = pair_gradient(z, z, scale, role, role, Exclusion(diagonal=0, width=views), True, False)
+    side = narrowed(z, narrow)
+    gz, _ = pair_gradient(side, side, scale, role, role, Exclusion(diagonal=0, width=views), True, False)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
     return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, z, scale, views, lse2, rest, need_z, need_scale):
+def _(g_lse2, z, scale, views, lse2, rest, need_z, need_scale, narrow=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, ctx.views = inputs
+    z, scale, ctx.views, ctx.narrow = inputs
     ctx.save_for_backward(z, scale, *output)
 
 
 def _self_backward(ctx, g_lse2, _):
     z, scale, lse2, rest = ctx.saved_tensors
     need_z, need_scale = ctx.needs_input_grad[:2]
-    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, lse2, rest, need_z, need_scale)
-    return dz if need_z else None, dscale if need_scale else None, None
+    needs = need_z, need_scale
+    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, lse2, rest, *needs, ctx.narrow)
+    return dz if need_z else None, dscale if need_scale else None, None, None
 
 
 apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
@@ -322,8 +343,8 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
 def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
-    x, y = autocast(x, y)
-    rows, columns, pairs, *_ = apply_two_sided(x, y, scale_tensor(scale, x), diagonal)
+    (x, y), narrow = autocast(x, y)
+    rows, columns, pairs, *_ = apply_two_sided(x, y, scale_tensor(scale, x), diagonal, narrow)
     return rows / tiled.LOG2E, columns / tiled.LOG2E, pairs
 
 
@@ -336,15 +357,14 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
 
     z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
     forward, 16 B B D backward. ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and
-    determinism as for ``similarity_lse``; embeddings are normalised in their own dtype.
+    determinism as for ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
-    z1, z2 = autocast(z1, z2)
-    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    (z1, z2), narrow = autocast(normalize(z1, dim=1), normalize(z2, dim=1))
     z = torch.stack([z1, z2], 1).flatten(0, 1)
     factor = scale_tensor(scale, z)
-    lse = apply_self(z, factor, 2)[0].unflatten(0, (-1, 2)) / tiled.LOG2E
+    lse = apply_self(z, factor, 2, narrow)[0].unflatten(0, (-1, 2)) / tiled.LOG2E
     pairs = (z1.to(factor.dtype) * z2.to(factor.dtype)).sum(1) * factor
     loss = softplus(lse - pairs[:, None])
     return reduce(torch.cat([loss[:, 0], loss[:, 1]]), reduction)

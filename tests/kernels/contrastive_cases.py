@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vito_kernels import clip_loss, info_nce, reference
+
 SHAPES = [(1, 1, 16), (5, 9, 16), (33, 70, 48), (64, 64, 64), (17, 130, 100), (130, 17, 192)]
 LAYOUTS = ["none", "groups", "positive", "many"]
 
@@ -58,3 +60,33 @@ def assert_at_most_twice_torch(fused, reference, inputs: list[Tensor], floor: fl
         allowed = 2 * error(torch.nan_to_num(theirs), exact) + floor * torch.finfo(kind).eps
         found = error(mine, exact)
         assert found <= allowed or float((mine - exact).norm()) < 1e-6 * torch.finfo(kind).eps, (i, found, allowed)
+
+
+def gradient_errors_under_autocast(device, p_positive, rows=64, width=128):
+    """Errors of info_nce's and clip_loss's float32 gradients under bfloat16 autocast: (loss, side) -> error,
+    against float64 at the rounded embeddings, at the temperature where a positive has that probability.
+    """
+    generator = torch.Generator().manual_seed(0)
+    k = normalize(torch.randn(rows, width, generator=generator), dim=1)
+    q = normalize(k + 0.03 * torch.randn(rows, width, generator=generator), dim=1)
+    logits = q.double() @ k.double().T
+    low, high = 0.0, 100.0
+    for _ in range(50):
+        scale = (low + high) / 2
+        likely = (scale * logits).softmax(1).diagonal().mean() > p_positive
+        low, high = (low, scale) if likely else (scale, high)
+
+    pairs = {
+        "info_nce": (info_nce, reference.info_nce, {"temperature": 1 / scale}),
+        "clip": (clip_loss, reference.clip_loss, {"scale": scale}),
+    }
+    errors = {}
+    for name, (ours, truth, options) in pairs.items():
+        leaves = [x.to(device).requires_grad_() for x in (q, k)]
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            found = torch.autograd.grad(ours(*leaves, **options), leaves)
+        exact = [x.bfloat16().double().requires_grad_() for x in (q, k)]
+        expected = torch.autograd.grad(truth(*exact, **options), exact)
+        for side, one, other in zip("qk", found, expected, strict=True):
+            errors[name, side] = ((one.cpu().double() - other).norm() / other.norm()).item()
+    return errors

@@ -7,7 +7,16 @@ import sys
 
 import pytest
 import torch
-from contrastive_cases import LAYOUTS, SHAPES, assert_at_most_twice_torch, embeddings, error, layout, with_gradients
+from contrastive_cases import (
+    LAYOUTS,
+    SHAPES,
+    assert_at_most_twice_torch,
+    embeddings,
+    error,
+    gradient_errors_under_autocast,
+    layout,
+    with_gradients,
+)
 from torch.utils.checkpoint import checkpoint
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, tiled
@@ -179,6 +188,12 @@ def test_autocast_rounds_the_embeddings_and_nothing_else():
     assert loss.dtype == torch.float32
     assert torch.equal(loss, info_nce(q.bfloat16(), k.bfloat16(), temperature=0.07))
     assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("p_positive", [0.9, 0.99, 0.999, 0.9999])
+def test_gradients_under_autocast_are_not_rounded(p_positive):
+    errors = gradient_errors_under_autocast("cpu", p_positive)
+    assert max(errors.values()) < 1e-3, errors
 
 
 def test_no_gradient_costs_half():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_cases import assert_at_most_twice_torch, embeddings, layout
+from contrastive_cases import assert_at_most_twice_torch, embeddings, gradient_errors_under_autocast, layout
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._triton import use_triton
@@ -65,6 +65,12 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns):
     logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
     for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
         torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("p_positive", [0.9, 0.9999])
+def test_gradients_under_autocast_are_not_rounded(device, p_positive):
+    errors = gradient_errors_under_autocast(device, p_positive)
+    assert max(errors.values()) < 1e-3, errors
 
 
 def test_supcon(device):
