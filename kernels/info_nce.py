@@ -313,7 +313,7 @@ def negatives_and_positives(
     """
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
-    diagonal = None if positive is not None else diagonal
+    shift = None if positive is not None else diagonal
     bring_mean = differentiable(q, scale)
-    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow)
+    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, bring_mean, narrow)
     return lse2 / tiled.LOG2E, logits
