@@ -210,7 +210,7 @@ def bench_data(
     Args:
         store: A folder written by vito-fast pack.
         originals: The folder that was packed: the public readers then read its files, not the store's clips.
-        batch: Clips a batch.
+        batch: Clips a batch; fewer if the store holds fewer.
         seconds: How long to measure the loader.
         size: Side of a view in pixels.
         threads: Decoding threads of the loader; 0 = as many as cores. Decoding is compared on one.

@@ -45,7 +45,7 @@ def test_readers_agree_on_the_clips(result, stores):
 
 @pytest.mark.parametrize("format", ["jpeg", "copy"])
 def test_readers_agree_on_the_originals(stores, folder, format):
-    decode = decoding(stores / format, originals=folder, size=48, pairs=4, rounds=1)
+    decode = decoding(stores / format, originals=folder, size=48, pairs=16, rounds=1)
     assert decode["readers"]["PyAV"]["far"] == 0, decode
 
 

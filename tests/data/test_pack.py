@@ -69,6 +69,14 @@ def test_same_clips_whatever_the_processes(format, stores, folder, tmp_path):
     assert contents(tmp_path / "s") == contents(stores / format)
 
 
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_times_are_those_of_the_source(format, stores):
+    index = Index(stores / format / "index.bin")
+    clips = [number for number in range(len(index)) if index.clip(number).source == "sub/long.mkv"]
+    assert [index.clip(number).start for number in clips] == pytest.approx([0, 1.6])
+    assert index.times(clips[1]) == pytest.approx(1.6 + np.arange(40) / 25)
+
+
 def test_packets_per_frame(stores):
     report = Report(**Store(stores / "h264").description["report"])
     assert 1.0 < report.packets_per_frame <= 4.6

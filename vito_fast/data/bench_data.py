@@ -54,7 +54,8 @@ def bench_data(
         store: a folder written by ``pack``.
         originals: the folder that was packed. The public readers then read these files; without it they read the
             store's own clips, written to temporary files as they are coded.
-        batch_size, threads, device: of the loader; default device: the GPU if there is one.
+        batch_size, threads, device: of the loader; a batch holds no more than the store's clips; default device: the
+            GPU if there is one.
         seconds: how long the loader is measured, after one batch to warm up.
         size: side of a view in pixels.
         pairs, rounds: requests a round, and rounds, of the decoding race.
@@ -73,6 +74,7 @@ def bench_data(
     config = SamplerConfig(size=size)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
+    batch_size = min(batch_size, len(Store(store, threads=1)))
     with ClipLoader(store, batch_size, seed=seed, sampler=config, threads=threads, device=device) as loader:
         result["format"], result["clips"] = loader.store.format, len(loader.store)
         result["loader"] = _loader(loader, seconds) | {"device": device, "batch_size": batch_size}

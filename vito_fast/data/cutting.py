@@ -315,15 +315,16 @@ class Cutter:
         step = max(1, round(1 / (source.rate * source.time_base)))
         native = presentation_times([source.pts[token] for token in tokens], step)
         ticks = np.array([round((int(t) - int(native[0])) * source.time_base / TICKS) for t in native], np.int64)
-        ticks = _constant_rate(ticks, source.rate)
+        origin = round(int(native[0]) * source.time_base / TICKS)
+        ticks = _constant_rate(ticks, source.rate) + origin  # a clip's times are those of its source
         last = round(1 / (source.rate * TICKS))
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
-            clip.pts = ticks[first:end] - ticks[first]
+            clip.pts = ticks[first:end]
             following = ticks[end - 1] + last
             if end < len(ticks) and (ticks[end] - ticks[end - 1]) * TICKS <= GAP:
                 following = ticks[end]
-            clip.end = int(max(following - ticks[first], clip.pts[-1] + 1))
+            clip.end = int(max(following, clip.pts[-1] + 1))
         self.result.rate = float(source.rate)
 
 

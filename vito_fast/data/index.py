@@ -93,7 +93,7 @@ class ClipInfo:
     shard: int
     time_base: Fraction
     start: float
-    """Seconds at which the first frame is shown."""
+    """Seconds at which the first frame is shown, on the clock of the source video; so are all times of frames."""
     end: float
     """Seconds at which the last frame ends."""
     num_frames: int
