@@ -76,8 +76,8 @@ class ClipLoader:
 
     A batch is a dict: ``views``, a tuple of V tensors (B, 3, S, S) channels_last of ``dtype``, normalised
     (``augment=False``: (B, S, S, 3) uint8, the geometry alone); ``clip`` (B,) int64; ``video`` (B,) int64; ``frame``
-    (B, V) int32, of the clip in presentation order; ``time`` (B, V) float64, its second in the source; ``sample`` (B,) int64. All but ``views`` are
-    on the CPU.
+    (B, V) int32, of the clip in presentation order; ``time`` (B, V) float64, its second in the source; ``sample``
+    (B,) int64. All but ``views`` are on the CPU.
 
     Args:
         store: the store's folder.
