@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cost:
 
 
 def cost(call: Callable[[], object], device: torch.device) -> Cost:
-    """Runs ``call`` once, under the profiler on the CPU, and says what it allocated and multiplied.
+    """Runs ``call``, under the profiler on the CPU, and says what it allocated and multiplied.
 
     Memory outside PyTorch's allocators (numpy, decoders, MKL's scratch) and in threads that PyTorch did not start is
     not seen. The call's result counts as allocated.
@@ -43,9 +43,13 @@ def cost(call: Callable[[], object], device: torch.device) -> Cost:
         return Cost(torch.cuda.max_memory_allocated(device) - before, _cuda_flops(call))
     options = {"profile_memory": True, "with_flops": True, "record_shapes": True}
     with profile(activities=[ProfilerActivity.CPU], **options) as recorded:
-        kept = call()
+        call()  # what it releases, a step's old gradients say, the profiler must have seen allocated
+        with record_function("counted"):
+            kept = call()
     del kept
     events = recorded.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "counted")
+    events = [event for event in events if event.start_ns() >= start]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     current = peak = 0
     for _, change in changes:
