@@ -159,6 +159,22 @@ def test_a_stale_iterator_says_so(stores):
             next(first)
 
 
+def test_it_is_used_as_dalis_iterators_are(stores):
+    with loader(stores / "jpeg", 2) as plain, loader(stores / "jpeg", 2) as asked:
+        epochs = [list(plain), list(plain)]
+        for epoch in epochs:
+            assert all(equal(next(asked), batch) for batch in epoch)
+            with pytest.raises(StopIteration):
+                next(asked)
+        asked.set_epoch(0)
+        assert equal(next(asked), epochs[0][0])
+        asked.reset()
+        assert (asked.epoch, asked.step) == (1, len(asked))
+        asked.reset()
+        assert asked.epoch == 1, "it is at an epoch's start already"
+        assert equal(next(asked), epochs[1][0])
+
+
 def test_the_same_frame_when_the_window_is_zero(stores):
     with loader(stores / "h264", sampler=SamplerConfig(size=32, window=0)) as data:
         batch = next(iter(data))

@@ -128,6 +128,7 @@ class ClipLoader:
         self.stats = LoaderStats()
         self._step = 0
         self._turn = 0  # which iterator is the current one
+        self._own: Iterator[dict[str, Any]] | None = None  # that of next(loader)
         if len(self) == 0:
             raise UserError(
                 f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: "
@@ -166,7 +167,7 @@ class ClipLoader:
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"state is {state!r}, must be {{'step': batches delivered}}")
-        self._step, self._turn = step, self._turn + 1
+        self._step, self._turn, self._own = step, self._turn + 1, None
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``, unless the position is within it already."""
@@ -186,8 +187,22 @@ class ClipLoader:
 
         One iterator at a time: an older one raises RuntimeError once a newer has begun or the position was set.
         """
-        self._turn += 1
+        self._turn, self._own = self._turn + 1, None
         return self._batches(self._turn)
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch, as DALI's iterators: StopIteration at an epoch's end, and then the next epoch's."""
+        self._own = self._own or iter(self)
+        try:
+            return next(self._own)
+        except StopIteration:
+            self._own = None
+            raise
+
+    def reset(self) -> None:
+        """To the start of the next epoch from within one, as DALI's iterators."""
+        if self._step % len(self):
+            self.set_epoch(self.epoch + 1)
 
     def _batches(self, turn: int) -> Iterator[dict[str, Any]]:
         end = (self.epoch + 1) * len(self)
@@ -243,7 +258,7 @@ class ClipLoader:
 
     def close(self) -> None:
         """Ends the threads; iterating starts them again."""
-        self._turn += 1
+        self._turn, self._own = self._turn + 1, None
         if self._workers is not None:
             self._workers.close()
             self._workers = None
