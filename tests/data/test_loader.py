@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -157,6 +158,26 @@ def test_a_stale_iterator_says_so(stores):
         next(iter(data))
         with pytest.raises(RuntimeError, match="stale"):
             next(first)
+
+
+def test_the_next_epoch_is_begun_before_this_one_ends(stores, monkeypatch):
+    with loader(stores / "jpeg", prefetch=2) as begun:
+        steps = []
+        begin = ClipLoader._begin
+        monkeypatch.setattr(ClipLoader, "_begin", lambda self, step: steps.append(step) or begin(self, step))
+        list(begun), list(begun)
+        assert steps == list(range(2 * len(begun) + 2)), "each once, and two beyond the second epoch"
+
+
+def test_an_interrupted_wait_loses_no_step(stores, monkeypatch):
+    with loader(stores / "jpeg", 2) as plain, loader(stores / "jpeg", 2) as interrupted:
+        first, second, *_ = plain
+        assert equal(next(iter(interrupted)), first)
+        with monkeypatch.context() as patch:
+            patch.setattr(ClipLoader, "_deliver", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                next(iter(interrupted))
+        assert equal(next(iter(interrupted)), second)
 
 
 def test_it_is_used_as_dalis_iterators_are(stores):

@@ -129,6 +129,7 @@ class ClipLoader:
         self._step = 0
         self._turn = 0  # which iterator is the current one
         self._own: Iterator[dict[str, Any]] | None = None  # that of next(loader)
+        self._ahead: deque[Batch] = deque()  # those of steps self._step, self._step + 1, ...
         if len(self) == 0:
             raise UserError(
                 f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: "
@@ -167,7 +168,8 @@ class ClipLoader:
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"state is {state!r}, must be {{'step': batches delivered}}")
-        self._step, self._turn, self._own = step, self._turn + 1, None
+        self._forget()
+        self._step = step
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``, unless the position is within it already."""
@@ -205,21 +207,26 @@ class ClipLoader:
             self.set_epoch(self.epoch + 1)
 
     def _batches(self, turn: int) -> Iterator[dict[str, Any]]:
-        end = (self.epoch + 1) * len(self)
-        ahead: deque[Batch] = deque()
-        try:
-            for step in range(self._step, end):
-                if turn != self._turn:
-                    raise RuntimeError("this iterator is stale: its loader was iterated anew or moved")
-                while len(ahead) <= self.prefetch and step + len(ahead) < end:
-                    ahead.append(self._begin(step + len(ahead)))
-                batch = self._deliver(ahead.popleft())
-                self._step = step + 1
-                yield batch
-                del batch  # the consumer's alone: two batches ahead and one in use, no more
-        finally:
-            for begun in ahead:
-                begun.cancel()
+        for step in range(self._step, (self.epoch + 1) * len(self)):
+            if turn != self._turn:
+                raise RuntimeError("this iterator is stale: its loader was iterated anew or moved")
+            while len(self._ahead) <= self.prefetch:  # past the epoch's end too: the next one shall not begin idle
+                self._ahead.append(self._begin(step + len(self._ahead)))
+            try:
+                batch = self._deliver(self._ahead.popleft())
+            except BaseException:
+                self._forget()  # what is ahead would follow a step that was not delivered
+                raise
+            self._step = step + 1
+            yield batch
+            del batch  # the consumer's alone: as many ahead as prefetch says and one in use, no more
+
+    def _forget(self) -> None:
+        """Nothing is begun any longer, and no iterator is the current one."""
+        self._turn, self._own = self._turn + 1, None
+        for begun in self._ahead:
+            begun.cancel()
+        self._ahead.clear()
 
     def batch(self, step: int) -> dict[str, Any]:
         """The batch of any step, made now; the position stays."""
@@ -258,7 +265,7 @@ class ClipLoader:
 
     def close(self) -> None:
         """Ends the threads; iterating starts them again."""
-        self._turn, self._own = self._turn + 1, None
+        self._forget()
         if self._workers is not None:
             self._workers.close()
             self._workers = None
