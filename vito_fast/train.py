@@ -24,7 +24,7 @@ from vito_fast.config import Config, from_mapping, method_differences, save_conf
 from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave
 from vito_fast.errors import UserError
-from vito_fast.metrics import Clock, Progress, Recorder
+from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.step import Trainer
 
 
@@ -79,7 +79,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
             saver.save(trainer.step_count, tensors, state | _origin(config, world, loader, baselines))
 
     stop = StopSignal()
-    clock, progress = Clock(world.device), Progress(last, start, world.main)
+    clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
+    alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
     batches = _endless(loader)
     gc.collect()
     gc.disable()  # collected on logged steps instead, on all ranks at once
@@ -96,7 +97,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
             if logged:
                 row = {"step": step, "epoch": step / len(loader)} | row | clock.timings(loader.stats.failures)
                 if recorder:
-                    recorder.log(row)
+                    recorder.log(row | alarm(row))
                 gc.collect(1)
                 if row["skipped_in_a_row"] >= config.train.max_bad_steps:
                     save()
@@ -106,8 +107,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
             stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
             due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
             if due and frames and recorder:
-                recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
-                clock.pause()
+                with clock.paused():
+                    recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
             if step % config.train.checkpoint_every == 0 or step == last or stopping:
                 save()
             if stopping:

@@ -89,6 +89,9 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
         assert {"step", "loss", "pairs_per_s", "data_wait", *TIMINGS} <= row.keys()
         assert 0 <= row["data_wait"] <= 1
         assert row["pairs_per_s"] > 0
+        assert row["collapsed_scales"] == 0
+        if not torch.cuda.is_available():
+            assert row["mfu"] is None
     assert [row["step"] for row in rows(config, "evaluations.jsonl")] == [0, 4, 8, 10]
     assert out[-1] == f"checkpoint: {summary['checkpoint']}"
     assert find(run, pytest.fail).state["step"] == STEPS
