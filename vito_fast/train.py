@@ -25,6 +25,7 @@ from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave
 from vito_fast.errors import UserError
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
+from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
 
 
@@ -34,20 +35,23 @@ class TrainingFailed(Exception):
     one_line = True
 
 
-def train(config: Config, *, resume: bool = False, max_steps: int | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: bool = False, max_steps: int | None = None, profile: bool = False
+) -> dict[str, Any]:
     """Runs the configuration to its end (or ``max_steps``) and returns the summary that it also prints and saves.
 
     ``resume`` continues the run of this name from its newest whole checkpoint, or starts it if there is none.
+    ``profile`` traces a few steps of the main process into the run's folder (profiling.py).
     UserError for what the user can mend; TrainingFailed if the loss stays non-finite.
     """
     world = join(config.train.device)
     try:
-        return _train(config, world, resume, max_steps)
+        return _train(config, world, resume, max_steps, profile)
     finally:
         leave()
 
 
-def _train(config: Config, world: World, resume: bool, max_steps: int | None) -> dict[str, Any]:
+def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
     run = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     trainer = Trainer(config, world, len(loader))
@@ -82,12 +86,14 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
     clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
     alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
     batches = _endless(loader)
+    tracer = Profile(run / "profile", world.device) if profile and world.main else None
     gc.collect()
     gc.disable()  # collected on logged steps instead, on all ranks at once
     try:
         for step in range(start + 1, last + 1):
             asked = time.perf_counter()
-            batch = next(batches)
+            with part("data"):
+                batch = next(batches)
             waited = time.perf_counter() - asked
 
             logged = step % config.train.log_every == 0 or step in (1, total)
@@ -102,6 +108,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
                 if row["skipped_in_a_row"] >= config.train.max_bad_steps:
                     save()
                     raise TrainingFailed(_evidence(run, row, batch))
+            if tracer:
+                tracer.step(step)
             progress.update(step, row if logged else None)
 
             stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
@@ -116,6 +124,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
     finally:
         gc.enable()
         progress.close()
+        if tracer:
+            tracer.close()
         if saver:
             saver.close()
         stop.restore()
@@ -129,6 +139,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
         summary = _summary(run, trainer.step_count, total, recorder, baselines, clock.rate)
         recorder.close()
         _print_summary(summary, stop.received)
+    if tracer:
+        print(tracer.line(), flush=True)
     return summary | {"signal": stop.received}
 
 
