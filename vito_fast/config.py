@@ -152,6 +152,8 @@ class TrainConfig:
     of collapse; 0 = never (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
+    wandb: str = ""
+    """Project of Weights & Biases to which the rows go too, under the run's name; empty = none (ours)."""
     runs: str = "runs"
     """Directory that holds the runs, each in a folder of its name (ours)."""
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from vito_fast.config import Config
+from vito_fast.config import Config, to_mapping
 from vito_fast.distributed import World
+from vito_fast.errors import UserError
 from vito_fast.hardware import arithmetic_peak
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
@@ -66,16 +67,17 @@ class RowFile:
 
 
 class Recorder:
-    """Writes rows to metrics.jsonl and TensorBoard, and evaluations to evaluations.jsonl, from the main process
-    alone.
+    """Writes rows to metrics.jsonl and TensorBoard, evaluations to evaluations.jsonl, and both to Weights & Biases if
+    ``train.wandb`` names a project; from the main process alone. UserError if wandb is asked for and not installed.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = RowFile(run / "metrics.jsonl", step)
         self.evaluations = RowFile(run / "evaluations.jsonl", step)
         self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb: Any = _wandb_run(run, config) if config.train.wandb else None
 
     def log(self, row: dict[str, Any]) -> None:
         """One logged step."""
@@ -88,9 +90,11 @@ class Recorder:
         self._scalars("evaluation", row)
 
     def _scalars(self, group: str, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+        scalars = {f"{group}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(scalars, step=row["step"])
 
     def sync(self) -> None:
         self.metrics.sync()
@@ -100,6 +104,18 @@ class Recorder:
         self.metrics.close()
         self.evaluations.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(run: Path, config: Config) -> Any:
+    """A run of Weights & Biases with this one's name, or that run again."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(f"train.wandb is {config.train.wandb!r}, and wandb is missing: pip install wandb") from None
+    options = {"dir": str(run), "config": to_mapping(config), "resume": "allow"}
+    return wandb.init(project=config.train.wandb, name=config.name, id=config.name, **options)
 
 
 def pairs_at_peak(config: Config, world: World) -> float | None:

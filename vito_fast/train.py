@@ -65,7 +65,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
     if world.main and start:
         print(f"{run} {'goes on after' if start < last else 'is finished at'} step {start} of {total}", flush=True)
 
-    recorder = Recorder(run, start) if world.main else None
+    recorder = Recorder(run, start, config) if world.main else None
     saver = Checkpointer(run / "checkpoints", config.train.keep_last, config.train.keep_every) if world.main else None
     frames = monitor.draw(config, len(loader.store)) if world.main else None
     backbone = trainer.model.online.backbone

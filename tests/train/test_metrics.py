@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, model_flops
 from vito_fast.errors import UserError
 from vito_fast.hardware import GPUS, arithmetic_peak
-from vito_fast.metrics import Clock
+from vito_fast.metrics import Clock, Recorder
 from vito_fast.monitor import CollapseAlarm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -91,3 +93,26 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
 def test_a_threshold_of_collapse_that_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"train\.collapse_std must be in \[0, 1\), got 1\.5"):
         from_mapping(Config(), {"train": {"collapse_std": 1.5}}, "x.yaml")
+
+
+def test_rows_go_to_wandb_where_a_project_is_named(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given) or run))
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
+    recorder = Recorder(tmp_path, 0, named)
+    recorder.log({"step": 1, "loss": 2.5, "mfu": None})
+    recorder.evaluation({"step": 1, "retrieval": 0.5})
+    recorder.close()
+    begun, *rest = calls
+    assert (begun["project"], begun["name"], begun["id"], begun["resume"]) == ("videos", "run", "run", "allow")
+    assert begun["config"]["train"]["wandb"] == "videos"
+    assert rest == [(1, {"train/loss": 2.5}), (1, {"evaluation/retrieval": 0.5}), "finish"]
+
+
+def test_wandb_is_imported_only_when_asked_for_and_its_lack_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    Recorder(tmp_path, 0, CONFIG).close()
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
+    with pytest.raises(UserError, match=r"train\.wandb is 'videos', and wandb is missing: pip install wandb"):
+        Recorder(tmp_path, 0, named)
