@@ -32,6 +32,8 @@ class TrainOptions:
     """Continue the run of this name from its newest whole checkpoint, or start it if there is none."""
     max_steps: int | None = None
     """Stop after this many steps; the schedules stay those of the whole run."""
+    profile: bool = False
+    """Trace a few steps after the first ten into the run's folder, profile/, for Perfetto or chrome://tracing."""
     dry_run: bool = False
     """Run one CUDA step without data or GPU: what it computes and keeps in memory, and what would go wrong."""
 
@@ -42,7 +44,7 @@ def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Co
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         raise UserError("a configuration is missing: vito-fast train CONFIG.yaml, or the name of a preset")
     config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
-    known = [*dotted_names(config), "resume", "max_steps", "dry_run"]
+    known = [*dotted_names(config), "resume", "max_steps", "profile", "dry_run"]
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
         if word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
@@ -59,7 +61,7 @@ def train(config: Config, options: TrainOptions) -> int:
         return report_dry_run(config)
     from vito_fast.train import train as run
 
-    summary = run(config, resume=options.resume, max_steps=options.max_steps)
+    summary = run(config, resume=options.resume, max_steps=options.max_steps, profile=options.profile)
     stopped_by = summary.get("signal")
     return 128 + signal.Signals[stopped_by] if stopped_by else 0
 

@@ -147,8 +147,13 @@ class TrainConfig:
     """Steps between retrieval evaluations; 0 = at the start and the end only (ours)."""
     evaluate_clips: int = 264
     """Clips that the retrieval evaluation uses at most; fewer are asked for up to four times (ours)."""
+    collapse_std: float = 0.05
+    """Below this ``embedding_std`` of a scale (1 = spread evenly over the sphere, 0 = one point) a logged step warns
+    of collapse; 0 = never (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
+    wandb: str = ""
+    """Project of Weights & Biases to which the rows go too, under the run's name; empty = none (ours)."""
     runs: str = "runs"
     """Directory that holds the runs, each in a folder of its name (ours)."""
 
@@ -163,6 +168,7 @@ class TrainConfig:
             "evaluate_clips",
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
         for name in ("keep_every", "evaluate_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 

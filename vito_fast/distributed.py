@@ -48,8 +48,24 @@ def join(device: Literal["auto", "cpu", "cuda"]) -> World:
     if cuda:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=chosen if cuda else None)
+        backend, device_id = "nccl" if cuda else "gloo", chosen if cuda else None
+        dist.init_process_group(
+            backend, store=_store_of_this_attempt(), rank=rank, world_size=size, device_id=device_id
+        )
     return World(rank, size, local_size, chosen)
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """The launcher's key-value store, under a prefix that no earlier attempt has used.
+
+    torchrun's agent keeps one store over its restarts, with the addresses of the processes that are dead in it: who
+    reads before all have written anew waits for them without end. Agents of several nodes count their restarts each for
+    itself, so there is no number they share: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes stores anew.
+    """
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def leave() -> None:

@@ -8,6 +8,7 @@ a measured one.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,21 @@ GPUS: dict[str, dict[str, Constant]] = {
     "cpu": {name: Constant(float("nan"), unit, _CPU) for name, unit in _GPU_UNITS.items()},
 }  # fmt: skip
 """By GPU name. ``cpu`` is a machine whose "GPUs" are processes of a thread each that share ``node_cores``: measured."""
+
+_DEVICES = {"h100": r"NVIDIA H100 80GB HBM3", "h200": r"NVIDIA H200", "a100": r"NVIDIA A100-.*", "b200": r"NVIDIA B200"}
+"""CUDA's names of the boards above; PCIe and NVL boards of the H generations are slower, and not in the table."""
+
+
+def arithmetic_peak(device_name: str, dtype: str) -> float | None:
+    """Dense flop/s of the GPU that CUDA calls ``device_name``, in a run's ``train.dtype``; None for what the table does
+    not hold: another board, a MIG slice, float64. float32 is TF32, in which torch's convolutions run by default.
+    """
+    unit = {"bfloat16": "bf16", "float32": "tf32"}.get(dtype)
+    known = [
+        gpu for gpu, pattern in _DEVICES.items() if re.fullmatch(pattern, device_name) and "MIG" not in device_name
+    ]
+    return GPUS[known[0]][unit].value if known and unit else None
+
 
 _CORES_HERE = "measured: one core of an AMD EPYC (Zen 4) at 2.6 GHz, 256-pixel clips of 250 frames, medians"
 _FITTED = (

@@ -10,15 +10,24 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TIMINGS = ("pairs_per_s", "data_wait", "seconds", "peak_memory", "decode_failures")
-"""pairs_per_s: clips a second over all ranks since the last row. data_wait: share of that time spent waiting for
-data, 0 to 1. seconds: since the process began training. peak_memory: bytes, of the GPU, or resident in main memory
-without one. decode_failures: samples replaced because they could not be decoded, since the process began."""
+from vito_fast.config import Config, to_mapping
+from vito_fast.distributed import World
+from vito_fast.errors import UserError
+from vito_fast.hardware import arithmetic_peak
+
+TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
+"""pairs_per_s: clips a second over all ranks since the last row. mfu: model flops utilisation, the share of the GPUs'
+peak arithmetic that the method's own needs; null unless the peak is known. data_wait: share of the time in which the
+main process waited for data, 0 to 1 (a GPU may still have been busy with earlier steps). seconds: since the process
+began training. peak_memory: bytes, of the GPU, or resident in main memory without one. decode_failures: samples
+replaced because they could not be decoded, since the process began."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -58,16 +67,17 @@ class RowFile:
 
 
 class Recorder:
-    """Writes rows to metrics.jsonl and TensorBoard, and evaluations to evaluations.jsonl, from the main process
-    alone.
+    """Writes rows to metrics.jsonl and TensorBoard, evaluations to evaluations.jsonl, and both to Weights & Biases if
+    ``train.wandb`` names a project; from the main process alone. UserError if wandb is asked for and not installed.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = RowFile(run / "metrics.jsonl", step)
         self.evaluations = RowFile(run / "evaluations.jsonl", step)
         self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb: Any = _wandb_run(run, config) if config.train.wandb else None
 
     def log(self, row: dict[str, Any]) -> None:
         """One logged step."""
@@ -80,9 +90,11 @@ class Recorder:
         self._scalars("evaluation", row)
 
     def _scalars(self, group: str, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+        scalars = {f"{group}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(scalars, step=row["step"])
 
     def sync(self) -> None:
         self.metrics.sync()
@@ -92,13 +104,42 @@ class Recorder:
         self.metrics.close()
         self.evaluations.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(run: Path, config: Config) -> Any:
+    """A run of Weights & Biases with this one's name, or that run again."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(f"train.wandb is {config.train.wandb!r}, and wandb is missing: pip install wandb") from None
+    options = {"dir": str(run), "config": to_mapping(config), "resume": "allow"}
+    return wandb.init(project=config.train.wandb, name=config.name, id=config.name, **options)
+
+
+def pairs_at_peak(config: Config, world: World) -> float | None:
+    """Clips a second over all ranks at which the GPUs' peak arithmetic would be used up (MFU 1), or None if unknown.
+
+    Counts the step's flops once (``dryrun.model_flops``); costs nothing without a GPU that the table knows.
+    """
+    if world.device.type != "cuda":
+        return None
+    peak = arithmetic_peak(torch.cuda.get_device_name(world.device), config.train.dtype)
+    if peak is None:
+        return None
+    from vito_fast.dryrun import model_flops
+
+    clips = config.train.batch_size // world.size
+    flops = model_flops(config, clips, world.size)
+    return peak * world.size * clips / flops if flops else None
 
 
 class Clock:
-    """Rate and waiting time between rows."""
+    """Rate and waiting time between rows. ``at_peak``: the rate that is an MFU of 1 (``pairs_at_peak``)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, at_peak: float | None = None) -> None:
+        self.device, self.at_peak = device, at_peak
         self.began = self.last = time.perf_counter()
         self.waited = 0.0
         self.pairs = self.all_pairs = 0
@@ -107,7 +148,6 @@ class Clock:
     def count(self, pairs: int, waited: float) -> None:
         """Adds one step of ``pairs`` clips over all ranks, ``waited`` seconds of it for data."""
         self.pairs += pairs
-        self.all_pairs += pairs
         self.waited += waited
 
     def timings(self, decode_failures: int) -> dict[str, Any]:
@@ -115,8 +155,10 @@ class Clock:
         now = time.perf_counter()
         span, self.last = now - self.last, now
         self.training += span
+        self.all_pairs += self.pairs
         result = {
             "pairs_per_s": round(self.pairs / span, 3),
+            "mfu": round(self.pairs / span / self.at_peak, 5) if self.at_peak else None,
             "data_wait": round(self.waited / span, 5),
             "seconds": round(now - self.began, 3),
             "peak_memory": peak_memory(self.device),
@@ -125,9 +167,14 @@ class Clock:
         self.pairs, self.waited = 0, 0.0
         return result
 
-    def pause(self) -> None:
-        """Leaves what happened since the last row or pause (an evaluation) out of the rate."""
-        self.last = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (an evaluation) counts neither as training nor as waiting."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps still under way belong to the time before
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
 
     @property
     def rate(self) -> float:

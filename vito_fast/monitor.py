@@ -6,6 +6,7 @@ own start) and the raw pixels answer the same question on the same frames.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,24 @@ class Frames:
 
     query: Tensor
     gallery: Tensor
+
+
+class CollapseAlarm:
+    """Watches logged rows for embeddings that have all become one point: one line when that begins."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold, self.ringing = threshold, False
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
+        """``collapsed_scales`` for metrics.jsonl: how many scales' ``embedding_std_scale*`` are below the threshold."""
+        spread = {k: v for k, v in row.items() if k.startswith("embedding_std_scale") and v < self.threshold}
+        if spread and not self.ringing:
+            values = ", ".join(f"{name} {value:.2g}" for name, value in spread.items())
+            print(
+                f"warning: step {row['step']}: embeddings collapse to a point: {values} (1 = spread evenly)", flush=True
+            )
+        self.ringing = bool(spread)
+        return {"collapsed_scales": len(spread)}
 
 
 def draw(config: Config, clips: int) -> Frames:

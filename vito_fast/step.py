@@ -20,6 +20,7 @@ from vito_fast.model import VitoModel
 from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
 from vito_fast.model.pair import normalise
 from vito_fast.optim import Lars, Schedule
+from vito_fast.profiling import part as named
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
@@ -67,25 +68,31 @@ class Trainer:
         for p in self.model.online.parameters():
             p.grad = None
 
-        with torch.no_grad():  # keys first: they travel between ranks while the online branch runs
+        with torch.no_grad(), named("target"):  # keys first: they travel while the online branch runs
             keys = [self._forward(self.target, part)[0] for part in parts]
             pending = PendingKeys(
                 [normalise(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world, total
             )
         if len(parts) == 1:
-            rows, weights = self._forward(self.online, parts[0])
-            queries = [normalise(z) for z in rows]
-            loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
-            (loss * self.weight).backward()
+            with named("online"):
+                rows, weights = self._forward(self.online, parts[0])
+                queries = [normalise(z) for z in rows]
+            with named("loss"):
+                loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
+            with named("backward"):
+                (loss * self.weight).backward()
         else:
             queries, weights, every, loss, by_scale = self._cached_gradients(parts, pending)
 
-        norm = self.optimizer.gradient_norm()
+        with named("optimiser"):
+            norm = self.optimizer.gradient_norm()
         finite: Tensor | None = self._finite(loss.detach(), norm)
         if self.world.device.type == "cpu" and finite:
             finite = None  # reading the flag is free here, and choosing by it on the device is not
-        self.optimizer.step(lr, finite)
-        self.model.update_target(tau, finite)
+        with named("optimiser"):
+            self.optimizer.step(lr, finite)
+        with named("average"):
+            self.model.update_target(tau, finite)
         if finite is not None:
             for buffer, before in zip(buffers, buffers_before, strict=True):
                 buffer.copy_(torch.where(finite, buffer, before))
@@ -105,16 +112,19 @@ class Trainer:
     def _cached_gradients(self, parts: list[tuple[Tensor, ...]], pending: PendingKeys) -> Any:
         """The step of the whole batch with the activations of one part: embed all parts, differentiate the loss with
         respect to the embeddings, then embed each part again and send its share of that gradient back."""
-        with torch.no_grad():
+        with torch.no_grad(), named("online"):
             forwards = [self._forward(self.online, part) for part in parts]
         rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
         queries = [normalise(z) for z in rows]
-        loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
+        with named("loss"):
+            loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
         gradients = [g.split([len(p[0]) for p in parts], 1) for g in torch.autograd.grad(loss * self.weight, rows)]
         for i, part in enumerate(parts):
             with self._without_sync(i < len(parts) - 1), frozen_statistics(self.model.online):
-                again, _ = self._forward(self.online, part)
-                torch.autograd.backward(again, [g[i] for g in gradients])
+                with named("online"):
+                    again, _ = self._forward(self.online, part)
+                with named("backward"):
+                    torch.autograd.backward(again, [g[i] for g in gradients])
         return queries, forwards[0][1], every, loss, by_scale
 
     def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:

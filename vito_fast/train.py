@@ -24,7 +24,8 @@ from vito_fast.config import Config, from_mapping, method_differences, save_conf
 from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave
 from vito_fast.errors import UserError
-from vito_fast.metrics import Clock, Progress, Recorder
+from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
+from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
 
 
@@ -34,20 +35,23 @@ class TrainingFailed(Exception):
     one_line = True
 
 
-def train(config: Config, *, resume: bool = False, max_steps: int | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: bool = False, max_steps: int | None = None, profile: bool = False
+) -> dict[str, Any]:
     """Runs the configuration to its end (or ``max_steps``) and returns the summary that it also prints and saves.
 
     ``resume`` continues the run of this name from its newest whole checkpoint, or starts it if there is none.
+    ``profile`` traces a few steps of the main process into the run's folder (profiling.py).
     UserError for what the user can mend; TrainingFailed if the loss stays non-finite.
     """
     world = join(config.train.device)
     try:
-        return _train(config, world, resume, max_steps)
+        return _train(config, world, resume, max_steps, profile)
     finally:
         leave()
 
 
-def _train(config: Config, world: World, resume: bool, max_steps: int | None) -> dict[str, Any]:
+def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
     run = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     trainer = Trainer(config, world, len(loader))
@@ -61,7 +65,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
     if world.main and start:
         print(f"{run} {'goes on after' if start < last else 'is finished at'} step {start} of {total}", flush=True)
 
-    recorder = Recorder(run, start) if world.main else None
+    recorder = Recorder(run, start, config) if world.main else None
     saver = Checkpointer(run / "checkpoints", config.train.keep_last, config.train.keep_every) if world.main else None
     frames = monitor.draw(config, len(loader.store)) if world.main else None
     backbone = trainer.model.online.backbone
@@ -79,14 +83,17 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
             saver.save(trainer.step_count, tensors, state | _origin(config, world, loader, baselines))
 
     stop = StopSignal()
-    clock, progress = Clock(world.device), Progress(last, start, world.main)
+    clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
+    alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
     batches = _endless(loader)
+    tracer = Profile(run / "profile", world.device) if profile and world.main else None
     gc.collect()
     gc.disable()  # collected on logged steps instead, on all ranks at once
     try:
         for step in range(start + 1, last + 1):
             asked = time.perf_counter()
-            batch = next(batches)
+            with part("data"):
+                batch = next(batches)
             waited = time.perf_counter() - asked
 
             logged = step % config.train.log_every == 0 or step in (1, total)
@@ -96,18 +103,20 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
             if logged:
                 row = {"step": step, "epoch": step / len(loader)} | row | clock.timings(loader.stats.failures)
                 if recorder:
-                    recorder.log(row)
+                    recorder.log(row | alarm(row))
                 gc.collect(1)
                 if row["skipped_in_a_row"] >= config.train.max_bad_steps:
                     save()
                     raise TrainingFailed(_evidence(run, row, batch))
+            if tracer:
+                tracer.step(step)
             progress.update(step, row if logged else None)
 
             stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
             due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
             if due and frames and recorder:
-                recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
-                clock.pause()
+                with clock.paused():
+                    recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
             if step % config.train.checkpoint_every == 0 or step == last or stopping:
                 save()
             if stopping:
@@ -115,6 +124,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
     finally:
         gc.enable()
         progress.close()
+        if tracer:
+            tracer.close()
         if saver:
             saver.close()
         stop.restore()
@@ -128,6 +139,8 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None) ->
         summary = _summary(run, trainer.step_count, total, recorder, baselines, clock.rate)
         recorder.close()
         _print_summary(summary, stop.received)
+    if tracer:
+        print(tracer.line(), flush=True)
     return summary | {"signal": stop.received}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vito_fast import profiling
 from vito_fast.attention import load_online
 from vito_fast.checkpoint import checkpoints, find, read
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
@@ -89,6 +90,9 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
         assert {"step", "loss", "pairs_per_s", "data_wait", *TIMINGS} <= row.keys()
         assert 0 <= row["data_wait"] <= 1
         assert row["pairs_per_s"] > 0
+        assert row["collapsed_scales"] == 0
+        if not torch.cuda.is_available():
+            assert row["mfu"] is None
     assert [row["step"] for row in rows(config, "evaluations.jsonl")] == [0, 4, 8, 10]
     assert out[-1] == f"checkpoint: {summary['checkpoint']}"
     assert find(run, pytest.fail).state["step"] == STEPS
@@ -257,3 +261,29 @@ def test_the_online_branch_of_a_checkpoint_gives_attention(config):
     branch = load_online(find(run_of(config), pytest.fail))
     out = branch(torch.zeros(2, 3, 32, 32))
     assert [z.shape for z in out.embeddings] == [(2, 8), (2, 8)]
+
+
+PARTS = ["data", "target", "online", "loss", "backward", "optimiser", "average"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_profile_has_the_parts_of_the_steps_after_warm_up(config, capsys, micro_batches):
+    parts = dataclasses.replace(config.train, micro_batches=micro_batches, evaluate_every=0)
+    config = dataclasses.replace(config, train=parts, schedule=dataclasses.replace(config.schedule, epochs=10))
+    train(config, profile=True, max_steps=profiling.WARM_UP + profiling.STEPS + 2)
+    path = run_of(config) / "profile" / f"step-{profiling.WARM_UP + profiling.STEPS:08d}.json"
+    assert capsys.readouterr().out.splitlines()[-1] == f"profile: {path}"
+    events = json.loads(path.read_text())["traceEvents"]
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in PARTS]
+    ranges.sort(key=lambda event: event["ts"])
+    names = [e["name"] for e in ranges]
+    assert list(dict.fromkeys(names)) == PARTS  # in the order of the step
+    assert names.count("data") == names.count("average") == profiling.STEPS
+    assert names.count("backward") == profiling.STEPS * micro_batches
+
+
+def test_a_profile_of_too_short_a_run_says_so_and_no_trace_is_taken_unasked(config, capsys):
+    train(config, profile=True, max_steps=3)
+    assert capsys.readouterr().out.splitlines()[-1] == "profile: none, the run ended within 10 steps"
+    train(config, resume=True, max_steps=4)
+    assert not (run_of(config) / "profile").exists()

@@ -1,0 +1,118 @@
+"""What a run says of itself: rates, utilisation, waiting, and the alarm for collapse."""
+
+import dataclasses
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vito_fast import metrics
+from vito_fast.config import Config, ModelConfig, TrainConfig, from_mapping
+from vito_fast.data.sampler import SamplerConfig
+from vito_fast.distributed import World
+from vito_fast.dryrun import dry_run, model_flops
+from vito_fast.errors import UserError
+from vito_fast.hardware import GPUS, arithmetic_peak
+from vito_fast.metrics import Clock, Recorder
+from vito_fast.monitor import CollapseAlarm
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CONFIG = Config(
+    sampler=SamplerConfig(size=32),
+    model=ModelConfig(backbone="resnet18", projector_hidden=16, projector_out=8, attention_hidden=8),
+    train=TrainConfig(batch_size=8, dtype="bfloat16"),
+)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test sets: ``now[0]`` seconds."""
+    time = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: time[0])
+    return time
+
+
+def test_a_pause_counts_neither_as_training_nor_as_waiting(now):
+    clock = Clock(CPU, at_peak=100.0)
+    now[0] += 3  # two steps, then an evaluation between two rows, then one more step
+    clock.count(20, waited=0.5)
+    clock.count(20, waited=0.25)
+    with clock.paused():
+        now[0] += 50
+    now[0] += 1
+    clock.count(20, waited=0.25)
+    row = clock.timings(0)
+    assert row["pairs_per_s"] == 15
+    assert row["mfu"] == 0.15
+    assert row["data_wait"] == 0.25
+    assert row["seconds"] == 54
+    clock.count(20, waited=0)  # in no row: its time is not counted either
+    assert clock.rate == 15
+
+
+def test_peaks_are_those_of_the_boards_in_the_table_alone():
+    assert arithmetic_peak("NVIDIA H100 80GB HBM3", "bfloat16") == GPUS["h100"]["bf16"].value == 989e12
+    assert arithmetic_peak("NVIDIA A100-SXM4-80GB", "float32") == GPUS["a100"]["tf32"].value
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA L4", ""):
+        assert arithmetic_peak(name, "bfloat16") is None
+    assert arithmetic_peak("NVIDIA B200", "float64") is None
+
+
+def test_mfu_counts_the_method_not_what_saves_memory(monkeypatch):
+    thrifty = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, checkpoint_activations=True),
+        train=dataclasses.replace(CONFIG.train, micro_batches=2),
+    )
+    before = torch.get_rng_state()
+    flops = model_flops(thrifty, 4, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert flops == dry_run(CONFIG, clips=4, world=2).total()[0] < dry_run(thrifty, clips=4, world=2).total()[0]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    at_peak = metrics.pairs_at_peak(thrifty, World(0, 2, 2, GPU))
+    assert at_peak == pytest.approx(2 * 989e12 / (flops / 4))  # two GPUs, a step of 4 clips on each
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    assert metrics.pairs_at_peak(thrifty, World(0, 2, 2, GPU)) is None
+
+
+def test_the_collapse_alarm_rings_once_per_onset(capsys):
+    alarm = CollapseAlarm(0.05)
+    spreads = [(0.9, 0.8), (0.04, 0.8), (0.01, 0.02), (0.5, 0.5), (math.nan, 0.5), (0.5, 0.0)]
+    found = [
+        alarm({"step": i, "embedding_std_scale0": a, "embedding_std_scale1": b, "loss": 0.0})["collapsed_scales"]
+        for i, (a, b) in enumerate(spreads)
+    ]
+    assert found == [0, 1, 2, 0, 0, 1]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in said] == ["step 1", "step 5"]
+    assert "embedding_std_scale0 0.04" in said[0]
+
+
+def test_a_threshold_of_collapse_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"train\.collapse_std must be in \[0, 1\), got 1\.5"):
+        from_mapping(Config(), {"train": {"collapse_std": 1.5}}, "x.yaml")
+
+
+def test_rows_go_to_wandb_where_a_project_is_named(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given) or run))
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
+    recorder = Recorder(tmp_path, 0, named)
+    recorder.log({"step": 1, "loss": 2.5, "mfu": None})
+    recorder.evaluation({"step": 1, "retrieval": 0.5})
+    recorder.close()
+    begun, *rest = calls
+    assert (begun["project"], begun["name"], begun["id"], begun["resume"]) == ("videos", "run", "run", "allow")
+    assert begun["config"]["train"]["wandb"] == "videos"
+    assert rest == [(1, {"train/loss": 2.5}), (1, {"evaluation/retrieval": 0.5}), "finish"]
+
+
+def test_wandb_is_imported_only_when_asked_for_and_its_lack_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    Recorder(tmp_path, 0, CONFIG).close()
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
+    with pytest.raises(UserError, match=r"train\.wandb is 'videos', and wandb is missing: pip install wandb"):
+        Recorder(tmp_path, 0, named)
