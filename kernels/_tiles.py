@@ -186,25 +186,40 @@ class Tile:
     span: int = 512
 
 
-# Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 128 columns.
-WIDE = {80: {1024: Tile(32, 32, 128, 4, 1, span=128)}, 90: {1024: Tile(64, 16, 128, 4, 1, 8, span=128)}}
+# Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 256 columns,
+# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4).
+WIDE = {
+    80: {1024: Tile(32, 32, 128, 4, 2, span=256)},
+    90: {1024: Tile(64, 16, 256, 4, 2, 8, span=256)},
+    100: {1024: Tile(64, 16, 256, 8, 2, span=256)},
+}
+
+# All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled.
+MASKED_80 = {
+    128: Tile(128, 64, 128, 8, 3, 8),
+    256: Tile(64, 64, 128, 8, 3),
+    512: Tile(64, 64, 128, 8, 2, span=256),
+    **WIDE[80],
+}
 
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
 # of the compiled kernels. Keys: architecture and pass; then the largest D that a tile serves. "mean" and "lse" are
-# the forward pass with and without the keys' mean. A pass has a row of its own for the online variant where that
-# needs another tile.
+# the forward pass with and without the keys' mean. A pass has a row of its own for the online variant, or for the fixed
+# one with exclusions anywhere ("masked"), where that needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(64, 64, 128, 8, 3),
-        512: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 64, 128, 8, 2),
         **WIDE[80],
     },
-    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), **WIDE[80]},
+    (80, "mean masked"): MASKED_80,
+    (80, "mean online"): MASKED_80,
+    (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(64, 64, 128, 8, 3),
-        512: Tile(64, 64, 256, 8, 2, span=256),
+        512: Tile(64, 64, 128, 8, 2),
         **WIDE[80],
     },
     (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
@@ -231,23 +246,23 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (100, "mean"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(64, 32, 256, 8, 2, 8, span=256),
-        **WIDE[90],
+        512: Tile(128, 32, 256, 8, 2, span=256),
+        **WIDE[100],
     },
     (100, "mean online"): {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(128, 32, 256, 8, 3, 8),
-        512: Tile(64, 32, 256, 8, 2, 8, span=256),
-        **WIDE[90],
+        512: Tile(128, 32, 256, 8, 2, span=256),
+        **WIDE[100],
     },
-    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[90]},
+    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[100]},
     (100, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(64, 32, 256, 8, 2, span=256),
-        **WIDE[90],
+        512: Tile(128, 32, 256, 8, 2, span=256),
+        **WIDE[100],
     },
-    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[90]},
+    (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
 }
 FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path

@@ -66,11 +66,11 @@ def _gradient_step(
 
 @jit
 def _gradient_kernel(
-    x, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, x_stride, y_stride,
-    diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
+    x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, x_stride,
+    y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
-    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, X_TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
@@ -83,7 +83,7 @@ def _gradient_kernel(
     if X_ROLE:
         top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
         weight = tl.load(x_weight + own, mask=own < M, other=0.0)
-    rows = load_rows(x, x, row, M, x_stride, D, W, TAIL, BLOCK, False, False)
+    rows = load_rows(x, x_tail, row, M, x_stride, D, W, TAIL, BLOCK, False, X_TMA)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
 
     first = split * split_tiles
@@ -99,7 +99,9 @@ def _gradient_kernel(
                 N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES,
                 X_ROLE, Y_ROLE, TMA, PRECISION,
             )  # fmt: skip
-    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1):
+    for i in tl.range(
+        0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=not MASKED
+    ):  # as in ``lse``
         t = tl.where(i < crossing, crossed + i, full)
         accs = _gradient_step(
             t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
@@ -126,12 +128,13 @@ def launch_gradient(
     with on_device(x):
         for first, last in spans(D, tile):
             _gradient_kernel[(blocks, splits)](
-                x, right.wide, right.narrow, scale, out, x_role and x_role.lse2, x_role and x_role.weight,
-                y_role and y_role.lse2, y_role and y_role.weight, hidden.k_group, hidden.q_group, hidden.positive, M, N,
-                x.stride(0), y.stride(0), -(hidden.diagonal or 0), split_tiles, D, left.chunk, left.tail, first, last,
+                left.wide, left.narrow, right.wide, right.narrow, scale, out, x_role and x_role.lse2,
+                x_role and x_role.weight, y_role and y_role.lse2, y_role and y_role.weight, hidden.k_group,
+                hidden.q_group, hidden.positive, M, N, x.stride(0), y.stride(0), -(hidden.diagonal or 0), split_tiles,
+                D, left.chunk, left.tail, first, last,
                 tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
                 DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
-                Y_ROLE=y_role is not None, TMA=right.tma, PRECISION=precision(), num_warps=tile.warps,
+                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=precision(), num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
     total = out[0] if splits == 1 else out.sum(0)
@@ -200,10 +203,15 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         own_role = role if name == "two-role gradient" else None
         launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden)
 
+    def flops() -> float:
+        """A launch for other columns of the output computes the logits again."""
+        tile = choose_tile("gradient both" if name == "two-role gradient" else "gradient one", width, dtype)
+        return (2.0 * len(spans(width, tile)) + 2.0) * rows * rows * width
+
     return Spec(
         f"{name} D={width} {str(dtype)[6:]} {layout}",
         launch,
-        flops=4.0 * rows * rows * width,
+        flops,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * width * 4 + rows * 16,
         tensor_cores=dtype != torch.float32,
         rare=dtype != torch.bfloat16

@@ -174,14 +174,16 @@ def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
 
 def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
     target = TARGETS[arch]
+    with stand_in(arch):
+        flops = spec.flops() if callable(spec.flops) else spec.flops
     peak = target.tensor_flops if spec.tensor_cores else target.vector_flops
     return {
         "name": spec.name, "kernel": "", "arch": f"sm_{arch}", "gpu": target.gpu,
         "registers": 0, "stack_bytes": 0, "spill_bytes": 0, "loop_spill_bytes": 0,
         "instructions": 0, "loop_instructions": 0,
         "shared_bytes": 0, "shared_limit": target.shared_limit, "warps": 0, "stages": 0,
-        "mma": [], "loop": {}, "flops": spec.flops, "min_bytes": spec.min_bytes,
-        "roofline_ms": 1e3 * max(spec.flops / peak, spec.min_bytes / target.bandwidth), "problems": [],
+        "mma": [], "loop": {}, "flops": flops, "min_bytes": spec.min_bytes,
+        "roofline_ms": 1e3 * max(flops / peak, spec.min_bytes / target.bandwidth), "problems": [],
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from vito_kernels import tiled
 from vito_kernels._tiles import (
     Operand,
+    Tile,
     add_product,
     cdiv,
     choose_tile,
@@ -80,11 +81,11 @@ def _lse_step(
 
 @jit
 def _lse_kernel(
-    q, k, k_tail, scale, lse2, rest, mean, trusted, q_group, k_group, positive, M, N, q_stride, k_stride, diagonal,
-    split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK:
-    tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL:
-    tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr, HEADROOM: tl.constexpr, TMA:
-    tl.constexpr, PRECISION: tl.constexpr,
+    q, q_tail, k, k_tail, scale, lse2, rest, mean, trusted, q_group, k_group, positive, M, N, q_stride, k_stride,
+    diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
+    tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS:
+    tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr,
+    HEADROOM: tl.constexpr, Q_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """lse2 and rest (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block of
     rows and split.
@@ -98,7 +99,7 @@ def _lse_kernel(
             return
     scale2 = tl.load(scale) * 1.4426950408889634
     shift = tl.abs(scale2) - HEADROOM
-    queries = load_rows(q, q, row, M, q_stride, D, W, TAIL, BLOCK, False, False)
+    queries = load_rows(q, q_tail, row, M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
     total = tl.zeros((BLOCK, LANES), tl.float32)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -116,7 +117,8 @@ def _lse_kernel(
                 diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES, ONLINE,
                 HEADROOM, TMA, PRECISION,
             )  # fmt: skip
-    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1):
+    # Not pipelined, this loop runs once or twice; addresses of its products, hoisted out of it, only spilled.
+    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=True):
         t = tl.where(i < crossing, crossed + i, full)
         accs, total, top = _lse_step(
             t, queries, accs, total, top, k, k_tail, scale2, shift, own, q_group, k_group, positive, M, N, k_stride,
@@ -157,20 +159,32 @@ def launch_lse(
     """
     M, D = q.shape
     q, k = rows_contiguous(q), rows_contiguous(k)
-    kind = "mean" if bring_mean else "lse"
-    tiles = [choose_tile(f"{kind} {variant}", D, q.dtype) for variant in VARIANTS]
+    tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
     split_keys = cdiv(split_keys, tiles[0].other * tiles[1].other) * tiles[0].other * tiles[1].other
     splits = cdiv(k.shape[0], split_keys)
     lse2, rest = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if bring_mean else 0, D)
-    trusted = torch.empty(splits, M, dtype=torch.int8, device=q.device)
-    online_only = q.dtype == torch.float32 or (q.dtype == torch.float16 and bring_mean)
-    for span in spans(D, tiles[0]) if bring_mean else [(0, 0)]:
-        if not online_only:
-            run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
-        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, None if online_only else trusted, span, split_keys)
+    online_only = _online_only(q.dtype, bring_mean)
+    trusted = None if online_only else torch.empty(splits, M, dtype=torch.int8, device=q.device)
+    fixed, online = ([(0, 0)] if not bring_mean else spans(D, tile) for tile in tiles)
+    for span in online:  # one launch of the fixed variant may bring the columns that take several of the online one
+        for wide in fixed:
+            if not online_only and wide[0] == span[0]:
+                run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, wide, split_keys)
+        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
     return tiled.merge_splits(lse2, rest, mean)
+
+
+def lse_tile(variant: str, D: int, dtype: torch.dtype, exclusion: Exclusion, bring_mean: bool) -> Tile:
+    """The tile of a variant; "masked" is the fixed one where any tile may hold an excluded key."""
+    masked = exclusion.q_group is not None or exclusion.positive is not None
+    kind = "mean" if bring_mean else "lse"
+    return choose_tile(f"{kind} {'masked' if masked and variant == 'fixed' else variant}", D, dtype)
+
+
+def _online_only(dtype: torch.dtype, bring_mean: bool) -> bool:
+    return dtype == torch.float32 or (dtype == torch.float16 and bring_mean)
 
 
 def run_lse(
@@ -190,17 +204,18 @@ def run_lse(
     variant, obeyed by the online one, which without it does every row.
     """
     (M, D), N = q.shape, k.shape[0]
-    tile = choose_tile(f"{'mean' if mean.shape[1] else 'lse'} {variant}", D, q.dtype)
+    tile = lse_tile(variant, D, q.dtype, exclusion, mean.shape[1] > 0)
     left, right = Operand(q, tile.own, tile), Operand(k, tile.other, tile)
     online = variant == "online"
     headroom = 100.0 if not online else 14.0 if q.dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
     with on_device(q):
         _lse_kernel[(cdiv(M, tile.own), lse2.shape[0])](
-            q, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group, exclusion.k_group,
-            exclusion.positive, M, N, q.stride(0), k.stride(0), exclusion.diagonal or 0, split_keys // tile.other, D,
-            left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other, tile.stages,
+            left.wide, left.narrow, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group,
+            exclusion.k_group, exclusion.positive, M, N, q.stride(0), k.stride(0), exclusion.diagonal or 0,
+            split_keys // tile.other, D, left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other,
+            tile.stages,
             GROUPS=exclusion.q_group is not None, DIAGONAL=exclusion.blocks, POSITIVES=columns_of(exclusion.positive),
-            ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, TMA=right.tma,
+            ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, Q_TMA=left.tma, TMA=right.tma,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -219,18 +234,24 @@ def specs(device: str = "meta") -> list[Spec]:
 def _spec(
     width: int, dtype: torch.dtype, bring_mean: bool, layout: str, device: str = "meta", rows: int = 32768
 ) -> Spec:
+    ids = torch.arange(rows, device=device)
+    group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
+    exclusion = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
+
     def launch() -> None:
         x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
-        ids = torch.arange(rows, device=device)
-        group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
-        scale = torch.full((), 10.0, device=device)
-        exclusion = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
-        launch_lse(x, x, scale, exclusion, bring_mean)
+        launch_lse(x, x, torch.full((), 10.0, device=device), exclusion, bring_mean)
+
+    def flops() -> float:
+        """Of the variant that does the work; a launch for other columns of the mean computes the logits again."""
+        variant = VARIANTS[_online_only(dtype, bring_mean)]
+        launches = len(spans(width, lse_tile(variant, width, dtype, exclusion, True))) if bring_mean else 1
+        return (2.0 * launches + 2.0 * bring_mean) * rows * rows * width
 
     return Spec(
         f"similarity_lse {'with mean' if bring_mean else 'alone'} D={width} {str(dtype)[6:]} {layout}",
         launch,
-        flops=(4.0 if bring_mean else 2.0) * rows * rows * width,
+        flops,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 4 + (rows * width * 4 if bring_mean else 0),
         tensor_cores=dtype != torch.float32,
         rare=dtype != torch.bfloat16

@@ -6,7 +6,8 @@ import pytest
 import torch
 from contrastive_cases import assert_at_most_twice_torch, embeddings, gradient_errors_under_autocast, layout
 
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels import clip_loss, info_nce, lse, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels._tiles import Tile
 from vito_kernels._triton import use_triton
 from vito_kernels.tiled import LOG2E, Exclusion
 from vito_kernels.two_sided import launch_two_sided
@@ -118,3 +119,13 @@ def test_a_wider_output_than_a_program_keeps(device):
     assert_at_most_twice_torch(
         lambda a, b: info_nce(a, b, temperature=0.2), lambda a, b: reference.info_nce(a, b, temperature=0.2), [q, k]
     )
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
+def test_the_online_variant_may_take_more_launches(device, monkeypatch, unit):
+    """As on sm_80 at D = 512: the fixed variant brings all columns in one launch, the online one repairs in three."""
+    spans = {"fixed": 128, "online": 32}
+    monkeypatch.setattr(lse, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=spans[kernel.split()[1]]))
+    q, k = (embeddings(rows, 80, torch.bfloat16, device, rows, unit) for rows in (20, 40))
+    scale = torch.tensor(100.0, device=device)
+    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from vito_kernels import inspect, sass
+from vito_kernels import inspect, lse, sass
 from vito_kernels._triton import Spec, jit
 
 if TYPE_CHECKING:
@@ -166,3 +166,13 @@ def test_command_line_writes_records(tmp_path):
 @pytest.mark.parametrize("module", inspect.MODULES)
 def test_every_module_lists_its_kernels(module):
     assert any(name == module for name, _, _ in inspect.specs())
+
+
+def test_flops_count_the_launches_of_each_gpu():
+    """At D = 512 the mean fits one launch on sm_80 while nothing is masked; two compute the logits twice."""
+    flops = {}
+    for arch in (80, 90):
+        for layout in ("none", "groups"):
+            with inspect.stand_in(arch):
+                flops[arch, layout] = lse._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
+    assert flops == {(80, "none"): 4, (80, "groups"): 6, (90, "none"): 6, (90, "groups"): 6}
