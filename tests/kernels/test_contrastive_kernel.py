@@ -36,7 +36,10 @@ def test_info_nce_is_as_exact_as_torch(device, dtype, shape, kind):
 def test_what_the_fixed_shift_cannot_hold_is_repeated(device, dtype, temperature, unit):
     q, k = (embeddings(rows, 32, dtype, device, rows, unit) for rows in (20, 40))
     scale = torch.tensor(1 / temperature, device=device)
-    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])
+    largest = float((q.double() @ k.double().T).abs().max()) / temperature
+    # Which way a logit of thousands is rounded is the processor's choice, and moves its exponential by as much.
+    floor = max(4.0, largest / 2)
+    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale], floor)
 
 
 def test_opposite_vectors_underflow_the_fixed_shift_only(device):
