@@ -100,7 +100,7 @@ def _two_sided_kernel(
             t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
             CHUNKS, True, DIAGONAL, TMA, PRECISION,
         )  # fmt: skip
-    for i in tl.range(0, crossing + last - full, num_stages=1, disable_licm=True):  # as in ``lse``
+    for i in tl.range(0, crossing + last - full, num_stages=1, disable_licm=D > 512):  # as in ``lse``, where it pays
         t = tl.where(i < crossing, crossed + i, full)
         total = _two_sided_step(
             t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
