@@ -75,12 +75,13 @@ def _resized(pictures: "list[VideoFrame]", size: int) -> Pixels:
 
 @torch.no_grad()
 def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
-    """Pooling weights as maps (n,h,w) of each scale, finest first, each summing to 1, of uint8 frames (n,H,W,3)."""
+    """Pooling weights as maps (n,h,w) of each scale, finest first, each summing to 1, of uint8 frames (n,H,W,3):
+    float32 on the CPU, wherever the branch is and in whichever mode."""
     images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     maps = []
-    for features, pool in zip(branch.backbone(images), branch.pools, strict=True):
-        maps.append(pool(features)[1].unflatten(1, features.shape[2:]))
+    for features, pool in zip(branch.backbone(images.to(next(branch.parameters()))), branch.pools, strict=True):
+        maps.append(pool(features)[1].unflatten(1, features.shape[2:]).float().cpu())
     return maps
 
 
@@ -96,12 +97,10 @@ def overlay(frames: Pixels, maps: Tensor) -> Pixels:
 
 
 def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> None:
-    """Writes the grid: one column a frame; the frame itself, then its attention at each scale, finest first.
+    """The grid of a run's newest checkpoint for ``count`` frames of a video or store (see ``write_grid``).
 
     UserError if the run has no attention pooling, or run, video or output cannot be used.
     """
-    from PIL import Image, ImageDraw
-
     if count < 1 or size < 32:
         raise UserError(f"--frames must be at least 1 and --size at least 32, got {count} and {size}")
     if out.suffix.lower() != ".png":
@@ -110,7 +109,15 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
     branch = load_online(checkpoint)
     if config_of(checkpoint).model.pooling != "attention":
         raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")
-    frames = video_frames(video, count, size)
+    write_grid(branch, video_frames(video, count, size), out)
+
+
+def write_grid(branch: Branch, frames: Pixels, out: Path) -> None:
+    """Writes a PNG, one column for each frame of uint8 (n,H,W,3): the frame itself, then its attention at each scale,
+    finest first. The branch must pool by attention; its mode is left alone. UserError if ``out`` cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
     strides: list[int] = branch.backbone.strides  # type: ignore[assignment]
     rows = [("frame", frames)]
     for stride, maps in zip(strides, attention_maps(branch, frames), strict=True):

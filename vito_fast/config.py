@@ -134,7 +134,7 @@ class TrainConfig:
     channels_last: bool = True
     """Memory format of activations and convolution weights (ours)."""
     compile: bool = False
-    """``torch.compile`` of both networks (ours)."""
+    """``torch.compile`` of both networks and of the update (ours)."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500

@@ -2,27 +2,32 @@
 
 For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the
 second among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's
-own start) and the raw pixels answer the same question on the same frames.
+own start) and the raw pixels answer the same question on the same frames. Beside the numbers, a picture: where the
+pools look in a few frames that stay the same.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vito_fast.attention import Pixels, video_frames, write_grid
 from vito_fast.config import Config
 from vito_fast.data.loader import ClipLoader
-from vito_fast.model.pair import build_backbone
+from vito_fast.model.pair import Branch, build_backbone
 
 SEED_OFFSET = 1_000_003
 """The evaluation's frames come from the run's seed plus this:
 
 they are other frames, crops and colours than training's.
 """
+SHOWN = 6
+"""Frames in an attention picture."""
 DRAWS = 4
 """How often each of a few clips is asked for at most, with other frames each time: once alone gives a coarse number."""
 
@@ -33,6 +38,8 @@ class Frames:
 
     query: Tensor
     gallery: Tensor
+    shown: Pixels | None
+    """A few whole frames (n,H,W,3) for ``picture``; None for a model without attention pooling."""
 
 
 class CollapseAlarm:
@@ -67,7 +74,18 @@ def draw(config: Config, clips: int) -> Frames:
             views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
             query.append(torch.cat([v[0] for v in views]))
             gallery.append(torch.cat([v[-1] for v in views]))
-    return Frames(torch.stack(query), torch.stack(gallery))
+    return Frames(torch.stack(query), torch.stack(gallery), _shown(config))
+
+
+def _shown(config: Config) -> Pixels | None:
+    """The frames of ``picture``; a damaged clip among them costs the pictures, with a warning, and not the run."""
+    if config.model.pooling != "attention":
+        return None
+    try:
+        return video_frames(Path(config.data.store), SHOWN, config.sampler.size)
+    except OSError as error:
+        print(f"warning: no attention pictures: {error}", flush=True)
+        return None
 
 
 def top1(query: Tensor, gallery: Tensor) -> float:
@@ -112,6 +130,16 @@ def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.
     gallery = features(backbone, frames.gallery, device, config.train.channels_last)
     backbone.train(was_training)
     return {"retrieval": top1(query, gallery), "rank_me": rank_me(gallery.flatten(0, 1))}
+
+
+def picture(branch: Branch, frames: Frames, out: Path) -> None:
+    """Writes the PNG ``out`` of the branch's attention in evaluation mode, if there is any; the branch is left as it
+    was. UserError if it cannot be written."""
+    if frames.shown is not None:
+        was_training = branch.training
+        branch.eval()
+        write_grid(branch, frames.shown, out)
+        branch.train(was_training)
 
 
 def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:

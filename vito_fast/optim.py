@@ -48,7 +48,10 @@ class Lars:
 
     @torch.no_grad()
     def step(self, lr: float, finite: Tensor | None = None) -> None:
-        """One update at learning rate ``lr``; uses up the gradients (they are overwritten)."""
+        """One update at learning rate ``lr``; uses up the gradients (they are overwritten).
+
+        ``lr`` may be a tensor () where ``finite`` is given.
+        """
         gradients = self.gradients()
         momentum = list(self.momentum.values())
         keep: Any = self.config.momentum

@@ -5,7 +5,7 @@ Legend: V views, B clips of this rank, S scales, D embedding width; a part is th
 """
 
 import contextlib
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
 
 
-def _compiled(branch: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(branch))
+def _compiled(part: Any) -> Any:
+    return torch.compile(part)
 
 
 class Trainer:
@@ -47,6 +47,9 @@ class Trainer:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
         self.online: nn.Module = _compiled(model.online) if config.train.compile else model.online
         self.target: nn.Module = _compiled(model.target) if config.train.compile else model.target
+        self._update, self._average = self.optimizer.step, model.update_target
+        if config.train.compile:
+            self._update, self._average = _compiled(self._update), _compiled(self._average)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             single = config.train.micro_batches == 1
@@ -87,12 +90,16 @@ class Trainer:
         with named("optimiser"):
             norm = self.optimizer.gradient_norm()
         finite: Tensor | None = self._finite(loss.detach(), norm)
-        if self.world.device.type == "cpu" and finite:
+        rates: tuple[Any, Any] = (lr, tau)
+        if self.config.train.compile:  # as tensors: each new number would be compiled anew
+            new: dict[str, Any] = {"dtype": torch.float64, "device": self.world.device}
+            rates = torch.full((), lr, **new), torch.full((), tau, **new)
+        elif self.world.device.type == "cpu" and finite:
             finite = None  # reading the flag is free here, and choosing by it on the device is not
         with named("optimiser"):
-            self.optimizer.step(lr, finite)
+            self._update(rates[0], finite)
         with named("average"):
-            self.model.update_target(tau, finite)
+            self._average(rates[1], finite)
         if finite is not None:
             for buffer, before in zip(buffers, buffers_before, strict=True):
                 buffer.copy_(torch.where(finite, buffer, before))

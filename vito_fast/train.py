@@ -1,6 +1,7 @@
 """The training loop, in the order in which it runs; what one step does is in step.py.
 
-A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, tensorboard/, checkpoints/, summary.json.
+A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, attention/, tensorboard/, checkpoints/,
+summary.json.
 Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened, bit for bit
 on the CPU.
 """
@@ -82,6 +83,12 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
             tensors, state = trainer.state()
             saver.save(trainer.step_count, tensors, state | _origin(config, world, loader, baselines))
 
+    def evaluate() -> None:
+        if recorder and frames:
+            step = trainer.step_count
+            recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
+            monitor.picture(trainer.model.online, frames, run / "attention" / f"step-{step:08d}.png")
+
     stop = StopSignal()
     clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
     alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
@@ -114,9 +121,9 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
 
             stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
             due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
-            if due and frames and recorder:
+            if due and recorder:
                 with clock.paused():
-                    recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
+                    evaluate()
             if step % config.train.checkpoint_every == 0 or step == last or stopping:
                 save()
             if stopping:
@@ -134,8 +141,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
     if recorder and frames:
         evaluated = [row["step"] for row in recorder.evaluations.rows]
         if trainer.step_count >= last and trainer.step_count not in evaluated:
-            evaluation = monitor.evaluate(backbone, frames, config, world.device)
-            recorder.evaluation({"step": trainer.step_count} | evaluation)
+            evaluate()
         summary = _summary(run, trainer.step_count, total, recorder, baselines, clock.rate)
         recorder.close()
         _print_summary(summary, stop.received)

@@ -171,14 +171,18 @@ def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(case, tmp_path):
     assert_same(results[0][0], tensors_of(whole), rtol=1e-6, atol=1e-9)
 
 
-def test_compiled_networks_are_whole_graphs_and_make_the_same_step(monkeypatch):
+def test_compiled_networks_and_update_are_whole_graphs_and_make_the_same_step(monkeypatch):
     def whole_graph(branch):
         return torch.compile(branch, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr("vito_fast.step._compiled", whole_graph)
     plain = Trainer(with_train(micro_batches=2), ALONE, 5)
     compiled = Trainer(with_train(micro_batches=2, compile=True), ALONE, 5)
-    for seed in range(2):
-        rows = [t.step(*batch(seed=seed), measure=True) for t in (plain, compiled)]
+    for seed in range(3):
+        with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):  # though rates are other numbers
+            rows = [t.step(*batch(seed=seed), measure=True) for t in (plain, compiled)]
         assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-9)
+    assert (
+        len({plain.schedule.learning_rate(k) for k in range(3)}) == len({plain.schedule.tau(k) for k in range(3)}) == 3
+    )
     assert_same(tensors_of(plain), tensors_of(compiled), rtol=1e-7, atol=1e-9)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vito_fast import profiling
+from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
 from vito_fast.checkpoint import checkpoints, find, read
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
@@ -20,6 +20,7 @@ from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
 from vito_fast.errors import UserError
 from vito_fast.metrics import TIMINGS, RowFile, read_rows
+from vito_fast.model.pair import Branch
 from vito_fast.train import TrainingFailed, train
 
 STEPS = 10
@@ -101,6 +102,51 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
     for word in ("untrained", "raw pixels", "log(negatives + 1)", "pairs/s", "first", "last"):
         assert any(word in line for line in out[-5:]), word
     assert len(checkpoints(run / "checkpoints")) == config.train.keep_last
+
+
+def pictures(config):
+    return {p.name: p.read_bytes() for p in sorted((run_of(config) / "attention").glob("*"))}
+
+
+def test_evaluations_leave_attention_pictures_and_the_numbers_alone(config, monkeypatch):
+    without = renamed(config, "without")
+    train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "picture", lambda *_: None)
+        train(without)
+    assert_same_end(config, without)
+    drawn = pictures(config)
+    assert list(drawn) == [f"step-{step:08d}.png" for step in (4, 8, 10)]
+    assert len(set(drawn.values())) == 3  # the same frames, other attention
+    again = renamed(config, "again")
+    for stop in (5, None):
+        train(again, resume=True, max_steps=stop)
+    assert drawn.items() <= pictures(again).items()
+    average = dataclasses.replace(config, name="average", model=dataclasses.replace(config.model, pooling="average"))
+    train(average, max_steps=1)
+    assert pictures(average) == {}
+
+
+def test_a_picture_shows_evaluation_mode_and_leaves_the_branch_training(config, tmp_path):
+    frames = monitor.draw(config, 9)
+    assert frames.shown.shape == (6, 32, 64, 3)
+    branch = Branch(config.model, predictor=True).train()
+    before = {k: v.clone() for k, v in branch.state_dict().items()}
+    monitor.picture(branch, frames, tmp_path / "trained.png")
+    assert all(m.training for m in branch.modules())
+    assert all(torch.equal(v, before[k]) for k, v in branch.state_dict().items())
+    monitor.picture(branch.eval(), frames, tmp_path / "evaluated.png")
+    assert (tmp_path / "trained.png").read_bytes() == (tmp_path / "evaluated.png").read_bytes()
+
+
+def test_a_damaged_clip_costs_the_pictures_and_not_the_run(config, monkeypatch, capsys):
+    def damaged(*_):
+        raise OSError("clip 3: cut short")
+
+    monkeypatch.setattr(monitor, "video_frames", damaged)
+    train(config, max_steps=1)
+    assert "warning: no attention pictures: clip 3: cut short" in capsys.readouterr().out
+    assert pictures(config) == {}
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(config):
