@@ -37,7 +37,7 @@ def test_what_the_fixed_shift_cannot_hold_is_repeated(device, dtype, temperature
     q, k = (embeddings(rows, 32, dtype, device, rows, unit) for rows in (20, 40))
     scale = torch.tensor(1 / temperature, device=device)
     largest = float((q.double() @ k.double().T).abs().max()) / temperature
-    # Which way a logit of thousands is rounded is the processor's choice, and moves its exponential by as much.
+    # Half a rounding of the largest logit: looser than twice torch's error, which float32 exceeds here on some CPUs.
     floor = max(4.0, largest / 2)
     assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale], floor)
 
