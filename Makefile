@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test lint pretrain bench bench-gate bench-counted readme-tables inspect gpu-check clean
+.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect gpu-check clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -17,6 +17,10 @@ $(VENV)/.installed: $(SOURCES)
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests that compare times: for a machine that does nothing else.
+test-timed: setup
+	$(BIN)/python -m pytest -m timed -s
 
 # The demo's videos are made here; with VIDEOS=dir, and CONFIG=file, the same on your own.
 ifeq ($(strip $(VIDEOS)),)

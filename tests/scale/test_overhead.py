@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
@@ -28,6 +29,7 @@ def bare(trainer, views, video):
     trainer.model.update_target(0.99)
 
 
+@pytest.mark.timed
 def test_the_trainer_costs_at_most_three_hundredths_more_than_the_bare_step():
     trainer = Trainer(CONFIG, World(0, 1, 1, torch.device("cpu")), 100)
     views = tuple(torch.randn(12, 3, 96, 96).contiguous(memory_format=torch.channels_last) for _ in range(2))

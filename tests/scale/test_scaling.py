@@ -40,7 +40,7 @@ def _rank(rank, ranks, port, folder):
         convert_sync_batchnorm(trainer.model, world.device)
     views = tuple(torch.randn(CLIPS // ranks, 3, 64, 64) for _ in range(2))
     spent = []
-    for _ in range(5):
+    for _ in range(8):
         before = time.process_time()
         trainer.step(views, torch.arange(CLIPS // ranks) + rank * CLIPS, measure=False)
         spent.append(time.process_time() - before)
@@ -55,10 +55,10 @@ def _rank(rank, ranks, port, folder):
 
 
 def measured(ranks, folder):
-    """Processor seconds of a rank: of a step, the median over steps and ranks; of one small all-reduce."""
+    """Processor seconds of a rank: of a step, the least over steps and ranks; of one small all-reduce."""
     mp.spawn(_rank, (ranks, 23000 + os.getpid() % 20000 + ranks, folder), nprocs=ranks)
     steps, latencies = zip(*(json.loads((folder / f"{ranks}-{r}.json").read_text()) for r in range(ranks)), strict=True)
-    return statistics.median(t for row in steps for t in row), statistics.mean(latencies)
+    return min(t for row in steps for t in row), statistics.mean(latencies)
 
 
 def calibration(folder, scale, latency=1e-9):
@@ -79,6 +79,7 @@ def foretold(ranks, constants):
     return predict(CONFIG, PlanOptions(gpu="cpu", gpus=ranks, clips=CLIPS), constants).resources["gpu"]
 
 
+@pytest.mark.timed
 def test_two_and_four_processes_take_what_one_foretells(tmp_path):
     runs = {ranks: measured(ranks, tmp_path) for ranks in (1, 2, 4)}
     scale = foretold(1, calibration(tmp_path, 1.0)) / runs[1][0]
