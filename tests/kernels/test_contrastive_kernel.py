@@ -34,12 +34,13 @@ def test_info_nce_is_as_exact_as_torch(device, dtype, shape, kind):
 @pytest.mark.parametrize("temperature", [0.01, 0.07])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_what_the_fixed_shift_cannot_hold_is_repeated(device, dtype, temperature, unit):
-    q, k = (embeddings(rows, 32, dtype, device, rows, unit) for rows in (20, 40))
+    """On a grid on which q . k is exact, in whatever order it is summed: where a softmax is saturated, a key gradient
+    is only as good as its second q . k agrees with the first, and NumPy's depends on which of the two stands left.
+    """
+    grid = 2.0**11 if unit else 2.0**6
+    q, k = ((embeddings(rows, 32, dtype, device, rows, unit) * grid).round() / grid for rows in (20, 40))
     scale = torch.tensor(1 / temperature, device=device)
-    largest = float((q.double() @ k.double().T).abs().max()) / temperature
-    # Half a rounding of the largest logit: looser than twice torch's error, which float32 exceeds here on some CPUs.
-    floor = max(4.0, largest / 2)
-    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale], floor)
+    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])
 
 
 def test_opposite_vectors_underflow_the_fixed_shift_only(device):
