@@ -18,10 +18,11 @@ import torch
 from bench import machine as machines
 from bench.clock import CudaClock, wall_clock
 from bench.harness import Budget, Candidate, Race, timestamp
+from bench.memory import keep_freed_memory
 
 SCHEMA = 1
-QUICK = Budget(seconds=1.5, fewest=7, most=40)
-FULL = Budget(seconds=5.0, fewest=7, most=60)
+QUICK = Budget(seconds=1.5, fewest=9, most=40)
+FULL = Budget(seconds=5.0, fewest=9, most=60)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 

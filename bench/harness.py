@@ -33,7 +33,7 @@ Result = Sequence[Tensor]
 
 SHORT = 2e-3  # seconds: samples of calls below this are made of several calls
 MICRO = 2e-4  # seconds: on CUDA, calls below this are replayed as a graph
-FEW_ROUNDS = 3  # for candidates that alone would take more than their share of the budget
+FEW_ROUNDS = 5  # for candidates that alone would take more than their share of the budget
 
 
 @dataclass

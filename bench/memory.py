@@ -1,4 +1,5 @@
-"""What a call costs besides time: peak memory and matrix-multiplication flops, counted rather than sampled.
+"""What a call costs besides time: peak memory and matrix-multiplication flops, counted rather than sampled; and the
+allocator that all candidates share.
 
 On the CPU both come from PyTorch's profiler: it reports every allocation and release of the CPU allocator, so the
 peak is exact and the same on every run, which the resident set size is not. On CUDA the caching allocator keeps the
@@ -7,6 +8,7 @@ peak itself.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,23 @@ import torch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
 from torch.profiler import ProfilerActivity, profile, record_function
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed, as CUDA's caching allocator does; False where the C library is not glibc.
+
+    Otherwise a matrix of a few MiB goes back to the system after each call and is faulted in again, page by page, by
+    the next: supcon's reference took up to twice as long, differently in each process, and ratios to it told of
+    the system's pages instead of the work.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return False
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_TOP_PAD, 1 << 28)])
 
 
 @dataclass(frozen=True)
