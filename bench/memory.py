@@ -18,7 +18,6 @@ import torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
 from torch.profiler import ProfilerActivity, profile, record_function
 
-
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 

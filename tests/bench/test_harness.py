@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.clock import CudaClock
-from bench.harness import Budget, Candidate, Race, Work, absent, relative_error
+from bench.harness import FEW_ROUNDS, Budget, Candidate, Race, Work, absent, relative_error
 from bench.memory import cost
 
 X = torch.linspace(-1, 1, 1000)
@@ -101,7 +101,7 @@ def test_a_short_call_is_repeated_within_a_sample():
 
 def test_a_candidate_that_would_eat_the_budget_runs_a_few_rounds_only():
     record = race(Candidate("ours", pausing(0.003), "ours"), Candidate("slow", pausing(0.1))).run()
-    assert (rows(record)["slow"]["rounds"], rows(record)["ours"]["rounds"]) == (3, 20)
+    assert (rows(record)["slow"]["rounds"], rows(record)["ours"]["rounds"]) == (FEW_ROUNDS, 20)
 
 
 def test_a_candidate_may_err_twice_as_much_as_the_reference():
