@@ -91,7 +91,8 @@ def _lse_kernel(
     rows and split.
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
-    MASKED: tl.constexpr = GROUPS or POSITIVES > 0  # an excluded key may be anywhere
+    # An excluded key may be anywhere; and beside a second loop, ptxas keeps 1024 columns of q in registers and spills.
+    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or (D > 512 and FIRST == LAST)
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
