@@ -31,45 +31,9 @@ from vito_kernels.checks import (
     inverse_temperature,
     scale_tensor,
 )
+from vito_kernels.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
 from vito_kernels.info_nce import negatives_and_positives
 from vito_kernels.two_sided import rows_and_columns
-
-Group = Any  # torch.distributed.ProcessGroup, or None for the default one
-
-
-def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
-    """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
-    mine = torch.tensor([rows], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    return [int(size) for size in sizes]
-
-
-def _checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]:
-    if sizes is None:
-        return exchange_sizes(x.shape[0], x.device, group)
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if len(sizes) != ranks or sizes[rank] != x.shape[0]:
-        raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
-    return sizes
-
-
-def _start_gather(x: Tensor, sizes: list[int], group: Group, wait: bool) -> tuple[Tensor, Any]:
-    """((ranks, largest size, ...) padded rows, handle): one collective whatever the sizes."""
-    largest = max(sizes)
-    padded = x.contiguous()
-    if x.shape[0] < largest:
-        padded = x.new_zeros(largest, *x.shape[1:])
-        padded[: x.shape[0]] = x
-    out = x.new_empty(len(sizes) * largest, *x.shape[1:])
-    handle = dist.all_gather_into_tensor(out, padded, group=group, async_op=not wait)
-    return out.unflatten(0, (len(sizes), largest)), handle
-
-
-def _without_padding(x: Tensor, sizes: list[int]) -> Tensor:
-    if min(sizes) == max(sizes):
-        return x.flatten(0, 1)
-    return torch.cat([part[:size] for part, size in zip(x, sizes, strict=True)])
 
 
 @dataclass
@@ -86,8 +50,8 @@ class PendingKeys:
         """(keys (N, D), ids (N,) or None) of all ranks, in the order of ranks."""
         for handle in self.handles:
             handle.wait()
-        ids = None if self.padded_ids is None else _without_padding(self.padded_ids, self.sizes)
-        return _without_padding(self.padded, self.sizes), ids
+        ids = None if self.padded_ids is None else without_padding(self.padded_ids, self.sizes)
+        return without_padding(self.padded, self.sizes), ids
 
     @property
     def offset(self) -> int:
@@ -105,35 +69,14 @@ def gather_keys(
     """
     check_pair(k, k, ("k", "k"))
     check_locked("k", k)
-    sizes = _checked_sizes(k, sizes, group)
-    padded, handle = _start_gather(k, sizes, group, wait=False)
+    sizes = checked_sizes(k, sizes, group)
+    padded, handle = start_gather(k, sizes, group)
     handles, padded_ids = [handle], None
     if ids is not None:
         check_ids("ids", ids, k.shape[0], k)
-        padded_ids, handle = _start_gather(ids, sizes, group, wait=False)
+        padded_ids, handle = start_gather(ids, sizes, group)
         handles.append(handle)
     return PendingKeys(padded, padded_ids, sizes, dist.get_rank(group), handles)
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward: the gradients that all ranks found for this rank's rows, added up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _without_padding(_start_gather(x, sizes, group, wait=True)[0], sizes)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad, rank = grad.clone(memory_format=torch.contiguous_format), dist.get_rank(ctx.group)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.split(ctx.sizes)[rank], None, None
-
-
-def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:
-    """x (B, ...) of all ranks, (N, ...) in the order of ranks, differentiable."""
-    return _Gather.apply(x, _checked_sizes(x, sizes, group), group)
 
 
 def _share(loss: Tensor, sizes: list[int], samples: int) -> Tensor:
@@ -158,7 +101,7 @@ def global_info_nce(
     if not isinstance(k, PendingKeys) and k.requires_grad:
         check_paired(q, k, ("q", "k"))
         check_groups(q_group, k_group, q, k)
-        sizes = _checked_sizes(k, sizes, group)
+        sizes = checked_sizes(k, sizes, group)
         offset = sum(sizes[: dist.get_rank(group)])
         keys = gather_with_grad(k, group=group, sizes=sizes)
         ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
@@ -184,7 +127,7 @@ def global_clip_loss(
     columns are finished by a log-sum-exp over ranks, of one number for each column.
     """
     check_paired(x, y, ("x", "y"))
-    sizes = _checked_sizes(x, sizes, group)
+    sizes = checked_sizes(x, sizes, group)
     rank = dist.get_rank(group)
     offset, total = sum(sizes[:rank]), sum(sizes)
     columns = slice(offset, offset + x.shape[0])
@@ -205,7 +148,7 @@ def global_ntxent(
 ) -> Tensor:
     """This rank's share of ``ntxent`` over all ranks' samples; z1 (B, D), z2 (B, D)."""
     check_paired(z1, z2, ("z1", "z2"))
-    sizes = _checked_sizes(z1, sizes, group)
+    sizes = checked_sizes(z1, sizes, group)
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     z = torch.stack([z1, z2], 1)
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
