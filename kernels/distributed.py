@@ -9,6 +9,12 @@ numbers of rows.
 Keys without gradient are gathered asynchronously: start with ``gather_keys`` as soon as the target network has made
 them, run the online network, and hand the handle to ``global_info_nce``. Keys with gradient are gathered when they
 are used, and their gradients go back summed over ranks.
+
+``exchange`` says how keys come to the ranks, with the same result. ``"gather"``: one collective, which can run beside
+the online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank
+while the previous block is worked on (``vito_kernels.ring``); a rank holds two blocks beside its own, 2 B D, and runs
+many small passes in place of one. Forward traffic is the same; for keys with gradient the ring sends them again in the
+backward pass. Choose the ring where gathered keys do not fit.
 """
 
 from __future__ import annotations
@@ -21,8 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vito_kernels import ring
 from vito_kernels._ops import softplus
 from vito_kernels.checks import (
+    check_exchange,
     check_groups,
     check_ids,
     check_locked,
@@ -92,16 +100,35 @@ def global_info_nce(
     k_group: Tensor | None = None,
     group: Group = None,
     sizes: list[int] | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """This rank's share of ``info_nce`` over all ranks' queries and keys; query i's positive is this rank's key i.
 
     q (B, D); k (B, D), with or without gradient, or the handle of ``gather_keys``, which brings ``k_group`` as its ids.
     ``q_group``, ``k_group`` (B,) as in ``info_nce``; the group of a video must be the same number on every rank.
+    ``exchange``: "gather" or "ring", see above; a handle is gathered already. Raises ValueError or TypeError as
+    ``info_nce``, and where a handle comes with what it holds itself: ``k_group``, ``group``, ``sizes``.
     """
-    if not isinstance(k, PendingKeys) and k.requires_grad:
+    check_exchange(exchange)
+    scale = inverse_temperature(temperature)
+    if isinstance(k, PendingKeys):
+        for name, value in (("k_group", k_group), ("group", group), ("sizes", sizes)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to gather_keys where k is its handle, got {name}={value} here")
+        if exchange == "ring":
+            raise ValueError("exchange='ring' passes keys on itself: give it k, not the handle of gather_keys")
+        check_pair(q, k.padded.flatten(0, 1))
+        if q.shape[0] != k.sizes[k.rank]:
+            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {k.sizes[k.rank]}")
+    else:
         check_paired(q, k, ("q", "k"))
         check_groups(q_group, k_group, q, k)
         sizes = checked_sizes(k, sizes, group)
+        if exchange == "ring":
+            negatives, positives = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
+            return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
+    if isinstance(k, Tensor) and k.requires_grad:
+        assert sizes is not None
         offset = sum(sizes[: dist.get_rank(group)])
         keys = gather_with_grad(k, group=group, sizes=sizes)
         ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
@@ -109,25 +136,32 @@ def global_info_nce(
         pending = k if isinstance(k, PendingKeys) else gather_keys(k, k_group, group=group, sizes=sizes)
         sizes, offset = pending.sizes, pending.offset
         keys, ids = pending.wait()
-        check_pair(q, keys)
         check_groups(q_group, ids, q, keys)
-        if q.shape[0] != sizes[pending.rank]:
-            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {sizes[pending.rank]}")
-    scale = inverse_temperature(temperature)
     negatives, positives = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
     return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
 
 
 def global_clip_loss(
-    x: Tensor, y: Tensor, scale: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """This rank's share of ``clip_loss`` over all ranks' pairs; x (B, D), y (B, D).
 
     A rank takes its rows of the matrix of logits, against y of all ranks: 1 / ranks of the work of one process. Its
-    columns are finished by a log-sum-exp over ranks, of one number for each column.
+    columns are finished by a log-sum-exp over ranks, of one number for each column. ``exchange``: "gather" or "ring",
+    see above; it is y that is exchanged.
     """
     check_paired(x, y, ("x", "y"))
+    check_exchange(exchange)
     sizes = checked_sizes(x, sizes, group)
+    if exchange == "ring":
+        row, column, pair = ring.rows_and_columns(x, y, scale, sizes, group)
+        return _share(softplus(row - pair) + softplus(column - pair), sizes, 2 * sum(sizes))
     rank = dist.get_rank(group)
     offset, total = sum(sizes[:rank]), sum(sizes)
     columns = slice(offset, offset + x.shape[0])
@@ -146,7 +180,7 @@ def _logsumexp(parts: Tensor) -> Tensor:
 def global_ntxent(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
 ) -> Tensor:
-    """This rank's share of ``ntxent`` over all ranks' samples; z1 (B, D), z2 (B, D)."""
+    """This rank's share of ``ntxent`` over all ranks' samples, gathered; z1 (B, D), z2 (B, D)."""
     check_paired(z1, z2, ("z1", "z2"))
     sizes = checked_sizes(z1, sizes, group)
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
