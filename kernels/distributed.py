@@ -77,11 +77,12 @@ def gather_keys(
     """
     check_pair(k, k, ("k", "k"))
     check_locked("k", k)
+    if ids is not None:
+        check_ids("ids", ids, k.shape[0], k)
     sizes = checked_sizes(k, sizes, group)
     padded, handle = start_gather(k, sizes, group)
     handles, padded_ids = [handle], None
     if ids is not None:
-        check_ids("ids", ids, k.shape[0], k)
         padded_ids, handle = start_gather(ids, sizes, group)
         handles.append(handle)
     return PendingKeys(padded, padded_ids, sizes, dist.get_rank(group), handles)
@@ -158,6 +159,7 @@ def global_clip_loss(
     """
     check_paired(x, y, ("x", "y"))
     check_exchange(exchange)
+    scale = scale_tensor(scale, x)
     sizes = checked_sizes(x, sizes, group)
     if exchange == "ring":
         row, column, pair = ring.rows_and_columns(x, y, scale, sizes, group)
@@ -182,6 +184,7 @@ def global_ntxent(
 ) -> Tensor:
     """This rank's share of ``ntxent`` over all ranks' samples, gathered; z1 (B, D), z2 (B, D)."""
     check_paired(z1, z2, ("z1", "z2"))
+    scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     z = torch.stack([z1, z2], 1)
@@ -189,7 +192,6 @@ def global_ntxent(
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
     own = sample[2 * first : 2 * (first + z.shape[0])]
-    scale = scale_tensor(inverse_temperature(temperature), z)
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
     lse, positive = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
