@@ -27,7 +27,8 @@ def checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]
     if sizes is None:
         return exchange_sizes(x.shape[0], x.device, group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if len(sizes) != ranks or sizes[rank] != x.shape[0]:
+    counts = len(sizes) == ranks and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not counts or sizes[rank] != x.shape[0]:
         raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
     return sizes
 

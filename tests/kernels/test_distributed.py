@@ -102,8 +102,9 @@ def compare(rank, sizes, store):
         for key, grad in truth.items():
             found = dict(model.named_parameters())[key].grad
             torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-15, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
-    with pytest.raises(ValueError, match="sizes"):
-        gather_keys(b[rows], sizes=[99] * len(sizes))
+    for wrong in ([99] * len(sizes), [*sizes, 1], [float(size) for size in sizes]):
+        with pytest.raises(ValueError, match=r"sizes must hold.*, got \["):
+            gather_keys(b[rows], sizes=wrong)
     pending = gather_keys(b[rows], video[rows])
     with pytest.raises(ValueError, match=r"exchange='ring'.*give it k"):
         global_info_nce(b[rows], pending, exchange="ring")
