@@ -252,6 +252,8 @@ def _check(features: Tensor, logits: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             got = getattr(x, "dtype", type(x).__name__)
             raise TypeError(f"{name} must be a tensor of float32, bfloat16, float16 or float64, got {got}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if features.ndim not in (3, 4):
         raise ValueError(f"features must be (B, L, C) or (B, C, H, W), got shape {tuple(features.shape)}")
     batch = features.shape[0]

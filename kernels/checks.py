@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+EXCHANGES = ("gather", "ring")
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
@@ -60,7 +61,7 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"scale must be a number or a tensor of one element, got shape {tuple(scale.shape)}")
         if not scale.dtype.is_floating_point:
             raise TypeError(f"scale must be a floating-point tensor, got {scale.dtype}")
-        check_device("scale", scale, like)
+        check_device("scale (or temperature)", scale, like)
         return scale.reshape(()).to(dtype)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
@@ -152,12 +153,20 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def check_exchange(exchange: str) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+
+
 def check_options(
     label_smoothing: float, hard_negatives: float, debias: float, positive: Tensor | None, group: Tensor | None
 ) -> None:
     """The options of InfoNCE, and that they are combined only where they mean something."""
-    for name, value in (("label_smoothing", label_smoothing), ("debias", debias)):
-        if not 0 <= value < 1:
+    options = {"label_smoothing": label_smoothing, "debias": debias, "hard_negatives": hard_negatives}
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if name != "hard_negatives" and not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
     if not 0 <= hard_negatives < math.inf:
         raise ValueError(f"hard_negatives must be finite and at least 0, got {hard_negatives}")

@@ -9,6 +9,12 @@ numbers of rows.
 Keys without gradient are gathered asynchronously: start with ``gather_keys`` as soon as the target network has made
 them, run the online network, and hand the handle to ``global_info_nce``. Keys with gradient are gathered when they
 are used, and their gradients go back summed over ranks.
+
+``exchange`` says how keys come to the ranks, with the same result. ``"gather"``: one collective, which can run beside
+the online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank
+while the previous block is worked on (``vito_kernels.ring``); a rank holds two blocks beside its own, 2 B D, and runs
+many small passes in place of one. Forward traffic is the same; for keys with gradient the ring sends them again in the
+backward pass. Choose the ring where gathered keys do not fit.
 """
 
 from __future__ import annotations
@@ -21,8 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vito_kernels import ring
 from vito_kernels._ops import softplus
 from vito_kernels.checks import (
+    check_exchange,
     check_groups,
     check_ids,
     check_locked,
@@ -31,45 +39,9 @@ from vito_kernels.checks import (
     inverse_temperature,
     scale_tensor,
 )
+from vito_kernels.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
 from vito_kernels.info_nce import negatives_and_positives
 from vito_kernels.two_sided import rows_and_columns
-
-Group = Any  # torch.distributed.ProcessGroup, or None for the default one
-
-
-def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
-    """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
-    mine = torch.tensor([rows], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    return [int(size) for size in sizes]
-
-
-def _checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]:
-    if sizes is None:
-        return exchange_sizes(x.shape[0], x.device, group)
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if len(sizes) != ranks or sizes[rank] != x.shape[0]:
-        raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
-    return sizes
-
-
-def _start_gather(x: Tensor, sizes: list[int], group: Group, wait: bool) -> tuple[Tensor, Any]:
-    """((ranks, largest size, ...) padded rows, handle): one collective whatever the sizes."""
-    largest = max(sizes)
-    padded = x.contiguous()
-    if x.shape[0] < largest:
-        padded = x.new_zeros(largest, *x.shape[1:])
-        padded[: x.shape[0]] = x
-    out = x.new_empty(len(sizes) * largest, *x.shape[1:])
-    handle = dist.all_gather_into_tensor(out, padded, group=group, async_op=not wait)
-    return out.unflatten(0, (len(sizes), largest)), handle
-
-
-def _without_padding(x: Tensor, sizes: list[int]) -> Tensor:
-    if min(sizes) == max(sizes):
-        return x.flatten(0, 1)
-    return torch.cat([part[:size] for part, size in zip(x, sizes, strict=True)])
 
 
 @dataclass
@@ -86,8 +58,8 @@ class PendingKeys:
         """(keys (N, D), ids (N,) or None) of all ranks, in the order of ranks."""
         for handle in self.handles:
             handle.wait()
-        ids = None if self.padded_ids is None else _without_padding(self.padded_ids, self.sizes)
-        return _without_padding(self.padded, self.sizes), ids
+        ids = None if self.padded_ids is None else without_padding(self.padded_ids, self.sizes)
+        return without_padding(self.padded, self.sizes), ids
 
     @property
     def offset(self) -> int:
@@ -105,35 +77,15 @@ def gather_keys(
     """
     check_pair(k, k, ("k", "k"))
     check_locked("k", k)
-    sizes = _checked_sizes(k, sizes, group)
-    padded, handle = _start_gather(k, sizes, group, wait=False)
-    handles, padded_ids = [handle], None
     if ids is not None:
         check_ids("ids", ids, k.shape[0], k)
-        padded_ids, handle = _start_gather(ids, sizes, group, wait=False)
+    sizes = checked_sizes(k, sizes, group)
+    padded, handle = start_gather(k, sizes, group)
+    handles, padded_ids = [handle], None
+    if ids is not None:
+        padded_ids, handle = start_gather(ids, sizes, group)
         handles.append(handle)
     return PendingKeys(padded, padded_ids, sizes, dist.get_rank(group), handles)
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward: the gradients that all ranks found for this rank's rows, added up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _without_padding(_start_gather(x, sizes, group, wait=True)[0], sizes)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad, rank = grad.clone(memory_format=torch.contiguous_format), dist.get_rank(ctx.group)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.split(ctx.sizes)[rank], None, None
-
-
-def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:
-    """x (B, ...) of all ranks, (N, ...) in the order of ranks, differentiable."""
-    return _Gather.apply(x, _checked_sizes(x, sizes, group), group)
 
 
 def _share(loss: Tensor, sizes: list[int], samples: int) -> Tensor:
@@ -149,16 +101,35 @@ def global_info_nce(
     k_group: Tensor | None = None,
     group: Group = None,
     sizes: list[int] | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """This rank's share of ``info_nce`` over all ranks' queries and keys; query i's positive is this rank's key i.
 
     q (B, D); k (B, D), with or without gradient, or the handle of ``gather_keys``, which brings ``k_group`` as its ids.
     ``q_group``, ``k_group`` (B,) as in ``info_nce``; the group of a video must be the same number on every rank.
+    ``exchange``: "gather" or "ring", see above; a handle is gathered already. Raises ValueError or TypeError as
+    ``info_nce``, and where a handle comes with what it holds itself: ``k_group``, ``group``, ``sizes``.
     """
-    if not isinstance(k, PendingKeys) and k.requires_grad:
+    check_exchange(exchange)
+    scale = inverse_temperature(temperature)
+    if isinstance(k, PendingKeys):
+        for name, value in (("k_group", k_group), ("group", group), ("sizes", sizes)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to gather_keys where k is its handle, got {name}={value} here")
+        if exchange == "ring":
+            raise ValueError("exchange='ring' passes keys on itself: give it k, not the handle of gather_keys")
+        check_pair(q, k.padded.flatten(0, 1))
+        if q.shape[0] != k.sizes[k.rank]:
+            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {k.sizes[k.rank]}")
+    else:
         check_paired(q, k, ("q", "k"))
         check_groups(q_group, k_group, q, k)
-        sizes = _checked_sizes(k, sizes, group)
+        sizes = checked_sizes(k, sizes, group)
+        if exchange == "ring":
+            negatives, positives = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
+            return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
+    if isinstance(k, Tensor) and k.requires_grad:
+        assert sizes is not None
         offset = sum(sizes[: dist.get_rank(group)])
         keys = gather_with_grad(k, group=group, sizes=sizes)
         ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
@@ -166,25 +137,33 @@ def global_info_nce(
         pending = k if isinstance(k, PendingKeys) else gather_keys(k, k_group, group=group, sizes=sizes)
         sizes, offset = pending.sizes, pending.offset
         keys, ids = pending.wait()
-        check_pair(q, keys)
         check_groups(q_group, ids, q, keys)
-        if q.shape[0] != sizes[pending.rank]:
-            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {sizes[pending.rank]}")
-    scale = inverse_temperature(temperature)
     negatives, positives = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
     return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
 
 
 def global_clip_loss(
-    x: Tensor, y: Tensor, scale: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """This rank's share of ``clip_loss`` over all ranks' pairs; x (B, D), y (B, D).
 
     A rank takes its rows of the matrix of logits, against y of all ranks: 1 / ranks of the work of one process. Its
-    columns are finished by a log-sum-exp over ranks, of one number for each column.
+    columns are finished by a log-sum-exp over ranks, of one number for each column. ``exchange``: "gather" or "ring",
+    see above; it is y that is exchanged.
     """
     check_paired(x, y, ("x", "y"))
-    sizes = _checked_sizes(x, sizes, group)
+    check_exchange(exchange)
+    scale = scale_tensor(scale, x)
+    sizes = checked_sizes(x, sizes, group)
+    if exchange == "ring":
+        row, column, pair = ring.rows_and_columns(x, y, scale, sizes, group)
+        return _share(softplus(row - pair) + softplus(column - pair), sizes, 2 * sum(sizes))
     rank = dist.get_rank(group)
     offset, total = sum(sizes[:rank]), sum(sizes)
     columns = slice(offset, offset + x.shape[0])
@@ -203,16 +182,16 @@ def _logsumexp(parts: Tensor) -> Tensor:
 def global_ntxent(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
 ) -> Tensor:
-    """This rank's share of ``ntxent`` over all ranks' samples; z1 (B, D), z2 (B, D)."""
+    """This rank's share of ``ntxent`` over all ranks' samples, gathered; z1 (B, D), z2 (B, D)."""
     check_paired(z1, z2, ("z1", "z2"))
-    sizes = _checked_sizes(z1, sizes, group)
+    scale = scale_tensor(inverse_temperature(temperature), z1)
+    sizes = checked_sizes(z1, sizes, group)
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     z = torch.stack([z1, z2], 1)
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
     own = sample[2 * first : 2 * (first + z.shape[0])]
-    scale = scale_tensor(inverse_temperature(temperature), z)
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
     lse, positive = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)

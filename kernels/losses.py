@@ -155,6 +155,7 @@ class MoCoLoss(nn.Module):
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
         """Puts keys (B, width), B <= queue_size, in place of the oldest ones."""
+        check_pair(k, self.queue[:1].to(k.dtype) if isinstance(k, Tensor) else k, ("k", "queue"))
         size = self.queue.shape[0]
         if k.shape[0] > size:
             raise ValueError(f"k has {k.shape[0]} rows, more than the queue of {size}")

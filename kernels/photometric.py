@@ -390,6 +390,10 @@ def _check(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
         raise ValueError(f"images are on {images.device} but params on {params.device}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    try:
+        mean, std = [float(m) for m in mean], [float(s) for s in std]
+    except (TypeError, ValueError):
+        raise TypeError(f"mean and std must be three numbers each, got {mean!r} and {std!r}") from None
     if len(mean) != 3 or len(std) != 3 or not all(math.isfinite(m) for m in mean):
         raise ValueError(f"mean and std must be three finite numbers each, got {mean} and {std}")
     if not all(s > 0 and math.isfinite(s) for s in std):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vito_fast.errors import UserError
 from vito_fast.loss import Keys
+from vito_kernels.collectives import start_gather, without_padding
 
 
 @dataclass(frozen=True)
@@ -97,25 +98,9 @@ class PendingKeys:
         if (share := self.shares[world.rank]) != len(video):
             raise ValueError(f"rank {world.rank} has {len(video)} clips, its share of {total} is {share}")
         if world.size > 1:
-            self.all, first = self._gather(self.local)
-            self.all_video, second = self._gather(video)
+            self.all, first = start_gather(self.local, self.shares)
+            self.all_video, second = start_gather(video, self.shares)
             self.work = [first, second]
-
-    def _gather(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
-        """Where the rows of all ranks will be, shorter shares padded to the longest, and the transfer under way."""
-        longest = max(self.shares)
-        if len(rows) < longest:
-            rows = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
-        every = rows.new_empty((self.world.size * longest, *rows.shape[1:]))
-        work = dist.all_gather_into_tensor(every, rows.contiguous(), async_op=True)
-        assert work is not None
-        return every, work
-
-    def _unpadded(self, rows: Tensor) -> Tensor:
-        longest = max(self.shares)
-        if min(self.shares) == longest:
-            return rows
-        return torch.cat([rows[r * longest : r * longest + share] for r, share in enumerate(self.shares)])
 
     def wait(self) -> Keys:
         """The keys of all ranks in rank order, and where this rank's begin."""
@@ -123,7 +108,7 @@ class PendingKeys:
             return Keys(list(self.local.permute(1, 2, 0, 3)), self.video, 0)
         for work in self.work:
             work.wait()
-        every, video = self._unpadded(self.all), self._unpadded(self.all_video)
+        every, video = (without_padding(x, self.shares) for x in (self.all, self.all_video))
         return Keys(list(every.permute(1, 2, 0, 3)), video, sum(self.shares[: self.world.rank]))
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from vito_kernels.checks import check_paired
+from vito_kernels.checks import check_paired, inverse_temperature
 from vito_kernels.distributed import gather_keys, global_ntxent
 from vito_kernels.info_nce import similarity_lse
 from vito_kernels.two_sided import ntxent
@@ -31,8 +31,9 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ):
         super().__init__()
-        if abs(temperature) < 1e-8:
+        if isinstance(temperature, (int, float)) and abs(temperature) < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
+        inverse_temperature(temperature)
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         if size != (0,) and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")

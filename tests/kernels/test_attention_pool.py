@@ -133,6 +133,7 @@ def test_module_under_autocast():
         (torch.ones(2, 3), torch.ones(2, 3), ValueError, r"\(2, 3\)"),
         (torch.ones(2, 0, 4), torch.ones(2, 0), ValueError, "at least one location"),
         (torch.ones(2, 3, 4, dtype=torch.int32), torch.ones(2, 3), TypeError, "int32"),
+        (torch.ones(2, 3, 4).to_sparse(), torch.ones(2, 3), TypeError, "dense tensor, got torch.sparse_coo"),
         (torch.ones(2, 3, 4), [[0.0] * 3] * 2, TypeError, "list"),
         (torch.ones(2, 3, 4), torch.ones(2, 3, device="meta"), ValueError, "meta"),
     ],

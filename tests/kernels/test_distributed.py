@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vito_kernels import clip_loss, info_nce, ntxent
 from vito_kernels.adapters.lightly import NTXentLoss
@@ -42,8 +43,10 @@ def make(total):
 
 def whole(name, x, y, scale, video):
     """The loss of one process with the whole batch."""
-    if name == "info_nce locked":
+    if name.startswith("info_nce locked"):
         return info_nce(x, y.detach(), temperature=1 / scale, q_group=video, k_group=video)
+    if name == "info_nce ring":
+        return info_nce(x, y, temperature=1 / scale, q_group=video, k_group=video)
     if name == "info_nce":
         return info_nce(x, y, temperature=1 / scale)
     if name in ("ntxent", "lightly"):
@@ -57,8 +60,15 @@ def share(name, x, y, scale, video, sizes):
     if name == "info_nce locked":
         pending = gather_keys(y.detach(), video, sizes=sizes if equal else None)
         return global_info_nce(x, pending, temperature=1 / scale, q_group=video)
+    if name == "info_nce locked ring":
+        return global_info_nce(x, y.detach(), temperature=1 / scale, q_group=video, k_group=video, exchange="ring")
+    if name == "info_nce ring":
+        groups = {"q_group": video, "k_group": video}
+        return global_info_nce(x, y, temperature=1 / scale, **groups, sizes=sizes, exchange="ring")
     if name == "info_nce":
         return global_info_nce(x, y, temperature=1 / scale)
+    if name == "clip ring":
+        return global_clip_loss(x, y, scale, exchange="ring")
     if name == "ntxent":
         return global_ntxent(x, y, 1 / scale, sizes=sizes)
     if name == "clip":
@@ -71,7 +81,7 @@ def share(name, x, y, scale, video, sizes):
 def compare(rank, sizes, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
-    names = ["info_nce locked", "info_nce", "clip", "ntxent"]
+    names = ["info_nce locked", "info_nce", "clip", "ntxent", "info_nce locked ring", "info_nce ring", "clip ring"]
     if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
         names += ["lightly", "open_clip", "open_clip local"]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -92,15 +102,82 @@ def compare(rank, sizes, store):
         for key, grad in truth.items():
             found = dict(model.named_parameters())[key].grad
             torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-15, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
-    with pytest.raises(ValueError, match="sizes"):
-        gather_keys(b[rows], sizes=[99] * len(sizes))
+    for wrong in ([99] * len(sizes), [*sizes, 1], [float(size) for size in sizes]):
+        with pytest.raises(ValueError, match=r"sizes must hold.*, got \["):
+            gather_keys(b[rows], sizes=wrong)
+    pending = gather_keys(b[rows], video[rows])
+    with pytest.raises(ValueError, match=r"exchange='ring'.*give it k"):
+        global_info_nce(b[rows], pending, exchange="ring")
+    with pytest.raises(ValueError, match="k_group belongs to gather_keys"):
+        global_info_nce(b[rows], pending, q_group=video[rows], k_group=video[rows])
+    pending.wait()
     dist.destroy_process_group()
+
+
+class Widest(TorchDispatchMode):
+    """The most rows that any matrix of ``WIDTH`` columns has, while this mode is on."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == WIDTH:
+                self.rows = max(self.rows, x.shape[-2])
+        return out
+
+
+def with_gradients(name, exchange, x, y, video, **options):
+    """(widest matrix, loss, gradients) of a rank."""
+    leaves = [x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(30.0).to(x).requires_grad_()]
+    with Widest() as seen:
+        if name == "clip":
+            loss = global_clip_loss(*leaves, exchange=exchange, **options)
+        else:
+            keys = leaves[1] if name == "info_nce" else y
+            groups = {"q_group": video, "k_group": video}
+            loss = global_info_nce(leaves[0], keys, temperature=1 / leaves[2], **groups, exchange=exchange, **options)
+        loss.backward()
+    return seen.rows, [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def ring_within_a_group(rank, sizes, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
+    members = [0, 2]
+    group = dist.new_group(members)
+    sizes = [sizes[member] for member in members]
+    if rank in members:
+        torch.manual_seed(rank)
+        x, y = torch.randn(2, sizes[members.index(rank)], WIDTH, dtype=torch.float64)
+        video = torch.full((len(x),), 5)  # of one video everywhere: queries that see no key, in part of the blocks
+        video[::2] = torch.arange(len(video[::2]))
+        for name in ("info_nce", "info_nce locked", "clip"):
+            for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):  # logits of hundreds
+                sides = x.to(dtype), y.to(dtype), video
+                gathered, expected = with_gradients(name, "gather", *sides, group=group)
+                visiting, found = with_gradients(name, "ring", *sides, group=group)
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+                assert gathered >= sum(sizes)  # padded rows of all ranks
+                assert visiting == max(sizes)
+    dist.destroy_process_group()
+
+
+def test_the_ring_stays_in_its_group_and_never_holds_all_keys(tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(ring_within_a_group, args=(SIZES[3], tmp_path / "store"), nprocs=3, join=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks, tmp_path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(compare, args=(SIZES[ranks], tmp_path / "store"), nprocs=ranks, join=True)
+
+
+@pytest.mark.parametrize("loss", [global_info_nce, lambda x, y, **options: global_clip_loss(x, y, 1.0, **options)])
+def test_an_unknown_exchange_is_named(loss):
+    with pytest.raises(ValueError, match="exchange must be one of gather, ring, got 'star'"):
+        loss(torch.ones(2, 16), torch.ones(2, 16), exchange="star")
 
 
 def test_keys_with_gradient_are_not_gathered_as_locked_ones():

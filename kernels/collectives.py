@@ -1,0 +1,84 @@
+"""Rows of all ranks, whose batches may differ in size: how many there are, gathering them, gradients back.
+
+Where ranks hold different numbers of rows, each is padded to the largest: one collective whatever the sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup, or None for the default one
+
+
+def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
+    """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
+    mine = torch.tensor([rows], device=device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    return [int(size) for size in sizes]
+
+
+def checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]:
+    """``sizes``, or what the ranks tell each other. ValueError where they contradict x (B, ...) or the ranks."""
+    if sizes is None:
+        return exchange_sizes(x.shape[0], x.device, group)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    counts = len(sizes) == ranks and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not counts or sizes[rank] != x.shape[0]:
+        raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
+    return sizes
+
+
+def start_gather(x: Tensor, sizes: list[int], group: Group = None) -> tuple[Tensor, Any]:
+    """Where x (B, ...) of all ranks will be, (ranks, largest size, ...) padded rows, and the transfer under way."""
+    padded = _padded(x, [len(x)], max(sizes))
+    out = x.new_empty(len(sizes) * max(sizes), *x.shape[1:])
+    # Newer torch warns of the name that torch 2.11 knows.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return out.unflatten(0, (len(sizes), -1)), gather(out, padded, group=group, async_op=True)
+
+
+def without_padding(x: Tensor, sizes: list[int]) -> Tensor:
+    """(N, ...) rows in the order of ranks, of the padded ones of ``start_gather``."""
+    if min(sizes) == max(sizes):
+        return x.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(x, sizes, strict=True)])
+
+
+def _padded(x: Tensor, sizes: list[int], largest: int) -> Tensor:
+    """Parts of ``sizes`` rows, one after the other in x, each with rows of zeros up to the largest."""
+    if min(sizes) == largest:
+        return x.contiguous()
+    out = x.new_zeros(len(sizes), largest, *x.shape[1:])
+    for padded, part in zip(out, x.split(sizes), strict=True):
+        padded[: len(part)] = part
+    return out.flatten(0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward: the gradients that all ranks found for this rank's rows, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        everyone, transfer = start_gather(x, sizes, group)
+        transfer.wait()
+        return without_padding(everyone, sizes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        padded = _padded(grad, ctx.sizes, max(ctx.sizes))
+        mine = padded.new_empty(max(ctx.sizes), *padded.shape[1:])
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(mine, padded, group=ctx.group)
+        return mine[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
+
+
+def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:
+    """x (B, ...) of all ranks, (N, ...) in the order of ranks, differentiable."""
+    return _Gather.apply(x, checked_sizes(x, sizes, group), group)
