@@ -154,19 +154,22 @@ def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums
 def specs(device: str = "meta") -> list[Spec]:
     """The two-sided forward pass; its gradients are those of ``vito_kernels.gradient``."""
     return [
-        _spec(width, dtype, device)
+        _spec(width, dtype, diagonal, device)
         for width in (64, 128, 192, 256, 512, 1024)
         for dtype in (torch.bfloat16, torch.float32)
+        for diagonal in (0, None)
     ]
 
 
-def _spec(width: int, dtype: torch.dtype, device: str = "meta", rows: int = 32768) -> Spec:
+def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "meta", rows: int = 32768) -> Spec:
+    """``diagonal`` is None where a block of another rank visits: no row has its pair there."""
+
     def launch() -> None:
         x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
-        launch_two_sided(x, x, torch.full((), 10.0, device=device), Exclusion(diagonal=0))
+        launch_two_sided(x, x, torch.full((), 10.0, device=device), Exclusion(diagonal=diagonal))
 
     return Spec(
-        f"two-sided lse D={width} {str(dtype)[6:]}",
+        f"two-sided lse D={width} {str(dtype)[6:]}" + (" visiting" if diagonal is None else ""),
         launch,
         flops=2.0 * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,

@@ -60,13 +60,14 @@ def test_two_sided_losses(device, rows, scale):
     assert_at_most_twice_torch(ntxent, reference.ntxent, [x, y, 1 / factor], floor=32)
 
 
+@pytest.mark.parametrize("diagonal", [0, None], ids=["pairs", "visiting"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (20, 37), (37, 20)])
-def test_two_sided_sums_in_bfloat16(device, rows, columns):
-    """The transposed tile, which float32 does not take."""
+def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
+    """The transposed tile, which float32 does not take; ``visiting`` is the ring's, where nothing is hidden."""
     x, y = (embeddings(n, 40, torch.bfloat16, device, n) for n in (rows, columns))
     scale = torch.tensor(20.0, device=device)
-    found = launch_two_sided(x, y, scale, Exclusion(diagonal=0))
-    hidden = torch.eye(rows, columns, dtype=torch.bool, device=device)
+    found = launch_two_sided(x, y, scale, Exclusion(diagonal=diagonal))
+    hidden = torch.eye(rows, columns, dtype=torch.bool, device=device) & (diagonal is not None)
     logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
     for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
         torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
