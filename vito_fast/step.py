@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vito_fast.checkpoint import Checkpoint
 from vito_fast.config import Config
-from vito_fast.distributed import PendingKeys, World, mean_over_ranks
+from vito_fast.distributed import PendingKeys, World, mean_over_ranks, replicate
 from vito_fast.errors import UserError
 from vito_fast.loss import accuracy, attention_entropy, chance, embedding_std, objective
 from vito_fast.model import VitoModel
@@ -51,11 +51,7 @@ class Trainer:
         if config.train.compile:
             self._update, self._average = _compiled(self._update), _compiled(self._average)
         if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            single = config.train.micro_batches == 1
-            self.online = nn.parallel.DistributedDataParallel(
-                self.online, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=single
-            )
+            self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
 
     def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool, total: int | None = None) -> dict[str, Any]:
         """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for.

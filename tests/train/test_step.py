@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 
 import pytest
 import torch
@@ -139,6 +140,7 @@ def _rank(rank, port, config, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", ".*broadcast_buffers")  # which torch is about to take away
     world = join("cpu")
     trainer = Trainer(config, world, 5)
     half = slice(4 * rank, 4 * rank + 4)
