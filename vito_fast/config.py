@@ -135,6 +135,9 @@ class TrainConfig:
     """Memory format of activations and convolution weights (ours)."""
     compile: bool = False
     """``torch.compile`` of both networks and of the update (ours)."""
+    cuda_graphs: bool = False
+    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU. Has
+    never run on a GPU: only its rules for memory are tested, by a stand-in (ours)."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500
@@ -168,6 +171,8 @@ class TrainConfig:
             "evaluate_clips",
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for wanted, holds in (("train.compile", self.compile), ("a GPU", self.device != "cpu")):
+            _require(holds or not self.cuda_graphs, "train.cuda_graphs", True, f"false without {wanted}")
         _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
         for name in ("keep_every", "evaluate_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")

@@ -67,7 +67,7 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
     breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built.
     """
     clips = clips or max(1, config.train.batch_size // world)
-    eager = replace(config, train=replace(config.train, compile=False, device="cuda"))
+    eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
     breaks = graph_breaks(config) if config.train.compile else []
     ledger, problems = Ledger(), []
     with torch.device("meta"):
@@ -111,7 +111,7 @@ def model_flops(config: Config, clips: int, world: int) -> float | None:
     plain = replace(
         config,
         model=replace(config.model, checkpoint_activations=False),
-        train=replace(config.train, micro_batches=1, compile=False),
+        train=replace(config.train, micro_batches=1, compile=False, cuda_graphs=False),
     )
     with torch.random.fork_rng(devices=[]):
         dry = dry_run(plain, clips=clips, world=world)

@@ -26,8 +26,8 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
 
 
-def _compiled(part: Any) -> Any:
-    return torch.compile(part)
+def _compiled(part: Any, mode: str | None = None) -> Any:
+    return torch.compile(part, mode=mode)
 
 
 class Trainer:
@@ -45,10 +45,12 @@ class Trainer:
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
-        self.online: nn.Module = _compiled(model.online) if config.train.compile else model.online
-        self.target: nn.Module = _compiled(model.target) if config.train.compile else model.target
+        self.online: nn.Module = model.online
+        self.target: nn.Module = model.target
         self._update, self._average = self.optimizer.step, model.update_target
         if config.train.compile:
+            mode = "reduce-overhead" if config.train.cuda_graphs else None  # not of the update: it changes its inputs
+            self.online, self.target = _compiled(model.online, mode), _compiled(model.target, mode)
             self._update, self._average = _compiled(self._update), _compiled(self._average)
         if world.size > 1:
             self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
@@ -66,6 +68,10 @@ class Trainer:
         buffers_before = [b.clone() for b in buffers]
         for p in self.model.online.parameters():
             p.grad = None
+        if (
+            self.config.train.cuda_graphs
+        ):  # whatever the graphs returned in the last step may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
 
         with torch.no_grad(), named("target"):  # keys first: they travel while the online branch runs
             keys = [self._forward(self.target, part)[0] for part in parts]

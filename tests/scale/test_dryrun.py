@@ -147,7 +147,7 @@ def test_finds_graph_breaks():
         return honest(self, images)
 
     with mock.patch.object(Branch, "forward", forward):
-        problems = dry_run(with_train(compile=True)).problems
+        problems = dry_run(with_train(compile=True, cuda_graphs=True)).problems
     assert any("graph break in the online branch" in p for p in problems)
 
 

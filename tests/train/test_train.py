@@ -270,8 +270,11 @@ def test_user_mistakes_are_user_errors(config, tmp_path):
         "cannot write": dataclasses.replace(config, train=dataclasses.replace(config.train, runs="/proc/nowhere")),
         "no usable GPU": dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda")),
     }
+    graphs = dataclasses.replace(config.train, compile=True, cuda_graphs=True)
+    cases["cuda_graphs is for one GPU, and this run is on the CPU"] = dataclasses.replace(config, train=graphs)
     if torch.cuda.is_available():
-        del cases["no usable GPU"]
+        for says in [says for says in cases if "GPU" in says]:
+            del cases[says]
     for says, wrong in cases.items():
         with pytest.raises(UserError, match=says) as error:
             train(wrong)
