@@ -16,7 +16,7 @@ from vito_fast.dryrun import dry_run, model_flops
 from vito_fast.errors import UserError
 from vito_fast.hardware import GPUS, arithmetic_peak
 from vito_fast.metrics import Clock, Recorder
-from vito_fast.monitor import CollapseAlarm
+from vito_fast.monitor import CollapseAlarm, knn_top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(
@@ -88,6 +88,18 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in said] == ["step 1", "step 5"]
     assert "embedding_std_scale0 0.04" in said[0]
+
+
+def test_neighbours_of_other_videos_vote_with_their_weight():
+    pairs = torch.tensor([[1, 0.0], [1, 0], [1, 0.1], [1, 0.1]])  # a frame's own video would always be right
+    assert knn_top1(pairs, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])) == 0
+    angles = torch.tensor([0, 5, 40, 44, 48]).deg2rad()  # the first two have one near friend and three far others
+    near = torch.stack([angles.cos(), angles.sin()], 1) * torch.arange(1, 6)[:, None]  # by direction, not length
+    assert knn_top1(near, torch.tensor([0, 0, 1, 1, 1]), torch.arange(5)) == 1
+    # One at cosine 0.9 from five of its class (383 000 each), and 0.8 from forty others (92 000), of whom 15 are heard.
+    rows = torch.tensor([[1, 0, 0]] + 5 * [[0.9, 0.19**0.5, 0]] + 40 * [[0.8, 0, 0.6]])
+    assert knn_top1(rows, torch.tensor(6 * [0] + 40 * [1]), torch.arange(46)) == 1
+    assert math.isnan(knn_top1(rows / 0, torch.zeros(46, dtype=torch.int64), torch.arange(46)))
 
 
 def test_a_threshold_of_collapse_that_cannot_be_is_refused():
