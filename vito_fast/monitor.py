@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vito_fast.attention import Pixels, video_frames, write_grid
-from vito_fast.config import Config
+from vito_fast.config import Config, TrainConfig
 from vito_fast.data.loader import ClipLoader
 from vito_fast.data.store import Store
 from vito_fast.model.pair import Branch, build_backbone
@@ -51,21 +51,29 @@ class Frames:
 
 
 class CollapseAlarm:
-    """Watches logged rows for embeddings that have all become one point: one line when that begins."""
+    """Watches logged rows for embeddings that have all become one point or lie on a line: one line when that begins."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold, self.ringing = threshold, False
+    def __init__(self, config: TrainConfig, ranks: int) -> None:
+        self.least, self.ringing = {"embedding_std": config.collapse_std}, False
+        if config.batch_size // ranks >= 8 * config.collapse_rank:  # a few clips span few dimensions anyway
+            self.least["embedding_rank"] = config.collapse_rank
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """``collapsed_scales`` for metrics.jsonl: how many scales' ``embedding_std_scale*`` are below the threshold."""
-        spread = {k: v for k, v in row.items() if k.startswith("embedding_std_scale") and v < self.threshold}
-        if spread and not self.ringing:
-            values = ", ".join(f"{name} {value:.2g}" for name, value in spread.items())
+        """``collapsed_scales`` for metrics.jsonl: how many scales are below a threshold."""
+        low: dict[str, Any] = {}
+        for key, value in row.items():
+            name, _, scale = key.partition("_scale")
+            if name in self.least and value < self.least[name]:
+                low.setdefault(scale, []).append(f"{key} {value:.2g}")
+        if low and not self.ringing:
+            values = ", ".join(text for texts in low.values() for text in texts)
             print(
-                f"warning: step {row['step']}: embeddings collapse to a point: {values} (1 = spread evenly)", flush=True
+                f"warning: step {row['step']}: embeddings collapse: {values} "
+                "(std: 1 = spread evenly, 0 = a point; rank: dimensions used)",
+                flush=True,
             )
-        self.ringing = bool(spread)
-        return {"collapsed_scales": len(spread)}
+        self.ringing = bool(low)
+        return {"collapsed_scales": len(low)}
 
 
 def draw(config: Config, clips: int) -> Frames:

@@ -15,7 +15,7 @@ from vito_fast.checkpoint import Checkpoint
 from vito_fast.config import Config
 from vito_fast.distributed import PendingKeys, World, mean_over_ranks, replicate
 from vito_fast.errors import UserError
-from vito_fast.loss import accuracy, attention_entropy, chance, embedding_std, objective
+from vito_fast.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
 from vito_fast.model.pair import normalise
@@ -160,6 +160,7 @@ class Trainer:
             "loss_scale": by_scale,
             "accuracy_scale": accuracy(queries, keys, config),
             "embedding_std_scale": embedding_std(queries),
+            "embedding_rank_scale": embedding_rank(queries),
             "attention_entropy_scale": attention_entropy(weights),
         }
         scalars = [by_scale.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]

@@ -96,7 +96,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
 
     stop = StopSignal()
     clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
-    alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
+    alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
     batches = _endless(loader)
     tracer = Profile(run / "profile", world.device) if profile and world.main else None
     gc.collect()

@@ -15,6 +15,7 @@ from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, model_flops
 from vito_fast.errors import UserError
 from vito_fast.hardware import GPUS, arithmetic_peak
+from vito_fast.loss import embedding_rank, embedding_std
 from vito_fast.metrics import Clock, Recorder
 from vito_fast.monitor import CollapseAlarm, knn_top1
 
@@ -78,7 +79,7 @@ def test_mfu_counts_the_method_not_what_saves_memory(monkeypatch):
 
 
 def test_the_collapse_alarm_rings_once_per_onset(capsys):
-    alarm = CollapseAlarm(0.05)
+    alarm = CollapseAlarm(TrainConfig(collapse_std=0.05), 1)
     spreads = [(0.9, 0.8), (0.04, 0.8), (0.01, 0.02), (0.5, 0.5), (math.nan, 0.5), (0.5, 0.0)]
     found = [
         alarm({"step": i, "embedding_std_scale0": a, "embedding_std_scale1": b, "loss": 0.0})["collapsed_scales"]
@@ -88,6 +89,20 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in said] == ["step 1", "step 5"]
     assert "embedding_std_scale0 0.04" in said[0]
+
+
+def test_the_collapse_alarm_sees_a_line_that_the_spread_does_not_show(capsys):
+    train = TrainConfig(batch_size=64, collapse_rank=2.0)
+    line = torch.zeros(2, 64, 32)
+    line[..., 0] = torch.arange(-31.5, 32.5).sign()  # the two ends of a diameter: as spread as one dimension allows
+    whole = torch.nn.functional.normalize(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    spread, rank = embedding_std([line, whole]).tolist(), embedding_rank([line, whole]).tolist()
+    assert spread[0] == pytest.approx(32**0.5 / 32)
+    row = {"step": 3} | {f"embedding_std_scale{i}": value for i, value in enumerate(spread)}
+    row |= {f"embedding_rank_scale{i}": value for i, value in enumerate(rank)}
+    assert CollapseAlarm(train, 1)(row) == {"collapsed_scales": 1}
+    assert "step 3: embeddings collapse: embedding_rank_scale0 1 (" in capsys.readouterr().out
+    assert CollapseAlarm(train, 8)(row) == {"collapsed_scales": 0}  # of eight clips a rank one expects no more
 
 
 def test_neighbours_of_other_videos_vote_with_their_weight():
