@@ -86,12 +86,18 @@ def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
 
 
 def overlay(frames: Pixels, maps: Tensor) -> Pixels:
-    """Frames (n,H,W,3) in grey, coloured by maps (n,h,w): red where a location weighs most in its frame, blue least."""
+    """Frames (n,H,W,3) in grey, coloured by maps (n,h,w): red where a location weighs most in its frame, blue least.
+
+    A frame whose map is not finite (of a run that has failed) stays grey: nothing is known of it.
+    """
+    known = torch.isfinite(maps).flatten(1).all(1)
+    maps = torch.where(known[:, None, None], maps, 0.0)
     maps = F.interpolate(maps[:, None], frames.shape[1:3], mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     t = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()[..., None]
     hot = np.concatenate([1.5 - np.abs(4 * t - 3), 1.5 - np.abs(4 * t - 2), 1.5 - np.abs(4 * t - 1)], -1).clip(0, 1)
     grey = frames.mean(-1, keepdims=True) / 255
+    hot = np.where(known.numpy()[:, None, None, None], hot, grey)
     mixed: Pixels = ((0.55 * grey + 0.45 * hot) * 255).round().astype(np.uint8)
     return mixed
 

@@ -3,6 +3,11 @@
 A file ``step-00000123.safetensors`` holds the tensors, and in its header the rest of the state as JSON and a SHA-256
 over both. It is written under another name, flushed to the disk and renamed, so that a name that matches is a whole
 file unless the disk itself failed, which the checksum tells.
+
+Why not torch.distributed.checkpoint: it pays where each rank holds a shard of the state. Here every rank holds all of
+it, equal to the others' (DDP replicates, nothing is sharded), and it is small: 0.56 GB for ResNet-50 with the
+ancestors' heads (online, target, momentum). So rank 0 writes one file, which any number of ranks reads, whole or not
+at all, and which is no pickle; a folder of parts would be neither one rename nor one checksum.
 """
 
 import hashlib

@@ -135,6 +135,9 @@ class TrainConfig:
     """Memory format of activations and convolution weights (ours)."""
     compile: bool = False
     """``torch.compile`` of both networks and of the update (ours)."""
+    cuda_graphs: bool = False
+    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU. Has
+    never run on a GPU: only its rules for memory are tested, by a stand-in (ours)."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500
@@ -150,6 +153,9 @@ class TrainConfig:
     collapse_std: float = 0.05
     """Below this ``embedding_std`` of a scale (1 = spread evenly over the sphere, 0 = one point) a logged step warns
     of collapse; 0 = never (ours)."""
+    collapse_rank: float = 2.0
+    """Likewise for ``embedding_rank``, the dimensions that a scale's embeddings use (1 = a line); not where a rank has
+    fewer than eight times as many clips; 0 = never (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
     wandb: str = ""
@@ -168,8 +174,10 @@ class TrainConfig:
             "evaluate_clips",
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for wanted, holds in (("train.compile", self.compile), ("a GPU", self.device != "cpu")):
+            _require(holds or not self.cuda_graphs, "train.cuda_graphs", True, f"false without {wanted}")
         _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
-        for name in ("keep_every", "evaluate_every"):
+        for name in ("keep_every", "evaluate_every", "collapse_rank"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 

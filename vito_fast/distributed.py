@@ -4,13 +4,14 @@ One process needs no launcher. Under ``torchrun`` the same program reads its ran
 group: NCCL on CUDA, gloo on CPU.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vito_fast.errors import UserError
 from vito_fast.loss import Keys
@@ -73,6 +74,17 @@ def leave() -> None:
     """Leaves the process group if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def replicate(module: nn.Module, world: World, *, static_graph: bool) -> nn.Module:
+    """``module`` with its gradients averaged over ranks. Its buffers do not travel: batch norms that see every rank's
+    batch move theirs alike. (At the start some versions of torch send rank 0's, which all ranks have.)
+    """
+    parallel = nn.parallel.DistributedDataParallel
+    known = inspect.signature(parallel).parameters  # torch 2.14 renamed the option, and warns of its old name
+    own: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return parallel(module, ids, gradient_as_bucket_view=True, static_graph=static_graph, **own)
 
 
 def shares(total: int, ranks: int) -> list[int]:

@@ -67,7 +67,7 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
     breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built.
     """
     clips = clips or max(1, config.train.batch_size // world)
-    eager = replace(config, train=replace(config.train, compile=False, device="cuda"))
+    eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
     breaks = graph_breaks(config) if config.train.compile else []
     ledger, problems = Ledger(), []
     with torch.device("meta"):
@@ -111,7 +111,7 @@ def model_flops(config: Config, clips: int, world: int) -> float | None:
     plain = replace(
         config,
         model=replace(config.model, checkpoint_activations=False),
-        train=replace(config.train, micro_batches=1, compile=False),
+        train=replace(config.train, micro_batches=1, compile=False, cuda_graphs=False),
     )
     with torch.random.fork_rng(devices=[]):
         dry = dry_run(plain, clips=clips, world=world)
@@ -119,20 +119,33 @@ def model_flops(config: Config, clips: int, world: int) -> float | None:
 
 
 def graph_breaks(config: Config) -> list[str]:
-    """The first place in each branch's forward where ``torch.compile`` would have to leave the graph; one line each."""
+    """The first place in each compiled part of the step (both branches' forwards, the optimiser's step, the target's
+    average) where ``torch.compile`` would have to leave the graph; one line each."""
     with torch.device("meta"):
         model = VitoModel(config.model)
     found = []
     dtype, size = step.WEIGHTS[config.train.dtype], config.sampler.size
-    with fake_cuda(), torch.autocast("cuda", torch.bfloat16, enabled=config.train.dtype == "bfloat16"):
+    with fake_cuda():
         to_fake_cuda(model, dtype)
-        images = torch.empty(2, 3, size, size, dtype=dtype, device="cuda:0")
-        for name, branch in (("online", model.online), ("target", model.target)):
+        optimizer = step.Lars(model.online.named_parameters(), config.optimizer)
+        optimizer.gradients()
+        images = (torch.empty(2, 3, size, size, dtype=dtype, device="cuda:0"),)
+        rate = (
+            torch.empty((), dtype=torch.float64, device="cuda:0"),
+            torch.empty((), dtype=torch.bool, device="cuda:0"),
+        )
+        for name, part, given, narrow in (
+            ("online branch", model.online, images, config.train.dtype == "bfloat16"),
+            ("target branch", model.target, images, config.train.dtype == "bfloat16"),
+            ("optimiser's step", optimizer.step, rate, False),
+            ("target's average", model.update_target, rate, False),
+        ):
             torch._dynamo.reset()
             try:
-                torch.compile(branch, backend="eager", fullgraph=True)(images)
+                with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+                    torch.compile(part, backend="eager", fullgraph=True)(*given)
             except torch._dynamo.exc.TorchDynamoException as error:
-                found.append(f"graph break in the {name} branch: {' '.join(str(error).split())}")
+                found.append(f"graph break in the {name}: {' '.join(str(error).split())}")
     torch._dynamo.reset()
     return found
 

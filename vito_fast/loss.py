@@ -101,6 +101,19 @@ def embedding_std(queries: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def embedding_rank(queries: list[Tensor]) -> Tensor:
+    """How many dimensions the unit rows of view 0 use, by scale (S,): the participation ratio (sum l)^2 / sum l^2 of
+    the eigenvalues l of their covariance over clips. D or clips - 1 = all alike, 1 = a line, 0 = a point.
+    """
+    ratios = []
+    for q in queries:
+        centred = q[0] - q[0].mean(0)
+        square = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T  # equal eigenvalues
+        ratios.append(square.trace().square() / square.square().sum().clamp(min=torch.finfo(square.dtype).tiny))
+    return torch.stack(ratios)
+
+
+@torch.no_grad()
 def attention_entropy(weights: list[Tensor]) -> Tensor:
     """Mean entropy of the pooling weights (B,L) as a share of log L, by scale (S,): 1 = plain averaging."""
     shares = []

@@ -2,8 +2,9 @@
 
 For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the
 second among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's
-own start) and the raw pixels answer the same question on the same frames. Beside the numbers, a picture: where the
-pools look in a few frames that stay the same.
+own start) and the raw pixels answer the same question on the same frames. Where the videos lie in folders that name
+classes, their frames are also classified by their nearest neighbours in other videos; the labels are used for nothing
+else. Beside the numbers, a picture: where the pools look in a few frames that stay the same.
 """
 
 import math
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vito_fast.attention import Pixels, video_frames, write_grid
-from vito_fast.config import Config
+from vito_fast.config import Config, TrainConfig
 from vito_fast.data.loader import ClipLoader
+from vito_fast.data.store import Store
 from vito_fast.model.pair import Branch, build_backbone
 
 SEED_OFFSET = 1_000_003
@@ -26,6 +28,8 @@ SEED_OFFSET = 1_000_003
 
 they are other frames, crops and colours than training's.
 """
+NEIGHBOURS = 20
+"""That vote on a frame's class; DINO's choice for its tables."""
 SHOWN = 6
 """Frames in an attention picture."""
 DRAWS = 4
@@ -40,24 +44,36 @@ class Frames:
     gallery: Tensor
     shown: Pixels | None
     """A few whole frames (n,H,W,3) for ``picture``; None for a model without attention pooling."""
+    video: Tensor
+    """(K*N,) int64: the video of each frame of the gallery."""
+    label: Tensor | None
+    """(K*N,) int64: its class, from 0; None where there are no classes (``labels``)."""
 
 
 class CollapseAlarm:
-    """Watches logged rows for embeddings that have all become one point: one line when that begins."""
+    """Watches logged rows for embeddings that have all become one point or lie on a line: one line when that begins."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold, self.ringing = threshold, False
+    def __init__(self, config: TrainConfig, ranks: int) -> None:
+        self.least, self.ringing = {"embedding_std": config.collapse_std}, False
+        if config.batch_size // ranks >= 8 * config.collapse_rank:  # a few clips span few dimensions anyway
+            self.least["embedding_rank"] = config.collapse_rank
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """``collapsed_scales`` for metrics.jsonl: how many scales' ``embedding_std_scale*`` are below the threshold."""
-        spread = {k: v for k, v in row.items() if k.startswith("embedding_std_scale") and v < self.threshold}
-        if spread and not self.ringing:
-            values = ", ".join(f"{name} {value:.2g}" for name, value in spread.items())
+        """``collapsed_scales`` for metrics.jsonl: how many scales are below a threshold."""
+        low: dict[str, Any] = {}
+        for key, value in row.items():
+            name, _, scale = key.partition("_scale")
+            if name in self.least and value < self.least[name]:
+                low.setdefault(scale, []).append(f"{key} {value:.2g}")
+        if low and not self.ringing:
+            values = ", ".join(text for texts in low.values() for text in texts)
             print(
-                f"warning: step {row['step']}: embeddings collapse to a point: {values} (1 = spread evenly)", flush=True
+                f"warning: step {row['step']}: embeddings collapse: {values} "
+                "(std: 1 = spread evenly, 0 = a point; rank: dimensions used)",
+                flush=True,
             )
-        self.ringing = bool(spread)
-        return {"collapsed_scales": len(spread)}
+        self.ringing = bool(low)
+        return {"collapsed_scales": len(low)}
 
 
 def draw(config: Config, clips: int) -> Frames:
@@ -67,14 +83,27 @@ def draw(config: Config, clips: int) -> Frames:
     batches = -(-wanted // 64)
     size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
     seed, threads = config.seed + SEED_OFFSET, config.data.threads
-    query, gallery = [], []
+    query, gallery, clip, video = [], [], [], []
     with ClipLoader(config.data.store, size, seed=seed, sampler=config.sampler, threads=threads) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)
-            views = [batch["views"] for _, batch in zip(range(batches), loader, strict=False)]
-            query.append(torch.cat([v[0] for v in views]))
-            gallery.append(torch.cat([v[-1] for v in views]))
-    return Frames(torch.stack(query), torch.stack(gallery), _shown(config))
+            drawn = [batch for _, batch in zip(range(batches), loader, strict=False)]
+            query.append(torch.cat([batch["views"][0] for batch in drawn]))
+            gallery.append(torch.cat([batch["views"][-1] for batch in drawn]))
+            clip += [number for batch in drawn for number in batch["clip"].tolist()]
+            video += [batch["video"] for batch in drawn]
+        label = labels(loader.store, clip)
+    return Frames(torch.stack(query), torch.stack(gallery), _shown(config), torch.cat(video), label)
+
+
+def labels(store: Store, clips: list[int]) -> Tensor | None:
+    """The class of each of ``clips``, (M,) int64 from 0: the folder that its video lay in when it was packed.
+
+    None if they all lay in one folder, or one of them in none.
+    """
+    folders = [Path(store.index.clip(clip).source).parent.name for clip in clips]
+    classes = sorted(set(folders))
+    return torch.tensor([classes.index(f) for f in folders]) if len(classes) > 1 and "" not in classes else None
 
 
 def _shown(config: Config) -> Pixels | None:
@@ -94,6 +123,20 @@ def top1(query: Tensor, gallery: Tensor) -> float:
     query, gallery = (F.normalize(x.flatten(2), dim=2) for x in (query, gallery))
     nearest = (query @ gallery.mT).argmax(2)
     return (nearest == torch.arange(nearest.shape[1], device=nearest.device)).double().mean().item()
+
+
+def knn_top1(rows: Tensor, label: Tensor, video: Tensor) -> float:
+    """Share of features (M,C) whose class, of ``label`` (M,) int64, wins the vote of the ``NEIGHBOURS`` nearest among
+    those of other videos, ``video`` (M,): by cosine, each with weight exp(cosine/0.07), as in InstDisc (1805.01978) and
+    DINO. NaN for features that are not finite.
+    """
+    if not torch.isfinite(rows).all():
+        return math.nan
+    rows = F.normalize(rows, dim=1)
+    similarity = (rows @ rows.T).masked_fill(video[:, None] == video, -torch.inf)
+    nearest, at = similarity.topk(min(NEIGHBOURS, len(rows)))
+    votes = rows.new_zeros(len(rows), int(label.max()) + 1).scatter_add_(1, label[at], (nearest / 0.07).exp())
+    return (votes.argmax(1) == label).double().mean().item()
 
 
 @torch.no_grad()
@@ -123,13 +166,21 @@ def rank_me(rows: Tensor) -> float:
 
 
 def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
-    """Retrieval (share, 0 to 1) and RankMe of the network in evaluation mode; the network is left as it was."""
+    """Retrieval (share, 0 to 1) and RankMe of the network in evaluation mode; the network is left as it was.
+
+    Where there are classes also ``knn_top1``, and the share of the commonest class as ``knn_chance``.
+    """
     was_training = backbone.training
     backbone.eval()
     query = features(backbone, frames.query, device, config.train.channels_last)
     gallery = features(backbone, frames.gallery, device, config.train.channels_last)
     backbone.train(was_training)
-    return {"retrieval": top1(query, gallery), "rank_me": rank_me(gallery.flatten(0, 1))}
+    rows = gallery.flatten(0, 1)
+    found = {"retrieval": top1(query, gallery), "rank_me": rank_me(rows)}
+    if frames.label is not None:
+        found["knn_top1"] = knn_top1(rows, frames.label.to(device), frames.video.to(device))
+        found["knn_chance"] = int(frames.label.bincount().max()) / len(frames.label)
+    return found
 
 
 def picture(branch: Branch, frames: Frames, out: Path) -> None:

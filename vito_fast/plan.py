@@ -294,28 +294,39 @@ def _host_memory(config: Config, options: PlanOptions, m: Machine, encoded: floa
 # ------------------------------------------------------------------------------------------- communication and decoding
 
 
+def collectives(config: Config, dry: DryRun) -> dict[str, int]:
+    """How many collectives a step of several GPUs takes, by what travels (counted on gloo: test_communication.py).
+
+    Gradients go in buckets, one of 1 MiB and then of 25; keys in one gather and their videos' numbers in another; each
+    batch norm's statistics once forward and once backward; and one flag tells whether all ranks' numbers are finite.
+    """
+    predictors = config.model.scales if config.model.predictor else 0
+    in_target = (dry.norms - predictors) // 2
+    in_online = in_target + predictors
+    parts = config.train.micro_batches
+    passes = parts * (2 if parts > 1 else 1)
+    return {
+        "gradients": 1 + math.ceil(max(0, dry.gradient_bytes - 2**20) / (25 * 2**20)),
+        "keys": 2,
+        "batch norm": in_target * parts + in_online * (passes + parts),
+        "finite flag": 1,
+    }
+
+
 def _communication(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> dict[str, tuple[float, float]]:
-    """Gradients (ring all-reduce), keys (ring all-gather) and batch norm's statistics; compute hides the first two."""
-    n = options.gpus
+    """Gradients (ring all-reduce), keys (ring all-gather), batch norm's statistics and the flag (too small for their
+    bytes to count); compute hides the first two."""
+    n, counts = options.gpus, collectives(config, dry)
     if n == 1:
-        return {"gradients": (0.0, 0.0), "keys": (0.0, 0.0), "batch norm": (0.0, 0.0)}
+        return dict.fromkeys(counts, (0.0, 0.0))
     nodes = node_count(options, m)
     bus = (m["link"] if nodes == 1 else min(m["link"], m["node_network"])) * m["link_efficiency"]
     latency = m["link_latency"] if nodes == 1 else m["network_latency"]
-    times = {part.name: part.seconds for part in _gpu_parts(config, options, m, dry)}
-    gradients = 2 * (n - 1) / n * dry.gradient_bytes / bus + latency
-    keys = (n - 1) * dry.key_bytes / bus + latency
-    predictors = config.model.scales if config.model.predictor else 0
-    in_target = (dry.norms - predictors) / 2
-    in_online = in_target + predictors
-    passes = config.train.micro_batches * (2 if config.train.micro_batches > 1 else 1)
-    collectives = in_target * config.train.micro_batches + in_online * (passes + config.train.micro_batches)
-    norms = collectives * latency
-    return {
-        "gradients": (gradients, max(0.0, gradients - m["overlap"] * times["backward"])),
-        "keys": (keys, max(0.0, keys - times["online forward"])),
-        "batch norm": (norms, norms),
-    }
+    waits = {part.name: part.seconds for part in _gpu_parts(config, options, m, dry)}
+    moved = {"gradients": 2 * (n - 1) / n * dry.gradient_bytes, "keys": (n - 1) * dry.key_bytes}
+    hidden = {"gradients": m["overlap"] * waits["backward"], "keys": waits["online forward"]}
+    times = {name: moved.get(name, 0.0) / bus + count * latency for name, count in counts.items()}
+    return {name: (time, max(0.0, time - hidden.get(name, 0.0))) for name, time in times.items()}
 
 
 def _decode_capacity(options: PlanOptions, m: Machine) -> dict[str, float]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vito_fast.checkpoint import Checkpoint
 from vito_fast.config import Config
-from vito_fast.distributed import PendingKeys, World, mean_over_ranks
+from vito_fast.distributed import PendingKeys, World, mean_over_ranks, replicate
 from vito_fast.errors import UserError
-from vito_fast.loss import accuracy, attention_entropy, chance, embedding_std, objective
+from vito_fast.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
 from vito_fast.model.pair import normalise
@@ -26,8 +26,8 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
 
 
-def _compiled(part: Any) -> Any:
-    return torch.compile(part)
+def _compiled(part: Any, mode: str | None = None) -> Any:
+    return torch.compile(part, mode=mode)
 
 
 class Trainer:
@@ -45,17 +45,15 @@ class Trainer:
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
-        self.online: nn.Module = _compiled(model.online) if config.train.compile else model.online
-        self.target: nn.Module = _compiled(model.target) if config.train.compile else model.target
+        self.online: nn.Module = model.online
+        self.target: nn.Module = model.target
         self._update, self._average = self.optimizer.step, model.update_target
         if config.train.compile:
+            mode = "reduce-overhead" if config.train.cuda_graphs else None  # not of the update: it changes its inputs
+            self.online, self.target = _compiled(model.online, mode), _compiled(model.target, mode)
             self._update, self._average = _compiled(self._update), _compiled(self._average)
         if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            single = config.train.micro_batches == 1
-            self.online = nn.parallel.DistributedDataParallel(
-                self.online, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=single
-            )
+            self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
 
     def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool, total: int | None = None) -> dict[str, Any]:
         """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for.
@@ -70,6 +68,10 @@ class Trainer:
         buffers_before = [b.clone() for b in buffers]
         for p in self.model.online.parameters():
             p.grad = None
+        if (
+            self.config.train.cuda_graphs
+        ):  # whatever the graphs returned in the last step may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
 
         with torch.no_grad(), named("target"):  # keys first: they travel while the online branch runs
             keys = [self._forward(self.target, part)[0] for part in parts]
@@ -158,6 +160,7 @@ class Trainer:
             "loss_scale": by_scale,
             "accuracy_scale": accuracy(queries, keys, config),
             "embedding_std_scale": embedding_std(queries),
+            "embedding_rank_scale": embedding_rank(queries),
             "attention_entropy_scale": attention_entropy(weights),
         }
         scalars = [by_scale.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]

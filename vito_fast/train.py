@@ -53,6 +53,11 @@ def train(
 
 
 def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
+    if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
+        where = (
+            "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs: batch norm over ranks waits for the host"
+        )
+        raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
     run = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     trainer = Trainer(config, world, len(loader))
@@ -91,7 +96,7 @@ def _train(config: Config, world: World, resume: bool, max_steps: int | None, pr
 
     stop = StopSignal()
     clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
-    alarm, progress = monitor.CollapseAlarm(config.train.collapse_std), Progress(last, start, world.main)
+    alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
     batches = _endless(loader)
     tracer = Profile(run / "profile", world.device) if profile and world.main else None
     gc.collect()

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from vito_fast.data.pack import pack
+from vito_fast.data.sampler import SamplerConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +36,19 @@ def store(tmp_path_factory):
         write_video(folder / f"{seed}.mp4", seed)
     assert pack(folder, packed, progress=False, processes=1).clips == 9
     return packed
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    """A run of 120 steps that saves each of them: nine clips in batches of four, so two steps an epoch."""
+    return Config(
+        name="whole",
+        data=DataConfig(store=str(store), threads=1),
+        sampler=SamplerConfig(size=32),
+        model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
+        optimizer=OptimizerConfig(base_lr=16.0),
+        schedule=ScheduleConfig(epochs=60, warmup_epochs=1, base_ema=0.9),
+        train=TrainConfig(
+            batch_size=4, device="cpu", log_every=5, checkpoint_every=1, evaluate_clips=4, runs=str(tmp_path / "runs")
+        ),
+    )

@@ -14,6 +14,7 @@ from vito_fast.data.sampler import SamplerConfig
 from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, graph_breaks
 from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda
+from vito_fast.model import VitoModel
 from vito_fast.model.pair import Branch
 
 SMALL = Config(
@@ -138,17 +139,24 @@ def test_finds_what_a_gpu_would_stumble_over(add, says):
     assert "test_dryrun.py" in problems[0]  # where, not only what
 
 
+def breaking(owner, name):
+    """``owner.name`` with a graph break before it."""
+    honest = getattr(owner, name)
+
+    def method(self, *given):
+        torch._dynamo.graph_break()
+        return honest(self, *given)
+
+    return mock.patch.object(owner, name, method)
+
+
 def test_finds_graph_breaks():
     assert graph_breaks(SMALL) == []
-    honest = Branch.forward
-
-    def forward(self, images):
-        torch._dynamo.graph_break()
-        return honest(self, images)
-
-    with mock.patch.object(Branch, "forward", forward):
-        problems = dry_run(with_train(compile=True)).problems
-    assert any("graph break in the online branch" in p for p in problems)
+    with breaking(Branch, "forward"), breaking(step.Lars, "_adapt"), breaking(VitoModel, "averaged_pairs"):
+        tiny = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, backbone="timm:test_resnet"))
+        problems = dry_run(with_train(tiny, compile=True, cuda_graphs=True)).problems
+    for part in ("online branch", "target branch", "optimiser's step", "target's average"):
+        assert any(problem.startswith(f"graph break in the {part}: ") for problem in problems), part
 
 
 def test_a_read_of_the_gpu_between_ops_is_refused():

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from vito_fast.checkpoint import checkpoints, read
-from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
-from vito_fast.data.sampler import SamplerConfig
+from vito_fast.config import save_config
 from vito_fast.distributed import _store_of_this_attempt
 from vito_fast.metrics import TIMINGS, read_rows
 
@@ -21,19 +20,9 @@ STEPS = 40
 
 
 @pytest.fixture
-def config(store, tmp_path):
-    """Nine clips in batches of four: two steps an epoch."""
-    return Config(
-        name="whole",
-        data=DataConfig(store=str(store), threads=1),
-        sampler=SamplerConfig(size=32),
-        model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
-        optimizer=OptimizerConfig(base_lr=16.0),
-        schedule=ScheduleConfig(epochs=STEPS / 2, warmup_epochs=1, base_ema=0.9),
-        train=TrainConfig(
-            batch_size=4, device="cpu", log_every=1, checkpoint_every=5, evaluate_clips=4, runs=str(tmp_path / "runs")
-        ),
-    )
+def config(config):
+    train = dataclasses.replace(config.train, log_every=1, checkpoint_every=5)
+    return dataclasses.replace(config, train=train, schedule=dataclasses.replace(config.schedule, epochs=STEPS / 2))
 
 
 def folder(config):

@@ -15,7 +15,7 @@ from vito_fast.errors import UserError
 from vito_fast.hardware import COMMON, GPUS, machine
 from vito_fast.ledger import Ledger, fake_cuda, to_fake_cuda
 from vito_fast.model.resnet import resnet50
-from vito_fast.plan import PlanOptions, predict
+from vito_fast.plan import PlanOptions, collectives, predict
 from vito_fast.plan_report import run
 
 PAPER = "vito_r50_8xh100"
@@ -66,7 +66,9 @@ def test_the_papers_setting_by_hand(capsys):
     assert plan["kwh"] == pytest.approx(plan["hours"] * 10.2 * 0.85)
     gradients = 4 * 47_680_578
     assert plan["gpu_memory"]["gradients"] == gradients
-    assert plan["communication"]["gradients"]["takes"] == pytest.approx(2 * 7 / 8 * gradients / (450e9 * 0.8) + 20e-6)
+    assert plan["communication"]["gradients"]["takes"] == pytest.approx(
+        2 * 7 / 8 * gradients / (450e9 * 0.8) + 9 * 20e-6  # one bucket of 1 MiB and eight of 25
+    )
     assert plan["communication"]["gradients"]["exposed"] == 0
     assert plan["store_bytes"] == pytest.approx(1_180_000 * 5021 * 1024)
     assert plan["fits"]
@@ -144,7 +146,9 @@ def test_strong_scaling_and_the_network(small):
     assert compute(one) == pytest.approx(8 * compute(eight), rel=0.05)
     payload = 4 * eight.dry.parameters
     bus = min(GPUS["h100"]["link"].value, GPUS["h100"]["node_network"].value) * COMMON["link_efficiency"].value
-    assert many.communication["gradients"][0] == pytest.approx(2 * 15 / 16 * payload / bus + 40e-6)
+    assert many.communication["gradients"][0] == pytest.approx(
+        2 * 15 / 16 * payload / bus + collectives(config, many.dry)["gradients"] * 40e-6
+    )
 
 
 def test_calibration_replaces_constants_and_says_so(tmp_path, small, capsys):

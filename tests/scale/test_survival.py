@@ -7,31 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from vito_fast.checkpoint import checkpoints, read
-from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
-from vito_fast.data.sampler import SamplerConfig
+from vito_fast.config import save_config
 
 KILLS = 20
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def config(store, tmp_path):
-    """Nine clips in batches of four: two steps an epoch."""
-    return Config(
-        name="whole",
-        data=DataConfig(store=str(store), threads=1),
-        sampler=SamplerConfig(size=32),
-        model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
-        optimizer=OptimizerConfig(base_lr=16.0),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=1, base_ema=0.9),
-        train=TrainConfig(
-            batch_size=4, device="cpu", log_every=5, checkpoint_every=1, evaluate_clips=4, runs=str(tmp_path / "runs")
-        ),
-    )
 
 
 def test_kill_9_at_twenty_random_moments_ends_in_the_same_weights(config, tmp_path):

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
+from vito_fast import checkpoint
 from vito_fast.checkpoint import Checkpointer, checkpoints, find, path_of, read, read_newest, write
 from vito_fast.errors import UserError
 
@@ -98,6 +100,24 @@ def test_saving_copies_before_it_returns(tmp_path):
     assert read(path).tensors["a"].abs().max() == 0
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*given):
+        begun.set()
+        assert go_on.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    saver = Checkpointer(tmp_path, keep_last=1)
+    path = saver.save(1, {"a": torch.zeros(3)}, {"step": 1})  # returns, though the disk does not
+    assert begun.wait(60)
+    assert not path.exists()
+    go_on.set()
+    saver.close()
+    assert read(path).state == {"step": 1}
+
+
 def test_a_failed_write_is_raised_and_leaves_nothing(tmp_path):
     saver = Checkpointer(tmp_path / "c", keep_last=1)
     (tmp_path / "c").rmdir()
@@ -109,6 +129,7 @@ def test_a_failed_write_is_raised_and_leaves_nothing(tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
+from vito_fast import checkpoint
 from vito_fast.checkpoint import Checkpointer
 saver = Checkpointer(Path(sys.argv[1]), keep_last=3)
 for step in range(1, 100000):

@@ -79,6 +79,11 @@ def test_defaults_are_the_methods():
         ("loss:\n  temperature: 0\n", "loss.temperature must be above 0, got 0.0"),
         ("train:\n  batch_size: 1.5\n", "'train.batch_size' must be a whole number, got 1.5 (float)"),
         ("train:\n  batch_size: -2\n", "train.batch_size must be at least 1, got -2"),
+        ("train: {cuda_graphs: true}\n", "train.cuda_graphs must be false without train.compile, got True"),
+        (
+            "train: {cuda_graphs: true, compile: true, device: cpu}\n",
+            "train.cuda_graphs must be false without a GPU, got True",
+        ),
         ("train: 3\n", "'train' is a section"),
         ("model:\n  predictor: 1\n", "'model.predictor' must be true or false, got 1 (int)"),
         ("loss:\n  kind: bryol\n", "must be one of contrastive, byol, got 'bryol'; did you mean 'byol'?"),

@@ -1,5 +1,7 @@
 """Exported files load into plain torchvision and timm networks and give the same features, bit for bit."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -135,6 +137,19 @@ def test_overlay_is_red_where_the_weight_is():
     picture = overlay(np.full((1, 64, 64, 3), 128, np.uint8), maps)[0].astype(int)
     assert picture[0, 0, 0] > picture[0, 0, 2] + 30
     assert picture[63, 63, 2] > picture[63, 63, 0] + 30
+
+
+def test_a_map_that_is_not_finite_leaves_its_frame_grey():
+    import numpy as np
+
+    maps = torch.ones(3, 2, 2).cumsum(2)
+    maps[1, 0, 1], maps[2] = torch.nan, torch.inf
+    frames = np.full((3, 64, 64, 3), (90, 120, 150), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = overlay(frames, maps)
+    assert (drawn[1:] == 120).all()
+    np.testing.assert_array_equal(drawn[:1], overlay(frames[:1], maps[:1]))
 
 
 @pytest.mark.parametrize("bad", ["missing", "text", "empty"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from vito_fast.config import LossConfig
-from vito_fast.loss import Keys, accuracy, attention_entropy, chance, embedding_std, objective
+from vito_fast.loss import Keys, accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 
 
 def explicit(queries, keys, video, first, config):
@@ -114,5 +114,11 @@ def test_collapse_alarm_and_attention_entropy():
     spread = normalize(torch.randn(2, 4096, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert embedding_std([spread]).item() == pytest.approx(1, abs=0.02)
     assert embedding_std([spread[:, :1].expand(2, 64, 64)]).item() == 0
+    assert embedding_rank([spread]).item() == pytest.approx(64 / (1 + 64 / 4096), rel=0.01)  # of so many random rows
+    few = spread.clone()
+    few[..., 3:] = 0
+    assert embedding_rank([few]).item() == pytest.approx(3, rel=0.01)
+    assert embedding_rank([few[:, :2]]).item() == pytest.approx(1)  # two clips
+    assert embedding_rank([torch.zeros(2, 64, 64)]).item() == 0
     assert attention_entropy([torch.full((3, 16), 1 / 16)]).item() == pytest.approx(1)
     assert attention_entropy([torch.eye(16)]).item() == 0

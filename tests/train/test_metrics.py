@@ -15,8 +15,9 @@ from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, model_flops
 from vito_fast.errors import UserError
 from vito_fast.hardware import GPUS, arithmetic_peak
+from vito_fast.loss import embedding_rank, embedding_std
 from vito_fast.metrics import Clock, Recorder
-from vito_fast.monitor import CollapseAlarm
+from vito_fast.monitor import CollapseAlarm, knn_top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(
@@ -78,7 +79,7 @@ def test_mfu_counts_the_method_not_what_saves_memory(monkeypatch):
 
 
 def test_the_collapse_alarm_rings_once_per_onset(capsys):
-    alarm = CollapseAlarm(0.05)
+    alarm = CollapseAlarm(TrainConfig(collapse_std=0.05), 1)
     spreads = [(0.9, 0.8), (0.04, 0.8), (0.01, 0.02), (0.5, 0.5), (math.nan, 0.5), (0.5, 0.0)]
     found = [
         alarm({"step": i, "embedding_std_scale0": a, "embedding_std_scale1": b, "loss": 0.0})["collapsed_scales"]
@@ -88,6 +89,32 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in said] == ["step 1", "step 5"]
     assert "embedding_std_scale0 0.04" in said[0]
+
+
+def test_the_collapse_alarm_sees_a_line_that_the_spread_does_not_show(capsys):
+    train = TrainConfig(batch_size=64, collapse_rank=2.0)
+    line = torch.zeros(2, 64, 32)
+    line[..., 0] = torch.arange(-31.5, 32.5).sign()  # the two ends of a diameter: as spread as one dimension allows
+    whole = torch.nn.functional.normalize(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    spread, rank = embedding_std([line, whole]).tolist(), embedding_rank([line, whole]).tolist()
+    assert spread[0] == pytest.approx(32**0.5 / 32)
+    row = {"step": 3} | {f"embedding_std_scale{i}": value for i, value in enumerate(spread)}
+    row |= {f"embedding_rank_scale{i}": value for i, value in enumerate(rank)}
+    assert CollapseAlarm(train, 1)(row) == {"collapsed_scales": 1}
+    assert "step 3: embeddings collapse: embedding_rank_scale0 1 (" in capsys.readouterr().out
+    assert CollapseAlarm(train, 8)(row) == {"collapsed_scales": 0}  # of eight clips a rank one expects no more
+
+
+def test_neighbours_of_other_videos_vote_with_their_weight():
+    pairs = torch.tensor([[1, 0.0], [1, 0], [1, 0.1], [1, 0.1]])  # a frame's own video would always be right
+    assert knn_top1(pairs, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])) == 0
+    angles = torch.tensor([0, 5, 40, 44, 48]).deg2rad()  # the first two have one near friend and three far others
+    near = torch.stack([angles.cos(), angles.sin()], 1) * torch.arange(1, 6)[:, None]  # by direction, not length
+    assert knn_top1(near, torch.tensor([0, 0, 1, 1, 1]), torch.arange(5)) == 1
+    # One at cosine 0.9 from five of its class (383 000 each), and 0.8 from forty others (92 000), of whom 15 are heard.
+    rows = torch.tensor([[1, 0, 0]] + 5 * [[0.9, 0.19**0.5, 0]] + 40 * [[0.8, 0, 0.6]])
+    assert knn_top1(rows, torch.tensor(6 * [0] + 40 * [1]), torch.arange(46)) == 1
+    assert math.isnan(knn_top1(rows / 0, torch.zeros(46, dtype=torch.int64), torch.arange(46)))
 
 
 def test_a_threshold_of_collapse_that_cannot_be_is_refused():

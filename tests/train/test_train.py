@@ -18,6 +18,7 @@ from vito_fast.checkpoint import checkpoints, find, read
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
+from vito_fast.data.store import Store
 from vito_fast.errors import UserError
 from vito_fast.metrics import TIMINGS, RowFile, read_rows
 from vito_fast.model.pair import Branch
@@ -137,6 +138,27 @@ def test_a_picture_shows_evaluation_mode_and_leaves_the_branch_training(config, 
     assert all(torch.equal(v, before[k]) for k, v in branch.state_dict().items())
     monitor.picture(branch.eval(), frames, tmp_path / "evaluated.png")
     assert (tmp_path / "trained.png").read_bytes() == (tmp_path / "evaluated.png").read_bytes()
+
+
+def test_folders_of_videos_are_classes_at_evaluations(config, make_clip, tmp_path):
+    for folder, seeds in (("train/cats", range(4)), ("test/dogs", range(4, 6))):
+        (tmp_path / folder).mkdir(parents=True)
+        for seed in seeds:
+            make_clip(tmp_path / folder / f"{seed}.mp4", seed)
+    pack(tmp_path, tmp_path / "store", progress=False, processes=1)
+    classes = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path / "store")))
+    train(classes, max_steps=1)
+    (found,) = (row for row in rows(classes, "evaluations.jsonl") if row["step"] == 1)
+    assert found["knn_chance"] == 4 / 6
+    assert 0 <= found["knn_top1"] <= 1
+    frames = monitor.draw(classes, 6)
+    sources = [Store(tmp_path / "store").index.clip(clip).source for clip in range(6)]  # a clip is a video here
+    assert ["cats" in sources[video] for video in frames.video] == frames.label.eq(0).tolist()
+    assert sorted(frames.video.unique().tolist()) == list(range(6))
+    assert monitor.draw(config, 9).label is None  # all in no folder
+    loose = dataclasses.replace(config, name="loose")
+    train(loose, max_steps=1)
+    assert not any(key.startswith("knn") for row in rows(loose, "evaluations.jsonl") for key in row)
 
 
 def test_a_damaged_clip_costs_the_pictures_and_not_the_run(config, monkeypatch, capsys):
@@ -270,8 +292,11 @@ def test_user_mistakes_are_user_errors(config, tmp_path):
         "cannot write": dataclasses.replace(config, train=dataclasses.replace(config.train, runs="/proc/nowhere")),
         "no usable GPU": dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda")),
     }
+    graphs = dataclasses.replace(config.train, compile=True, cuda_graphs=True)
+    cases["cuda_graphs is for one GPU, and this run is on the CPU"] = dataclasses.replace(config, train=graphs)
     if torch.cuda.is_available():
-        del cases["no usable GPU"]
+        for says in [says for says in cases if "GPU" in says]:
+            del cases[says]
     for says, wrong in cases.items():
         with pytest.raises(UserError, match=says) as error:
             train(wrong)
