@@ -68,9 +68,7 @@ class Trainer:
         buffers_before = [b.clone() for b in buffers]
         for p in self.model.online.parameters():
             p.grad = None
-        if (
-            self.config.train.cuda_graphs
-        ):  # whatever the graphs returned in the last step may be overwritten from here on
+        if self.config.train.cuda_graphs:  # what the graphs returned in the last step may be overwritten from here on
             torch.compiler.cudagraph_mark_step_begin()
 
         with torch.no_grad(), named("target"):  # keys first: they travel while the online branch runs
