@@ -40,7 +40,7 @@ class Trainer:
         if config.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if world.size > 1:
-            convert_sync_batchnorm(model, world.device)
+            convert_sync_batchnorm(model)
         self.model = model.train()
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)

@@ -54,9 +54,7 @@ def train(
 
 def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
     if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
-        where = (
-            "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs: batch norm over ranks waits for the host"
-        )
+        where = "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs, whose collectives would be captured"
         raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
     run = Path(config.train.runs) / config.name
     loader = make_loader(config, world)

@@ -37,7 +37,7 @@ def _rank(rank, ranks, port, folder):
     world = join("cpu")
     trainer = Trainer(CONFIG, world, 5)
     if ranks == 1:  # the batch norm that several ranks have, which is not torch's fused one
-        convert_sync_batchnorm(trainer.model, world.device)
+        convert_sync_batchnorm(trainer.model)
     views = tuple(torch.randn(CLIPS // ranks, 3, 64, 64) for _ in range(2))
     spent = []
     for _ in range(8):

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vito_kernels.collectives import start_gather
+
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
@@ -32,22 +34,20 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             count.copy_(value)
 
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` with each BatchNorm taking its statistics over all ranks: torch's on CUDA, ``CpuSyncBatchNorm``
-    elsewhere."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """``module`` with each BatchNorm taking its statistics over all ranks (``SyncBatchNorm``)."""
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        module.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]  # same parameters, buffers and names; only forward differs
+        module.__class__ = SyncBatchNorm  # type: ignore[assignment]  # same parameters, buffers and names; only forward differs
     for child in module.children():
-        convert_sync_batchnorm(child, device)
+        convert_sync_batchnorm(child)
     return module
 
 
-class CpuSyncBatchNorm(_BatchNorm):
-    """Batch norm over the concatenation of all ranks' batches (unequal ones too), which torch offers on CUDA alone.
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the concatenation of all ranks' batches, unequal ones too but none empty.
 
-    Input (B,C) or (B,C,H,W). Means and squared deviations are reduced one after the other, so nothing cancels.
+    Input (B,C) or (B,C,H,W). torch has it for CUDA alone, and there looks for empty batches, for which the host waits
+    in every layer. On the CPU means and squared deviations are reduced one after the other, so nothing cancels.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -57,6 +57,11 @@ class CpuSyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        if x.is_cuda:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            running = self.running_mean, self.running_var, self.momentum
+            return _CudaNorm.apply(x, self.weight, self.bias, *running, self.eps)
         axes = [d for d in range(x.dim()) if d != 1]
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         sums = torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])])
@@ -79,6 +84,51 @@ class CpuSyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased, self.momentum)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+
+
+class _CudaNorm(torch.autograd.Function):
+    """By torch's CUDA kernels for the purpose: the ranks gather (mean, 1 / deviation, count), (R, 2 C + 1); back go two
+    sums of C numbers. Moves ``running_mean`` and ``running_var``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = _dense(x)
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        count = mean.new_full((1,), x.numel() // x.shape[1])
+        everyone, transfer = start_gather(torch.cat([mean, invstd, count])[None], [1] * dist.get_world_size())
+        transfer.wait()
+        means, invstds, counts = (part.contiguous() for part in everyone[:, 0].split([len(mean), len(mean), 1], 1))
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, momentum, eps, counts.flatten()
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = _dense(grad)
+        sums = torch.batch_norm_backward_reduce(grad, x, mean, invstd, weight, True, True, True)
+        sum_dy, sum_dy_xmu, g_weight, g_bias = sums
+        total = torch.stack([sum_dy, sum_dy_xmu])
+        dist.all_reduce(total)
+        gx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, total[0], total[1], counts)
+        return gx, g_weight, g_bias, None, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 class _AllReduceSum(torch.autograd.Function):
