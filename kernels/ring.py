@@ -55,16 +55,23 @@ class _Ring:
     def of(cls, sizes: list[int], group: Group) -> _Ring:
         return cls(sizes, dist.get_rank(group), group)
 
-    def _pass_on(self, rows: Rows, coming: int) -> _Transfer:
-        """Starts to send ``rows`` to the next rank and to receive those of as many tensors of ``coming`` rows."""
+    def _pass_on(self, rows: Rows, coming: int, tag: int) -> _Transfer:
+        """Starts to send ``rows`` to the next rank and to receive those of as many tensors of ``coming`` rows; ``tag``
+        keeps blocks apart from what follows them.
+        """
         ranks = len(self.sizes)
         if ranks == 1 or not rows:
             return _Transfer(rows, rows, [])
         sent = tuple(x.contiguous() for x in rows)
         received = tuple(x.new_empty(coming, *x.shape[1:]) for x in rows)
         following, previous = (self.rank + 1) % ranks, (self.rank - 1) % ranks
-        out = [dist.P2POp(dist.isend, x, group=self.group, group_peer=following) for x in sent]
-        into = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=previous) for x in received]
+        out = [
+            dist.P2POp(dist.isend, x, group=self.group, tag=tag + i, group_peer=following) for i, x in enumerate(sent)
+        ]
+        into = [
+            dist.P2POp(dist.irecv, x, group=self.group, tag=tag + i, group_peer=previous)
+            for i, x in enumerate(received)
+        ]
         return _Transfer(sent, received, dist.batch_isend_irecv(out + into))
 
     def travel(
@@ -79,10 +86,10 @@ class _Ring:
         results = None
         for hop in range(ranks):
             coming = self.sizes[(self.rank - hop - 1) % ranks]  # after the last hop, this rank's own results
-            following = self._pass_on(block, coming) if hop < ranks - 1 else None
+            following = self._pass_on(block, coming, 0) if hop < ranks - 1 else None
             found = visit(block, hop == 0)
             if merge is not None:
-                results = self._pass_on(found if results is None else merge(results.wait(), found), coming)
+                results = self._pass_on(found if results is None else merge(results.wait(), found), coming, 16)
             if following is not None:
                 block = following.wait()
         return () if results is None else results.wait()
