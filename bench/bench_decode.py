@@ -140,8 +140,9 @@ def test_copy_store(race: Any, gop: int) -> None:
     decode_race(race, "decode_copy", {"side": 256, "GOP": gop}, files, len(asked), mine, asked)
 
 
-@pytest.mark.parametrize("format", ["jpeg", pytest.param("h264", marks=pytest.mark.full)])
-def test_packed_store(race: Any, quick: bool, format: str) -> None:
+@pytest.mark.full
+@pytest.mark.parametrize("format", ["jpeg", "h264"])
+def test_packed_store(race: Any, format: str) -> None:
     """Stores coded anew at 256p, against the readers on the 720p originals with a key every 250 frames."""
     files = originals(720, 250, 2)
     asked = requests(len(files), 2)

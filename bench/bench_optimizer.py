@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -28,14 +29,21 @@ def shapes() -> list[tuple[int, ...]]:
 
 
 def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
-    """Weights and gradients drawn anew, always the same."""
+    """New parameters with the same weights and gradients each time."""
+    found = []
+    for weight, gradient in _drawn(tuple(shapes), device):
+        found.append(nn.Parameter(weight.clone()))
+        found[-1].grad = gradient.clone()
+    return found
+
+
+@cache
+def _drawn(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for shape in shapes:
-        parameter = nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device))
-        parameter.grad = (0.001 * torch.randn(shape, generator=generator)).to(device)
-        drawn.append(parameter)
-    return drawn
+    return [
+        tuple((scale * torch.randn(shape, generator=generator)).to(device) for scale in (0.02, 0.001))
+        for shape in shapes
+    ]
 
 
 def some(tensors: list[Tensor]) -> Result:

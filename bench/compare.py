@@ -2,8 +2,8 @@
 thresholds.
 
 *Timed* figures are ratios within one run: our time over the time of each anchor (limit, reference, peers) of the same
-case. A case is slower by the median, over its anchors, of how much that ratio grew, taken from medians, from CPU time
-and from the fastest rounds: an anchor that had a bad day is outvoted. *Counted* figures (flops, peak memory,
+case. A case is slower by the median, over its anchors, of how much that ratio grew: an anchor that had a bad day is
+outvoted. *Counted* figures (flops, peak memory,
 instructions, packets per frame, registers, spills) are exact, so that next to nothing is allowed. A case or figure
 that disappeared counts as a regression.
 
@@ -119,19 +119,9 @@ def _case_changes(name: str, old: Record, new: Record, slack: float) -> list[Cha
 
 def slowdown(old: Record, new: Record) -> float | None:
     """By which factor our time grew against the anchors that both runs share; None without any."""
-    mine, yours = _ours(old), _ours(new)
     anchors = {row["name"]: row for row in old["candidates"] if row["role"] in ANCHORS and "speedup" in row}
-    votes = []
-    for row in new["candidates"]:
-        anchor = anchors.get(row["name"])
-        if anchor is None or "speedup" not in row:
-            continue
-        votes.append(anchor["speedup"] / row["speedup"])
-        figures = ("low_s", "cpu_s") if new["device"] == "cpu" else ("low_s",)
-        for figure in figures:
-            values = anchor.get(figure), mine.get(figure), row.get(figure), yours.get(figure)
-            if all(values):
-                votes.append((values[0] / values[1]) / (values[2] / values[3]))
+    shared = [row for row in new["candidates"] if row["name"] in anchors and "speedup" in row]
+    votes = [anchors[row["name"]]["speedup"] / row["speedup"] for row in shared]
     return statistics.median(votes) if votes else None
 
 

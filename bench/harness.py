@@ -6,7 +6,7 @@ Order of events, in one process and on the same inputs:
 time, and when it is ours the race ends as a test failure;
 2. warm-up, which also finds how many rounds the time budget allows;
 3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
-two candidates is the median over the rounds of the ratio *within* a round;
+two candidates is the :func:`centre` over the rounds of the ratio *within* a round;
 4. peak memory and flops, counted in a run of their own.
 
 The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
@@ -16,6 +16,7 @@ pytest-benchmark.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from bench.memory import cost
 Role = Literal["ours", "reference", "peer", "context", "limit"]
 Result = Sequence[Tensor]
 
-SHORT = 2e-3  # seconds: samples of calls below this are made of several calls
+SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 MICRO = 2e-4  # seconds: on CUDA, calls below this are replayed as a graph
 FEW_ROUNDS = 5  # for candidates that alone would take more than their share of the budget
 
@@ -88,7 +89,6 @@ class _Runner:
     estimate: float = 0.0
     sample: Callable[[], object] | None = None
     times: dict[int, float] = field(default_factory=dict)
-    cpu_times: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     flops: int | None = None
 
@@ -104,7 +104,7 @@ class _Runner:
         if self.times:
             ordered = sorted(self.times.values())
             row |= {"median_s": self.median, "low_s": ordered[0], "spread": spread(ordered)}
-            row |= {"rounds": len(ordered), "repeats": self.repeats, "cpu_s": statistics.median(self.cpu_times)}
+            row |= {"rounds": len(ordered), "repeats": self.repeats}
         if self.peak_bytes is not None:
             row |= {"peak_bytes": self.peak_bytes, "flops": self.flops}
         return row
@@ -114,6 +114,16 @@ def spread(ordered: Sequence[float]) -> float:
     """Interquartile range over the median, from sorted samples."""
     count = len(ordered)
     return (ordered[(3 * count) // 4] - ordered[count // 4]) / ordered[count // 2] if count > 1 else 0.0
+
+
+def centre(ratios: Sequence[float]) -> float:
+    """The Hodges-Lehmann estimate on the logarithms: the median over all pairs of the pair's geometric mean.
+
+    As robust as need be (three samples in ten may be anything), and it wastes less of few samples than the median does:
+    over 16 ratios in 5 processes, two runs of 9 rounds differed by 7.7 % (root mean square) instead of 8.3 %, by 9.3 %
+    with the fastest quarter of the samples.
+    """
+    return statistics.median(math.sqrt(a * b) for i, a in enumerate(ratios) for b in ratios[i:])
 
 
 def relative_error(got: Result, truth: Result) -> float:
@@ -281,9 +291,7 @@ class Race:
 
     def _sample(self, runner: _Runner) -> None:
         assert runner.sample is not None
-        start = time.process_time()
         runner.times[self._round] = self._timed(runner.sample) / runner.repeats
-        runner.cpu_times.append((time.process_time() - start) / runner.repeats)
 
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
@@ -311,10 +319,10 @@ class Race:
         return self.record()
 
     def speedup(self, runner: _Runner) -> dict[str, float]:
-        """How many times as fast as ``runner`` we are: median and spread of the ratio within a round."""
+        """How many times as fast as ``runner`` we are: centre and spread of the ratio within a round."""
         common = [turn for turn in runner.times if turn in self.ours.times]
         ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in common)
-        return {"speedup": statistics.median(ratios), "speedup_spread": spread(ratios)}
+        return {"speedup": centre(ratios), "speedup_spread": spread(ratios)}
 
     def record(self) -> dict[str, Any]:
         """The case as it goes into the results file."""

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,8 +28,11 @@ KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=1
 def add(results: Path, quick: bool) -> None:
     """Adds ``static`` to a results file: ``counts`` by name, ``kernels`` as compiled, ``missing`` with reasons."""
     content = json.loads(results.read_text())
-    counts, missing = count()
-    kernels = [] if content["device"] == "cuda" else inspect(quick, missing)
+    with ThreadPoolExecutor(1) as beside:  # mostly waits for g++ and valgrind
+        counting = beside.submit(count)
+        kernels, unseen = ([], []) if content["device"] == "cuda" else inspect(quick)
+        counts, missing = counting.result()
+    missing += unseen
     for line in missing:
         print(f"not counted: {line}")
     content["static"] = {"counts": counts, "kernels": kernels, "missing": missing}
@@ -123,18 +126,20 @@ def _executed(command: list[str]) -> int:
     return int(match[1])
 
 
-def inspect(quick: bool, missing: list[str]) -> list[dict[str, Any]]:
-    """Records of ``vito_kernels.inspect`` for the kernels of the races' shapes, on Hopper alone for the quick set."""
+def inspect(quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of ``vito_kernels.inspect`` for the kernels of the races' shapes, on Hopper alone for the quick set;
+
+    and what could not be compiled.
+    """
     try:
         from vito_kernels.inspect import specs
     except ImportError as error:
-        missing.append(f"kernels: {error}")
-        return []
+        return [], [f"kernels: {error}"]
     chosen = {(module, number): None for part in KERNELS for module, number, _ in specs(part)}
     jobs = [(arch, *spec) for arch in ((90,) if quick else (80, 90, 100)) for spec in chosen]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return [record for records in pool.map(_compile, jobs) for record in records]
+        return [record for records in pool.map(_compile, jobs) for record in records], []
 
 
 def _compile(job: tuple[int, str, int]) -> list[dict[str, Any]]:

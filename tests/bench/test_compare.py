@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def candidate(name, role, median, speedup=None, **more):
     row = {"name": name, "role": role, "status": "ok", "reason": "", "median_s": median}
-    row |= {"low_s": median * 0.95, "cpu_s": median * 1.9}
     return row | ({"speedup": speedup} if speedup else {}) | more
 
 
@@ -72,17 +71,12 @@ def test_a_machine_slower_by_half_changes_nothing(results):
         for row in record["candidates"]:
             if row["status"] == "ok":
                 row["median_s"] *= 1.5
-                row["low_s"] *= 1.5
-                row["cpu_s"] *= 1.5
     assert worse(results, new) == []
 
 
 def test_one_anchor_with_a_bad_day_is_outvoted(results):
     new = copy.deepcopy(results)
-    reference = new["cases"][0]["candidates"][1]
-    reference["speedup"] *= 0.5
-    reference["low_s"] *= 0.5
-    reference["cpu_s"] *= 0.5
+    new["cases"][0]["candidates"][1]["speedup"] *= 0.5
     assert worse(results, new) == []
 
 
