@@ -82,7 +82,8 @@ def test_over_n(race: Any, device: torch.device, quick: bool, n: int) -> None:
     ]
     if n <= 8192 and not quick:
         candidates.insert(2, compiled(plain, q, k))
-    race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256))
+    options = {"budget": Budget(seconds=5.0, fewest=5, most=60)} if n > 8192 else {}
+    race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256), **options)
 
 
 @pytest.mark.full

@@ -18,7 +18,7 @@ import torch
 from bench import machine as machines
 from bench.clock import CudaClock, wall_clock
 from bench.harness import Budget, Candidate, Race, timestamp
-from bench.memory import keep_freed_memory
+from bench.memory import settle_malloc
 
 SCHEMA = 1
 QUICK = Budget(seconds=1.5, fewest=9, most=40)
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    keep_freed_memory()
+    settle_malloc()
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
