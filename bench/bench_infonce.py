@@ -69,7 +69,6 @@ def rows_of_truth(q: Tensor, k: Tensor, step: int) -> Callable[[], Result]:
         2048,
         pytest.param(4096, marks=FULL),
         pytest.param(8192, marks=FULL),
-        pytest.param(16384, marks=FULL),
     ],
 )
 def test_over_n(race: Any, device: torch.device, quick: bool, n: int) -> None:
@@ -80,16 +79,15 @@ def test_over_n(race: Any, device: torch.device, quick: bool, n: int) -> None:
         *one_sided(q, k, TEMPERATURE),
         matmuls(q, k, 2),
     ]
-    if n <= 8192 and not quick:
+    if n in (1024, 4096) and not quick:
         candidates.insert(2, compiled(plain, q, k))
-    options = {"budget": Budget(seconds=5.0, fewest=5, most=60)} if n > 8192 else {}
-    race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256), **options)
+    race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("n", [32768, 65536, 262144, 1048576])
+@pytest.mark.parametrize("n", [16384, 32768, 65536, 262144, 1048576])
 def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
-    """Where the matrix no longer fits: ours and the limit alone, for time and memory against N."""
+    """Where the matrix takes gigabytes: ours and the limit alone on a CPU, for time and memory against N."""
     if device.type == "cpu" and n > 65536:
         pytest.skip("for a GPU: hours on a CPU")
     q, k = pair(n, n, 256, device)
@@ -101,7 +99,7 @@ def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
     ]
     if device.type == "cuda" or n < 65536:
         candidates.append(matmuls(q, k, 2))
-    budget = Budget(seconds=1.0, fewest=3 if n < 65536 else 1, most=3)
+    budget = Budget(seconds=1.0, fewest=1, most=60)
     race(
         "info_nce",
         {"N": n, "D": 256},
@@ -117,14 +115,15 @@ def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("d", [64, 128, 192, 512, 1024])
 def test_over_d(race: Any, device: torch.device, d: int) -> None:
-    q, k = pair(4096, 4096, d, device)
+    n = 4096 if device.type == "cuda" else 2048
+    q, k = pair(n, n, d, device)
     candidates = [
         Candidate("vito_kernels", with_gradients(ours, q, k), "ours"),
         Candidate("reference", with_gradients(plain, q, k), "reference"),
         *one_sided(q, k, TEMPERATURE),
         matmuls(q, k, 2),
     ]
-    race("info_nce", {"N": 4096, "D": d}, candidates, truth=truth_of(plain, q, k), work=work(4096, 4096, d))
+    race("info_nce", {"N": n, "D": d}, candidates, truth=truth_of(plain, q, k), work=work(n, n, d))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=FULL)], ids=["bf16"])

@@ -86,6 +86,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     benchmark = request.getfixturevalue("benchmark") if timed else None
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
+        start = time.perf_counter()
         options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)
         if rounds := config.getoption("--rounds"):
             options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)
@@ -107,6 +108,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
         contest.count_cost()
         record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
+        record["seconds"] = round(time.perf_counter() - start, 1)
         if benchmark is not None:
             benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
         config.stash[RECORDS].append(record)
@@ -126,7 +128,7 @@ def _say(config: pytest.Config, record: dict[str, Any]) -> None:
     from bench.text import bytes_text, seconds_text
 
     write = config.get_terminal_writer().line
-    write(f"\n{record['id']}  ({record['rounds']} rounds)")
+    write(f"\n{record['id']}  ({record['rounds']} rounds, {record['seconds']:.0f} s)")
     for row in record["candidates"]:
         if row["status"] != "ok":
             write(f"  {row['name']:<34} {row['status']}: {row['reason']}")
