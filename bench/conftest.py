@@ -43,7 +43,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    settle_malloc()
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
@@ -87,6 +86,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
         start = time.perf_counter()
+        settle_malloc()
         options.setdefault("budget", QUICK if config.getoption("--quick") else FULL)
         if rounds := config.getoption("--rounds"):
             options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)

@@ -18,23 +18,25 @@ import torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
 from torch.profiler import ProfilerActivity, profile, record_function
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT = 1 << 25  # bytes; glibc takes no larger threshold
 
 
 def settle_malloc() -> bool:
-    """Puts glibc's malloc where its moving thresholds would end; False where the C library is another.
+    """Puts glibc's malloc where its moving thresholds end, with an empty heap; False where the C library is another.
 
     By default a block goes back to the system when it is freed, and is faulted in again page by page, if it is larger
-    than a threshold that grows with what was freed before, up to 32 MiB. How far it had grown differed by process, and
-    with it the time of every candidate that makes matrices of a few MiB: supcon's reference took up to twice as long.
-    Larger blocks are faulted in anew by every call, here as in any program.
+    than a threshold that grows with what was freed before, up to 32 MiB. How far it had grown, and how much lay free
+    below it, differed by process, and with it the time of all that makes matrices of a few MiB: supcon's reference
+    took up to twice as long. Larger blocks are faulted in anew by every call, here as in any program.
     """
+    libc = ctypes.CDLL(None)
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):
+        kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.malloc_trim(0)
+    except AttributeError:
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_TOP_PAD, 1 << 28)])
+    return bool(kept)
 
 
 @dataclass(frozen=True)
