@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -21,29 +20,29 @@ LEARNING_RATE, TAU = 0.2, 0.99
 PROBES = 8  # parameters, spread over the network, whose update is compared
 
 
+Drawn = list[tuple[Tensor, Tensor]]
+
+
 @pytest.fixture(scope="module")
-def shapes() -> list[tuple[int, ...]]:
-    """Of the parameters of the default online branch."""
+def drawn(device: torch.device) -> Drawn:
+    """(weights, gradient) of each parameter of the default online branch."""
     with torch.device("meta"):
-        return [tuple(p.shape) for p in Branch(ModelConfig(), predictor=True).parameters()]
-
-
-def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
-    """New parameters with the same weights and gradients each time."""
-    found = []
-    for weight, gradient in _drawn(tuple(shapes), device):
-        found.append(nn.Parameter(weight.clone()))
-        found[-1].grad = gradient.clone()
-    return found
-
-
-@cache
-def _drawn(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        shapes = [p.shape for p in Branch(ModelConfig(), predictor=True).parameters()]
     generator = torch.Generator().manual_seed(0)
-    return [
-        tuple((scale * torch.randn(shape, generator=generator)).to(device) for scale in (0.02, 0.001))
-        for shape in shapes
-    ]
+
+    def draw(scale: float, shape: torch.Size) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(device)
+
+    return [(draw(0.02, shape), draw(0.001, shape)) for shape in shapes]
+
+
+def parameters(drawn: Drawn, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """New parameters with these weights and gradients."""
+    found = []
+    for weight, gradient in drawn:
+        found.append(nn.Parameter(weight.to(dtype, copy=True)))
+        found[-1].grad = gradient.to(dtype, copy=True)
+    return found
 
 
 def some(tensors: list[Tensor]) -> Result:
@@ -79,9 +78,7 @@ def one_by_one(weights: list[Any], config: OptimizerConfig) -> Callable[[], None
     return step
 
 
-def package_peer(
-    name: str, module: str, shapes: list[tuple[int, ...]], device: torch.device, **options: Any
-) -> Candidate:
+def package_peer(name: str, module: str, drawn: Drawn, **options: Any) -> Candidate:
     """An optimiser class of another package, with weight decay and trust ratio on matrices and filters only."""
     config = OptimizerConfig()
     try:
@@ -89,32 +86,29 @@ def package_peer(
     except ImportError as error:
         return absent(name, f"not installed ({error})")
     optimizer_class = getattr(imported, "LARS", None) or imported.Lars
-    weights = parameters(shapes, device)
+    weights = parameters(drawn)
     adapted, plain = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() <= 1]
     groups = [{"params": adapted, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = optimizer_class(groups, lr=LEARNING_RATE, momentum=config.momentum, **options)
     return Candidate(name, once(optimizer.step, weights))
 
 
-def test_lars(race: Any, device: torch.device, shapes: list[tuple[int, ...]]) -> None:
+def test_lars(race: Any, device: torch.device, drawn: Drawn) -> None:
     config = OptimizerConfig()
-    weights, plain = parameters(shapes, device), parameters(shapes, device)
+    weights, plain = parameters(drawn), parameters(drawn)
     lars = Lars([(str(i), weight) for i, weight in enumerate(weights)], config)
     candidates = [
         Candidate("vito_fast", once(lambda: lars.step(LEARNING_RATE), weights), "ours"),
         Candidate("reference", once(one_by_one(plain, config), plain), "reference"),
-        package_peer("timm", "timm.optim.lars", shapes, device, trust_coeff=config.eta),
-        package_peer("lightly", "lightly.utils.lars", shapes, device, trust_coefficient=config.eta),
+        package_peer("timm", "timm.optim.lars", drawn, trust_coeff=config.eta),
+        package_peer("lightly", "lightly.utils.lars", drawn, trust_coefficient=config.eta),
     ]
     count = sum(weight.numel() for weight in weights)
     whole = torch.zeros(count, device=device)
     candidates.append(traffic([whole], [(whole, torch.empty_like(whole)), (whole, torch.empty_like(whole))]))
 
     def truth() -> Result:
-        doubles = [nn.Parameter(p.detach().double()) for p in parameters(shapes, device)]
-        for double, single in zip(doubles, parameters(shapes, device), strict=True):
-            assert single.grad is not None
-            double.grad = single.grad.double()
+        doubles = parameters(drawn, torch.float64)
         one_by_one(doubles, config)()
         return some(list(doubles))
 

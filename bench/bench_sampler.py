@@ -81,7 +81,7 @@ def test_samples(race: Any, index: Index, views: int) -> None:
 
 @pytest.mark.full
 def test_open(race: Any, tmp_path: Path) -> None:
-    """Opens an index of 1.2 million clips and asks for the last one; a bare read of the file is the limit."""
+    """Opens an index of 1.2 million clips and asks for the last one, beside a bare read of the file."""
     clips, frames = 1_200_000, 8
     make_index(tmp_path / "index.bin", clips, frames)
 
@@ -97,7 +97,7 @@ def test_open(race: Any, tmp_path: Path) -> None:
 
     candidates = [
         Candidate("vito_fast index", ours, "ours"),
-        Candidate("bare read of the file", read, "limit", "the index is mapped, not read: it may be faster"),
+        Candidate("bare read of the file", read, "context", "the index is mapped, not read"),
     ]
     truth = lambda: (torch.tensor([clips, clips - 1]),)  # noqa: E731
     race("index_open", {"clips": clips}, candidates, truth=truth, bound=0.0, device="cpu", memory=False)

@@ -3,9 +3,8 @@ thresholds.
 
 *Timed* figures are ratios within one run: our time over the time of each anchor (limit, reference, peers) of the same
 case. A case is slower by the median, over its anchors, of how much that ratio grew: an anchor that had a bad day is
-outvoted. *Counted* figures (flops, peak memory,
-instructions, packets per frame, registers, spills) are exact, so that next to nothing is allowed. A case or figure
-that disappeared counts as a regression.
+outvoted. *Counted* figures (flops, peak memory, instructions, packets per frame, registers, spills) are exact, so
+that next to nothing is allowed. A case or figure that disappeared counts as a regression.
 
 ``--confirm N`` runs the cases that look slower again, at most N times, and keeps the verdict only if it repeats:
 noise does not repeat, a slower kernel does. Exit status: 0 nothing got worse, 1 something did (named on the last

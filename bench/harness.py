@@ -291,9 +291,6 @@ class Race:
 
     def _sample(self, runner: _Runner) -> None:
         assert runner.sample is not None
-        if self.rounds == 1 and runner.estimate > self.budget.seconds:  # minutes, maybe: its check was timed
-            runner.times[self._round] = runner.estimate
-            return
         runner.times[self._round] = self._timed(runner.sample) / runner.repeats
 
     def count_cost(self) -> None:

@@ -23,12 +23,14 @@ LARGEST_KEPT = 1 << 25  # bytes; glibc takes no larger threshold
 
 
 def settle_malloc() -> bool:
-    """Puts glibc's malloc where its moving thresholds end, with an empty heap; False where the C library is another.
+    """Puts glibc's malloc where its moving thresholds end, and gives back what lies free; False where the C library is
+    another.
 
     By default a block goes back to the system when it is freed, and is faulted in again page by page, if it is larger
     than a threshold that grows with what was freed before, up to 32 MiB. How far it had grown, and how much lay free
     below it, differed by process, and with it the time of all that makes matrices of a few MiB: supcon's reference
-    took up to twice as long. Larger blocks are faulted in anew by every call, here as in any program.
+    took up to twice as long. Larger blocks are faulted in anew by every call, here as in any program, unless a
+    stretch of the heap lies free that holds them.
     """
     libc = ctypes.CDLL(None)
     try:

@@ -75,7 +75,7 @@ def _machine(results: Record) -> str:
         f"{results['threads']} threads{quick}</p>"
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
         "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
-        "figures are medians, ± is half the interquartile range, ratios are medians of the ratio within a round. "
+        "figures are medians, ± is half the interquartile range, ratios are centres of the ratio within a round. "
         "<em>ours ×2</em> means that vito-fast is twice as fast.</p>"
     )
 
