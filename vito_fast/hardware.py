@@ -34,7 +34,7 @@ _JPEG_A100 = (
     "with DALI and the New Hardware JPEG Decoder in NVIDIA A100 GPUs'), at 500x375 pixels an image"
 )
 _JPEG_OTHER = "assumption: an engine as fast as one core of the A100's; number of engines from the datasheet"
-_CPU = "no default: give --calibrate FILE (bench/scaling.py writes one)"
+_CPU = "no default: measure it and give --calibrate FILE"
 
 _GPU_UNITS = {
     "bf16": "flop/s",
@@ -146,6 +146,7 @@ COMMON: dict[str, Constant] = {
     "bandwidth_efficiency": Constant(0.72, "share of peak", _FITTED),
     "fused_efficiency": Constant(0.5, "share of peak", "assumption: the contrastive kernel, never timed"),
     "compile_bytes": Constant(0.35, "share", "assumption: pointwise traffic that is left when torch.compile fuses it"),
+    "launch": Constant(2e-6, "s an op", "assumption: from one kernel's end to the next one's work, in a full queue"),
     "link_efficiency": Constant(0.8, "share of peak", "assumption: bus bandwidth of large NCCL all-reduces"),
     "link_latency": Constant(20e-6, "s", "assumption: one small NCCL collective inside a node"),
     "network_latency": Constant(40e-6, "s", "assumption: one small NCCL collective across nodes"),

@@ -4,8 +4,9 @@ Everything here is a prediction. The step's arithmetic and traffic are counted, 
 (dryrun.py); rates come from one table with a source for each (hardware.py). A step takes as long as the slowest of what
 runs side by side:
 
-    GPU      views, target, online, loss, backward, optimiser, average, one after the other; each op takes the longer of
-             flops / (peak x efficiency) and bytes / (bandwidth x efficiency); plus the communication that nothing hides
+    GPU      views, target, online, loss, backward, optimiser, average, guards, one after the other; each op takes the
+             longer of flops / (peak x efficiency) and bytes / (bandwidth x efficiency), and a launch; plus the
+             communication that nothing hides
     decode   frames / capacity of the decoder chosen
     storage  bytes read / read rate of the nodes' drives
     link     bytes to the GPU / rate of its PCIe link
@@ -232,6 +233,7 @@ PARTS = {
     "backward": ("backward",),
     "optimiser": ("optimiser",),
     "moving average": ("average",),
+    "guards": ("guards",),
 }
 """The step's parts, and the dry run's phases that each one holds."""
 
@@ -250,8 +252,9 @@ def _gpu_parts(config: Config, options: PlanOptions, m: Machine, dry: DryRun) ->
             compute = op.flops / (peak * reach)
             traffic = op.bytes * share / (m["bandwidth"] * m["bandwidth_efficiency"])
             flops, moved = flops + count * op.flops, moved + count * op.bytes * share
-            seconds += count * max(compute, traffic) * crowding
-            arithmetic += count * compute * crowding if compute > traffic else 0.0
+            takes = count * (max(compute, traffic) + m["launch"] * share) * crowding
+            seconds += takes
+            arithmetic += takes if compute > traffic else 0.0
         if seconds:
             limit = "GPU arithmetic" if arithmetic > seconds / 2 else "GPU memory bandwidth"
             parts.append(Part(name, flops, moved, seconds, limit))

@@ -38,17 +38,28 @@ def store(tmp_path_factory):
     return packed
 
 
+@pytest.fixture(scope="session")
+def small_run(store):
+    """The configuration of a run in a folder, of 120 steps that saves each of them: nine clips in batches of four, so
+    two steps an epoch.
+    """
+
+    def configured(folder):
+        return Config(
+            name="whole",
+            data=DataConfig(store=str(store), threads=1),
+            sampler=SamplerConfig(size=32),
+            model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
+            optimizer=OptimizerConfig(base_lr=16.0),
+            schedule=ScheduleConfig(epochs=60, warmup_epochs=1, base_ema=0.9),
+            train=TrainConfig(
+                batch_size=4, device="cpu", log_every=5, checkpoint_every=1, evaluate_clips=4, runs=str(folder / "runs")
+            ),
+        )
+
+    return configured
+
+
 @pytest.fixture
-def config(store, tmp_path):
-    """A run of 120 steps that saves each of them: nine clips in batches of four, so two steps an epoch."""
-    return Config(
-        name="whole",
-        data=DataConfig(store=str(store), threads=1),
-        sampler=SamplerConfig(size=32),
-        model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
-        optimizer=OptimizerConfig(base_lr=16.0),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=1, base_ema=0.9),
-        train=TrainConfig(
-            batch_size=4, device="cpu", log_every=5, checkpoint_every=1, evaluate_clips=4, runs=str(tmp_path / "runs")
-        ),
-    )
+def config(small_run, tmp_path):
+    return small_run(tmp_path)

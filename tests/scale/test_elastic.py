@@ -1,8 +1,9 @@
-"""A rank dies under torchrun: the launcher starts all of them again, and nobody need look."""
+"""A rank or a node dies under torchrun: the launchers start all ranks again, and nobody need look."""
 
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,11 @@ STEPS = 40
 
 
 @pytest.fixture
-def config(config):
+def config(small_run, tmp_path):
+    return shorter(small_run(tmp_path))
+
+
+def shorter(config):
     train = dataclasses.replace(config.train, log_every=1, checkpoint_every=5)
     return dataclasses.replace(config, train=train, schedule=dataclasses.replace(config.schedule, epochs=STEPS / 2))
 
@@ -29,31 +34,60 @@ def folder(config):
     return Path(config.train.runs) / config.name
 
 
+@pytest.fixture(scope="module")
+def whole(small_run, tmp_path_factory):
+    """What nothing disturbed: the last checkpoint and the rows."""
+    config = shorter(small_run(tmp_path_factory.mktemp("whole")))
+    checkpoint, rows, out = end(config, _torchrun(config, ONE_NODE))
+    assert "goes on after" not in out
+    return checkpoint, rows
+
+
 @pytest.fixture
 def torchrun():
-    """Starts a run on two ranks as docs/scaling.md does; it may be started again once."""
+    """Starts a launcher of a run of two ranks as docs/scaling.md does; it may start its ranks again."""
     started = []
-    yield lambda config: started.append(_torchrun(config)) or started[-1]
+    yield lambda config, *node: started.append(_torchrun(config, node or ONE_NODE)) or started[-1]
     for launcher in started:  # it takes its ranks with it
         launcher.terminate()
         launcher.communicate()
 
 
-def _torchrun(config):
+ONE_NODE = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+
+
+def one_of_two_nodes(port):
+    """Options of a launcher with one rank of two; the first launcher to come holds the store."""
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run")
+    return ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meeting)
+
+
+def _torchrun(config, node):
     path = folder(config).parent.parent / f"{config.name}.yaml"
     save_config(config, path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "vito_fast", "train", str(path), "--resume"]
+    command = [sys.executable, "-m", "torch.distributed.run", *node, "-m", "vito_fast", "train", str(path), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if node is not ONE_NODE:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
+def await_step(config, step, launcher):
+    while not any(row["step"] >= step for row in read_rows(folder(config) / "metrics.jsonl")):
+        assert launcher.poll() is None, launcher.communicate()[0][-3000:]
+        time.sleep(0.01)
+
+
+def children(launcher):
+    return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
 def rank_process(launcher, rank):
     """Number of the launcher's child that is ``rank``."""
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+    for child in children(launcher):
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+            return child
     pytest.fail(f"the launcher has no rank {rank}")
 
 
@@ -66,21 +100,51 @@ def end(config, launcher):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_in_a_restart_and_the_same_weights(config, torchrun, victim):
-    killed = dataclasses.replace(config, name="killed")
-    whole, whole_rows, out = end(config, torchrun(config))
-    assert "goes on after" not in out
-    launcher = torchrun(killed)
-    while not any(row["step"] >= STEPS // 2 for row in read_rows(folder(killed) / "metrics.jsonl")):
-        assert launcher.poll() is None, launcher.communicate()[0][-3000:]
-        time.sleep(0.01)
+def test_a_killed_rank_ends_in_a_restart_and_the_same_weights(config, torchrun, victim, whole):
+    launcher = torchrun(config)
+    await_step(config, STEPS // 2, launcher)
     os.kill(rank_process(launcher, victim), signal.SIGKILL)
-    again, rows, out = end(killed, launcher)
-    assert f"{folder(killed)} goes on after step" in out
+    again, rows, out = end(config, launcher)
+    assert f"{folder(config)} goes on after step" in out
+    assert_same_run(again, rows, *whole)
+
+
+def assert_same_run(again, rows, whole, whole_rows):
     assert again.state["step"] == whole.state["step"] == STEPS
     assert rows == whole_rows
     assert again.tensors.keys() == whole.tensors.keys()
     assert [name for name, tensor in whole.tensors.items() if not torch.equal(tensor, again.tensors[name])] == []
+
+
+@pytest.mark.parametrize("dies", ["a rank", "a node"])
+def test_two_nodes_go_on_after_one_lost_a_rank_or_was_replaced(config, torchrun, dies, whole):
+    port = 24000 + os.getpid() % 20000
+    node = one_of_two_nodes(port)
+    keeper = torchrun(config, *node)
+    await_port(port, keeper)
+    other = torchrun(config, *node)
+    await_step(config, STEPS // 2, keeper)
+    ranks = children(other)
+    if dies == "a node":
+        other.kill()
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    if dies == "a node":
+        other = torchrun(config, *node)
+    again, rows, out = end(config, keeper)
+    out += other.communicate(timeout=60)[0]
+    assert other.returncode == 0, out[-3000:]
+    assert f"{folder(config)} goes on after step" in out
+    assert_same_run(again, rows, *whole)
+
+
+def await_port(port, launcher):
+    while launcher.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(launcher.communicate()[0][-3000:])
 
 
 def test_what_dead_processes_left_in_the_launchers_store_is_not_seen(monkeypatch):

@@ -12,13 +12,19 @@ from vito_fast.cli import parse
 from vito_fast.config import load_config, preset_files
 from vito_fast.data.index import ClipRecord, write_index
 from vito_fast.errors import UserError
-from vito_fast.hardware import COMMON, GPUS, machine
+from vito_fast.hardware import COMMON, GPUS, Constant, Machine, machine
 from vito_fast.ledger import Ledger, fake_cuda, to_fake_cuda
 from vito_fast.model.resnet import resnet50
 from vito_fast.plan import PlanOptions, collectives, predict
 from vito_fast.plan_report import run
 
 PAPER = "vito_r50_8xh100"
+
+
+def replaced(gpu, **values):
+    """The machine with other constants."""
+    known = machine(gpu)
+    return Machine(gpu, {**known.constants, **{name: Constant(value, "", "a test") for name, value in values.items()}})
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def test_more_of_the_bottleneck_moves_the_step_and_more_of_the_rest_does_not(sma
 
 def test_strong_scaling_and_the_network(small):
     config = load_config(small)
-    one, eight, many = (predict(config, PlanOptions(gpus=n)) for n in (1, 8, 16))
+    one, eight, many = (predict(config, PlanOptions(gpus=n), replaced("h100", launch=1e-15)) for n in (1, 8, 16))
     assert one.communication["gradients"] == (0.0, 0.0)
     compute = lambda p: sum(x.seconds for x in p.parts if x.name in ("target forward", "online forward", "backward"))  # noqa: E731
     assert compute(one) == pytest.approx(8 * compute(eight), rel=0.05)
@@ -149,6 +155,16 @@ def test_strong_scaling_and_the_network(small):
     assert many.communication["gradients"][0] == pytest.approx(
         2 * 15 / 16 * payload / bus + collectives(config, many.dry)["gradients"] * 40e-6
     )
+
+
+def test_every_op_takes_a_launch_and_fused_ones_fewer(small):
+    config, one = load_config(small), PlanOptions(gpus=1)
+    compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
+    for each, share in ((config, 1.0), (compiled, COMMON["compile_bytes"].value)):
+        ops = {op: n for op, n in predict(each, one).dry.ops.items() if op.phase != "parameters"}
+        launches = sum(n * (share if op.kind == "pointwise" else 1.0) for op, n in ops.items())
+        slow, none = (predict(each, one, replaced("h100", launch=t)).resources["gpu"] for t in (1e-3, 1e-15))
+        assert slow - none == pytest.approx(1e-3 * launches, rel=1e-6)
 
 
 def test_calibration_replaces_constants_and_says_so(tmp_path, small, capsys):
