@@ -103,9 +103,11 @@ def parse(listing: str) -> list[Instruction]:
 
 def _main_loop(code: list[Instruction]) -> list[Instruction]:
     """The loop with the most tensor-core instructions, of several the one that copies ahead (another takes the last,
-    ragged tile), the smallest; without any, the longest innermost loop.
+    ragged tile), the smallest; without any, the longest innermost loop. Without the short loops in it: an iteration
+    that need not wait a second time runs none of them.
     """
-    loops = [loop for loop in _loops(code) if len(loop) >= SHORT_LOOP]
+    every = _loops(code)
+    loops = [loop for loop in every if len(loop) >= SHORT_LOOP]
     if not loops:
         return []
 
@@ -116,7 +118,11 @@ def _main_loop(code: list[Instruction]) -> list[Instruction]:
         best = max(loops, key=lambda loop: (count(MMA, loop), count(COPY, loop) > 0, -len(loop)))
     else:
         best = max((loop for loop in loops if not any(other < loop for other in loops)), key=len)
-    return [code[i] for i in sorted(best)]
+    rare: set[int] = set()
+    for wait in (loop for loop in every if loop < best and len(loop) < SHORT_LOOP):
+        behind = max(wait) + 1
+        rare |= wait | ({behind} if code[behind].last else set())  # with the jump back to where it was left
+    return [code[i] for i in sorted(best - rare)]
 
 
 def _loops(code: list[Instruction]) -> list[frozenset[int]]:
