@@ -264,7 +264,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
 }
-FLOAT32 = Tile(32, 32, 32, 4, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
+FLOAT32 = Tile(32, 32, 32, 8, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
 
@@ -302,7 +302,8 @@ class Operand:
         rest = D % self.chunk
         self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
-        self.tma = not interpreting() and arch() >= 90 and aligned
+        # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
+        self.tma = not interpreting() and arch() >= 90 and aligned and x.dtype != torch.float32
         self.wide = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
         self.narrow = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.wide
 
