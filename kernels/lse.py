@@ -8,7 +8,7 @@ Two variants. *Fixed shift*: exponents are relative to a constant, |scale| log2(
 and no maximum is taken. For unit vectors every logit is at most |scale|, so the largest term is 2^100 and 2^27 keys
 cannot overflow; what underflows is 226 powers of two below the largest possible. For other inputs it may fail, and it
 says so: a row whose sum left [2^-64, 2^120] or whose mean is not finite is not trusted, as terms lost below 2^-126
-are negligible in any other. *Online*: a running maximum, right for all finite logits. The rule: float32 runs online (a
+are negligible in any other. *Online*: a running maximum, right for every input. The rule: float32 runs online (a
 shift of 100 would round its exponents to 2^-18), and so does float16 with the mean (its P cannot hold 2^100);
 otherwise the fixed shift runs first, and the online kernel behind it repeats the blocks that were not trusted and
 leaves the others at once. No value is read by the host.
@@ -64,11 +64,8 @@ def _lse_step(
         s = hide(s, own, other, M, N, own_group, other_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, False)
     if ONLINE:
         new_top = tl.maximum(top, tl.max(s, 1))
-        base = new_top
-        if not CLEAN:
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
-        old = tl.exp2(top - base)
-        p = tl.exp2(s - (base - HEADROOM)[:, None])
+        old = tl.exp2(top - new_top)
+        p = tl.exp2(s - (new_top - HEADROOM)[:, None])
         top = new_top
         total *= old[:, None]
         scaled = ()  # type: tuple
@@ -105,7 +102,7 @@ def _lse_kernel(
     queries = load_rows(q, q_tail, row, M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
     total = tl.zeros((BLOCK, LANES), tl.float32)
-    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)  # the lowest float32: -inf - -inf would be NaN
 
     first = split * split_tiles
     last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
@@ -131,7 +128,7 @@ def _lse_kernel(
 
     z = tl.sum(total, 1)
     if ONLINE:
-        shift = tl.where(top == -float("inf"), 0.0, top) - HEADROOM
+        shift = top - HEADROOM
     else:
         safe = (z > 2.0**-64) & (z < 2.0**120)
         for c in tl.static_range(FIRST, LAST):

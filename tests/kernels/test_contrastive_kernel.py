@@ -98,6 +98,14 @@ def test_all_keys_excluded_and_one_of_each(device):
     assert info_nce(q[:1], k[:1]) == 0
 
 
+def test_logits_that_overflow_downwards_count_as_hidden(device):
+    """Whole tiles of them, alone and before keys that are seen."""
+    q, k = torch.full((20, 16), 1e20, device=device), torch.full((40, 16), -1e20, device=device)
+    assert similarity_lse(q, k, 1.0).tolist() == [-torch.inf] * 20
+    k[36] = 1e-20
+    torch.testing.assert_close(similarity_lse(q, k, 1.0), torch.full((20,), 16.0, device=device))
+
+
 def test_few_queries_split_the_keys(device):
     """Two queries against 3000 keys: several programs share them, and their parts are merged."""
     q, k = (embeddings(n, 24, torch.float32, device, n) for n in (2, 3000))

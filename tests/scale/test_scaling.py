@@ -99,12 +99,10 @@ def fitted(times, folder):
     """(rate, launch) with which one process takes the times measured for two numbers of clips: linear in 1/rate and
     launch.
     """
-    work, ops = ([foretold(1, clips, calibration(folder, **unit)) for clips in times] for unit in ({}, IDLE))
+    work = [foretold(1, clips, calibration(folder)) for clips in times]
+    ops = [foretold(1, clips, calibration(folder, rate=1e9, launch=1.0)) for clips in times]
     inverse_rate, launch = np.linalg.solve(np.stack([work, ops], 1), list(times.values()))
     return 1 / inverse_rate, launch
-
-
-IDLE = {"rate": 1e9, "launch": 1.0}
 
 
 @pytest.mark.timed
