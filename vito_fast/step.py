@@ -5,6 +5,7 @@ Legend: V views, B clips of this rank, S scales, D embedding width; a part is th
 """
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ def _compiled(part: Any, mode: str | None = None) -> Any:
     return torch.compile(part, mode=mode)
 
 
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """A copy of them all, end to end: one launch, where a clone of each would be hundreds."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 class Trainer:
     """Model, optimiser and schedule, and the step that moves them."""
 
@@ -44,6 +57,7 @@ class Trainer:
         self.model = model.train()
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
+        self.buffers = _by_dtype(model.buffers())
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
         self.online: nn.Module = model.online
         self.target: nn.Module = model.target
@@ -64,8 +78,7 @@ class Trainer:
         lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
         self.weight = 1.0 if total is None else len(video) * self.world.size / total
         parts = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))
-        buffers = list(self.model.buffers())
-        buffers_before = [b.clone() for b in buffers]
+        before = [_flat(group) for group in self.buffers]
         for p in self.model.online.parameters():
             p.grad = None
         if self.config.train.cuda_graphs:  # what the graphs returned in the last step may be overwritten from here on
@@ -101,8 +114,9 @@ class Trainer:
         with named("average"):
             self._average(rates[1], finite)
         if finite is not None:
-            for buffer, before in zip(buffers, buffers_before, strict=True):
-                buffer.copy_(torch.where(finite, buffer, before))
+            for group, old in zip(self.buffers, before, strict=True):
+                kept = torch.where(finite, _flat(group), old).split([buffer.numel() for buffer in group])
+                torch._foreach_copy_(group, [k.view_as(b) for k, b in zip(kept, group, strict=True)])
         self.step_count += 1
         if not measure:
             return {}
