@@ -112,5 +112,6 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
     ]
     params = {"backbone": backbone, "B": batch, "size": size}
     work = Work(items=batch, unit="pairs")
-    options = {"budget": Budget(seconds=5.0, fewest=5)} if backbone == "resnet50" else {}  # seconds a step on a CPU
-    race("train_step", params, candidates, truth=truth, work=work, agree=moved_alike, bound=0.02, **options)
+    fewest = {"resnet18": 12, "resnet50": 5}[backbone]  # seconds a step of ResNet-50 on a CPU
+    budget = Budget(5.0, fewest)
+    race("train_step", params, candidates, truth=truth, work=work, agree=moved_alike, bound=0.02, budget=budget)

@@ -21,7 +21,7 @@ from bench.harness import Budget, Candidate, Race, timestamp
 from bench.memory import settle_malloc
 
 SCHEMA = 1
-QUICK = Budget(seconds=1.5, fewest=9, most=40)
+QUICK = Budget(seconds=3.0, fewest=16, most=40)
 FULL = Budget(seconds=5.0, fewest=9, most=60)
 
 
