@@ -24,10 +24,11 @@ Drawn = list[tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def drawn(device: torch.device) -> Drawn:
-    """(weights, gradient) of each parameter of the default online branch."""
+def drawn(device: torch.device, quick: bool) -> Drawn:
+    """(weights, gradient) of each parameter of the default online branch; in the quick set, of ResNet-18's."""
+    config = ModelConfig(backbone="resnet18") if quick else ModelConfig()
     with torch.device("meta"):
-        shapes = [p.shape for p in Branch(ModelConfig(), predictor=True).parameters()]
+        shapes = [p.shape for p in Branch(config, predictor=True).parameters()]
     generator = torch.Generator().manual_seed(0)
 
     def draw(scale: float, shape: torch.Size) -> Tensor:

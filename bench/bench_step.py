@@ -80,7 +80,7 @@ def moved_alike(got: Result, truth: Result) -> float:
 
 @pytest.mark.parametrize(
     ("backbone", "batch", "size"),
-    [("resnet18", 8, 64), pytest.param("resnet50", 2, 224, marks=pytest.mark.full)],
+    [("resnet18", 4, 64), pytest.param("resnet50", 2, 224, marks=pytest.mark.full)],
     ids=["resnet18", "resnet50"],
 )
 def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: int) -> None:

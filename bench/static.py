@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 FRAMES = 250
 SOURCES = ("bitstream", "index", "index_writer", "miniclip", "planner", "reader", "sampler")
-TIMES = (200, 2200)
+TIMES = (200, 1200)
 GOPS = (1, 8, 12, 50, 250)
 KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=196", "photometric")  # parts of names
 
