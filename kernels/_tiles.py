@@ -194,7 +194,8 @@ WIDE = {
     100: {1024: Tile(64, 16, 256, 8, 2, span=256)},
 }
 
-# All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled.
+# All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled. They would
+# be all of sm_100's tensor memory, which the logits need as well: two launches.
 MASKED_80 = {
     128: Tile(128, 64, 128, 8, 3, 8),
     256: Tile(64, 64, 128, 8, 3),
