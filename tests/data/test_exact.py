@@ -1,5 +1,7 @@
 """The frame delivered is the frame that decoding the original from its beginning gives."""
 
+import os
+
 import av
 import numpy as np
 import pytest
@@ -70,6 +72,15 @@ def test_every_codec(name, tmp_path):
     path = write(tmp_path / f"a.{suffix}", pictures(36, *side), codec, b_frames=b_frames, options=options)
     store = check(path, tmp_path)
     assert store.index.num_frames == 36
+
+
+@pytest.fixture
+def av1(tmp_path):
+    return write(tmp_path / "a.mkv", pictures(4, 64, 96), "libsvtav1")
+
+
+def test_no_encoder_leaves_the_suite_a_real_time_process(av1):
+    assert os.sched_getscheduler(0) not in (os.SCHED_FIFO, os.SCHED_RR)
 
 
 VOP = b"\x00\x00\x01\xb6"  # begins a picture of MPEG-4
