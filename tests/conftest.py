@@ -23,16 +23,11 @@ def _time_shared():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup():
-    try:
-        return (yield)
-    finally:
-        _time_shared()
-
-
-@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
     try:
         return (yield)
     finally:
         _time_shared()
+
+
+pytest_fixture_setup = pytest_runtest_call
