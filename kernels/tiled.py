@@ -11,6 +11,7 @@ Two variants, chosen by ``max |q| max |k| scale2``, a bound on every logit that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +54,21 @@ class Exclusion:
             if self.width == 1 and -rows < offset < columns:
                 tile.diagonal(offset).fill_(-math.inf)
             elif self.width > 1 and -rows - self.width < offset < columns + self.width:
-                own = torch.arange(row + self.diagonal, row + self.diagonal + rows, device=tile.device) // self.width
-                other = torch.arange(column, column + columns, device=tile.device) // self.width
-                tile.masked_fill_(own[:, None] == other[None], -math.inf)
+                own = torch.arange(offset + column, offset + column + rows, device=tile.device) // self.width
+                block = torch.arange(self.width, device=tile.device)
+                _exclude(tile, (own * self.width - column)[:, None] + block)
         if self.positive is not None:
-            inside = self.positive[row : row + rows] - column
-            i, p = ((inside >= 0) & (inside < columns)).nonzero(as_tuple=True)
-            tile[i, inside[i, p]] = -math.inf
+            _exclude(tile, self.positive[row : row + rows] - column)
         if self.q_group is not None and self.k_group is not None:
             q_group, k_group = self.q_group[row : row + rows], self.k_group[column : column + columns]
             if q_group.min() <= k_group.max() and k_group.min() <= q_group.max():
                 tile.masked_fill_(q_group[:, None] == k_group[None], -math.inf)
+
+
+def _exclude(tile: Tensor, columns: Tensor) -> None:
+    """-inf into the given columns (rows, P) of each row; those outside the tile belong to others."""
+    i, p = ((columns >= 0) & (columns < tile.shape[1])).nonzero(as_tuple=True)
+    tile[i, columns[i, p]] = -math.inf
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -291,3 +296,46 @@ def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tupl
             rows[own] += tile.sum(1)
             columns[other] += tile.sum(0)
     return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)
+
+
+def _upper(rows: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of a square matrix: in each band of rows the square on the diagonal, and then what is right of it."""
+    band, wide = min(ROWS, COLUMNS), max(ROWS, COLUMNS)
+    for start in range(0, rows, band):
+        middle = min(start + band, rows)
+        yield slice(start, middle), slice(start, middle)
+        for column in range(middle, rows, wide):
+            yield slice(start, middle), slice(column, min(column + wide, rows))
+
+
+def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+    """(lse2 (M,), its rest) of ``forward(z, z)``; a logit right of the diagonal is computed once, for both its rows:
+    M M D flops.
+    """
+    z, scale2 = _computed(z), scale * LOG2E
+    if not _is_direct(z, z, scale2):
+        return forward(z, z, scale, exclusion, False)[:2]
+    total, buffer = z.new_zeros(z.shape[0]), _buffer(z, z)
+    for own, other in _upper(z.shape[0]):
+        tile = _logits(z[own] * scale2, z[other], buffer)
+        exclusion.apply(tile, own.start, other.start)
+        tile.exp2_()
+        total[own] += tile.sum(1)
+        if own != other:
+            total[other] += tile.sum(0)
+    return total.log2_(), torch.zeros_like(total)
+
+
+def self_gradient(z: Tensor, scale: Tensor, role: Role, exclusion: Exclusion) -> Tensor:
+    """W z (M, D) of ``gradient(z, z)`` with one role on both sides, which makes W symmetric: 3 M M D flops."""
+    z, scale2 = _computed(z), scale * LOG2E
+    direct = _is_direct(z, z, scale2)
+    gz, buffer, second = torch.zeros_like(z), _buffer(z, z), _buffer(z, z)
+    for own, other in _upper(z.shape[0]):
+        tile = _logits(z[own] * scale2, z[other], buffer)
+        exclusion.apply(tile, own.start, other.start)
+        weights = _weights(tile, second, direct, _part(role, own), _part(role, other))
+        gz[own].addmm_(weights, z[other])
+        if own != other:
+            gz[other].addmm_(weights.T, z[own])
+    return gz

@@ -275,10 +275,10 @@ def self_contrast(z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | No
     ``narrow`` as for ``contrast``.
     """
     check_finite(scale)
-    run = launch_lse if use_triton(z) else tiled.forward
-    side = narrowed(z, narrow)
-    lse2, rest, _ = run(side, side, scale, Exclusion(diagonal=0, width=views), False)
-    return lse2, rest
+    side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
+    if use_triton(z):
+        return launch_lse(side, side, scale, exclusion, False)[:2]
+    return tiled.self_forward(side, scale, exclusion)
 
 
 @self_contrast.register_fake
@@ -300,8 +300,11 @@ def self_contrast_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
     role = Role.of(lse2, rest, g_lse2 * tiled.LOG2E)
-    side = narrowed(z, narrow)
-    gz, _ = pair_gradient(side, side, scale, role, role, Exclusion(diagonal=0, width=views), True, False)
+    side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
+    if use_triton(z):
+        gz, _ = pair_gradient(side, side, scale, role, role, exclusion, True, False)
+    else:
+        gz = tiled.self_gradient(side, scale, role, exclusion)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
     return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
 
@@ -359,8 +362,9 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     ``cross_entropy(s, arange(2 * B).roll(B))``.
 
     z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
-    forward, 16 B B D backward. ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and
-    determinism as for ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
+    forward, 16 B B D backward. The CPU path takes each tile of logits for both its rows and its columns: 4 and 12.
+    ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and determinism as for
+    ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
