@@ -29,7 +29,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 def tile_rows(request, monkeypatch):
     """Also with tiles so small that every shape has whole, ragged and diagonal ones."""
     if request.param:
-        monkeypatch.setattr(tiled, "ROWS", request.param)
+        monkeypatch.setattr(tiled, "tile_rows", lambda: request.param)
         monkeypatch.setattr(tiled, "COLUMNS", request.param + 8)
 
 
