@@ -22,7 +22,7 @@ from bench.memory import settle_malloc
 
 SCHEMA = 1
 QUICK = Budget(seconds=3.0, fewest=16, most=40)
-FULL = Budget(seconds=5.0, fewest=9, most=60)
+FULL = Budget(seconds=4.0, fewest=9, most=60)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

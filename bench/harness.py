@@ -298,7 +298,7 @@ class Race:
             if not self._memory or runner.candidate.role == "limit":
                 continue
             assert runner.candidate.call is not None
-            counted = cost(runner.candidate.call, self.device)
+            counted = cost(runner.candidate.call, self.device, warm=runner.estimate <= self.budget.seconds)
             runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops
 
     def run(self) -> dict[str, Any]:

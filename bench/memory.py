@@ -52,8 +52,10 @@ class Cost:
     flops: int
 
 
-def cost(call: Callable[[], object], device: torch.device) -> Cost:
+def cost(call: Callable[[], object], device: torch.device, *, warm: bool = True) -> Cost:
     """Runs ``call``, under the profiler on the CPU, and says what it allocated and multiplied.
+
+    Once before it counts, unless ``warm`` is False: for calls that release nothing of the call before.
 
     Memory outside PyTorch's allocators (numpy, decoders, MKL's scratch) and in threads that PyTorch did not start is
     not seen. The call's result counts as allocated.
@@ -67,7 +69,8 @@ def cost(call: Callable[[], object], device: torch.device) -> Cost:
         return Cost(torch.cuda.max_memory_allocated(device) - before, _cuda_flops(call))
     options = {"profile_memory": True, "with_flops": True, "record_shapes": True}
     with profile(activities=[ProfilerActivity.CPU], **options) as recorded:
-        call()  # what it releases, a step's old gradients say, the profiler must have seen allocated
+        if warm:
+            call()  # what it releases, a step's old gradients say, the profiler must have seen allocated
         with record_function("counted"):
             kept = call()
     del kept
