@@ -42,7 +42,7 @@ def test_clip(race: Any, device: torch.device, n: int) -> None:
     ]
     if n == 4096:
         candidates.insert(2, compiled(plain, x, y))
-    amount = Work(flops=6.0 * n * n * 256, bytes=4 * 6.0 * n * 256, items=n, unit="pairs")
+    amount = Work(flops=6.0 * n * n * 256, bytes=x.itemsize * 6.0 * n * 256, items=n, unit="pairs")
     race("clip_loss", {"N": n, "D": 256}, candidates, truth=truth_of(plain, x, y), work=amount)
 
 
@@ -66,7 +66,7 @@ def test_ntxent(race: Any, device: torch.device, n: int) -> None:
     ]
     if n == 2048:
         candidates.insert(2, compiled(plain, z1, z2))
-    amount = Work(flops=4.0 * (2 * n) ** 2 * 128, bytes=4 * 4.0 * n * 128, items=n, unit="pairs")
+    amount = Work(flops=4.0 * (2 * n) ** 2 * 128, bytes=z1.itemsize * 4.0 * n * 128, items=n, unit="pairs")
     race("ntxent", {"N": n, "D": 128}, candidates, truth=truth_of(plain, z1, z2), work=amount)
 
 
@@ -88,5 +88,5 @@ def test_supcon(race: Any, device: torch.device) -> None:
         supervised(z, labels, TEMPERATURE),
         matmuls(z, z, 2),
     ]
-    amount = Work(flops=4.0 * m * m * d, bytes=4 * 2.0 * m * d, items=m, unit="embeddings")
+    amount = Work(flops=4.0 * m * m * d, bytes=z.itemsize * 2.0 * m * d, items=m, unit="embeddings")
     race("supcon_loss", {"M": m, "D": d}, candidates, truth=truth_of(plain, z), work=amount)

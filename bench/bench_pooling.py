@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vito_kernels
+from bench.bench_infonce import usual
 from bench.harness import Candidate, Work
 from bench.limits import traffic
 from bench.peers import compiled, truth_of, with_gradients
@@ -20,8 +21,9 @@ SHAPES = [(64, 196, 1024), (64, 49, 2048)]
 @pytest.mark.parametrize(("b", "l", "c"), SHAPES)
 def test_pooling(race: Any, device: torch.device, quick: bool, b: int, l: int, c: int) -> None:
     generator = torch.Generator().manual_seed(b * l + c)
-    features = torch.randn(b, l, c, generator=generator).to(device).requires_grad_()
-    logits = torch.randn(b, l, generator=generator).to(device).requires_grad_()
+    dtype = usual(device)
+    features = torch.randn(b, l, c, generator=generator).to(device, dtype).requires_grad_()
+    logits = torch.randn(b, l, generator=generator).to(device, dtype).requires_grad_()
     gradient = torch.randn(b, c, generator=generator).to(device)
 
     def through(pool: Any) -> Any:
@@ -43,6 +45,6 @@ def test_pooling(race: Any, device: torch.device, quick: bool, b: int, l: int, c
     ]
     if not quick:
         candidates.insert(3, compiled(through(reference.attention_pool), features, logits))
-    amount = Work(flops=6.0 * b * l * c, bytes=3.0 * 4 * b * l * c, items=b, unit="images")
+    amount = Work(flops=6.0 * b * l * c, bytes=3.0 * features.itemsize * b * l * c, items=b, unit="images")
     truth = truth_of(through(reference.attention_pool), features, logits)
     race("attention_pool", {"B": b, "L": l, "C": c}, candidates, truth=truth, work=amount)

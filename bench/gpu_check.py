@@ -6,6 +6,7 @@ The exit status is 1 if there is no GPU, if a test fails, or if a bench finds a 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,12 +27,15 @@ SUITES = ("infonce", "losses", "pooling", "photometric")
 
 
 def run_tests() -> dict[str, Any]:
-    """The Triton tests, by a bare pytest in a process of their own."""
+    """The Triton tests, by a bare pytest in a process of its own; with pytest-xdist in several, as what takes the time
+    is Triton's compiler.
+    """
+    several = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     files = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py"))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *several]
         status = _run([*command, f"--junitxml={report}", f"--rootdir={ROOT}", *files], TEST_SECONDS)
         suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
     keys = ("tests", "failures", "errors", "skipped")

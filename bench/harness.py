@@ -33,7 +33,7 @@ Role = Literal["ours", "reference", "peer", "context", "limit"]
 Result = Sequence[Tensor]
 
 SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
-MICRO = 2e-4  # seconds: on CUDA, calls below this are replayed as a graph
+GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: samples of others that take longer have few rounds
 FEW_ROUNDS = 5
 
@@ -88,6 +88,7 @@ class _Runner:
     bound: float | None = None
     repeats: int = 1
     estimate: float = 0.0
+    eager: float | None = None
     sample: Callable[[], object] | None = None
     times: dict[int, float] = field(default_factory=dict)
     peak_bytes: int | None = None
@@ -106,8 +107,9 @@ class _Runner:
             ordered = sorted(self.times.values())
             row |= {"median_s": self.median, "low_s": ordered[0], "spread": spread(ordered)}
             row |= {"rounds": len(ordered), "repeats": self.repeats}
+            row |= {"eager_s": self.eager} if self.eager else {}
         if self.peak_bytes is not None:
-            row |= {"peak_bytes": self.peak_bytes, "flops": self.flops}
+            row |= {"peak_bytes": self.peak_bytes} | ({} if self.flops is None else {"flops": self.flops})
         return row
 
 
@@ -236,25 +238,27 @@ class Race:
                 runner.sample = call
                 continue
             estimate = min(self._timed(call) for _ in range(1 if self._slow(runner) else 2))
-            if self.device.type == "cuda" and estimate < MICRO and self._flush is None:
-                estimate = self._make_graph(runner, estimate)
-            runner.repeats = 1 if self._flush else max(runner.repeats, min(1000, int(SHORT / max(estimate, 1e-7)) + 1))
+            if self.device.type == "cuda" and estimate < GRAPHED and self._flush is None:
+                runner.eager = estimate
+                self._make_graph(runner)
             if runner.sample is None:
+                runner.repeats = 1 if self._flush else min(1000, int(SHORT / max(estimate, 1e-7)) + 1)
                 runner.sample = _repeated(call, runner.repeats)
             runner.estimate = estimate if estimate > SLOW else self._timed(runner.sample) / runner.repeats
         total = sum(runner.estimate * runner.repeats for runner in self._racing() if not self._slow(runner))
         self.rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
 
-    def _make_graph(self, runner: _Runner, estimate: float) -> float:
-        assert runner.candidate.call is not None
-        repeats = min(100, int(MICRO * 5 / max(estimate, 1e-6)) + 1)
+    def _make_graph(self, runner: _Runner) -> None:
+        """First of one call, to see how long it takes the device; then of as many as make a sample."""
+        call = runner.candidate.call
+        assert call is not None
         try:
-            runner.sample = graphed(runner.candidate.call, repeats)
+            once = graphed(call)
+            self._timed(once)
+            repeats = min(100, int(SHORT / max(self._timed(once), 1e-6)) + 1)
+            runner.sample, runner.repeats = graphed(call, repeats), repeats
         except RuntimeError as error:
             runner.reason = f"not captured as a graph: {str(error).splitlines()[0][:120]}"
-            return estimate
-        runner.repeats = repeats
-        return self._timed(runner.sample) / repeats
 
     def _slow(self, runner: _Runner) -> bool:
         return runner is not self.ours and runner.estimate * runner.repeats > SLOW

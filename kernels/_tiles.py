@@ -9,6 +9,7 @@ address.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -271,18 +272,16 @@ INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices t
 
 def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
     """The pinned tile of a pass at this width: "mean fixed", "lse online", "gradient both", "two_sided"."""
-    if interpreting():
-        return INTERPRETER
+    return INTERPRETER if interpreting() else _pinned(arch(), kernel, D, dtype)
+
+
+@cache
+def _pinned(capability: int, kernel: str, D: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return FLOAT32
-    family = _family(arch())
+    family = max((known for known, _ in TILES if known <= capability), default=80)  # newest that is not newer
     table = TILES.get((family, kernel)) or TILES[family, kernel.split()[0]]
     return table[min((width for width in table if width >= D), default=max(table))]
-
-
-def _family(capability: int) -> int:
-    """The row of the table for a GPU: the newest generation that is not newer than it."""
-    return max((known for known, _ in TILES if known <= capability), default=80)
 
 
 def precision() -> str:

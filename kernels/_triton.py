@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ def jit(function: Callable[..., Any]) -> Any:
     return LazyKernel(function)
 
 
+@cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), and so on CPU tensors."""
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at the first launch), and so on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

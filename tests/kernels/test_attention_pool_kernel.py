@@ -36,7 +36,8 @@ def assert_as_exact_as_torch(features, logits, seed=0):
     eps = torch.finfo(features.dtype).eps
     for name, a, b, c in zip(("pooled", "weights", "d features", "d logits"), ours, exact, torchs, strict=True):
         error, allowed = (a.double() - b).norm(), 2 * (c.double() - b).norm()
-        assert error <= allowed + 2e-7 * b.norm() + eps**2, f"{name}: error {error:.3g}, torch's twice {allowed:.3g}"
+        allowed += 4 * torch.finfo(torch.float32).eps * b.norm()  # torch's happen to round to less, at times
+        assert error <= allowed + eps**2, f"{name}: error {error:.3g}, torch's twice {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
