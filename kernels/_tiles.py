@@ -4,6 +4,10 @@ pairs.
 D is cut into chunks of W columns and one narrower TAIL, each a power of two, so that D = 192 costs 128 + 64 and not
 256. A matrix is read through pointers or, from sm_90 on, through tensor descriptors, whose copies no thread has to
 address.
+
+Float32 matrices are split into bfloat16 parts, x = x1 + x2 + x3 to its last bit, which lie side by side in one matrix:
+tensor cores have no float32, and six products of parts (those beyond 2^-24 are left out) take a fraction of the time
+of one on the plain arithmetic units.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._triton import arch, interpreting, jit
+from vito_kernels._triton import arch, interpreting, jit, on_device
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -34,33 +38,37 @@ def load_rows(
     BLOCK: tl.constexpr,
     CLEAN: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, zero beyond the matrix; CLEAN promises that no row
-    is.
+    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, part after part, zero beyond the matrix; CLEAN promises
+    that no row is.
     """
     chunks = ()  # type: tuple
     index = tl.arange(0, BLOCK)
     if not TMA:  # one 64-bit address for the tile, 32-bit offsets within it
         x += tl.cast(row, tl.int64) * stride
-    for c in tl.static_range(D // W):
-        if TMA:
-            chunks += (x.load([row, c * W]),)
-        else:
-            pointers = x + index[:, None] * stride + (c * W + tl.arange(0, W))[None]
-            if CLEAN:
-                chunks += (tl.load(pointers),)
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    for part in tl.static_range(PARTS):
+        first = part * (D // W * W + TAIL)
+        for c in tl.static_range(D // W):
+            if TMA:
+                chunks += (x.load([row, first + c * W]),)
             else:
-                chunks += (tl.load(pointers, mask=(index < rows - row)[:, None], other=0.0),)
-    if TAIL > 0:
-        if TMA:
-            chunks += (x_tail.load([row, D // W * W]),)
-        else:
-            column = D // W * W + tl.arange(0, TAIL)
-            pointers = x + index[:, None] * stride + column[None]
-            if CLEAN and D % W == TAIL:
-                chunks += (tl.load(pointers),)
+                pointers = x + index[:, None] * stride + (first + c * W + tl.arange(0, W))[None]
+                if CLEAN:
+                    chunks += (tl.load(pointers),)
+                else:
+                    chunks += (tl.load(pointers, mask=(index < rows - row)[:, None], other=0.0),)
+        if TAIL > 0:
+            if TMA:
+                chunks += (x_tail.load([row, first + D // W * W]),)
             else:
-                chunks += (tl.load(pointers, mask=(index < rows - row)[:, None] & (column < D)[None], other=0.0),)
+                column = D // W * W + tl.arange(0, TAIL)
+                pointers = x + index[:, None] * stride + first + column[None]
+                if CLEAN and D % W == TAIL:
+                    chunks += (tl.load(pointers),)
+                else:
+                    chunks += (tl.load(pointers, mask=(index < rows - row)[:, None] & (column < D)[None], other=0.0),)
     return chunks
 
 
@@ -72,24 +80,37 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @jit
 def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """a (A, D) times the transpose of b (B, D), chunk by chunk."""
-    s = product(a[0], tl.trans(b[0]), None, PRECISION)
-    for c in tl.static_range(1, CHUNKS):
-        s = product(a[c], tl.trans(b[c]), s, PRECISION)
+    """a (A, D) times the transpose of b (B, D), chunk by chunk, the smallest products of parts first."""
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    s = None
+    for i in tl.static_range(PARTS):
+        for j in tl.static_range(PARTS - i):
+            for c in tl.static_range(CHUNKS):
+                s = product(a[(PARTS - 1 - i - j) * CHUNKS + c], tl.trans(b[j * CHUNKS + c]), s, PRECISION)
     return s
 
 
 @jit
-def add_product(accs, p, b, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b."""
+def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b or split as b is."""
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    parts = ()  # type: tuple
+    for _ in tl.static_range(PARTS):
+        part = p.to(b[0].dtype)
+        parts += (part,)
+        p -= part.to(tl.float32)
     sums = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
-        sums += (product(p.to(b[c].dtype), b[c], accs[c - FIRST], PRECISION),)
+        acc = accs[c - FIRST]
+        for i in tl.static_range(PARTS):
+            for j in tl.static_range(PARTS - i):
+                acc = product(parts[PARTS - 1 - i - j], b[j * CHUNKS + c], acc, PRECISION)
+        sums += (acc,)
     return sums
 
 
@@ -266,41 +287,67 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
 }
-FLOAT32 = Tile(32, 32, 32, 8, 2, span=256)  # exact float32 products run on the plain arithmetic units, whatever the GPU
+# Float32 in parts. The rows of a wider matrix do not fit, nor does what Triton keeps in sm_100's tensor memory for each of
+# six products: there exact products run on the plain arithmetic units.
+SPLIT: dict[int, dict[int, Tile]] = {
+    80: {128: Tile(32, 32, 128, 8, 2)},
+    90: {128: Tile(64, 64, 128, 4, 2, 8), 256: Tile(64, 32, 256, 4, 2, 8)},
+}
+EXACT = Tile(32, 32, 32, 8, 2, span=256)
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
 
 def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
     """The pinned tile of a pass at this width: "mean fixed", "lse online", "gradient both", "two_sided"."""
-    return INTERPRETER if interpreting() else _pinned(arch(), kernel, D, dtype)
+    return INTERPRETER if interpreting() else _pinned(arch(), kernel, D, precision(dtype, D))
 
 
 @cache
-def _pinned(capability: int, kernel: str, D: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return FLOAT32
-    family = max((known for known, _ in TILES if known <= capability), default=80)  # newest that is not newer
+def _pinned(capability: int, kernel: str, D: int, precision: str) -> Tile:
+    if precision == "ieee":
+        return EXACT
+    family = _family(capability)
     table = TILES.get((family, kernel)) or TILES[family, kernel.split()[0]]
+    if precision != "native":
+        table = SPLIT[family]
     return table[min((width for width in table if width >= D), default=max(table))]
 
 
-def precision() -> str:
-    """Float32 products: exact, unless ``torch.set_float32_matmul_precision`` allows TF32 (in three terms, or in
-    one).
+def _family(capability: int) -> int:
+    """The row of the table for a GPU: the newest generation that is not newer than it."""
+    return max((known for known, _ in TILES if known <= capability), default=80)
+
+
+PARTS = {"bf16x6": 3, "bf16x3": 2, "native": 1}
+PRODUCTS = {"bf16x6": 6, "bf16x3": 3}  # of parts, for each product of numbers
+
+
+def precision(dtype: torch.dtype, D: int) -> str:
+    """How products are taken. Float32 ones by ``torch.get_float32_matmul_precision``: "highest" in three bfloat16 parts
+    (six products, to float32's last bit), "high" in two (three products, 16 bits), "medium" in one.
     """
     if interpreting():
         return "widened"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    if dtype != torch.float32:
+        return "native"
+    wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[torch.get_float32_matmul_precision()]
+    return wanted if wanted == "native" or D <= max(SPLIT.get(_family(arch()), [0])) else "ieee"
 
 
 class Operand:
-    """A matrix as a kernel reads it: how its columns are cut, and by what (pointers or descriptors) it is addressed."""
+    """A matrix as a kernel reads it: how its columns are cut, in which parts, and by what (pointers or descriptors) it
+    is addressed.
+    """
 
     def __init__(self, x: Tensor, rows: int, tile: Tile):
         D = x.shape[1]
         self.chunk = chunk_width(D, tile)
         rest = D % self.chunk
         self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+        self.precision = precision(x.dtype, D)
+        if x.dtype == torch.float32 and self.precision in PARTS:
+            x = split(x, D - rest + self.tail, PARTS[self.precision])
+        self.matrix, self.stride = x, x.stride(0)
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
         self.tma = not interpreting() and arch() >= 90 and aligned and x.dtype != torch.float32
@@ -314,9 +361,37 @@ class Operand:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
+@jit
+def _split_kernel(x, out, stride, D, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row. Beyond 2^60, where products of the small parts alone could overflow, there is only the first."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    rest = tl.load(x + row * stride + column, mask=column < D, other=0.0)
+    small = tl.abs(rest) < 1152921504606846976.0
+    for part in tl.static_range(PARTS):
+        rounded = rest.to(tl.bfloat16)
+        tl.store(out + (row * PARTS + part) * WIDTH + column, rounded, mask=column < WIDTH)
+        rest = tl.where(small, rest - rounded.to(tl.float32), 0.0)
+
+
+def split(x: Tensor, width: int, parts: int) -> Tensor:
+    """float32 x (rows, D) as bfloat16 (rows, parts * width): x to 8, 16 or 24 bits in each row, zeros beyond D."""
+    out = torch.empty(x.shape[0], parts * width, dtype=torch.bfloat16, device=x.device)
+    with on_device(x):
+        _split_kernel[(x.shape[0],)](
+            x, out, x.stride(0), x.shape[1], width, parts, 1 << (width - 1).bit_length(), num_warps=1
+        )
+    return out
+
+
 def chunk_width(D: int, tile: Tile) -> int:
     """The largest power of two within D and the tile."""
     return min(tile.chunk, max(16, 1 << (D.bit_length() - 1)))
+
+
+def products(dtype: torch.dtype, D: int) -> int:
+    """How many times the flops a product costs, for ``Spec.flops``."""
+    return PRODUCTS.get(precision(dtype, D), 1)
 
 
 def spans(D: int, tile: Tile) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from vito_kernels._tiles import (
     hide,
     load_rows,
     plan_tiles,
-    precision,
+    products,
     rows_contiguous,
     spans,
     store_sums,
@@ -49,7 +49,7 @@ def _gradient_step(
     POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: the weights of its rows for each row of x, and their sum of y."""
-    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA)
+    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
     other = t * TILE + tl.arange(0, TILE)
     s = dot_rows(x, rows, CHUNKS, PRECISION) * scale2
     if not CLEAN:
@@ -61,7 +61,7 @@ def _gradient_step(
             weights += tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
     else:
         weights = tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
-    return add_product(accs, weights, rows, FIRST, LAST, PRECISION)
+    return add_product(accs, weights, rows, CHUNKS, FIRST, LAST, PRECISION)
 
 
 @jit
@@ -83,7 +83,7 @@ def _gradient_kernel(
     if X_ROLE:
         top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
         weight = tl.load(x_weight + own, mask=own < M, other=0.0)
-    rows = load_rows(x, x_tail, row, M, x_stride, D, W, TAIL, BLOCK, False, X_TMA)
+    rows = load_rows(x, x_tail, row, M, x_stride, D, W, TAIL, BLOCK, False, X_TMA, PRECISION)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
 
     first = split * split_tiles
@@ -130,11 +130,11 @@ def launch_gradient(
             _gradient_kernel[(blocks, splits)](
                 left.wide, left.narrow, right.wide, right.narrow, scale, out, x_role and x_role.lse2,
                 x_role and x_role.weight, y_role and y_role.lse2, y_role and y_role.weight, hidden.k_group,
-                hidden.q_group, hidden.positive, M, N, x.stride(0), y.stride(0), -(hidden.diagonal or 0), split_tiles,
+                hidden.q_group, hidden.positive, M, N, left.stride, right.stride, -(hidden.diagonal or 0), split_tiles,
                 D, left.chunk, left.tail, first, last,
                 tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
                 DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
-                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=precision(), num_warps=tile.warps,
+                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
     total = out[0] if splits == 1 else out.sum(0)
@@ -206,7 +206,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
         tile = choose_tile("gradient both" if name == "two-role gradient" else "gradient one", width, dtype)
-        return (2.0 * len(spans(width, tile)) + 2.0) * rows * rows * width
+        return (2.0 * len(spans(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
 
     return Spec(
         f"{name} D={width} {str(dtype)[6:]} {layout}",

@@ -48,8 +48,8 @@ TARGETS = {
 MAX_REGISTERS = 255
 ASSUMPTIONS = (
     "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
-    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for matrix kernels on "
-    "16-bit inputs and the float32 vector rate for the others. It is a bound, not a measurement. Instruction counts "
+    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for kernels that use the "
+    "tensor cores (float32 matrices do in parts, at six times the flops) and the float32 vector rate for the others. It is a bound, not a measurement. Instruction counts "
     "are per warp and loop iteration."
 )
 
@@ -158,8 +158,9 @@ def specs(pattern: str = "", rare: bool = True) -> list[tuple[str, int, Spec]]:
 
 
 def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
-    """One record per kernel that the spec launches. The spec's work belongs to the first and to variants of it, which
-    are the same function compiled for another case; what else the launcher runs (adding up parts) has none.
+    """One record per kernel that the spec launches. The spec's work belongs to the first that computes and to variants
+    of it, which are the same function compiled for another case; what else the launcher runs (splitting float32,
+    adding up parts) has none.
     """
     with stand_in(arch) as driver:
         try:
@@ -169,14 +170,18 @@ def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
         launched = list(driver.launched.values())
     if not launched:
         return [{**_empty_record(arch, spec), "problems": ["launched no kernel"]}]
-    return [_record(arch, spec, kernel, launched[0].name, variant=i) for i, kernel in enumerate(launched)]
+    main = next(kernel.name for kernel in launched if kernel.name != "_split_kernel")
+    variants = [kernel for kernel in launched if kernel.name == main]
+    return [
+        _record(arch, spec, kernel, main, variants.index(kernel) if kernel in variants else 0) for kernel in launched
+    ]
 
 
-def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
+def _empty_record(arch: int, spec: Spec, tensor_cores: bool = True) -> dict[str, Any]:
     target = TARGETS[arch]
     with stand_in(arch):
         flops = spec.flops() if callable(spec.flops) else spec.flops
-    peak = target.tensor_flops if spec.tensor_cores else target.vector_flops
+    peak = target.tensor_flops if tensor_cores else target.vector_flops
     return {
         "name": spec.name, "kernel": "", "arch": f"sm_{arch}", "gpu": target.gpu,
         "registers": 0, "stack_bytes": 0, "spill_bytes": 0, "loop_spill_bytes": 0,
@@ -190,7 +195,7 @@ def _empty_record(arch: int, spec: Spec) -> dict[str, Any]:
 def _record(arch: int, spec: Spec, kernel: Compiled, main_name: str, variant: int) -> dict[str, Any]:
     binary = sass.read(kernel.binary)
     main = kernel.name == main_name
-    record = _empty_record(arch, spec)
+    record = _empty_record(arch, spec, bool(binary.mma))
     record |= {"kernel": kernel.name, "shared_bytes": kernel.shared, "warps": kernel.warps, "stages": kernel.stages}
     record |= {k: v for k, v in asdict(binary).items() if k in record} | {"mma": list(binary.mma)}
     if not main:

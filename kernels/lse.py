@@ -33,7 +33,7 @@ from vito_kernels._tiles import (
     hide,
     load_rows,
     plan_tiles,
-    precision,
+    products,
     rows_contiguous,
     spans,
     store_sums,
@@ -55,7 +55,7 @@ def _lse_step(
 ):  # fmt: skip
     """One tile of keys: s = q k^T, p = 2^(s - shift), sums of p by row and of p k by row and column."""
     BLOCK: tl.constexpr = total.shape[0]
-    keys = load_rows(k, k_tail, t * TILE, N, k_stride, D, W, TAIL, TILE, CLEAN, TMA)
+    keys = load_rows(k, k_tail, t * TILE, N, k_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
     s = dot_rows(q, keys, CHUNKS, PRECISION) * scale2
     if not ONLINE:
         s -= shift
@@ -75,7 +75,7 @@ def _lse_step(
     else:
         p = tl.exp2(s)
     total += tl.sum(tl.reshape(p, (BLOCK, TILE // LANES, LANES)), 1)  # within a thread: no shuffle in the loop
-    return add_product(accs, p, keys, FIRST, LAST, PRECISION), total, top
+    return add_product(accs, p, keys, CHUNKS, FIRST, LAST, PRECISION), total, top
 
 
 @jit
@@ -90,8 +90,9 @@ def _lse_kernel(
     rows and split.
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
-    # An excluded key may be anywhere; and beside a second loop, ptxas keeps 1024 columns of q in registers and spills.
-    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or (D > 512 and FIRST == LAST)
+    # An excluded key may be anywhere; and beside a second loop, ptxas keeps too much of q in registers and spills.
+    WIDE: tl.constexpr = (D > 512 and FIRST == LAST) or (D > 128 and PRECISION == "bf16x6")
+    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or WIDE
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
@@ -99,7 +100,7 @@ def _lse_kernel(
             return
     scale2 = tl.load(scale) * 1.4426950408889634
     shift = tl.abs(scale2) - HEADROOM
-    queries = load_rows(q, q_tail, row, M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA)
+    queries = load_rows(q, q_tail, row, M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA, PRECISION)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
     total = tl.zeros((BLOCK, LANES), tl.float32)
     top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)  # the lowest float32: -inf - -inf would be NaN
@@ -211,12 +212,12 @@ def run_lse(
     with on_device(q):
         _lse_kernel[(cdiv(M, tile.own), lse2.shape[0])](
             left.wide, left.narrow, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group,
-            exclusion.k_group, exclusion.positive, M, N, q.stride(0), k.stride(0), exclusion.diagonal or 0,
+            exclusion.k_group, exclusion.positive, M, N, left.stride, right.stride, exclusion.diagonal or 0,
             split_keys // tile.other, D, left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other,
             tile.stages,
             GROUPS=exclusion.q_group is not None, DIAGONAL=exclusion.blocks, POSITIVES=columns_of(exclusion.positive),
             ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, Q_TMA=left.tma, TMA=right.tma,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=left.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def _spec(
         """Of the variant that does the work; a launch for other columns of the mean computes the logits again."""
         variant = VARIANTS[_online_only(dtype, bring_mean)]
         launches = len(spans(width, lse_tile(variant, width, dtype, exclusion, True))) if bring_mean else 1
-        return (2.0 * launches + 2.0 * bring_mean) * rows * rows * width
+        return (2.0 * launches + 2.0 * bring_mean) * products(dtype, width) * rows * rows * width
 
     return Spec(
         f"similarity_lse {'with mean' if bring_mean else 'alone'} D={width} {str(dtype)[6:]} {layout}",

@@ -33,7 +33,7 @@ from vito_kernels._tiles import (
     hide,
     load_rows,
     plan_tiles,
-    precision,
+    products,
     rows_contiguous,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
@@ -61,9 +61,9 @@ def _two_sided_step(
     that stay in it cross no thread.
     """
     BLOCK: tl.constexpr = total.shape[1]
-    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA)
+    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
     other = t * TILE + tl.arange(0, TILE)
-    if x[0].dtype == tl.float32 or 4 * TILE <= BLOCK:  # no tensor cores, or too few rows for their left factor
+    if x[0].dtype == tl.float32 or (TILE < 64 and BLOCK >= 64):  # no tensor cores, or few rows for their left factor
         s = tl.trans(dot_rows(x, rows, CHUNKS, PRECISION))
     else:
         s = dot_rows(rows, x, CHUNKS, PRECISION)
@@ -88,7 +88,7 @@ def _two_sided_kernel(
     column_sums += tl.cast(block, tl.int64) * N
     scale2 = tl.load(scale) * 1.4426950408889634
     shifts = tl.where(own < M, tl.abs(scale2) - HEADROOM, float("inf"))  # rows beyond the matrix add nothing to columns
-    rows = load_rows(x, x, block * BLOCK, M, x_stride, D, W, TAIL, BLOCK, False, False)
+    rows = load_rows(x, x, block * BLOCK, M, x_stride, D, W, TAIL, BLOCK, False, False, PRECISION)
     total = tl.zeros((TILE, BLOCK), tl.float32)
 
     first = split * split_tiles
@@ -131,9 +131,9 @@ def launch_two_sided(
     column_sums = scale.new_empty(blocks, N)
     with on_device(x):
         _two_sided_kernel[(blocks, row_sums.shape[0])](
-            x, right.wide, right.narrow, scale, row_sums, column_sums, M, N, x.stride(0), y.stride(0),
+            left.matrix, right.wide, right.narrow, scale, row_sums, column_sums, M, N, left.stride, right.stride,
             exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other, tile.stages,
-            DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=precision(),
+            DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=left.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
@@ -171,7 +171,7 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
     return Spec(
         f"two-sided lse D={width} {str(dtype)[6:]}" + (" visiting" if diagonal is None else ""),
         launch,
-        flops=2.0 * rows * rows * width,
+        flops=lambda: 2.0 * products(dtype, width) * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,
         tensor_cores=dtype != torch.float32,
         rare=dtype != torch.bfloat16 or width not in (128, 256, 512),

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_cases import assert_at_most_twice_torch, embeddings, gradient_errors_under_autocast, layout
+from contrastive_cases import (
+    assert_at_most_twice_torch,
+    embeddings,
+    error,
+    gradient_errors_under_autocast,
+    layout,
+    with_gradients,
+)
 
-from vito_kernels import clip_loss, info_nce, lse, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels import _tiles, clip_loss, info_nce, lse, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._tiles import Tile
 from vito_kernels._triton import use_triton
 from vito_kernels.tiled import LOG2E, Exclusion
@@ -28,6 +35,48 @@ def test_info_nce_is_as_exact_as_torch(device, dtype, shape, kind):
     q, k = (embeddings(rows, width, dtype, device, i) for i, rows in enumerate((m, n)))
     kwargs = layout(kind, m, n, device) | {"temperature": 0.1, "reduction": "none"}
     assert_at_most_twice_torch(lambda *x: info_nce(*x, **kwargs), lambda *x: reference.info_nce(*x, **kwargs), [q, k])
+
+
+@pytest.fixture
+def products(device, monkeypatch):
+    """Sets how float32 products are taken; the interpreter takes them in parts only when told to."""
+    chosen = {"highest": "bf16x6", "high": "bf16x3"}
+    before = torch.get_float32_matmul_precision()
+
+    def choose(precision):
+        torch.set_float32_matmul_precision(precision)
+        if device == "cpu":
+            monkeypatch.setattr(_tiles, "precision", lambda dtype, D: chosen[precision])
+
+    yield choose
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("shape", [(18, 33, 100), (20, 20, 48)], ids=str)
+def test_float32_in_three_parts_is_as_exact_as_torch(device, products, shape, scale):
+    m, n, width = shape
+    q, k = (embeddings(rows, width, torch.float32, device, i) for i, rows in enumerate((m, n)))
+    products("highest")
+    factor = torch.tensor(scale, device=device)
+    assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, factor])
+    if m == n:
+        assert_at_most_twice_torch(clip_loss, reference.clip_loss, [q, k, factor], floor=32)
+
+
+def test_float32_in_two_parts_keeps_sixteen_bits(device, products):
+    q, k = (embeddings(20, 64, torch.float32, device, i) for i in range(2))
+    products("high")
+    scale = torch.tensor(20.0, device=device)
+    truth = with_gradients(reference.similarity_lse, [q, k, scale], torch.float64)
+    errors = [error(x, y) for x, y in zip(with_gradients(similarity_lse, [q, k, scale]), truth, strict=True)]
+    assert 2**-24 < max(errors) < 2**-14, errors
+
+
+def test_numbers_whose_small_parts_alone_would_overflow(device, products):
+    products("highest")
+    q = torch.full((3, 16), 1e22, device=device) * torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    assert similarity_lse(q, -q, 1.0).tolist() == [-torch.inf] * 3
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])

@@ -165,12 +165,23 @@ def test_command_line_writes_records(tmp_path):
     assert subprocess.run(unknown, capture_output=True, env=environment).returncode == 2
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_float32_fits_the_registers(arch):
-    """The default set holds no float32, and on sm_90 it once spilled 62 KB a thread."""
-    (record,) = inspect.inspect(arch, lse._spec(128, torch.float32, True, "none"))
-    assert record["problems"] == []
+@pytest.mark.parametrize(("arch", "width"), [(80, 128), (90, 256)])
+def test_float32_runs_on_the_tensor_cores(arch, width):
+    """The default set holds no float32. In three parts, so at six times the flops."""
+    split, record = inspect.inspect(arch, lse._spec(width, torch.float32, True, "none"))
+    assert record["problems"] == split["problems"] == []
     assert record["spill_bytes"] == 0
+    assert record["mma"]
+    assert (split["kernel"], split["flops"]) == ("_split_kernel", 0)
+    assert record["flops"] == 24 * 32768**2 * width
+
+
+@pytest.mark.parametrize(("arch", "width"), [(80, 512), (90, 512), (100, 128)])
+def test_other_float32_fits_the_registers(arch, width):
+    """Its exact products once spilled 62 KB a thread on sm_90."""
+    (record,) = inspect.inspect(arch, lse._spec(width, torch.float32, False, "none"))
+    assert record["spill_bytes"] == 0
+    assert record["mma"] == []
 
 
 @pytest.mark.parametrize("module", inspect.MODULES)
