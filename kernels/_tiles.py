@@ -97,7 +97,11 @@ def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
 
 @jit
 def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b or split as b is."""
+    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b or split as b is.
+
+    Tensor cores cut off what a sum of theirs cannot hold: over 3000 keys, that is 1e-5 of a mean. So of the products of
+    parts each tile has a sum of its own, to which the largest come last, and is added by rounding.
+    """
     PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
     parts = ()  # type: tuple
     for _ in tl.static_range(PARTS):
@@ -106,11 +110,14 @@ def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.
         p -= part.to(tl.float32)
     sums = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
-        acc = accs[c - FIRST]
-        for i in tl.static_range(PARTS):
-            for j in tl.static_range(PARTS - i):
-                acc = product(parts[PARTS - 1 - i - j], b[j * CHUNKS + c], acc, PRECISION)
-        sums += (acc,)
+        if PARTS == 1:
+            sums += (product(parts[0], b[c], accs[c - FIRST], PRECISION),)
+        else:
+            acc = None
+            for i in tl.static_range(PARTS):
+                for j in tl.static_range(PARTS - i):
+                    acc = product(parts[PARTS - 1 - i - j], b[j * CHUNKS + c], acc, PRECISION)
+            sums += (accs[c - FIRST] + acc,)
     return sums
 
 
@@ -247,25 +254,29 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
     (90, "mean"): {
-        128: Tile(128, 128, 128, 8, 3, 8),
-        256: Tile(128, 64, 256, 8, 4, 8),
+        128: Tile(64, 128, 128, 4, 3, 8),
+        256: Tile(64, 64, 256, 4, 2, 8),
         512: Tile(64, 64, 256, 8, 2, 8),
         **WIDE[90],
     },
-    (90, "lse"): {256: Tile(128, 128, 256, 8, 2, 8), 512: Tile(128, 32, 256, 8, 2, 8), **WIDE[90]},
+    (90, "lse"): {
+        128: Tile(64, 128, 128, 4, 3, 8),
+        256: Tile(64, 64, 256, 4, 2, 8),
+        512: Tile(128, 32, 256, 8, 3, 8),
+        **WIDE[90],
+    },
     (90, "gradient"): {
-        128: Tile(128, 128, 128, 8, 3),
-        256: Tile(128, 64, 256, 8, 4),
+        128: Tile(64, 128, 128, 4, 2),
+        256: Tile(64, 64, 256, 4, 2),
         512: Tile(64, 64, 256, 8, 2),
         **WIDE[90],
     },
-    (90, "gradient both"): {
-        128: Tile(128, 64, 128, 8, 4),
-        256: Tile(128, 64, 256, 8, 4),
-        512: Tile(64, 64, 256, 8, 2),
+    (90, "two_sided"): {
+        128: Tile(64, 128, 128, 4, 3),
+        256: Tile(128, 128, 256, 8, 2),
+        512: Tile(64, 64, 256, 4, 2),
         **WIDE[90],
     },
-    (90, "two_sided"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[90]},
     (100, "mean"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
@@ -286,12 +297,12 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         **WIDE[100],
     },
     (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
-}
-# Float32 in parts. The rows of a wider matrix do not fit, nor does what Triton keeps in sm_100's tensor memory for each of
-# six products: there exact products run on the plain arithmetic units.
-SPLIT: dict[int, dict[int, Tile]] = {
-    80: {128: Tile(32, 32, 128, 8, 2)},
-    90: {128: Tile(64, 64, 128, 4, 2, 8), 256: Tile(64, 32, 256, 4, 2, 8)},
+    # Float32 in parts, of every pass. The rows of a wider matrix do not fit, nor does what Triton keeps in sm_100's
+    # tensor memory for each of six products: there exact products run on the plain arithmetic units.
+    (80, "float32"): {128: Tile(32, 32, 128, 8, 2)},
+    (90, "float32"): {128: Tile(64, 64, 128, 4, 2, 8), 256: Tile(64, 32, 256, 8, 2, 8)},
+    (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
+    (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
 EXACT = Tile(32, 32, 32, 8, 2, span=256)
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
@@ -306,10 +317,9 @@ def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
 def _pinned(capability: int, kernel: str, D: int, precision: str) -> Tile:
     if precision == "ieee":
         return EXACT
-    family = _family(capability)
-    table = TILES.get((family, kernel)) or TILES[family, kernel.split()[0]]
-    if precision != "native":
-        table = SPLIT[family]
+    family, kind = _family(capability), kernel.split()[0]
+    keys = (kernel, kind) if precision == "native" else (f"float32 {kind}", "float32")
+    table = next(TILES[family, key] for key in keys if (family, key) in TILES)
     return table[min((width for width in table if width >= D), default=max(table))]
 
 
@@ -331,7 +341,7 @@ def precision(dtype: torch.dtype, D: int) -> str:
     if dtype != torch.float32:
         return "native"
     wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[torch.get_float32_matmul_precision()]
-    return wanted if wanted == "native" or D <= max(SPLIT.get(_family(arch()), [0])) else "ieee"
+    return wanted if wanted == "native" or D <= max(TILES.get((_family(arch()), "float32"), [0])) else "ieee"
 
 
 class Operand:
@@ -363,11 +373,11 @@ class Operand:
 
 @jit
 def _split_kernel(x, out, stride, D, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. Beyond 2^60, where products of the small parts alone could overflow, there is only the first."""
+    """One row. Beyond 2^67, where products of the small parts alone could overflow, there is only the first."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     rest = tl.load(x + row * stride + column, mask=column < D, other=0.0)
-    small = tl.abs(rest) < 1152921504606846976.0
+    small = tl.abs(rest) < 147573952589676412928.0
     for part in tl.static_range(PARTS):
         rounded = rest.to(tl.bfloat16)
         tl.store(out + (row * PARTS + part) * WIDTH + column, rounded, mask=column < WIDTH)

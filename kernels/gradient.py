@@ -74,7 +74,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
-    MASKED: tl.constexpr = GROUPS or POSITIVES > 0
+    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or (D > 128 and PRECISION == "bf16x6")  # as in ``lse``
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     scale2 = tl.load(scale) * 1.4426950408889634

@@ -91,7 +91,7 @@ def _lse_kernel(
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     # An excluded key may be anywhere; and beside a second loop, ptxas keeps too much of q in registers and spills.
-    WIDE: tl.constexpr = (D > 512 and FIRST == LAST) or (D > 128 and PRECISION == "bf16x6")
+    WIDE: tl.constexpr = (D > 512 and FIRST == LAST) or (D > 64 and PRECISION == "bf16x6")
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or WIDE
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
@@ -162,7 +162,8 @@ def launch_lse(
     q, k = rows_contiguous(q), rows_contiguous(k)
     tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
-    split_keys = cdiv(split_keys, tiles[0].other * tiles[1].other) * tiles[0].other * tiles[1].other
+    widest = max(tile.other for tile in tiles)  # powers of two: a split is whole tiles of both variants
+    split_keys = cdiv(split_keys, widest) * widest
     splits = cdiv(k.shape[0], split_keys)
     lse2, rest = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if bring_mean else 0, D)
