@@ -341,7 +341,7 @@ def precision(dtype: torch.dtype, D: int) -> str:
     if dtype != torch.float32:
         return "native"
     wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[torch.get_float32_matmul_precision()]
-    return wanted if wanted == "native" or D <= max(TILES.get((_family(arch()), "float32"), [0])) else "ieee"
+    return wanted if wanted == "native" or max(TILES.get((_family(arch()), "float32"), [0])) >= D else "ieee"
 
 
 class Operand:

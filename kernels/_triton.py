@@ -53,7 +53,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at the first launch), and so on CPU tensors."""
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first), and so on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

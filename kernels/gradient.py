@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels import tiled
+from vito_kernels import rowwise, tiled
 from vito_kernels._tiles import (
     Operand,
     add_product,
@@ -134,8 +134,8 @@ def launch_gradient(
                 D, left.chunk, left.tail, first, last,
                 tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
                 DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
-                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, num_warps=tile.warps,
-                num_stages=tile.stages,
+                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision,
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     total = out[0] if splits == 1 else out.sum(0)
     return total if gain is None else total.div_(gain)
@@ -153,11 +153,16 @@ def _gain(x: Tensor, *roles: Role | None) -> Tensor | None:
 
 def _usable(role: Role | None, gain: Tensor | None) -> Role | None:
     """A row that sees nothing (lse = -inf) has no share in any gradient, whatever arrives at it."""
-    if role is None:
-        return None
+    if role is None or (role.seen and gain is None):
+        return role
     empty = role.lse2 == -torch.inf
     weight = role.weight.masked_fill(empty, 0)
     return Role(role.lse2.masked_fill(empty, 0), weight if gain is None else weight * gain)
+
+
+def role_of(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
+    """The role of a softmax with a log-sum-exp in two parts (M,), at which ``gradient`` (M,) of lse2 arrives."""
+    return rowwise.role(lse2, rest, gradient) if use_triton(lse2) else Role.of(lse2, rest, gradient * tiled.LOG2E)
 
 
 def pair_gradient(

@@ -15,10 +15,12 @@ output row is owned by one program and summed in a fixed order: deterministic, n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vito_kernels import options, tiled
+from vito_kernels import options, rowwise, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import (
@@ -32,9 +34,9 @@ from vito_kernels.checks import (
     reduce,
     scale_tensor,
 )
-from vito_kernels.gradient import pair_gradient
+from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.lse import launch_lse
-from vito_kernels.tiled import Exclusion, Role
+from vito_kernels.tiled import Exclusion
 
 # ---- custom op
 
@@ -64,7 +66,8 @@ def contrast(
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
     run = launch_lse if use_triton(q) else tiled.forward
     lse2, rest, mean = run(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
-    return lse2, _positive_logits(q, k, scale, positive, diagonal), mean, rest
+    logits = rowwise.positive_logits if use_triton(q) else _positive_logits
+    return lse2, logits(q, k, scale, positive, diagonal), mean, rest
 
 
 @contrast.register_fake
@@ -96,9 +99,14 @@ def contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
-    g_lse = g_lse2 * tiled.LOG2E
-    if need_q or need_scale:
-        pull = mean * g_lse[:, None]
+    pairs: dict[str, Any] = {"pair_weight": g_positive, "positive": positive} if g_positive.shape[1] else {}
+    fused = use_triton(q)
+    if fused and (need_q or need_scale):
+        own = pairs | {"k": k, "diagonal": diagonal or 0} if pairs else {}
+        other = q if need_scale else None
+        dq, dscale = rowwise.pull(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **own)
+    elif need_q or need_scale:
+        pull = mean * (g_lse2 * tiled.LOG2E)[:, None]
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
             assert k is not None
             pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None])
@@ -109,7 +117,11 @@ def contrast_backward(
     if need_k and k is not None:
         exclusion = Exclusion(q_group, k_group, positive, diagonal)
         sides = narrowed(q, narrow), narrowed(k, narrow)
-        _, push = pair_gradient(*sides, scale, Role.of(lse2, rest, g_lse), None, exclusion, need_x=False, need_y=True)
+        role = role_of(lse2, rest, g_lse2)
+        _, push = pair_gradient(*sides, scale, role, None, exclusion, need_x=False, need_y=True)
+        if fused and positive is None:
+            theirs = pairs | {"k": q, "diagonal": -(diagonal or 0), "by_key": True} if pairs else {}
+            return dq, rowwise.pull(push, scale, k.dtype, **theirs)[0], dscale
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
             part = q.to(push.dtype) * g_positive[:, p, None]
             if isinstance(keys, slice):

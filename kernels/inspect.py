@@ -25,7 +25,7 @@ from typing import Any
 from vito_kernels import sass
 from vito_kernels._triton import Spec, interpreting
 
-MODULES = ("lse", "two_sided", "gradient", "attention_pool", "photometric")  # each has ``specs()``
+MODULES = ("lse", "two_sided", "gradient", "rowwise", "attention_pool", "photometric")  # each has ``specs()``
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ TARGETS = {
 MAX_REGISTERS = 255
 ASSUMPTIONS = (
     "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
-    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for kernels that use the "
-    "tensor cores (float32 matrices do in parts, at six times the flops) and the float32 vector rate for the others. It is a bound, not a measurement. Instruction counts "
-    "are per warp and loop iteration."
+    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for kernels that use "
+    "the tensor cores (float32 matrices do in parts, at six times the flops) and the float32 vector rate for the "
+    "others. It is a bound, not a measurement. Instruction counts are per warp and loop iteration."
 )
 
 # ---------------------------------------------------------------------------------------------------- stand-in driver

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels import tiled
 from vito_kernels._tiles import (
     Operand,
     Tile,
@@ -40,6 +39,7 @@ from vito_kernels._tiles import (
     zero_sums,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors
+from vito_kernels.rowwise import merge_splits
 from vito_kernels.tiled import Exclusion
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def launch_lse(
             if not online_only and wide[0] == span[0]:
                 run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, wide, split_keys)
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
-    return tiled.merge_splits(lse2, rest, mean)
+    return merge_splits(lse2, rest, mean)
 
 
 def lse_tile(variant: str, D: int, dtype: torch.dtype, exclusion: Exclusion, bring_mean: bool) -> Tile:

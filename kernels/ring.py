@@ -224,7 +224,7 @@ class _TwoSided(torch.autograd.Function):
 
         def visit(block: Rows, own: bool) -> Rows:
             hidden = Exclusion(diagonal=0 if own else None)
-            keys, other = narrowed(block[0], ctx.narrow), Role(*block[1:])
+            keys, other = narrowed(block[0], ctx.narrow), Role(block[1], block[2])
             pull, push = pair_gradient(narrowed(x, ctx.narrow), keys, scale, x_role, other, hidden, side, need_y)
             if side:
                 gx.add_(pull)

@@ -34,6 +34,11 @@ class Exclusion:
     diagonal: int | None = None  # row i does not see column i + diagonal ...
     width: int = 1  # ... nor any other of its block of so many columns
 
+    def __post_init__(self) -> None:
+        for name in ("q_group", "k_group", "positive"):  # kernels read them as dense
+            ids = getattr(self, name)
+            object.__setattr__(self, name, ids if ids is None else ids.contiguous())
+
     @property
     def blocks(self) -> int:
         """Width of the excluded blocks on the diagonal, 0 for none."""
@@ -194,11 +199,12 @@ def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tens
 @dataclass(frozen=True)
 class Role:
     """One side's softmax in a gradient: ``weight`` is what arrives at each log-sum-exp ``lse2`` (log 2 units), both
-    (rows,).
+    (rows,). ``seen``: rows that see nothing have lse2 = weight = 0 already.
     """
 
     lse2: Tensor
     weight: Tensor
+    seen: bool = False
 
     @classmethod
     def of(cls, lse2: Tensor, rest: Tensor, weight: Tensor) -> Role:

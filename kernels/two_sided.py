@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vito_kernels import tiled
+from vito_kernels import rowwise, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._tiles import (
     Operand,
@@ -38,10 +38,10 @@ from vito_kernels._tiles import (
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
-from vito_kernels.gradient import pair_gradient
+from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.info_nce import autocast, narrowed
 from vito_kernels.lse import launch_lse, run_lse
-from vito_kernels.tiled import Exclusion, Role
+from vito_kernels.tiled import Exclusion
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -136,15 +136,15 @@ def launch_two_sided(
             DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=left.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    rows = _trusted_lse(x, y, scale, exclusion, row_sums.sum(0))
-    return *rows, *_trusted_lse(y, x, scale, exclusion.flipped(), column_sums.sum(0))
+    sides = _trusted_lse(x, y, scale, exclusion, row_sums)
+    return *sides, *_trusted_lse(y, x, scale, exclusion.flipped(), column_sums)
 
 
 def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The log of the sums in two parts, repeated by the online kernel where a sum is no longer to be trusted."""
-    trusted = ((sums > 2.0**-64) & (sums < 2.0**120)).to(torch.int8)[None]
-    lse2, rest = sums.new_empty(1, len(sums)), sums.new_empty(1, len(sums))
-    tiled.split_sum(sums.log2(), scale.abs() * tiled.LOG2E - headroom(x.dtype), lse2[0], rest[0])
+    """The log of the sums (parts, M) in two parts, repeated by the online kernel where a sum is no longer to be
+    trusted.
+    """
+    lse2, rest, trusted = rowwise.settle(sums, scale, headroom(x.dtype))
     every_key = 1 << (y.shape[0] - 1).bit_length() + 8
     no_mean = lse2.new_empty(1, 0, x.shape[1])
     run_lse("online", x, y, scale, exclusion, lse2, rest, no_mean, trusted, (0, 0), every_key)
@@ -181,6 +181,13 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
 # ---- custom ops: rows and columns
 
 
+def pair_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
+    """scale x_i . y_(i + diagonal) (M,)."""
+    if use_triton(x):
+        return rowwise.positive_logits(x, y, scale, None, diagonal)[:, 0]
+    return (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
+
+
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
 def two_sided(
     x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None
@@ -191,9 +198,8 @@ def two_sided(
     check_finite(scale)
     run = launch_two_sided if use_triton(x) else tiled.two_sided
     sides = narrowed(x, narrow), narrowed(y, narrow)
-    rows, row_rest, columns, column_rest = run(*sides, scale, Exclusion(diagonal=diagonal))
-    pairs = (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
-    return rows, columns, pairs, row_rest, column_rest
+    row, row_rest, column, column_rest = run(*sides, scale, Exclusion(diagonal=diagonal))
+    return row, column, pair_logits(x, y, scale, diagonal), row_rest, column_rest
 
 
 @two_sided.register_fake
@@ -223,10 +229,18 @@ def two_sided_backward(
     """(dx, dy, dscale), each rounded once; what is not needed comes back empty."""
     side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
     hidden = Exclusion(diagonal=diagonal)
-    x_role = Role.of(row, row_rest, g_row * tiled.LOG2E)
-    y_role = Role.of(column, column_rest, g_column * tiled.LOG2E)
+    x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
     gx, gy = pair_gradient(narrowed(x, narrow), narrowed(y, narrow), scale, x_role, y_role, hidden, side, need_y)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
+    if use_triton(x):
+        if side:
+            other = x if need_scale else None
+            dx, dscale = rowwise.pull(
+                gx, scale, x.dtype, store=need_x, pair_weight=g_pair, k=y, diagonal=diagonal, other=other
+            )
+        if need_y:
+            dy, _ = rowwise.pull(gy, scale, y.dtype, pair_weight=g_pair, k=x, diagonal=-diagonal, by_key=True)
+        return dx, dy, dscale
     if side:
         gx.addcmul_(y[pairs].to(gx.dtype), g_pair[:, None])
         dscale = (gx * x).sum() if need_scale else dscale
@@ -299,7 +313,7 @@ def self_contrast_backward(
     narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
-    role = Role.of(lse2, rest, g_lse2 * tiled.LOG2E)
+    role = role_of(lse2, rest, g_lse2)
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     if use_triton(z):
         gz, _ = pair_gradient(side, side, scale, role, role, exclusion, True, False)

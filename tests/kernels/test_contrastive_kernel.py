@@ -75,7 +75,7 @@ def test_float32_in_two_parts_keeps_sixteen_bits(device, products):
 
 def test_numbers_whose_small_parts_alone_would_overflow(device, products):
     products("highest")
-    q = torch.full((3, 16), 1e22, device=device) * torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    q = 1e22 * torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).to(device)
     assert similarity_lse(q, -q, 1.0).tolist() == [-torch.inf] * 3
 
 
@@ -174,6 +174,19 @@ def test_strided_rows_and_twice_the_same(device):
     q, k = wide[::2, :32], wide[1::2, 32:]
     first, again = similarity_lse(q, k, 5.0), similarity_lse(q.contiguous(), k.T.contiguous().T, 5.0)
     assert torch.equal(first, again)
+
+
+def test_ids_that_are_not_dense(device):
+    """Every second group of a tensor, positives by column, and a gradient that is one number for all."""
+    q, k = (embeddings(n, 32, torch.float32, device, n) for n in (20, 40))
+    ids = torch.arange(80, device=device) % 7
+    positive = (torch.arange(60, device=device) % 40).view(3, 20).T
+    options = {"q_group": ids[:40:2], "k_group": ids[::2], "positive": positive}
+    assert_at_most_twice_torch(lambda *x: info_nce(*x, **options), lambda *x: reference.info_nce(*x, **options), [q, k])
+    sums = [q.clone().requires_grad_() for _ in range(2)]
+    for f, x in zip((similarity_lse, reference.similarity_lse), sums, strict=True):
+        f(x, k, 3.0).backward(torch.ones(1, device=device).expand(20))
+    torch.testing.assert_close(sums[0].grad, sums[1].grad)
 
 
 def test_a_wider_output_than_a_program_keeps(device):
