@@ -78,15 +78,24 @@ def moved_alike(got: Result, truth: Result) -> float:
     return max(errors) if all(error == error for error in errors) else float("inf")
 
 
+def moved_together(got: Result, truth: Result) -> float:
+    """The error of all movements as one vector: in bfloat16 that of a single early parameter says little."""
+    errors = sum((mine.to(true) - true).norm().item() ** 2 for mine, true in zip(got, truth, strict=True))
+    return (errors / sum(true.norm().item() ** 2 for true in truth)) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("backbone", "batch", "size"),
     [("resnet18", 4, 64), pytest.param("resnet50", 2, 224, marks=pytest.mark.full)],
     ids=["resnet18", "resnet50"],
 )
 def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: int) -> None:
+    """On a GPU 128 clips in bfloat16, against float32: the share that one of 32 GPUs has of the published batch."""
+    cuda = device.type == "cuda"
+    batch, dtype, exact_dtype = (128, "bfloat16", "float32") if cuda else (batch, "float32", "float64")
     views, video = views_of(batch, size, device)
     video = video.to(device)
-    fused, plain = trainer(backbone, batch, device), trainer(backbone, batch, device)
+    fused, plain = trainer(backbone, batch, device, dtype), trainer(backbone, batch, device, dtype)
     plain_step = stepping(plain, views, video)
 
     def reference_step() -> Result:
@@ -94,14 +103,15 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
             return plain_step()
 
     def networks_alone() -> Result:
-        with torch.no_grad():
-            fused.model.target.backbone(torch.cat(views))
-        features = fused.model.online.backbone(torch.cat(views))
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.no_grad():
+                fused.model.target.backbone(torch.cat(views))
+            features = fused.model.online.backbone(torch.cat(views))
         torch.stack([f.mean() for f in features]).sum().backward()
         return ()
 
     def truth() -> Result:
-        exact = trainer(backbone, batch, device, "float64")
+        exact = trainer(backbone, batch, device, exact_dtype)
         with plain_kernels():
             return stepping(exact, views, video)()
 
@@ -114,4 +124,5 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
     work = Work(items=batch, unit="pairs")
     fewest = {"resnet18": 12, "resnet50": 5}[backbone]  # seconds a step of ResNet-50 on a CPU
     budget = Budget(5.0, fewest)
-    race("train_step", params, candidates, truth=truth, work=work, agree=moved_alike, bound=0.02, budget=budget)
+    agree, bound = (moved_together, 0.1) if cuda else (moved_alike, 0.02)
+    race("train_step", params, candidates, truth=truth, work=work, agree=agree, bound=bound, budget=budget)
