@@ -115,6 +115,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
         config.stash[RECORDS].append(record)
         _say(config, record)
+        _save(config)
         return record
 
     return run
@@ -142,10 +143,14 @@ def _say(config: pytest.Config, record: dict[str, Any]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    target = session.config.getoption("--results")
-    if not target or session.config.getoption("collectonly"):
+    if not session.config.getoption("collectonly"):
+        _save(session.config)
+
+
+def _save(config: pytest.Config) -> None:
+    """Writes the cases so far: what stops a run on a lent machine does not take them along."""
+    if not (target := config.getoption("--results")):
         return
-    config = session.config
     cases = config.stash[RECORDS]
     results = {
         "schema": SCHEMA,
@@ -163,7 +168,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     }
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    whole = path.with_name(f".{path.name}.part")
+    whole.write_text(json.dumps(results, indent=1) + "\n")
+    whole.replace(path)
 
 
 def _skipped(cases: list[dict[str, Any]]) -> list[dict[str, str]]:
