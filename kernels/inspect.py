@@ -25,7 +25,7 @@ from typing import Any
 from vito_kernels import sass
 from vito_kernels._triton import Spec, interpreting
 
-MODULES = ("lse", "two_sided", "gradient", "attention_pool", "photometric")  # each has ``specs()``
+MODULES = ("lse", "two_sided", "gradient", "attention_pool", "batch_norm", "photometric")  # each has ``specs()``
 
 
 @dataclass(frozen=True)
