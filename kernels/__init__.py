@@ -2,6 +2,7 @@
 
 from . import reference
 from .attention_pool import AttentionPool, attention_pool
+from .batch_norm import batch_norm
 from .info_nce import info_nce, similarity_lse
 from .losses import (
     CLIPLoss,
@@ -26,6 +27,7 @@ __all__ = [
     "NTXentLoss",
     "SupConLoss",
     "attention_pool",
+    "batch_norm",
     "clip_loss",
     "info_nce",
     "lit_loss",

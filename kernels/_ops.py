@@ -11,6 +11,19 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def past_dispatcher(op: Any) -> Callable[..., Any]:
+    """``op`` to call where no gradient is asked of it: plain eager code goes to its implementation directly."""
+    implementation = op._init_fn
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return op(*args)
+        plain = all(type(x) in PLAIN for x in args if isinstance(x, torch.Tensor))
+        return (implementation if plain else op)(*args)
+
+    return call
+
+
 def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Registers the gradient of ``op``, and returns the op to call from Python.
 
@@ -20,11 +33,10 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
     0.2 ms of host time together, longer than small losses take a GPU. All are made of the same two functions.
     """
     op.register_autograd(backward, setup_context=setup_context)
-    implementation = op._init_fn
+    implementation = past_dispatcher(op)
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
-        plain = all(type(x) in PLAIN for x in args if isinstance(x, torch.Tensor))
-        output = (implementation if plain and not is_in_torch_dispatch_mode() else op)(*args)
+        output = implementation(*args)
         setup_context(ctx, args, output)
         return output
 
@@ -52,7 +64,13 @@ def refuse_double_backward(op: Any) -> Callable[..., Any]:
             f"{name} is fused and has no second derivative; for double backward use vito_kernels.reference"
         )
 
-    return autograd_op(op, lambda ctx, inputs, output: None, refuse)
+    guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), past_dispatcher(op)
+
+    def call(*args: Any) -> Any:
+        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        return (guarded if differentiable else direct)(*args)
+
+    return call
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,8 @@ from typing import Any
 from vito_kernels import sass
 from vito_kernels._triton import Spec, interpreting
 
-MODULES = ("lse", "two_sided", "gradient", "rowwise", "attention_pool", "photometric")  # each has ``specs()``
+MODULES = ("lse", "two_sided", "gradient", "rowwise", "attention_pool", "batch_norm", "photometric")
+"""Each has ``specs()``."""
 
 
 @dataclass(frozen=True)

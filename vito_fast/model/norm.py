@@ -1,4 +1,6 @@
-"""Batch norm's statistics: over all ranks, and left alone where a forward pass is repeated."""
+"""Batch norm with what follows it in one op; its statistics over all ranks, or left alone where a forward pass is
+repeated.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vito_kernels import batch_norm
+from vito_kernels.batch_norm import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
 from vito_kernels.collectives import start_gather
 
 
@@ -43,8 +47,30 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, and with it what a block does next: ``relu(norm(x) + residual)``. In training on a GPU all of it is one
+    op (``vito_kernels.batch_norm``); elsewhere the sum and ``relu`` come after, in place.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: nn.ReLU | None = None) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        if not self.training or self.momentum is None or not fuses(x, self.weight, self.bias, *statistics, residual):
+            return _finish(super().forward(x), residual, relu)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        options: Any = {"momentum": self.momentum, "eps": self.eps, "residual": residual, "relu": relu is not None}
+        return batch_norm(x, self.weight, self.bias, *statistics, **options)  # type: ignore[arg-type]  # not None here
+
+
+def _finish(out: Tensor, residual: Tensor | None, relu: nn.ReLU | None) -> Tensor:
+    if residual is not None:
+        out += residual
+    return out if relu is None else relu(out)
+
+
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the concatenation of all ranks' batches, unequal ones too but none empty.
+    """Batch norm over the concatenation of all ranks' batches, unequal ones too but none empty; then, as BatchNorm2d,
+    sum and ReLU.
 
     Input (B,C) or (B,C,H,W). torch has it for CUDA alone, and there looks for empty batches, for which the host waits
     in every layer. On the CPU means and squared deviations are reduced one after the other, so nothing cancels.
@@ -54,14 +80,15 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() not in (2, 4):
             raise ValueError(f"expected (B,C) or (B,C,H,W), got {tuple(input.shape)}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: nn.ReLU | None = None) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return _finish(super().forward(x), residual, relu)
         if x.is_cuda:
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
             running = self.running_mean, self.running_var, self.momentum
-            return _CudaNorm.apply(x, self.weight, self.bias, *running, self.eps)
+            joined = residual if residual is None or residual.dtype == x.dtype else residual.to(x.dtype)
+            return _RanksNorm.apply(x, self.weight, self.bias, joined, *running, self.eps, relu is not None)
         axes = [d for d in range(x.dim()) if d != 1]
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         sums = torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])])
@@ -73,7 +100,7 @@ class SyncBatchNorm(_BatchNorm):
         if self.track_running_stats:
             self._track(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         scale = (variance + self.eps).rsqrt() * self.weight
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return _finish(centred * scale.view(shape) + self.bias.view(shape), residual, relu)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased: Tensor) -> None:
@@ -86,9 +113,9 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
 
 
-class _CudaNorm(torch.autograd.Function):
-    """By torch's CUDA kernels for the purpose: the ranks gather (mean, 1 / deviation, count), (R, 2 C + 1); back go two
-    sums of C numbers. Moves ``running_mean`` and ``running_var``.
+class _RanksNorm(torch.autograd.Function):
+    """``vito_kernels.batch_norm`` in its steps: between them the ranks gather their statistics (R, 2 C + 1), and back
+    go two sums of C numbers. Moves ``running_mean`` and ``running_var``.
     """
 
     @staticmethod
@@ -97,38 +124,31 @@ class _CudaNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         momentum: float,
         eps: float,
+        relu: bool,
     ) -> Tensor:
-        x = _dense(x)
-        mean, invstd = torch.batch_norm_stats(x, eps)
-        count = mean.new_full((1,), x.numel() // x.shape[1])
-        everyone, transfer = start_gather(torch.cat([mean, invstd, count])[None], [1] * dist.get_world_size())
+        x, residual = as_rows(x), None if residual is None else as_rows(residual)
+        everyone, transfer = start_gather(part_of(x), [1] * dist.get_world_size())
         transfer.wait()
-        means, invstds, counts = (part.contiguous() for part in everyone[:, 0].split([len(mean), len(mean), 1], 1))
-        mean, invstd = torch.batch_norm_gather_stats_with_counts(
-            x, means, invstds, running_mean, running_var, momentum, eps, counts.flatten()
-        )
-        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
-        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+        statistics = merge_parts(everyone[:, 0], running_mean, running_var, momentum, eps)
+        y: Tensor = normalise(x, weight, bias, residual, *statistics, relu)
+        ctx.relu, ctx.has_residual = relu, residual is not None
+        ctx.save_for_backward(x, weight, bias, *statistics, y if relu and ctx.has_residual else None)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, counts = ctx.saved_tensors
-        grad = _dense(grad)
-        sums = torch.batch_norm_backward_reduce(grad, x, mean, invstd, weight, True, True, True)
-        sum_dy, sum_dy_xmu, g_weight, g_bias = sums
-        total = torch.stack([sum_dy, sum_dy_xmu])
-        dist.all_reduce(total)
-        gx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, total[0], total[1], counts)
-        return gx, g_weight, g_bias, None, None, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+        x, weight, bias, mean, invstd, count, y = ctx.saved_tensors
+        sums, g_weight, g_bias, masked = gradient_sums(grad, x, y, weight, bias, mean, invstd, ctx.relu)
+        grad = grad if y is None else masked
+        dist.all_reduce(sums)
+        gx = input_gradient(grad, x, weight, bias, mean, invstd, count, sums, ctx.relu and y is None)
+        return gx, g_weight, g_bias, grad if ctx.has_residual else None, None, None, None, None, None
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vito_fast.model.norm import frozen_statistics
+from vito_fast.model.norm import BatchNorm2d, frozen_statistics
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -27,21 +27,19 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, width, 3, stride)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = _conv(width, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> BatchNorm2d:
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = self.bn1(self.conv1(x), relu=self.relu)
+        return self.bn2(self.conv2(out), x if self.downsample is None else self.downsample(x), self.relu)
 
 
 class Bottleneck(nn.Module):
@@ -52,24 +50,22 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = _conv(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv3 = _conv(width, width * 4, 1)
-        self.bn3 = nn.BatchNorm2d(width * 4)
+        self.bn3 = BatchNorm2d(width * 4)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> BatchNorm2d:
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = self.bn1(self.conv1(x), relu=self.relu)
+        out = self.bn2(self.conv2(out), relu=self.relu)
+        return self.bn3(self.conv3(out), x if self.downsample is None else self.downsample(x), self.relu)
 
 
 class ResNet(nn.Module):
@@ -97,7 +93,7 @@ class ResNet(nn.Module):
         self.channels = [64 * 2**s * block.expansion for s in range(4)][-scales:]
         self.strides = [4 * 2**s for s in range(4)][-scales:]
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = 64
@@ -116,7 +112,7 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.last_norm.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=self.relu))
         stages = []
         for s in range(1, 5):
             for block in self.get_submodule(f"layer{s}").children():
@@ -136,7 +132,7 @@ def _stage(
     outputs = width * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), BatchNorm2d(outputs))
     blocks = [block(inputs, width, stride, downsample)]
     blocks += [block(outputs, width, 1, None) for _ in range(depth - 1)]
     return nn.Sequential(*blocks), outputs
