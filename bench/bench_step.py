@@ -33,11 +33,11 @@ def plain_kernels() -> Iterator[None]:
         vito_fast.loss.info_nce, pooling.attention_pool = before
 
 
-def trainer(backbone: str, batch: int, device: torch.device, dtype: str = "float32") -> Trainer:
+def trainer(backbone: str, batch: int, device: torch.device, dtype: str = "float32", **train: bool) -> Trainer:
     config = Config(
         model=ModelConfig(backbone=backbone),
         schedule=ScheduleConfig(warmup_epochs=0),
-        train=TrainConfig(batch_size=batch, dtype=dtype, compile=False),
+        train=TrainConfig(batch_size=batch, dtype=dtype, **train),
     )
     return Trainer(config, World(0, 1, 1, device), steps_per_epoch=100)
 
