@@ -56,9 +56,10 @@ class Lars:
         momentum = list(self.momentum.values())
         keep: Any = self.config.momentum
         if finite is not None:
-            for g in gradients:
-                g.copy_(torch.where(finite, g, torch.zeros((), dtype=g.dtype, device=g.device)))
-            usable = finite.double()
+            bits = torch.int64 if gradients[0].dtype == torch.float64 else torch.int32
+            torch._foreach_mul_([g.view(bits) for g in gradients], finite.to(bits))  # of NaN times 0, the bits are 0
+            # Scalars of the tensors' own dtype: with any other, multi-tensor calls launch a kernel for each tensor.
+            usable = finite.to(gradients[0].dtype)
             keep = keep * usable + (1 - usable)
         self._adapt(gradients[: len(self.adapted)], finite)
         torch._foreach_mul_(momentum, keep)
@@ -66,7 +67,7 @@ class Lars:
         if finite is None:
             torch._foreach_add_(self.parameters, momentum, alpha=-lr)
         else:
-            torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, -lr * usable))
+            torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, (-lr * usable).to(usable.dtype)))
 
     def _adapt(self, gradients: list[Tensor], finite: Tensor | None) -> None:
         """Weight decay and trust ratio, in place, on the gradients of the parameters that have them."""

@@ -113,7 +113,8 @@ class VitoModel(nn.Module):
             torch._foreach_lerp_(target, online, 1 - tau)
             return
         move: Any = (1 - tau) * finite.double()
-        torch._foreach_mul_(target, 1 - move)
+        keep, move = ((1 - move).to(target[0].dtype), move.to(target[0].dtype))  # one launch, not one for each tensor
+        torch._foreach_mul_(target, keep)
         torch._foreach_add_(target, torch._foreach_mul(online, move))
 
     @torch.no_grad()
