@@ -2,8 +2,7 @@
 
 All of it is bound by memory. Channels come in blocks of up to 128, so that a warp reads whole lines of 128 bytes, 16 of
 them a thread. Statistics and sums are taken in two steps, each program's part and then all parts, and so need no
-atomics; which program takes which rows does not depend on the GPU. A part of the statistics is (2 C + 1): means,
-squared deviations from them, count.
+atomics. A part of the statistics is (2 C + 1): means, squared deviations from them, count.
 """
 
 from __future__ import annotations
@@ -13,45 +12,59 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._triton import jit
+from vito_kernels._triton import jit, processors
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE, UNROLL = 4096, 4  # elements whose loads are under way together, and how many such tiles in a row
-REDUCING, MAPPING, MERGING = 8, 4, 4  # warps: a reduction has two float32 sums for each element of its tile
-PROGRAMS = 512  # that share the rows and channels of a reduction: some four for each processor of a GPU
-PARTS_BLOCK, CHANNELS_BLOCK = 64, 8  # a merge has its channels' parts in registers: this many, or all
+MAPPED, UNROLL = 4096, 4  # elements of y or dx for a program at once, and how many times
+SUMMED = 2048  # elements of a tile of a reduction, each with two float32 sums; it takes four such tiles in a row
+MAPPING, SUMMING, MERGING = 4, 8, 4  # warps
+PER_PROCESSOR = 3  # programs of a reduction, as many as registers let run at once: all start and end together
+PARTS_BLOCKS, CHANNELS_BLOCK = (64, 512), 8  # a merge has its channels' parts in registers: few, many or all
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
 @jit
+def tile_of(x, r, c, rows, C):
+    """Rows r and channels c of x, and zeros for those that are not there."""
+    inside = (r < rows)[:, None] & (c < C)[None, :]
+    return tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0)
+
+
+@jit
 def norm_statistics(
     x, parts, rows, C, part_count,
-    UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program's part: BLOCK_C channels, every part_count-th span of rows. Each place of the tile has a mean and a sum
-    of squared deviations of its own (Welford), so that nothing cancels where a mean is far from zero.
+    """A program's part: BLOCK_C channels, every part_count-th four tiles of rows. Each place of a tile has a mean and a
+    sum of squared deviations of its own, to which four numbers are merged at once, so that nothing cancels where a mean
+    is far from zero.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
     block = tl.program_id(0) % channel_blocks
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    first = part * 4 * BLOCK_R
+    mean = tile_of(x, first + tl.arange(0, BLOCK_R), c, rows, C).to(tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_R,), tl.float32)
-    tiles = 0.0
-    for start in range(part * UNROLL * BLOCK_R, rows, part_count * UNROLL * BLOCK_R):
-        for i in tl.static_range(UNROLL):
-            r = start + i * BLOCK_R + tl.arange(0, BLOCK_R)
-            inside = (r < rows)[:, None] & (c < C)[None, :]
-            v = tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            tiles += 1.0
-            apart = tl.where(inside, v - mean, 0.0)
-            mean += apart * (1.0 / tiles)  # places beyond the last row stay as they are
-            squares += apart * (v - mean)
-            count += tl.where(r < rows, 1.0, 0.0)
+    for start in range(first, rows, part_count * 4 * BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        v0 = tile_of(x, r, c, rows, C)  # before the first is used, all four are under way
+        v1 = tile_of(x, r + BLOCK_R, c, rows, C)
+        v2 = tile_of(x, r + 2 * BLOCK_R, c, rows, C)
+        v3 = tile_of(x, r + 3 * BLOCK_R, c, rows, C)
+        d0 = tl.where((r < rows)[:, None], v0.to(tl.float32) - mean, 0.0)
+        d1 = tl.where((r + BLOCK_R < rows)[:, None], v1.to(tl.float32) - mean, 0.0)
+        d2 = tl.where((r + 2 * BLOCK_R < rows)[:, None], v2.to(tl.float32) - mean, 0.0)
+        d3 = tl.where((r + 3 * BLOCK_R < rows)[:, None], v3.to(tl.float32) - mean, 0.0)
+        count += tl.minimum(tl.maximum((rows - r + BLOCK_R - 1) // BLOCK_R, 0), 4).to(tl.float32)
+        shift = d0 + d1 + d2 + d3
+        move = shift * (1.0 / tl.maximum(count, 1.0))[:, None]
+        mean += move
+        squares += d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3 - shift * move
     total = tl.sum(count, 0)
     average = tl.sum(mean * count[:, None], 0) / total
     apart = mean - average[None, :]
@@ -128,7 +141,7 @@ def norm_apply(
 @jit
 def norm_sums(
     grad, x, y, masked, weight, bias, mean, invstd, parts, rows, C, part_count,
-    RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program's part, (2, C), of the sums of g and of g (x - mean), where g is the gradient behind the ReLU. With y
     the mask is y's and g goes to ``masked``; otherwise it is computed as the forward pass did.
@@ -141,25 +154,23 @@ def norm_sums(
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(part * UNROLL * BLOCK_R, rows, part_count * UNROLL * BLOCK_R):
-        for i in tl.static_range(UNROLL):
+    for start in range(part * 4 * BLOCK_R, rows, part_count * 4 * BLOCK_R):
+        for i in tl.static_range(4):
             r = start + i * BLOCK_R + tl.arange(0, BLOCK_R)
-            inside = (r < rows)[:, None] & (c < C)[None, :]
-            at = r.to(tl.int64)[:, None] * C + c[None, :]
-            g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
+            g = tile_of(grad, r, c, rows, C).to(tl.float32)
+            v = tile_of(x, r, c, rows, C).to(tl.float32) - centre[None, :]
             if y is not None:
-                z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-                g = tl.where(z <= 0, 0.0, g)
-                tl.store(masked + at, g.to(masked.dtype.element_ty), mask=inside)
+                g = tl.where(tile_of(y, r, c, rows, C).to(tl.float32) <= 0, 0.0, g)
+                target = masked + r.to(tl.int64)[:, None] * C + c[None, :]
+                tl.store(target, g.to(masked.dtype.element_ty), mask=(r < rows)[:, None] & (c < C)[None, :])
             elif RELU:
                 z = (v * scale[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
                 g = tl.where(z <= 0, 0.0, g)
             sums += g
             products += g * v
-    target = parts + part * 2 * C + c
-    tl.store(target, tl.sum(sums, 0), mask=c < C)
-    tl.store(target + C, tl.sum(products, 0), mask=c < C)
+    out = parts + part * 2 * C + c
+    tl.store(out, tl.sum(sums, 0), mask=c < C)
+    tl.store(out + C, tl.sum(products, 0), mask=c < C)
 
 
 @jit
@@ -213,26 +224,42 @@ def norm_input_gradient(
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _tile(x: Tensor, warps: int) -> tuple[int, int, int, dict[str, int]]:
-    """(rows, channel blocks, spans of rows, constants of the kernel)."""
+def _shape(x: Tensor) -> tuple[int, int, int, int]:
+    """(rows, channels, channels of a block, blocks)."""
     channels = x.shape[1]
     block_c = min(128, max(16, 1 << (channels - 1).bit_length()))
-    rows, block_r = x.numel() // channels, TILE // block_c
-    constants = {"UNROLL": UNROLL, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
-    return rows, -(-channels // block_c), -(-rows // (UNROLL * block_r)), constants
+    return x.numel() // channels, channels, block_c, -(-channels // block_c)
+
+
+def _shares(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """How a reduction is shared: (parts, programs, constants)."""
+    rows, _, block_c, blocks = _shape(x)
+    block_r = SUMMED // block_c
+    part_count = min(max(1, PER_PROCESSOR * processors(x.device) // blocks), -(-rows // (4 * block_r)))
+    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": SUMMING}
+    return part_count, part_count * blocks, constants
+
+
+def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
+    """How what is not reduced is shared: (programs, constants)."""
+    rows, _, block_c, blocks = _shape(x)
+    block_r = MAPPED // block_c
+    constants = {"UNROLL": UNROLL, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": MAPPING}
+    return -(-rows // (UNROLL * block_r)) * blocks, constants
 
 
 def _merge_tile(part_count: int) -> dict[str, int]:
-    most = PARTS_BLOCK if part_count <= PARTS_BLOCK else max(PROGRAMS, 1 << (part_count - 1).bit_length())
+    few, many = PARTS_BLOCKS
+    most = few if part_count <= few else max(many, 1 << (part_count - 1).bit_length())
     return {"BLOCK_P": most, "BLOCK_C": CHANNELS_BLOCK, "num_warps": MERGING}
 
 
 def launch_parts(x: Tensor) -> Tensor:
     """The parts of x, (parts, 2 C + 1) float32."""
-    rows, channel_blocks, spans, constants = _tile(x, REDUCING)
-    part_count = min(max(1, PROGRAMS // channel_blocks), spans)
-    parts = x.new_empty((part_count, 2 * x.shape[1] + 1), dtype=torch.float32)
-    norm_statistics[(part_count * channel_blocks,)](x, parts, rows, x.shape[1], part_count, **constants)
+    rows, channels, *_ = _shape(x)
+    part_count, programs, constants = _shares(x)
+    parts = x.new_empty((part_count, 2 * channels + 1), dtype=torch.float32)
+    norm_statistics[(programs,)](x, parts, rows, channels, part_count, **constants)
     return parts
 
 
@@ -250,10 +277,11 @@ def launch_merge(
 def launch_apply(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, relu: bool
 ) -> Tensor:
-    rows, channel_blocks, spans, constants = _tile(x, MAPPING)
+    rows, channels, *_ = _shape(x)
+    programs, constants = _tiles(x)
     y = torch.empty_like(x)
-    norm_apply[(spans * channel_blocks,)](
-        x, residual, y, weight, bias, mean, invstd, rows, x.shape[1], RELU=relu, **constants
+    norm_apply[(programs,)](
+        x, residual, y, weight, bias, mean, invstd, rows, channels, RELU=relu, **constants
     )  # fmt: skip
     return y
 
@@ -261,12 +289,11 @@ def launch_apply(
 def launch_sums(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, channel_blocks, spans, constants = _tile(x, REDUCING)
-    channels = x.shape[1]
-    part_count = min(max(1, PROGRAMS // channel_blocks), spans)
+    rows, channels, *_ = _shape(x)
+    part_count, programs, constants = _shares(x)
     parts = mean.new_empty((part_count, 2 * channels))
     masked = x.new_empty(0) if y is None else torch.empty_like(x)
-    norm_sums[(part_count * channel_blocks,)](
+    norm_sums[(programs,)](
         grad, x, y, masked, weight, bias, mean, invstd, parts, rows, channels, part_count, RELU=relu, **constants
     )  # fmt: skip
     sums, d_weight, d_bias = mean.new_empty((2, channels)), torch.empty_like(weight), torch.empty_like(bias)
@@ -280,9 +307,10 @@ def launch_input_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
     relu: bool,
 ) -> Tensor:  # fmt: skip
-    rows, channel_blocks, spans, constants = _tile(x, MAPPING)
+    rows, channels, *_ = _shape(x)
+    programs, constants = _tiles(x)
     dx = torch.empty_like(x)
-    norm_input_gradient[(spans * channel_blocks,)](
-        grad, x, dx, weight, bias, mean, invstd, count, sums, rows, x.shape[1], RELU=relu, **constants
+    norm_input_gradient[(programs,)](
+        grad, x, dx, weight, bias, mean, invstd, count, sums, rows, channels, RELU=relu, **constants
     )  # fmt: skip
     return dx
