@@ -317,10 +317,18 @@ def _fit(gradient: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
     return gradient.to(dtype)
 
 
+def _cudnn_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    last = torch.channels_last
+    return last if any(t.is_contiguous(memory_format=last) for t in (x, weight)) else torch.contiguous_format
+
+
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Inside, CUDA tensors can be made and computed with, without a driver and without memory; autocast works too."""
+    """Inside, CUDA tensors can be made and computed with, without a driver and without memory; autocast works too, and
+    convolutions have cuDNN's memory formats.
+    """
     with (
+        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _cudnn_format),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),
         mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
         FakeTensorMode() as mode,

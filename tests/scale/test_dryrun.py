@@ -1,6 +1,7 @@
 """The dry run counts what really happens, and finds what a GPU would stumble over."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, graph_breaks
 from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda
 from vito_fast.model import VitoModel
+from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch
 
 SMALL = Config(
@@ -113,6 +115,24 @@ def test_micro_batches_and_recomputation_trade_arithmetic_for_memory():
     assert sum(parts.saved.values()) == pytest.approx(sum(plain.saved.values()) / 4, rel=0.05)
     assert sum(again.saved.values()) < 0.6 * sum(plain.saved.values())
     assert again.total()[0] == pytest.approx(plain.total()[0] + plain.total("online", "convolution")[0], rel=0.1)
+
+
+def test_a_norm_with_its_residual_and_relu_moves_what_its_passes_do():
+    size, small = 2 * 4 * 64 * 8 * 8, 4 * 64  # bytes of a map, and of a number for each channel
+    with torch.device("meta"):
+        norm, relu = BatchNorm2d(64), nn.ReLU(inplace=True)
+    with fake_cuda(), Ledger() as ledger:
+        to_fake_cuda(norm)
+        new = functools.partial(torch.empty, 4, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
+        x, shortcut = (new(memory_format=torch.channels_last, requires_grad=True) for _ in range(2))
+        with ledger.in_phase("forward"), ledger.saving():
+            y = norm(x, shortcut, relu)
+        with ledger.in_phase("backward"):
+            ledger.backward((y, y.detach()))
+    assert y.stride() == x.stride()
+    assert 4 * size <= ledger.total("forward", "fused")[1] <= 4 * size + 16 * small
+    assert 7 * size <= ledger.total("backward", "fused")[1] <= 7 * size + 32 * small
+    assert ledger.saved["forward"] <= size + 4 * small, "y beside x, mean and deviation; no mask"
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,11 @@ def test_the_papers_setting_by_hand(capsys):
     assert plan["fits"]
 
 
-def test_the_model_of_time_gives_the_published_speed_of_resnet50_on_an_a100():
-    """2470 images/s in mixed precision (NVIDIA DeepLearningExamples, batch 256), which its efficiencies come from."""
+def test_the_model_of_time_gives_the_published_speed_of_resnet50_on_an_a100(monkeypatch):
+    """2470 images/s in mixed precision (NVIDIA DeepLearningExamples, batch 256), which its efficiencies come from: with
+    torch's batch norm, sum and ReLU, not ours.
+    """
+    monkeypatch.setattr("vito_fast.model.norm.fuses", lambda *_: False)
     m, batch = machine("a100"), 256
     with torch.device("meta"):
         model = resnet50(scales=1)
@@ -149,7 +152,7 @@ def test_strong_scaling_and_the_network(small):
     one, eight, many = (predict(config, PlanOptions(gpus=n), replaced("h100", launch=1e-15)) for n in (1, 8, 16))
     assert one.communication["gradients"] == (0.0, 0.0)
     compute = lambda p: sum(x.seconds for x in p.parts if x.name in ("target forward", "online forward", "backward"))  # noqa: E731
-    assert compute(one) == pytest.approx(8 * compute(eight), rel=0.05)
+    assert compute(one) == pytest.approx(8 * compute(eight), rel=0.07)  # weights are cast by every rank
     payload = 4 * eight.dry.parameters
     bus = min(GPUS["h100"]["link"].value, GPUS["h100"]["node_network"].value) * COMMON["link_efficiency"].value
     assert many.communication["gradients"][0] == pytest.approx(
