@@ -77,6 +77,16 @@ def memory(results: Record) -> str:
     return markdown(["N", *names], rows)
 
 
+def modes(results: Record) -> str:
+    """The training step of ``bench.step_modes``."""
+    rows = [
+        [f"{row['mode']}, {row['note']}", f"{row['ms']:.1f} ms", f"{row['pairs_s']:,.0f}", f"{row['peak_gib']:.1f} GiB",
+         seconds_text(row["warm_s"])]
+        for row in results["steps"] if "failed" not in row
+    ]  # fmt: skip
+    return markdown(["mode", "step", "clips/s", "peak memory", "warm-up"], rows)
+
+
 def counts(results: Record) -> str:
     """Instructions and packets, which are the same on every machine."""
     return markdown(
@@ -101,6 +111,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "data": lambda results: suites(results, "sampler", "decode", "loader"),
     "step": lambda results: suites(results, "step"),
     "memory": memory,
+    "modes": modes,
     "counts": counts,
     "machine": machine,
 }

@@ -137,7 +137,7 @@ class TrainConfig:
     """``torch.compile`` of both networks and of the update (ours)."""
     cuda_graphs: bool = False
     """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU. Has
-    never run on a GPU: only its rules for memory are tested, by a stand-in (ours)."""
+    not run on a GPU yet: only its rules for memory are tested, by a stand-in (ours)."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500
