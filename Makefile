@@ -57,9 +57,10 @@ bench-gate: $(VENV)/.bench
 	$(BIN)/python -m bench.compare $(BASELINE) build/bench/gate.json --confirm 2
 
 # The same without a clock, for CI: flops, peak memory, instructions, packets a frame, kernels as compiled. Needs no peers.
+COUNTED ?= bench/results/cpu-amd-epyc-2-cores-counted.json
 bench-counted: setup
 	$(BIN)/python -m bench --quick --counted --results build/bench/counted.json
-	$(BIN)/python -m bench.compare $(BASELINE) build/bench/counted.json --all
+	$(BIN)/python -m bench.compare $(COUNTED) build/bench/counted.json --all
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
