@@ -23,7 +23,7 @@ from bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS, BENCH_SECONDS = 300, 270
-SUITES = ("infonce", "losses", "pooling", "photometric")
+SUITES = ("infonce", "losses", "pooling", "batch_norm", "photometric")
 TRAINING = ("optimizer", "step")  # where the package is built: configurations come with its sampler
 
 

@@ -18,6 +18,7 @@ SUITES = {
     "infonce": ("InfoNCE, locked keys", "Loss and the gradient of the queries; normalisation included."),
     "losses": ("CLIP and NT-Xent", "Loss and the gradients of both sides; normalisation included."),
     "pooling": ("Attention pooling", "Forward, and backward to features and logits."),
+    "batch_norm": ("Batch norm", "With residual and ReLU, in training: forward, and backward to all inputs."),
     "photometric": ("Photometric augmentation", "uint8 frames in, normalised channels_last out."),
     "optimizer": ("Optimiser and target", "LARS on every parameter of the online branch, then the moving average."),
     "sampler": ("Sampler", "Everything random about a batch: clips, frames, crops, flips, colours."),

@@ -107,7 +107,7 @@ def machine(results: Record) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "losses": lambda results: suites(results, "infonce", "losses"),
-    "kernels": lambda results: suites(results, "pooling", "photometric", "optimizer"),
+    "kernels": lambda results: suites(results, "pooling", "batch_norm", "photometric", "optimizer"),
     "data": lambda results: suites(results, "sampler", "decode", "loader"),
     "step": lambda results: suites(results, "step"),
     "memory": memory,
