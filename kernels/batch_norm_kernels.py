@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._triton import jit
+from vito_kernels._triton import arch, jit
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -229,7 +229,7 @@ def _merge_tile(part_count: int) -> dict[str, int]:
 
 def launch_parts(x: Tensor) -> Tensor:
     """The parts of x, (parts, 2 C + 1) float32."""
-    rows, channel_blocks, spans, constants = _tile(x, REDUCING)
+    rows, channel_blocks, spans, constants = _tile(x, REDUCING if arch() >= 90 else 4)  # 8 warps spill there
     part_count = min(max(1, PROGRAMS // channel_blocks), spans)
     parts = x.new_empty((part_count, 2 * x.shape[1] + 1), dtype=torch.float32)
     norm_statistics[(part_count * channel_blocks,)](x, parts, rows, x.shape[1], part_count, **constants)
