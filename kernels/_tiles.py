@@ -226,7 +226,9 @@ WIDE = {
 # All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled. They would
 # be all of sm_100's tensor memory, which the logits need as well: two launches.
 MASKED_80 = {
+    64: Tile(128, 64, 64, 8, 2, 8),
     128: Tile(128, 64, 128, 8, 3, 8),
+    192: Tile(64, 32, 64, 8, 3),
     256: Tile(64, 64, 128, 8, 3),
     512: Tile(64, 64, 128, 8, 2, span=256),
     **WIDE[80],
@@ -238,7 +240,9 @@ MASKED_80 = {
 # one with exclusions anywhere ("masked"), where that needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
+        64: Tile(128, 64, 64, 8, 2, 8),
         128: Tile(128, 64, 128, 8, 3, 8),
+        192: Tile(64, 32, 64, 8, 3),
         256: Tile(64, 64, 128, 8, 3),
         512: Tile(64, 64, 128, 8, 2),
         **WIDE[80],
@@ -289,7 +293,13 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         512: Tile(128, 32, 256, 8, 2, span=256),
         **WIDE[100],
     },
-    (100, "lse"): {256: Tile(128, 128, 256, 8, 2), 512: Tile(128, 32, 256, 8, 2), **WIDE[100]},
+    (100, "lse"): {
+        128: Tile(128, 128, 256, 8, 2),
+        192: Tile(128, 64, 256, 8, 2),
+        256: Tile(128, 128, 256, 8, 2),
+        512: Tile(128, 32, 256, 8, 2),
+        **WIDE[100],
+    },
     (100, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
@@ -304,7 +314,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
     (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
-EXACT = Tile(32, 32, 32, 8, 2, span=256)
+EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
 
@@ -315,11 +325,9 @@ def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
 
 @cache
 def _pinned(capability: int, kernel: str, D: int, precision: str) -> Tile:
-    if precision == "ieee":
-        return EXACT
     family, kind = _family(capability), kernel.split()[0]
     keys = (kernel, kind) if precision == "native" else (f"float32 {kind}", "float32")
-    table = next(TILES[family, key] for key in keys if (family, key) in TILES)
+    table = EXACT if precision == "ieee" else next(TILES[family, key] for key in keys if (family, key) in TILES)
     return table[min((width for width in table if width >= D), default=max(table))]
 
 
