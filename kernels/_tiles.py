@@ -337,7 +337,6 @@ def _family(capability: int) -> int:
 
 
 PARTS = {"bf16x6": 3, "bf16x3": 2, "native": 1}
-PRODUCTS = {"bf16x6": 6, "bf16x3": 3}  # of parts, for each product of numbers
 
 
 def precision(dtype: torch.dtype, D: int) -> str:
@@ -408,8 +407,9 @@ def chunk_width(D: int, tile: Tile) -> int:
 
 
 def products(dtype: torch.dtype, D: int) -> int:
-    """How many times the flops a product costs, for ``Spec.flops``."""
-    return PRODUCTS.get(precision(dtype, D), 1)
+    """Products of parts for each product of numbers, for ``Spec.flops``."""
+    parts = PARTS.get(precision(dtype, D), 1) if dtype == torch.float32 else 1
+    return parts * (parts + 1) // 2
 
 
 def spans(D: int, tile: Tile) -> list[tuple[int, int]]:

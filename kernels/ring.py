@@ -23,10 +23,10 @@ from vito_kernels import tiled
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import check_finite, scale_tensor
 from vito_kernels.collectives import Group
-from vito_kernels.gradient import pair_gradient
+from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.info_nce import autocast, contrast, contrast_backward, differentiable, narrowed
 from vito_kernels.tiled import Exclusion, Role
-from vito_kernels.two_sided import launch_two_sided
+from vito_kernels.two_sided import launch_two_sided, pair_logits
 
 Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
 
@@ -155,7 +155,7 @@ class _OneSided(torch.autograd.Function):
         )
         dk = None
         if need_k:
-            role = Role.of(lse2, rest, g_lse2 * tiled.LOG2E)
+            role = role_of(lse2, rest, g_lse2)
             sides = narrowed(q, ctx.narrow)
 
             def visit(block: Rows, own: bool) -> Rows:
@@ -210,7 +210,7 @@ class _TwoSided(torch.autograd.Function):
         columns = ring.travel((y,), visit, _merged_sums)
         ctx.ring, ctx.narrow = ring, narrow
         ctx.save_for_backward(x, y, scale, *rows, *columns)
-        return rows[0], columns[0], (x.to(scale.dtype) * y).sum(1).mul_(scale)
+        return rows[0], columns[0], pair_logits(x, y, scale, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,8 +218,7 @@ class _TwoSided(torch.autograd.Function):
         x, y, scale, row, row_rest, column, column_rest = ctx.saved_tensors
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         side = need_x or need_scale
-        x_role = Role.of(row, row_rest, g_row * tiled.LOG2E)
-        y_role = Role.of(column, column_rest, g_column * tiled.LOG2E)
+        x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
         gx = torch.zeros_like(x, dtype=scale.dtype)
 
         def visit(block: Rows, own: bool) -> Rows:
