@@ -63,11 +63,16 @@ def _in_threads(worker: Callable[[], None], count: int) -> None:
         worker()
         return
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(count, initializer=_one_thread) as pool:
             for done in [pool.submit(worker) for _ in range(count)]:
                 done.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def _one_thread() -> None:
+    torch.get_num_threads()  # a thread's first question sets it to the process's number, over what was set before
+    torch.set_num_threads(1)
 
 
 class _Augment:

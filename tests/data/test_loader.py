@@ -19,6 +19,7 @@ from vito_fast.data.loader import ClipLoader
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import Sampler, SamplerConfig
 from vito_fast.data.store import Store, frames
+from vito_fast.data.workers import Workers
 from vito_fast.errors import UserError
 
 SMALL = SamplerConfig(size=32)
@@ -262,6 +263,14 @@ def test_torch_keeps_its_threads(stores):
         thread.start()
         thread.join()
         assert others == [before]
+
+
+def test_a_worker_keeps_to_one_thread():
+    workers = Workers(2, lambda: None)
+    try:
+        assert [workers.submit(lambda _: torch.get_num_threads()).result() for _ in range(8)] == [1] * 8
+    finally:
+        workers.close()
 
 
 ENDINGS = {

@@ -46,6 +46,7 @@ class Workers(Generic[Tools]):
 
 
 def _work(tasks: _Tasks, make: Callable[[], Any], ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first question sets it to the process's number, over what was set before
     torch.set_num_threads(1)  # the workers themselves are the parallelism
     ready.wait()
     tools = None
