@@ -248,7 +248,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         **WIDE[80],
     },
     (80, "mean masked"): MASKED_80,
-    (80, "mean online"): MASKED_80,
+    (80, "mean online"): MASKED_80 | {64: Tile(128, 64, 64, 8, 2)},
     (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
@@ -291,7 +291,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(128, 32, 256, 8, 3, 8),
         512: Tile(128, 32, 256, 8, 2, span=256),
-        **WIDE[100],
+        1024: Tile(64, 16, 256, 4, 2, span=256),
     },
     (100, "lse"): {
         128: Tile(128, 128, 256, 8, 2),
@@ -314,7 +314,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
     (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
-EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
+EXACT = {512: Tile(32, 32, 64, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
 

@@ -152,12 +152,8 @@ def _gain(x: Tensor, *roles: Role | None) -> Tensor | None:
 
 
 def _usable(role: Role | None, gain: Tensor | None) -> Role | None:
-    """A row that sees nothing (lse = -inf) has no share in any gradient, whatever arrives at it."""
-    if role is None or (role.seen and gain is None):
-        return role
-    empty = role.lse2 == -torch.inf
-    weight = role.weight.masked_fill(empty, 0)
-    return Role(role.lse2.masked_fill(empty, 0), weight if gain is None else weight * gain)
+    role = role and role.settled()
+    return role if role is None or gain is None else Role(role.lse2, role.weight * gain, seen=True)
 
 
 def role_of(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
@@ -174,10 +170,11 @@ def pair_gradient(
     exclusion: Exclusion,
     need_x: bool,
     need_y: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(W y, W^T x) as ``tiled.gradient``: on the CPU from one pass over s, by Triton in a pass for each side."""
     if not use_triton(x):
-        return tiled.gradient(x, y, scale, x_role, y_role, exclusion, need_x, need_y)
+        return tiled.gradient(x, y, scale, x_role, y_role, exclusion, need_x, need_y, kept)
     gx, gy = scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
     if need_x:  # seen from y, the other way round; lists of positives only ever come with need_y
         gx = launch_gradient(x, y, scale, x_role, y_role, exclusion.flipped())

@@ -52,30 +52,36 @@ def contrast(
     diagonal: int | None,
     bring_mean: bool,
     narrow: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(lse2 (M,), in units of log 2, over the keys that a query may see, logits of its positives (M, P), mean (M, D)
     of the keys under the softmax).
 
     Keys of the query's group, its positives, and key ``i + diagonal`` are not seen; the latter counts as its only
     positive. ``mean`` is what the gradient of q needs: with ``bring_mean`` forward and backward together cost 4 M N D
-    flops. ``narrow`` is a dtype that holds the values of q and k exactly (see ``autocast``), for the tensor cores.
+    flops. ``narrow`` is a dtype that holds the values of q and k exactly (see ``autocast``), for the tensor cores. With
+    ``keep`` the CPU path leaves tiles for the keys' gradient in the last output.
     """
     if positive is not None and not positive.is_cuda:
         check_positive_range(positive, k.shape[0])
     check_finite(scale)
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
-    run = launch_lse if use_triton(q) else tiled.forward
-    lse2, rest, mean = run(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
+    kept = tiled.room(q, k, scale, keep and not use_triton(q))
+    if use_triton(q):
+        lse2, rest, mean = launch_lse(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
+    else:
+        lse2, rest, mean = tiled.forward(q, k, scale, exclusion, bring_mean, kept)
     logits = rowwise.positive_logits if use_triton(q) else _positive_logits
-    return lse2, logits(q, k, scale, positive, diagonal), mean, rest
+    return lse2, logits(q, k, scale, positive, diagonal), mean, rest, kept
 
 
 @contrast.register_fake
-def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None):
+def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None, keep=False):
     count = positive.shape[1] if positive is not None else int(diagonal is not None)
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
-    return new(rows), new(rows, count), new(rows if bring_mean else 0, width), new(rows)
+    kept = tiled.room(q, k, scale, keep and not use_triton(q))
+    return new(rows), new(rows, count), new(rows if bring_mean else 0, width), new(rows), kept
 
 
 @torch.library.custom_op("vito_kernels::contrast_backward", mutates_args=())
@@ -92,6 +98,7 @@ def contrast_backward(
     lse2: Tensor,
     rest: Tensor,
     mean: Tensor,
+    kept: Tensor,
     need_q: bool,
     need_k: bool,
     need_scale: bool,
@@ -118,7 +125,7 @@ def contrast_backward(
         exclusion = Exclusion(q_group, k_group, positive, diagonal)
         sides = narrowed(q, narrow), narrowed(k, narrow)
         role = role_of(lse2, rest, g_lse2)
-        _, push = pair_gradient(*sides, scale, role, None, exclusion, need_x=False, need_y=True)
+        _, push = pair_gradient(*sides, scale, role, None, exclusion, need_x=False, need_y=True, kept=kept)
         if fused and positive is None:
             theirs = pairs | {"k": q, "diagonal": -(diagonal or 0), "by_key": True} if pairs else {}
             return dq, rowwise.pull(push, scale, k.dtype, **theirs)[0], dscale
@@ -134,8 +141,8 @@ def contrast_backward(
 
 @contrast_backward.register_fake
 def _(
-    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, need_q, need_k, need_scale,
-    narrow=None,
+    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, kept, need_q, need_k,
+    need_scale, narrow=None,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape if need_q else 0),
@@ -161,16 +168,16 @@ def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | Non
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, scale, q_group, k_group, positive, ctx.diagonal, _, ctx.narrow = inputs
-    lse2, _, mean, rest = output
+    q, k, scale, q_group, k_group, positive, ctx.diagonal, _, ctx.narrow, _ = inputs
+    lse2, _, mean, rest, kept = output
     # Locked keys without positives are not kept: a queue may take new keys before the backward pass.
     keep = k.requires_grad or positive is not None or ctx.diagonal is not None
-    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse2, rest, mean)
+    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse2, rest, mean, kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g_lse2, g_positive, *_):  # mean and rest do not leave this module: no gradient comes to them
-    q, k, scale, q_group, k_group, positive, lse2, rest, mean = ctx.saved_tensors
+def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this module: no gradient comes to them
+    q, k, scale, q_group, k_group, positive, lse2, rest, mean, kept = ctx.saved_tensors
     need_q, need_k, need_scale = ctx.needs_input_grad[:3]
     count = positive.shape[1] if positive is not None else int(ctx.diagonal is not None)
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
@@ -188,12 +195,13 @@ def _backward(ctx, g_lse2, g_positive, *_):  # mean and rest do not leave this m
         lse2,
         rest,
         mean,
+        kept,
         need_q,
         need_k,
         need_scale,
         ctx.narrow,
     )
-    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, *(None,) * 6
+    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, *(None,) * 7
 
 
 apply_contrast = autograd_op(contrast, _setup_context, _backward)
@@ -240,7 +248,8 @@ def similarity_lse(
     dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor has
     a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
     The gradient of q comes with the forward pass: 4 M N D flops for both together, 2 M N D without a gradient; keys
-    that require grad cost 4 M N D more. Deterministic. No second derivative: double backward raises RuntimeError.
+    that require grad cost 4 M N D more (on the CPU, which keeps the first 64 MiB of logits for them, half of that up to
+    4096 x 4096). Deterministic. No second derivative: double backward raises RuntimeError.
 
     Raises ValueError or TypeError for a wrong shape, dtype, device, number of groups or a scale that is not finite.
     """
@@ -248,7 +257,8 @@ def similarity_lse(
     check_groups(q_group, k_group, q, k)
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
-    return apply_contrast(q, k, scale, q_group, k_group, None, None, differentiable(q, scale), narrow)[0] / tiled.LOG2E
+    needs = differentiable(q, scale), narrow, differentiable(k)
+    return apply_contrast(q, k, scale, q_group, k_group, None, None, *needs)[0] / tiled.LOG2E
 
 
 def info_nce(
@@ -328,6 +338,6 @@ def negatives_and_positives(
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
-    bring_mean = differentiable(q, scale)
-    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, bring_mean, narrow)
+    needs = differentiable(q, scale), narrow, differentiable(k)
+    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)
     return lse2 / tiled.LOG2E, logits

@@ -22,7 +22,7 @@ from vito_kernels.checks import (
     reduce,
     scale_tensor,
 )
-from vito_kernels.info_nce import autocast, info_nce, similarity_lse
+from vito_kernels.info_nce import autocast, differentiable, info_nce, similarity_lse
 from vito_kernels.tiled import LOG2E
 from vito_kernels.two_sided import apply_self, clip_loss, ntxent
 
@@ -70,7 +70,7 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_reduction(reduction)
     (z,), narrow = autocast(normalize(z, dim=1))
     scale = scale_tensor(inverse_temperature(temperature), z)
-    lse = apply_self(z, scale, 1, narrow)[0] / LOG2E
+    lse = apply_self(z, scale, 1, narrow, differentiable(z, scale))[0] / LOG2E
     order = labels.argsort(stable=True)
     rank = torch.zeros_like(order)
     rank[order[1:]] = (labels[order[1:]] != labels[order[:-1]]).long()

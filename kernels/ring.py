@@ -134,7 +134,7 @@ class _OneSided(torch.autograd.Function):
             nonlocal sums, logits
             keys, ids = block[0], block[1] if len(block) > 1 else None
             diagonal = 0 if own else None
-            lse2, positives, mean, rest = contrast(q, keys, scale, q_group, ids, None, diagonal, bring_mean, narrow)
+            lse2, positives, mean, rest, _ = contrast(q, keys, scale, q_group, ids, None, diagonal, bring_mean, narrow)
             found = lse2, rest, mean
             sums, logits = (found, positives) if own else (_merged(sums, found), logits)
             return ()
@@ -151,7 +151,7 @@ class _OneSided(torch.autograd.Function):
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
         dq, _, dscale = contrast_backward(
-            g_lse2, g_positive, q, k, scale, None, None, None, 0, lse2, rest, mean, need_q, False, need_scale
+            g_lse2, g_positive, q, k, scale, None, None, None, 0, lse2, rest, mean, mean[:0], need_q, False, need_scale
         )
         dk = None
         if need_k:

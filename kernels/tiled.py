@@ -1,8 +1,10 @@
 """The CPU path: the same passes as the Triton kernels, in PyTorch, over tiles that stay in the cache.
 
 A tile of logits is one matmul into a buffer that is reused, an exponential in place, and a second matmul that takes
-it away; memory is O(tile), whatever M and N. Logits are in units of log 2 throughout (``exp2`` costs less than
-``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in float32, float64 in float64.
+it away. The first 64 MiB of tiles are kept for the gradient, which computes the others again: memory does not grow
+with M N, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout (``exp2`` costs less
+than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in float32, float64 in
+float64.
 
 Two variants, chosen by ``max |q| max |k| scale2``, a bound on every logit that costs O((M + N) D) to know:
 *direct*, where no exponential can leave the range of float32 and none is shifted, and *online*, with a running maximum.
@@ -10,8 +12,9 @@ Two variants, chosen by ``max |q| max |k| scale2``, a bound on every logit that 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
+KEPT, HEADER = 1 << 24, 2  # elements that a forward pass leaves for its gradient: 64 MiB of float32
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
 
@@ -53,19 +57,17 @@ class Exclusion:
 
     def apply(self, tile: Tensor, row: int, column: int) -> None:
         """Writes -inf over the excluded elements of the tile whose first element is (row, column)."""
-        rows, columns = tile.shape
         if self.diagonal is not None:
-            offset = row + self.diagonal - column
-            if self.width == 1 and -rows < offset < columns:
-                tile.diagonal(offset).fill_(-math.inf)
-            elif self.width > 1 and -rows - self.width < offset < columns + self.width:
-                own = torch.arange(offset + column, offset + column + rows, device=tile.device) // self.width
-                block = torch.arange(self.width, device=tile.device)
-                _exclude(tile, (own * self.width - column)[:, None] + block)
+            first, width = row + self.diagonal, self.width
+            for place, other in itertools.product(range(width), repeat=2):  # within the block: of a row, of a column
+                i = (place - first) % width
+                j = first + i - place + other - column
+                skipped = -(min(j, 0) // width) * width  # to the first of its columns within the tile
+                tile[i + skipped :: width, j + skipped :: width].diagonal().fill_(-math.inf)
         if self.positive is not None:
-            _exclude(tile, self.positive[row : row + rows] - column)
+            _exclude(tile, self.positive[row : row + tile.shape[0]] - column)
         if self.q_group is not None and self.k_group is not None:
-            q_group, k_group = self.q_group[row : row + rows], self.k_group[column : column + columns]
+            q_group, k_group = self.q_group[row : row + tile.shape[0]], self.k_group[column : column + tile.shape[1]]
             if q_group.min() <= k_group.max() and k_group.min() <= q_group.max():
                 tile.masked_fill_(q_group[:, None] == k_group[None], -math.inf)
 
@@ -80,10 +82,11 @@ def _computed(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _is_direct(q: Tensor, k: Tensor, scale2: Tensor) -> bool:
+def _is_direct(q: Tensor, k: Tensor, scale: Tensor) -> bool:
     """Whether every logit is known to fit; a NaN anywhere says no, and then travels through the online variant."""
-    norms = torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(k, dim=1).max()
-    return bool(norms * scale2.abs() <= DIRECT_BOUND)
+    longest = float(torch.linalg.vector_norm(q, dim=1).max())
+    other = longest if k is q else float(torch.linalg.vector_norm(k, dim=1).max())
+    return longest * other * abs(float(scale)) * LOG2E <= DIRECT_BOUND
 
 
 def tile_rows() -> int:
@@ -91,86 +94,109 @@ def tile_rows() -> int:
     return ROWS * torch.get_num_threads()
 
 
-def _buffer(q: Tensor, k: Tensor) -> Tensor:
-    return q.new_empty(min(tile_rows(), q.shape[0]) * min(COLUMNS, k.shape[0]))
+def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool) -> Tensor:
+    """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone."""
+    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], KEPT) if keep else 0)
+    kept[:HEADER].zero_()  # nothing is kept yet
+    return kept
 
 
-def _logits(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-    return torch.mm(q, k.T, out=buffer[: q.shape[0] * k.shape[0]].view(q.shape[0], k.shape[0]))
+Grid = Iterator[tuple[slice, list[slice]]]  # bands of rows, and the columns of each one's tiles
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _whole(rows: int, columns: int, step: int) -> Grid:
+    for own in _slices(0, rows, step):
+        yield own, _slices(0, columns, COLUMNS)
+
+
+def _upper(rows: int, columns: int, step: int) -> Grid:
+    """Of a square matrix: in each band of rows the square on the diagonal, and then what is right of it."""
+    band, wide = sorted((step, COLUMNS))
+    for own in _slices(0, rows, band):
+        yield own, [own, *_slices(own.stop, columns, wide)]
+
+
+class _Tiles:
+    """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where excluded; where ``direct``, of its
+    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept.
+
+    While there is room in ``kept``, tiles stay there, and a pass with ``find`` over the same grid takes them as it
+    finds them. They come first, and a header tells the later pass how the earlier one went about it.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        exclusion: Exclusion,
+        kept: Tensor | None = None,
+        grid: Callable[[int, int, int], Grid] = _whole,
+        find: bool = False,
+    ):
+        self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
+        kept = x.new_zeros(HEADER) if kept is None or len(kept) == 0 else kept
+        step, direct = kept[:HEADER].tolist() if find else (0, 0)
+        self.found = step > 0
+        self.step = int(step) or tile_rows()
+        self.direct = bool(direct) if self.found else _is_direct(x, y, scale)
+        self.kept = kept[HEADER:] if self.found or not find else kept[:0]
+        if not find:
+            kept[:HEADER] = kept.new_tensor([self.step, self.direct])
+        self.buffer = x.new_empty(min(self.step, len(x)) * min(COLUMNS, len(y)))
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        used = 0
+        for own, others in self.grid(len(self.x), len(self.y), self.step):
+            scaled = self.x[own] * self.scale2
+            for other in others:
+                shape = own.stop - own.start, other.stop - other.start
+                size = shape[0] * shape[1]
+                out = self.buffer[:size].view(shape)
+                kept = used + size <= len(self.kept)
+                tile = self.kept[used : used + size].view(shape) if kept else out
+                if not (kept and self.found):
+                    torch.mm(scaled, self.y[other].T, out=tile)
+                    self.exclusion.apply(tile, own.start, other.start)
+                    if self.direct:
+                        tile.exp2_()
+                used += size if kept else 0
+                yield own, other, tile, out
 
 
 def forward(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
+    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean (0, D)
-    unless asked.
+    """(lse2 (M,), its rest, mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean
+    (0, D) unless asked. ``kept`` is filled for ``gradient``.
     """
     q, k = _computed(q), _computed(k)
-    scale2 = scale * LOG2E
-    lse2, rest = q.new_empty(q.shape[0]), q.new_empty(q.shape[0])
+    total, top = q.new_zeros(len(q)), q.new_full((len(q),), -math.inf)
     mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
-    rows = _direct_rows if _is_direct(q, k, scale2) else _online_rows
-    buffer = _buffer(q, k)
-    step = tile_rows()
-    for row in range(0, q.shape[0], step):
-        tile = slice(row, row + step)
-        rows(q[tile] * scale2, k, row, exclusion, buffer, lse2[tile], rest[tile], mean[tile] if bring_mean else None)
+    tiles = _Tiles(q, k, scale, exclusion, kept)
+    for own, other, tile, out in tiles:
+        if not tiles.direct:
+            new_top = torch.maximum(top[own], tile.amax(1))
+            shift = new_top.masked_fill(new_top == -math.inf, 0)  # a row that has seen no key: exp2(-inf - 0) = 0
+            old = torch.exp2(top[own] - shift)
+            top[own] = new_top
+            total[own].mul_(old)
+            if bring_mean:
+                mean[own].mul_(old[:, None])
+            tile = torch.sub(tile, shift[:, None], out=out).exp2_()
+        total[own].add_(tile.sum(1))
+        if bring_mean:
+            torch.addmm(mean[own], tile, k[other], beta=float(other.start > 0), out=mean[own])
+    lse2, rest = total.log2(), torch.zeros_like(total)
+    if not tiles.direct:
+        split_sum(total.log2(), top.masked_fill_(top == -math.inf, 0), lse2, rest)
+    if bring_mean:
+        mean.div_(total.masked_fill_(total == 0, 1)[:, None])
     return lse2, rest, mean
-
-
-def _direct_rows(
-    q: Tensor,
-    k: Tensor,
-    row: int,
-    exclusion: Exclusion,
-    buffer: Tensor,
-    lse2: Tensor,
-    rest: Tensor,
-    mean: Tensor | None,
-) -> None:
-    total = torch.zeros_like(lse2)
-    for column in range(0, k.shape[0], COLUMNS):
-        keys = k[column : column + COLUMNS]
-        tile = _logits(q, keys, buffer)
-        exclusion.apply(tile, row, column)
-        tile.exp2_()
-        total += tile.sum(1)
-        if mean is not None:
-            torch.addmm(mean, tile, keys, beta=float(column > 0), out=mean)
-    torch.log2(total, out=lse2)
-    rest.zero_()
-    if mean is not None:
-        mean.div_(total.masked_fill_(total == 0, 1)[:, None])
-
-
-def _online_rows(
-    q: Tensor,
-    k: Tensor,
-    row: int,
-    exclusion: Exclusion,
-    buffer: Tensor,
-    lse2: Tensor,
-    rest: Tensor,
-    mean: Tensor | None,
-) -> None:
-    total, top = torch.zeros_like(lse2), torch.full_like(lse2, -math.inf)
-    if mean is not None:
-        mean.zero_()
-    for column in range(0, k.shape[0], COLUMNS):
-        keys = k[column : column + COLUMNS]
-        tile = _logits(q, keys, buffer)
-        exclusion.apply(tile, row, column)
-        new_top = torch.maximum(top, tile.amax(1))
-        shift = new_top.masked_fill(new_top == -math.inf, 0)  # a row that has seen no key yet: exp2(-inf - 0) = 0
-        old = torch.exp2(top - shift)
-        top = new_top
-        tile.sub_(shift[:, None]).exp2_()
-        total.mul_(old).add_(tile.sum(1))
-        if mean is not None:
-            torch.addmm(mean.mul_(old[:, None]), tile, keys, out=mean)
-    split_sum(total.log2(), top.masked_fill_(top == -math.inf, 0), lse2, rest)
-    if mean is not None:
-        mean.div_(total.masked_fill_(total == 0, 1)[:, None])
 
 
 def split_sum(small: Tensor, large: Tensor, total: Tensor, rest: Tensor) -> None:
@@ -211,6 +237,16 @@ class Role:
         """With a log-sum-exp in two parts: p = 2^(s - lse2 - rest), and the second part goes with the weight."""
         return cls(lse2, weight * torch.exp2(-rest))
 
+    def settled(self) -> Role:
+        """A row that sees nothing (lse = -inf) has no share in any gradient, whatever arrives at it."""
+        if self.seen:
+            return self
+        empty = self.lse2 == -math.inf
+        return Role(self.lse2.masked_fill(empty, 0), self.weight.masked_fill(empty, 0), seen=True)
+
+    def part(self, index: tuple[slice | None, ...]) -> Role:
+        return Role(self.lse2[index], self.weight[index], self.seen)
+
 
 def gradient(
     x: Tensor,
@@ -221,134 +257,94 @@ def gradient(
     exclusion: Exclusion,
     need_x: bool,
     need_y: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(W y (M, D), W^T x (N, D)) for W_ij = x_weight_i exp(s_ij - x_lse_i) + y_weight_j exp(s_ij - y_lse_j), in one
     pass over s.
 
     Either role may be absent; what is not needed comes back with no rows. Multiply by ``scale`` for the gradient.
+    ``kept`` is what the forward pass over the same x, y and exclusion left.
     """
     x, y = _computed(x), _computed(y)
-    scale2 = scale * LOG2E
-    direct = _is_direct(x, y, scale2)
     gx = x.new_zeros(x.shape if need_x else (0, x.shape[1]))
     gy = y.new_zeros(y.shape if need_y else (0, y.shape[1]))
-    buffer, second = _buffer(x, y), _buffer(x, y)
-    step = tile_rows()
-    for row in range(0, x.shape[0], step):
-        own = slice(row, row + step)
-        scaled = x[own] * scale2
-        for column in range(0, y.shape[0], COLUMNS):
-            other = slice(column, column + COLUMNS)
-            tile = _logits(scaled, y[other], buffer)
-            exclusion.apply(tile, row, column)
-            weights = _weights(tile, second, direct, _part(x_role, own), _part(y_role, other))
-            if need_x:
-                gx[own].addmm_(weights, y[other])
-            if need_y:
-                gy[other].addmm_(weights.T, x[own])
+    tiles = _Tiles(x, y, scale, exclusion, kept, find=True)
+    second = torch.empty_like(tiles.buffer)
+    rows, columns = (_prepared(role, tiles.direct) for role in (x_role, y_role))
+    for own, other, tile, out in tiles:
+        roles = rows and rows.part((own, None)), columns and columns.part((None, other))
+        weights = _weights(tile, out, second, tiles.direct, *roles)
+        if need_x:
+            gx[own].addmm_(weights, y[other])
+        if need_y:
+            gy[other].addmm_(weights.T, x[own])
     return gx, gy
 
 
-def _part(role: Role | None, part: slice) -> tuple[Tensor, Tensor] | None:
-    """The role's (lse in log 2 units, weight) for a slice of rows; a row that sees no key (lse = -inf) has no
-    weight.
-    """
+def _prepared(role: Role | None, direct: bool) -> Role | None:
+    """The role as ``_weights`` takes it: where exponentials are direct, 2^-lse is part of the weight."""
     if role is None:
         return None
-    lse2, weight = role.lse2[part], role.weight[part]
-    empty = lse2 == -math.inf
-    return lse2.masked_fill(empty, 0), weight.masked_fill(empty, 0)
+    role = role.settled()
+    return Role(role.lse2, role.weight * torch.exp2(-role.lse2)) if direct else role
 
 
 def _weights(
-    tile: Tensor,
-    buffer: Tensor,
-    direct: bool,
-    rows: tuple[Tensor, Tensor] | None,
-    columns: tuple[Tensor, Tensor] | None,
+    tile: Tensor, out: Tensor, buffer: Tensor, direct: bool, rows: Role | None, columns: Role | None
 ) -> Tensor:
-    """The tile of W in place of the tile of logits."""
-    if direct:  # exp2(s) * (weight_i 2^-lse_i + weight_j 2^-lse_j): one exponential serves both roles
-        tile.exp2_()
-        row = rows[1] * torch.exp2(-rows[0]) if rows else None
-        column = columns[1] * torch.exp2(-columns[0]) if columns else None
-        if row is not None and column is not None:
-            factor = buffer[: tile.numel()].view(tile.shape)
-            return tile.mul_(torch.add(row[:, None], column[None], out=factor))
-        return (
-            tile.mul_(row[:, None])
-            if row is not None
-            else tile.mul_(column[None])
-            if column is not None
-            else tile.zero_()
-        )
-    other = buffer[: tile.numel()].view(tile.shape).copy_(tile) if rows and columns else tile
-    if rows:
-        tile.sub_(rows[0][:, None]).exp2_().mul_(rows[1][:, None])
+    """The tile of W in ``out``, of roles that broadcast to it; what else it takes goes to ``buffer``."""
+    second = buffer[: tile.numel()].view(tile.shape)
+    if direct:  # exp2(s) * (row_i + column_j): one exponential serves both roles
+        factors = [role.weight for role in (rows, columns) if role is not None]
+        factor = torch.add(*factors, out=second) if len(factors) == 2 else factors[0] if factors else 0
+        return torch.mul(tile, factor, out=out)
     if columns:
-        other.sub_(columns[0][None]).exp2_().mul_(columns[1][None])
-    return tile.add_(other) if rows and columns else tile
+        torch.sub(tile, columns.lse2, out=second).exp2_().mul_(columns.weight)
+    if rows:
+        torch.sub(tile, rows.lse2, out=out).exp2_().mul_(rows.weight)
+    return second if not rows else out.add_(second) if columns else out
 
 
-def two_sided(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits."""
+def two_sided(
+    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits; ``kept`` is filled for
+    ``gradient``.
+    """
     x, y = _computed(x), _computed(y)
-    scale2 = scale * LOG2E
-    if not _is_direct(x, y, scale2):
-        return *forward(x, y, scale, exclusion, False)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
+    if not _is_direct(x, y, scale):
+        return *forward(x, y, scale, exclusion, False, kept)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
     rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
-    buffer = _buffer(x, y)
-    step = tile_rows()
-    for row in range(0, x.shape[0], step):
-        own = slice(row, row + step)
-        scaled = x[own] * scale2
-        for column in range(0, y.shape[0], COLUMNS):
-            other = slice(column, column + COLUMNS)
-            tile = _logits(scaled, y[other], buffer)
-            exclusion.apply(tile, row, column)
-            tile.exp2_()
-            rows[own] += tile.sum(1)
-            columns[other] += tile.sum(0)
+    for own, other, tile, _ in _Tiles(x, y, scale, exclusion, kept):
+        rows[own].add_(tile.sum(1))
+        columns[other].add_(tile.sum(0))
     return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)
 
 
-def _upper(rows: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles of a square matrix: in each band of rows the square on the diagonal, and then what is right of it."""
-    band, wide = sorted((tile_rows(), COLUMNS))
-    for start in range(0, rows, band):
-        middle = min(start + band, rows)
-        yield slice(start, middle), slice(start, middle)
-        for column in range(middle, rows, wide):
-            yield slice(start, middle), slice(column, min(column + wide, rows))
-
-
-def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(lse2 (M,), its rest) of ``forward(z, z)``; a logit right of the diagonal is computed once, for both its rows:
-    M M D flops.
+    M M D flops. ``kept`` is filled for ``self_gradient``.
     """
-    z, scale2 = _computed(z), scale * LOG2E
-    if not _is_direct(z, z, scale2):
+    z = _computed(z)
+    if not _is_direct(z, z, scale):
         return forward(z, z, scale, exclusion, False)[:2]
-    total, buffer = z.new_zeros(z.shape[0]), _buffer(z, z)
-    for own, other in _upper(z.shape[0]):
-        tile = _logits(z[own] * scale2, z[other], buffer)
-        exclusion.apply(tile, own.start, other.start)
-        tile.exp2_()
-        total[own] += tile.sum(1)
+    total = z.new_zeros(len(z))
+    for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper):
+        total[own].add_(tile.sum(1))
         if own != other:
-            total[other] += tile.sum(0)
+            total[other].add_(tile.sum(0))
     return total.log2_(), torch.zeros_like(total)
 
 
-def self_gradient(z: Tensor, scale: Tensor, role: Role, exclusion: Exclusion) -> Tensor:
+def self_gradient(z: Tensor, scale: Tensor, role: Role, exclusion: Exclusion, kept: Tensor | None = None) -> Tensor:
     """W z (M, D) of ``gradient(z, z)`` with one role on both sides, which makes W symmetric: 3 M M D flops."""
-    z, scale2 = _computed(z), scale * LOG2E
-    direct = _is_direct(z, z, scale2)
-    gz, buffer, second = torch.zeros_like(z), _buffer(z, z), _buffer(z, z)
-    for own, other in _upper(z.shape[0]):
-        tile = _logits(z[own] * scale2, z[other], buffer)
-        exclusion.apply(tile, own.start, other.start)
-        weights = _weights(tile, second, direct, _part(role, own), _part(role, other))
+    z = _computed(z)
+    gz = torch.zeros_like(z)
+    tiles = _Tiles(z, z, scale, exclusion, kept, _upper, find=True)
+    second, both = torch.empty_like(tiles.buffer), _prepared(role, tiles.direct)
+    assert both is not None
+    for own, other, tile, out in tiles:
+        weights = _weights(tile, out, second, tiles.direct, both.part((own, None)), both.part((None, other)))
         gz[own].addmm_(weights, z[other])
         if own != other:
             gz[other].addmm_(weights.T, z[own])

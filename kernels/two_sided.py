@@ -39,7 +39,7 @@ from vito_kernels._tiles import (
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import pair_gradient, role_of
-from vito_kernels.info_nce import autocast, narrowed
+from vito_kernels.info_nce import autocast, differentiable, narrowed
 from vito_kernels.lse import launch_lse, run_lse
 from vito_kernels.tiled import Exclusion
 
@@ -190,22 +190,27 @@ def pair_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
 
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
 def two_sided(
-    x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), column lse2 (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
-    see each other. ``narrow`` as for ``contrast``.
+    see each other. ``narrow`` and ``keep`` as for ``contrast``.
     """
     check_finite(scale)
-    run = launch_two_sided if use_triton(x) else tiled.two_sided
-    sides = narrowed(x, narrow), narrowed(y, narrow)
-    row, row_rest, column, column_rest = run(*sides, scale, Exclusion(diagonal=diagonal))
-    return row, column, pair_logits(x, y, scale, diagonal), row_rest, column_rest
+    hidden = Exclusion(diagonal=diagonal)
+    kept = tiled.room(x, y, scale, keep and not use_triton(x))
+    if use_triton(x):
+        sums = launch_two_sided(narrowed(x, narrow), narrowed(y, narrow), scale, hidden)
+    else:
+        sums = tiled.two_sided(x, y, scale, hidden, kept)
+    row, row_rest, column, column_rest = sums
+    return row, column, pair_logits(x, y, scale, diagonal), row_rest, column_rest, kept
 
 
 @two_sided.register_fake
-def _(x, y, scale, diagonal, narrow=None):
+def _(x, y, scale, diagonal, narrow=None, keep=False):
     m, n = x.shape[0], y.shape[0]
-    return tuple(scale.new_empty(rows) for rows in (m, n, m, m, n))
+    kept = tiled.room(x, y, scale, keep and not use_triton(x))
+    return *(scale.new_empty(rows) for rows in (m, n, m, m, n)), kept
 
 
 @torch.library.custom_op("vito_kernels::two_sided_backward", mutates_args=())
@@ -221,6 +226,7 @@ def two_sided_backward(
     column: Tensor,
     row_rest: Tensor,
     column_rest: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -230,7 +236,8 @@ def two_sided_backward(
     side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
     hidden = Exclusion(diagonal=diagonal)
     x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
-    gx, gy = pair_gradient(narrowed(x, narrow), narrowed(y, narrow), scale, x_role, y_role, hidden, side, need_y)
+    sides = narrowed(x, narrow), narrowed(y, narrow)
+    gx, gy = pair_gradient(*sides, scale, x_role, y_role, hidden, side, need_y, kept)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
     if use_triton(x):
         if side:
@@ -253,8 +260,8 @@ def two_sided_backward(
 
 @two_sided_backward.register_fake
 def _(
-    g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, need_x, need_y, need_scale,
-    narrow=None,
+    g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, kept, need_x, need_y,
+    need_scale, narrow=None,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -264,16 +271,22 @@ def _(
 
 
 def _two_sided_setup(ctx, inputs, output):
-    x, y, scale, ctx.diagonal, ctx.narrow = inputs
-    ctx.save_for_backward(x, y, scale, output[0], output[1], output[3], output[4])
+    x, y, scale, ctx.diagonal, ctx.narrow, _ = inputs
+    row, column, _, *more = output
+    ctx.save_for_backward(x, y, scale, row, column, *more)
+    ctx.set_materialize_grads(False)
 
 
 def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
     x, y, scale, *sums = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = [g.contiguous() for g in (g_row, g_column, g_pair)]
+    like = sums[0], sums[1], sums[0]
+    grads = [
+        torch.zeros_like(x) if g is None else g.contiguous()
+        for g, x in zip((g_row, g_column, g_pair), like, strict=True)
+    ]
     found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs, ctx.narrow)
-    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None
 
 
 apply_two_sided = autograd_op(two_sided, _two_sided_setup, _two_sided_backward)
@@ -283,21 +296,25 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 
 
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
-def self_contrast(z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def self_contrast(
+    z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows.
 
-    ``narrow`` as for ``contrast``.
+    ``narrow`` and ``keep`` as for ``contrast``.
     """
     check_finite(scale)
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
+    kept = tiled.room(z, z, scale, keep and not use_triton(z))
     if use_triton(z):
-        return launch_lse(side, side, scale, exclusion, False)[:2]
-    return tiled.self_forward(side, scale, exclusion)
+        return *launch_lse(side, side, scale, exclusion, False)[:2], kept
+    return *tiled.self_forward(side, scale, exclusion, kept), kept
 
 
 @self_contrast.register_fake
-def _(z, scale, views, narrow=None):
-    return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0])
+def _(z, scale, views, narrow=None, keep=False):
+    kept = tiled.room(z, z, scale, keep and not use_triton(z))
+    return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0]), kept
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
@@ -308,6 +325,7 @@ def self_contrast_backward(
     views: int,
     lse2: Tensor,
     rest: Tensor,
+    kept: Tensor,
     need_z: bool,
     need_scale: bool,
     narrow: torch.dtype | None = None,
@@ -318,27 +336,30 @@ def self_contrast_backward(
     if use_triton(z):
         gz, _ = pair_gradient(side, side, scale, role, role, exclusion, True, False)
     else:
-        gz = tiled.self_gradient(side, scale, role, exclusion)
+        gz = tiled.self_gradient(side, scale, role, exclusion, kept)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
     return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, z, scale, views, lse2, rest, need_z, need_scale, narrow=None):
+def _(g_lse2, z, scale, views, lse2, rest, kept, need_z, need_scale, narrow=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, ctx.views, ctx.narrow = inputs
+    z, scale, ctx.views, ctx.narrow, _ = inputs
     ctx.save_for_backward(z, scale, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _self_backward(ctx, g_lse2, _):
-    z, scale, lse2, rest = ctx.saved_tensors
+def _self_backward(ctx, g_lse2, *_):
+    z, scale, *sums = ctx.saved_tensors
     need_z, need_scale = ctx.needs_input_grad[:2]
     needs = need_z, need_scale
-    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, lse2, rest, *needs, ctx.narrow)
-    return dz if need_z else None, dscale if need_scale else None, None, None
+    if g_lse2 is None:
+        return (None,) * 5
+    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, *sums, *needs, ctx.narrow)
+    return dz if need_z else None, dscale if need_scale else None, None, None, None
 
 
 apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
@@ -353,8 +374,9 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     Equivalent, with ``s = scale * x @ y.T`` and ``labels = arange(M)``:
     ``(cross_entropy(s, labels) + cross_entropy(s.T, labels)) / 2``.
 
-    Nothing is normalised here. 2 M M D flops forward, 8 M M D backward. ``scale`` is a number or a tensor of one
-    element, which may require grad. Dtypes, errors, autocast and determinism as for ``similarity_lse``.
+    Nothing is normalised here. 2 M M D flops forward and 8 M M D backward; on the CPU, which keeps the first 64 MiB of
+    logits, at most 6. ``scale`` is a number or a tensor of one element, which may require grad. Dtypes, errors,
+    autocast and determinism as for ``similarity_lse``.
     """
     check_paired(x, y, ("x", "y"))
     rows, columns, pairs = rows_and_columns(x, y, scale)
@@ -364,7 +386,9 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
     (x, y), narrow = autocast(x, y)
-    rows, columns, pairs, *_ = apply_two_sided(x, y, scale_tensor(scale, x), diagonal, narrow)
+    scale = scale_tensor(scale, x)
+    keep = differentiable(x, y, scale)
+    rows, columns, pairs, *_ = apply_two_sided(x, y, scale, diagonal, narrow, keep)
     return rows / tiled.LOG2E, columns / tiled.LOG2E, pairs
 
 
@@ -376,7 +400,8 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     ``cross_entropy(s, arange(2 * B).roll(B))``.
 
     z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
-    forward, 16 B B D backward. The CPU path takes each tile of logits for both its rows and its columns: 4 and 12.
+    forward, 16 B B D backward. The CPU path takes each tile of logits for both its rows and its columns and keeps the
+    first 64 MiB of them: 4 and at most 12.
     ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and determinism as for
     ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
     """
@@ -385,7 +410,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     (z1, z2), narrow = autocast(normalize(z1, dim=1), normalize(z2, dim=1))
     z = torch.stack([z1, z2], 1).flatten(0, 1)
     factor = scale_tensor(scale, z)
-    lse = apply_self(z, factor, 2, narrow)[0].unflatten(0, (-1, 2)) / tiled.LOG2E
+    lse = apply_self(z, factor, 2, narrow, differentiable(z, factor))[0].unflatten(0, (-1, 2)) / tiled.LOG2E
     pairs = (z1.to(factor.dtype) * z2.to(factor.dtype)).sum(1) * factor
     loss = softplus(lse - pairs[:, None])
     return reduce(torch.cat([loss[:, 0], loss[:, 1]]), reduction)

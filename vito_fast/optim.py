@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vito_fast.config import Config, OptimizerConfig, ScheduleConfig
 
+CACHED = 1 << 20  # elements of a part, unless one parameter has more
+
 
 class Lars:
     """Holds one momentum buffer per parameter. All work is in multi-tensor calls and nothing waits for the device.
@@ -28,6 +30,7 @@ class Lars:
         self.adapted = [(name, p) for name, p in named if p.dim() > 1]
         self.plain = [(name, p) for name, p in named if p.dim() <= 1]
         self.momentum = {name: torch.zeros_like(p) for name, p in self.adapted + self.plain}
+        self.parts = _parts(self.parameters)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -52,8 +55,21 @@ class Lars:
 
         ``lr`` may be a tensor () where ``finite`` is given.
         """
-        gradients = self.gradients()
-        momentum = list(self.momentum.values())
+        gradients, momentum, weights = self.gradients(), list(self.momentum.values()), self.parameters
+        for part in self.parts:
+            adapted = max(0, len(self.adapted) - part.start)
+            self._step(weights[part], gradients[part], momentum[part], adapted, lr, finite)
+
+    def _step(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        momentum: list[Tensor],
+        adapted: int,
+        lr: float,
+        finite: Tensor | None,
+    ) -> None:
+        """Of these parameters, of which the first ``adapted`` have weight decay and trust ratio."""
         keep: Any = self.config.momentum
         if finite is not None:
             bits = torch.int64 if gradients[0].dtype == torch.float64 else torch.int32
@@ -61,19 +77,18 @@ class Lars:
             # Scalars of the tensors' own dtype: with any other, multi-tensor calls launch a kernel for each tensor.
             usable = finite.to(gradients[0].dtype)
             keep = keep * usable + (1 - usable)
-        self._adapt(gradients[: len(self.adapted)], finite)
+        self._adapt(weights[:adapted], gradients[:adapted], finite)
         torch._foreach_mul_(momentum, keep)
         torch._foreach_add_(momentum, gradients)
         if finite is None:
-            torch._foreach_add_(self.parameters, momentum, alpha=-lr)
+            torch._foreach_add_(weights, momentum, alpha=-lr)
         else:
-            torch._foreach_add_(self.parameters, torch._foreach_mul(momentum, (-lr * usable).to(usable.dtype)))
+            torch._foreach_add_(weights, torch._foreach_mul(momentum, (-lr * usable).to(usable.dtype)))
 
-    def _adapt(self, gradients: list[Tensor], finite: Tensor | None) -> None:
-        """Weight decay and trust ratio, in place, on the gradients of the parameters that have them."""
+    def _adapt(self, weights: list[Tensor], gradients: list[Tensor], finite: Tensor | None) -> None:
+        """Weight decay and trust ratio, in place on the gradients."""
         if not gradients:
             return
-        weights = [p.detach() for _, p in self.adapted]
         torch._foreach_add_(gradients, weights, alpha=self.config.weight_decay)
         weight_norm = torch.stack(torch._foreach_norm(weights))
         update_norm = torch.stack(torch._foreach_norm(gradients))
@@ -94,6 +109,17 @@ class Lars:
             raise ValueError(f"momentum of other parameters: {sorted(state.keys() ^ self.momentum.keys())[:3]} ...")
         for name, buffer in self.momentum.items():
             buffer.copy_(state[name])
+
+
+def _parts(tensors: list[Tensor]) -> list[slice]:
+    """What to update at a time: on a GPU everything, on a CPU what its cache holds while several calls pass over it."""
+    parts, start, size = [], 0, 0
+    for i, tensor in enumerate(tensors):
+        if size and tensor.device.type == "cpu" and size + tensor.numel() > CACHED:
+            parts.append(slice(start, i))
+            start, size = i, 0
+        size += tensor.numel()
+    return [*parts, slice(start, len(tensors))]
 
 
 class Schedule:

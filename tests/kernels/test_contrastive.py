@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,10 +28,15 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[None, 16], ids=["one tile", "many tiles"])
 def tile_rows(request, monkeypatch):
-    """Also with tiles so small that every shape has whole, ragged and diagonal ones."""
+    """Also with tiles so small that every shape has whole, ragged and diagonal ones, and a few of them are kept."""
     if request.param:
-        monkeypatch.setattr(tiled, "tile_rows", lambda: request.param)
-        monkeypatch.setattr(tiled, "COLUMNS", request.param + 8)
+        small_tiles(monkeypatch, request.param, kept=900)
+
+
+def small_tiles(monkeypatch, rows, kept):
+    monkeypatch.setattr(tiled, "tile_rows", lambda: rows)
+    monkeypatch.setattr(tiled, "COLUMNS", rows + 8)
+    monkeypatch.setattr(tiled, "KEPT", kept)
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
@@ -204,7 +210,7 @@ def test_no_gradient_costs_half():
     original = tiled.forward
 
     def spy(*args):
-        seen.append(args[-1])
+        seen.append(args[4:])
         return original(*args)
 
     tiled.forward = spy
@@ -216,8 +222,44 @@ def test_no_gradient_costs_half():
             similarity_lse(q, k, 2.0)
     finally:
         tiled.forward = original
-    assert seen == [False, False, True, False]
+    assert [(bring_mean, kept.numel() > 0) for bring_mean, kept in seen] == [
+        (False, False), (False, True), (True, True), (False, False)
+    ]  # fmt: skip
     assert ops.contrast(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
+
+
+LOSSES = {
+    "info_nce": lambda x, y, scale: info_nce(x, y, temperature=1 / scale),
+    "groups": lambda x, y, scale: similarity_lse(x, y, scale, q_group=GROUPS, k_group=GROUPS).sum(),
+    "clip": clip_loss,
+    "ntxent": lambda x, y, scale: ntxent(x, y, 1 / scale),
+}
+GROUPS = torch.arange(50) // 2
+
+
+@pytest.mark.parametrize("scale", [10.0, 200.0], ids=["direct", "online"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_kept_tiles_change_no_gradient(loss, scale, monkeypatch):
+    """Nor does a second backward pass, or one that would divide the logits into other tiles, as with more threads."""
+    x, y = (embeddings(50, 16, torch.float32, "cpu", i, True).requires_grad_() for i in range(2))
+    products = Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", products)
+
+    def gradients(kept):
+        small_tiles(monkeypatch, 16, kept)
+        value = LOSSES[loss](x, y, scale)
+        small_tiles(monkeypatch, 16 if kept == 0 else 20, kept)
+        monkeypatch.setattr(tiled, "COLUMNS", 24)
+        products.reset_mock()
+        return [torch.autograd.grad(value, (x, y), retain_graph=True) for _ in range(2)]
+
+    expected = gradients(0)[0]
+    computed = products.call_count
+    for kept, share in ((700, 0.9), (1 << 20, 0.0)):
+        for found in gradients(kept):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        if (loss, scale) != ("ntxent", 200.0):  # runs online over both halves, and keeps neither
+            assert products.call_count <= share * computed
 
 
 def test_one_sided_key_gradient_equals_the_two_role_form():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from vito_fast import optim
 from vito_fast.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
 from vito_fast.optim import Lars, Schedule
 
@@ -28,7 +29,9 @@ def plain_lars(weights, gradients, momentum, lr, config):
         weights[name] = w - lr * momentum[name]
 
 
-def test_lars_equals_the_formula_over_steps():
+@pytest.mark.parametrize("cached", [1 << 20, 90], ids=["one part", "three parts"])
+def test_lars_equals_the_formula_over_steps(cached, monkeypatch):
+    monkeypatch.setattr(optim, "CACHED", cached)
     config = OptimizerConfig(weight_decay=1e-2)
     net = network()
     optimizer = Lars(net.named_parameters(), config)
@@ -44,6 +47,7 @@ def test_lars_equals_the_formula_over_steps():
         optimizer.step(0.1 * step, torch.tensor(True) if step % 2 else None)
         for name, p in net.named_parameters():
             torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
+    assert len(optimizer.parts) == (1 if cached > 90 else 3)
     assert {n for n, p in optimizer.plain} == {"1.weight", "1.bias", "3.bias"}
 
 
