@@ -21,8 +21,8 @@ from bench.harness import Budget, Candidate, Race, timestamp
 from bench.memory import settle_malloc
 
 SCHEMA = 1
-QUICK = Budget(seconds=3.0, fewest=16, most=40)
-FULL = Budget(seconds=4.0, fewest=9, most=60)
+QUICK = Budget(seconds=5.0, fewest=16, most=60)
+FULL = Budget(seconds=6.0, fewest=9, most=60)
 CUDA = Budget(seconds=1.0, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 

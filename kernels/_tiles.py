@@ -252,6 +252,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
+        192: Tile(64, 32, 64, 8, 3),
         256: Tile(64, 64, 128, 8, 3),
         512: Tile(64, 64, 128, 8, 2),
         **WIDE[80],
@@ -291,7 +292,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(128, 32, 256, 8, 3, 8),
         512: Tile(128, 32, 256, 8, 2, span=256),
-        1024: Tile(64, 16, 256, 4, 2, span=256),
+        **WIDE[100],
     },
     (100, "lse"): {
         128: Tile(128, 128, 256, 8, 2),
@@ -310,11 +311,13 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     # Float32 in parts, of every pass. The rows of a wider matrix do not fit, nor does what Triton keeps in sm_100's
     # tensor memory for each of six products: there exact products run on the plain arithmetic units.
     (80, "float32"): {128: Tile(32, 32, 128, 8, 2)},
+    (80, "float32 gradient"): {64: Tile(32, 32, 128, 4, 2), 128: Tile(32, 32, 128, 8, 2)},
     (90, "float32"): {128: Tile(64, 64, 128, 4, 2, 8), 256: Tile(64, 32, 256, 8, 2, 8)},
     (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
     (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
-EXACT = {512: Tile(32, 32, 64, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
+EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
+EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, span=256)}
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
 
@@ -327,7 +330,8 @@ def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
 def _pinned(capability: int, kernel: str, D: int, precision: str) -> Tile:
     family, kind = _family(capability), kernel.split()[0]
     keys = (kernel, kind) if precision == "native" else (f"float32 {kind}", "float32")
-    table = EXACT if precision == "ieee" else next(TILES[family, key] for key in keys if (family, key) in TILES)
+    exact = EXACT if family < 100 else EXACT_100
+    table = exact if precision == "ieee" else next(TILES[family, key] for key in keys if (family, key) in TILES)
     return table[min((width for width in table if width >= D), default=max(table))]
 
 
