@@ -72,8 +72,8 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
 
 def check_finite(scale: Tensor) -> None:
     """The value of a scale, looked at where looking is free: on a GPU it would stop the host."""
-    if scale.is_cpu and not bool(torch.isfinite(scale)):
-        raise ValueError(f"scale, or 1 / temperature, must be finite, got {scale.item()}")
+    if scale.is_cpu and not math.isfinite(value := scale.item()):
+        raise ValueError(f"scale, or 1 / temperature, must be finite, got {value}")
 
 
 def inverse_temperature(temperature: float | Tensor) -> float | Tensor:

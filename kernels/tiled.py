@@ -139,7 +139,7 @@ class _Tiles:
         find: bool = False,
     ):
         self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
-        kept = x.new_zeros(HEADER) if kept is None or len(kept) == 0 else kept
+        kept = x.new_zeros(HEADER) if kept is None or not kept.shape[0] else kept
         step, direct = kept[:HEADER].tolist() if find else (0, 0)
         self.found = step > 0
         self.step = int(step) or tile_rows()
@@ -147,17 +147,17 @@ class _Tiles:
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
         if not find:
             kept[:HEADER] = kept.new_tensor([self.step, self.direct])
-        self.buffer = x.new_empty(min(self.step, len(x)) * min(COLUMNS, len(y)))
+        self.buffer = x.new_empty(min(self.step, x.shape[0]) * min(COLUMNS, y.shape[0]))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        used = 0
-        for own, others in self.grid(len(self.x), len(self.y), self.step):
+        used, capacity = 0, self.kept.shape[0]
+        for own, others in self.grid(self.x.shape[0], self.y.shape[0], self.step):
             scaled = self.x[own] * self.scale2
             for other in others:
                 shape = own.stop - own.start, other.stop - other.start
                 size = shape[0] * shape[1]
                 out = self.buffer[:size].view(shape)
-                kept = used + size <= len(self.kept)
+                kept = used + size <= capacity
                 tile = self.kept[used : used + size].view(shape) if kept else out
                 if not (kept and self.found):
                     torch.mm(scaled, self.y[other].T, out=tile)
