@@ -277,7 +277,7 @@ ENDINGS = {
     "abandoned": "",
     "exception": "raise KeyError('planted')",
     # The kernel may give the signal to another thread, a while after the call.
-    "interrupt": "import signal, os, time; os.kill(os.getpid(), signal.SIGINT); [time.sleep(0.01) for _ in range(6000)]",
+    "interrupt": "import signal, os, time; os.kill(os.getpid(), signal.SIGINT); [time.sleep(0.1) for _ in range(600)]",
     "exit": "raise SystemExit(3)",
 }
 
