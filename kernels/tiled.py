@@ -96,7 +96,9 @@ def tile_rows() -> int:
 
 def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool) -> Tensor:
     """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone."""
-    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], KEPT) if keep else 0)
+    if not keep:
+        return scale.new_empty(0)
+    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], KEPT))
     kept[:HEADER].zero_()  # nothing is kept yet
     return kept
 
