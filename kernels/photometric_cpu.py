@@ -1,7 +1,8 @@
 """The CPU path of :mod:`vito_kernels.photometric`: one image at a time, in buffers that stay in the second-level cache.
 
 A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorised pass over data in the
-cache and costs microseconds; large buffers are made once. What makes it fast besides:
+cache and costs microseconds. The threads and their buffers are kept between calls: to make them anew, and to touch
+their memory first, takes as long as two images do. What makes it fast besides:
 
 - HSV is never formed. With V and C the largest channel and the largest minus the smallest, saturation times f moves
   every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Colour._hue``, which needs no
@@ -12,10 +13,11 @@ cache and costs microseconds; large buffers are made once. What makes it fast be
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Lock
+from functools import cache, lru_cache
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .reference.photometric import GREY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
 FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has made the default
+KEPT_PIXELS = 1 << 18  # of an image and its padding; the 16 planes of a larger one are made anew for each call
 TINY = 1e-30  # stands for a chroma of zero, where any finite quotient gives the same colour
 
 
@@ -35,39 +38,53 @@ def photometric(
     out = torch.empty(images.shape, dtype=dtype, device=images.device)
     tables = params.tolist(), _hues(params[:, 3]), _toeplitz(params[:, 6], radius)
     work = iter(zip(images.unbind(), *tables, out.unbind(), strict=True))
+    mean_C11, std_C11 = (torch.tensor(x, **FLOAT).view(3, 1, 1) for x in (mean, std))
     lock = Lock()
 
     def worker() -> None:
         with torch.inference_mode():  # spares every operator its look at autograd
-            augment = _Augment(images.shape[1], images.shape[2], radius, mean, std)
+            augment = _augment(images.shape[1], images.shape[2], radius)
             while True:
                 with lock:
                     task = next(work, None)
                 if task is None:
                     return
-                augment(*task)
+                image, row, hues, toeplitz, target = task
+                x = augment(image, row, hues, toeplitz, mean_C11, std_C11).to(dtype)
+                for plane, channel in zip(x.unbind(), target.unbind(-1), strict=True):  # faster than a permuted copy
+                    channel.copy_(plane)
 
-    _in_threads(worker, max(1, min(torch.get_num_threads(), images.shape[0])))
+    _in_threads(worker, images.shape[0])
     return out
 
 
-def _in_threads(worker: Callable[[], None], count: int) -> None:
-    """Runs ``worker`` in ``count`` threads at once, in each of which PyTorch's operators keep to that one thread.
+def _in_threads(worker: Callable[[], None], most: int) -> None:
+    """Runs ``worker`` in as many threads as PyTorch uses, ``most`` of them; where they are several, each operator
+    keeps to its one.
 
-    Images are independent and an operator on one lasts microseconds, too short to be worth dividing.
+    Images are independent and an operator on one lasts microseconds, hardly worth dividing.
     ``set_num_threads`` acts on the thread that calls it and on threads yet to come; calling it again here puts the
     latter back.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    count = min(threads, most)
+    if count <= 1:
         worker()
         return
+    pool = _pool(threads)
     try:
-        with ThreadPoolExecutor(count, initializer=_one_thread) as pool:
-            for done in [pool.submit(worker) for _ in range(count)]:
-                done.result()
+        for done in [pool.submit(worker) for _ in range(count)]:
+            done.result()
     finally:
         torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "photometric", initializer=_one_thread)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind in the parent
 
 
 def _one_thread() -> None:
@@ -78,12 +95,16 @@ def _one_thread() -> None:
 class _Augment:
     """The whole chain for one image after the other, with buffers of its own."""
 
-    def __init__(self, height: int, width: int, radius: int, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, height: int, width: int, radius: int):
+        self.size = height, width, radius
         self.colour, self.blur = _Colour(height, width), _Blur(height, width, radius)
-        self.mean_C11, self.std_C11 = (torch.tensor(x, **FLOAT).view(3, 1, 1) for x in (mean, std))
 
-    def __call__(self, image: Tensor, row: Sequence[float], hues: Tensor, toeplitz: Tensor, target: Tensor) -> None:
-        """image (H, W, 3) uint8, row of the parameters, what is made of them, target (H, W, 3)."""
+    def __call__(
+        self, image: Tensor, row: Sequence[float], hues: Tensor, toeplitz: Tensor, mean_C11: Tensor, std_C11: Tensor
+    ) -> Tensor:
+        """image (H, W, 3) uint8, row of the parameters, what is made of them, the normalisation: to planes (3, H, W),
+        which the next call overwrites.
+        """
         *jitter, order, grey, sigma, threshold = row
         x = self.colour(image, jitter, int(order), hues, grey > 0)
         reach = self.blur.reach(sigma)
@@ -91,9 +112,20 @@ class _Augment:
             x = self.blur(x, toeplitz, reach)
         if threshold <= 1:
             _solarise(x, threshold)
-        x = torch.sub(x, self.mean_C11, out=self.colour.planes).div_(self.std_C11).to(target.dtype)
-        for plane, channel in zip(x.unbind(), target.unbind(-1), strict=True):  # faster than one permuted copy
-            channel.copy_(plane)
+        return torch.sub(x, mean_C11, out=self.colour.planes).div_(std_C11)
+
+
+_kept = local()
+
+
+def _augment(height: int, width: int, radius: int) -> _Augment:
+    """This thread's: the one of its last call, if the size is the same."""
+    augment = getattr(_kept, "augment", None)
+    if augment is None or augment.size != (height, width, radius):
+        augment = _Augment(height, width, radius)
+        if (height + 2 * radius) * (width + 2 * radius) <= KEPT_PIXELS:
+            _kept.augment = augment
+    return augment
 
 
 class _Colour:

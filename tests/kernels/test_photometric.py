@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from photometric_cases import IDENTITY, grey_levels, photographs, random_params
 
-from vito_kernels import photometric, reference
+from vito_kernels import photometric, photometric_cpu, reference
 from vito_kernels.photometric import PARAMS
 from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
 
@@ -169,16 +170,20 @@ def test_autocast_changes_nothing():
 def test_callers_modes_change_nothing():
     """Inference mode, default dtype and device belong to a thread or the process; the workers' buffers ignore them."""
     images, params = photographs(4, 40, 40), random_params(4)
-    expected = photometric(images, params)
-    with torch.inference_mode():
-        assert torch.equal(photometric(images, params), expected)
-        assert torch.equal(photometric(images.clone(), params.clone()), expected)
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
+    for count in (4, 1):  # in threads and without; another size's call makes the buffers anew
+        expected = photometric(images, params)[:count]
+        images, params = images[:count], params[:count]
+        photometric(images[:, 1:], params)
+        with torch.inference_mode():
             assert torch.equal(photometric(images, params), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+            assert torch.equal(photometric(images.clone(), params.clone()), expected)
+        photometric(images[:, 1:], params)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                assert torch.equal(photometric(images, params), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_strided_views_and_empty_batches():
@@ -187,6 +192,35 @@ def test_strided_views_and_empty_batches():
     assert torch.equal(photometric(flipped, params), photometric(flipped.contiguous(), params))
     assert torch.equal(photometric(images[::2], params[::2]), photometric(images[::2].contiguous(), params[::2]))
     assert photometric(images[:0], params[:0]).shape == (0, 3, 20, 30)
+
+
+def test_large_images_leave_no_buffers():
+    images, params = photographs(2, 600, 500), random_params(2)
+    photometric(images[:1], params[:1])
+    kept = photometric_cpu._augment(600, 500, 30)
+    assert kept is not photometric_cpu._augment(600, 500, 30)
+    assert photometric_cpu._augment(224, 224, 11) is photometric_cpu._augment(224, 224, 11)
+
+
+def test_callers_threads_may_call_at_once():
+    sizes = [(31 + i % 2, 24) for i in range(6)]
+    cases = [(photographs(5, *size, seed), random_params(5, seed)) for seed, size in enumerate(sizes)]
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda case: photometric(*case), cases))
+    for case, together in zip(cases, results, strict=True):
+        assert torch.equal(together, photometric(*case))
+
+
+def test_works_in_a_forked_child():
+    """Threads do not follow a fork; a child that waits for them waits for ever."""
+    code = (
+        "import os, signal, torch; from vito_kernels import photometric; torch.set_num_threads(2)\n"
+        "x, p = torch.zeros(4, 40, 40, 3, dtype=torch.uint8), torch.tensor([[0, 1, 1, 0, -1, 0, 1, 2.]]).expand(4, 8)\n"
+        "photometric(x, p); child = os.fork()\n"
+        "if child == 0: signal.alarm(60); photometric(x, p); os._exit(0)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_callers_threads_are_left_as_they_were():
