@@ -22,7 +22,8 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
-KEPT, HEADER = 1 << 24, 2  # elements that a forward pass leaves for its gradient: 64 MiB of float32
+KEPT = 1 << 24  # elements that a forward pass leaves for its gradient: 64 MiB of float32 ...
+HEADER = 16  # ... after the first, which says how it went, and what aligns the others
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
 
@@ -99,7 +100,7 @@ def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool) -> Tensor:
     if not keep:
         return scale.new_empty(0)
     kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], KEPT))
-    kept[:HEADER].zero_()  # nothing is kept yet
+    kept[0] = 0  # nothing is kept yet
     return kept
 
 
@@ -139,16 +140,17 @@ class _Tiles:
         kept: Tensor | None = None,
         grid: Callable[[int, int, int], Grid] = _whole,
         find: bool = False,
+        direct: bool | None = None,
     ):
         self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
-        kept = x.new_zeros(HEADER) if kept is None or not kept.shape[0] else kept
-        step, direct = kept[:HEADER].tolist() if find else (0, 0)
-        self.found = step > 0
-        self.step = int(step) or tile_rows()
-        self.direct = bool(direct) if self.found else _is_direct(x, y, scale)
+        kept = x.new_empty(0) if kept is None else kept
+        header = int(kept[0]) if find and len(kept) else 0  # rows of a tile, negative where they are not direct
+        self.found = header != 0
+        self.step = abs(header) or tile_rows()
+        self.direct = header > 0 if self.found else _is_direct(x, y, scale) if direct is None else direct
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
-        if not find:
-            kept[:HEADER] = kept.new_tensor([self.step, self.direct])
+        if not find and len(kept):
+            kept[0] = self.step if self.direct else -self.step
         self.buffer = x.new_empty(min(self.step, x.shape[0]) * min(COLUMNS, y.shape[0]))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
@@ -317,7 +319,7 @@ def two_sided(
     if not _is_direct(x, y, scale):
         return *forward(x, y, scale, exclusion, False, kept)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
     rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
-    for own, other, tile, _ in _Tiles(x, y, scale, exclusion, kept):
+    for own, other, tile, _ in _Tiles(x, y, scale, exclusion, kept, direct=True):
         rows[own].add_(tile.sum(1))
         columns[other].add_(tile.sum(0))
     return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)
@@ -331,7 +333,7 @@ def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | 
     if not _is_direct(z, z, scale):
         return forward(z, z, scale, exclusion, False)[:2]
     total = z.new_zeros(len(z))
-    for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper):
+    for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper, direct=True):
         total[own].add_(tile.sum(1))
         if own != other:
             total[other].add_(tile.sum(0))
