@@ -17,6 +17,7 @@ import torch
 
 from bench import machine as machines
 from bench.clock import CudaClock, wall_clock
+from bench.cores import Cores
 from bench.harness import Budget, Candidate, Race, timestamp
 from bench.memory import settle_malloc
 
@@ -44,10 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config.stash[CORES] = Cores(patience=30.0 if config.getoption("--quick") else 120.0)
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
 
+CORES = pytest.StashKey[Cores]()
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 STARTED = pytest.StashKey[float]()
 
@@ -93,7 +96,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         if rounds := config.getoption("--rounds"):
             options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)
         options.setdefault("device", config.getoption("--device"))
-        contest = Race(case, params, candidates, cold=config.getoption("--cold"), **options)
+        options |= {"cold": config.getoption("--cold"), "cores": None if cuda else config.stash[CORES]}
+        contest = Race(case, params, candidates, **options)
         only = config.getoption("--only")
         if only and contest.id not in _split_ids(only):
             pytest.skip("not asked for")
@@ -160,6 +164,7 @@ def _save(config: pytest.Config) -> None:
         "quick": config.getoption("--quick"),
         "counted": config.getoption("--counted"),
         "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
+        "waited": round(config.stash[CORES].waited, 1),
         "threads": torch.get_num_threads(),
         "machine": machines.machine(config.getoption("--device")),
         "versions": machines.versions(),

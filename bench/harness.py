@@ -6,7 +6,8 @@ Order of events, in one process and on the same inputs:
 time, and when it is ours the race ends as a test failure;
 2. warm-up, which also finds how many rounds the time budget allows;
 3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
-two candidates is the :func:`centre` over the rounds of the ratio *within* a round;
+two candidates is the :func:`centre` over the rounds of the ratio *within* a round. Rounds in which the cores did not
+share a cache (:mod:`bench.cores`) are left out where there are others;
 4. peak memory and flops, counted in a run of their own.
 
 The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.clock import ColdCache, CudaClock, graphed, wall_clock
+from bench.cores import Cores
 from bench.memory import cost
 
 Role = Literal["ours", "reference", "peer", "context", "limit"]
@@ -36,6 +38,7 @@ SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: samples of others that take longer have few rounds
 FEW_ROUNDS = 5
+FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
 
 
 @dataclass
@@ -94,18 +97,15 @@ class _Runner:
     peak_bytes: int | None = None
     flops: int | None = None
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.times.values())
-
-    def record(self) -> dict[str, Any]:
+    def record(self, turns: Sequence[int]) -> dict[str, Any]:
+        """With the times of these rounds."""
         row: dict[str, Any] = {"name": self.candidate.name, "role": self.candidate.role, "status": self.status}
         row |= {"reason": self.reason or self.candidate.note}
         if self.error is not None:
             row |= {"error": self.error, "error_bound": self.bound}
-        if self.times:
-            ordered = sorted(self.times.values())
-            row |= {"median_s": self.median, "low_s": ordered[0], "spread": spread(ordered)}
+        if turns:
+            ordered = sorted(self.times[turn] for turn in turns)
+            row |= {"median_s": statistics.median(ordered), "low_s": ordered[0], "spread": spread(ordered)}
             row |= {"rounds": len(ordered), "repeats": self.repeats}
             row |= {"eager_s": self.eager} if self.eager else {}
         if self.peak_bytes is not None:
@@ -124,9 +124,8 @@ def centre(ratios: Sequence[float]) -> float:
 
     As robust as need be (three samples in ten may be anything), and it wastes few samples. Over 44 ratios in 4
     processes on two cores with busy neighbours, two runs of 9 rounds differed by 8.1 % (root mean square); by 9.2 %
-    with the ratio of the medians, 10.5 % of the lower quartiles, 11.8 % of the minima, and 8.8 % with those rounds
-    alone in which a fixed product of matrices, timed before each sample, was fast. What helps is rounds: with 16 it is
-    5.9 %, and little less with more, as the rest differs by process.
+    with the ratio of the medians, 10.5 % of the lower quartiles, 11.8 % of the minima. With 16 rounds it was 5.9 %, and
+    little less with more; with the cores together it is 3 to 5 %.
     """
     return statistics.median(math.sqrt(a * b) for i, a in enumerate(ratios) for b in ratios[i:])
 
@@ -171,6 +170,7 @@ class Race:
         budget: Budget | None = None,
         cold: bool = False,
         memory: bool = True,
+        cores: Cores | None = None,
     ) -> None:
         roles = [candidate.role for candidate in candidates]
         if roles.count("ours") != 1:
@@ -184,6 +184,7 @@ class Race:
         self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
         self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
         self._flush = ColdCache(self.device) if cold and self.device.type == "cuda" else None
+        self._cores, self._together = cores, set[int]()
         self._round = 0
         self.rounds = 0
 
@@ -285,6 +286,8 @@ class Race:
 
     def time_others(self) -> None:
         """Everybody's turn but ours; opens a round."""
+        if self._cores is None or self._cores.gather():
+            self._together.add(self._round)
         for runner in self._racing():
             if runner is not self.ours and (self._round < FEW_ROUNDS or not self._slow(runner)):
                 self._sample(runner)
@@ -292,6 +295,8 @@ class Race:
     def time_ours(self) -> None:
         """Our turn; closes the round."""
         self._sample(self.ours)
+        if self._cores is not None and not self._cores.together():
+            self._together.discard(self._round)
         self._round += 1
 
     def _sample(self, runner: _Runner) -> None:
@@ -323,21 +328,25 @@ class Race:
         self.count_cost()
         return self.record()
 
+    def _turns(self, runner: _Runner) -> list[int]:
+        """The rounds that count for it: with the cores together, unless there are next to none."""
+        together = [turn for turn in runner.times if turn in self._together]
+        return together if len(together) >= min(FEWEST_TOGETHER, len(runner.times)) else list(runner.times)
+
     def speedup(self, runner: _Runner) -> dict[str, float]:
         """How many times as fast as ``runner`` we are: centre and spread of the ratio within a round."""
-        common = [turn for turn in runner.times if turn in self.ours.times]
-        ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in common)
+        ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in self._turns(runner))
         return {"speedup": centre(ratios), "speedup_spread": spread(ratios)}
 
     def record(self) -> dict[str, Any]:
         """The case as it goes into the results file."""
         rows = []
         for runner in self._runners:
-            row = runner.record()
+            row = runner.record(self._turns(runner))
             if runner.times and runner is not self.ours:
                 row |= self.speedup(runner)
             rows.append(row)
-        seconds = self.ours.median if self.ours.times else float("inf")
+        seconds = next(row for row in rows if row["role"] == "ours").get("median_s", float("inf"))
         rates: dict[str, float] = {}
         if self.work.flops:
             rates["tflops"] = self.work.flops / seconds / 1e12
@@ -351,6 +360,7 @@ class Race:
             "params": self.params,
             "device": self.device.type,
             "rounds": self._round,
+            "apart": self._round - len(self._together),
             "cold": self._flush is not None,
             "work": {
                 "flops": self.work.flops,

@@ -1,8 +1,9 @@
 """The CPU path of :mod:`vito_kernels.photometric`: one image at a time, in buffers that stay in the second-level cache.
 
 A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorised pass over data in the
-cache and costs microseconds. The threads and their buffers are kept between calls: to make them anew, and to touch
-their memory first, takes as long as two images do. What makes it fast besides:
+cache and costs microseconds. Each operator divides it among PyTorch's threads: a thread for each image, which was
+tried, spends what that saves on waiting for the interpreter's lock. Buffers are kept between calls: to touch new memory
+takes as long as an image does. What makes it fast besides:
 
 - HSV is never formed. With V and C the largest channel and the largest minus the smallest, saturation times f moves
   every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Colour._hue``, which needs no
@@ -13,11 +14,9 @@ their memory first, takes as long as two images do. What makes it fast besides:
 """
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from threading import Lock, local
+from collections.abc import Sequence
+from functools import cache
+from threading import local
 from typing import Any
 
 import torch
@@ -37,59 +36,14 @@ def photometric(
     """(B, H, W, 3) uint8 to (B, H, W, 3) ``dtype``; the arguments of the public function, checked."""
     out = torch.empty(images.shape, dtype=dtype, device=images.device)
     tables = params.tolist(), _hues(params[:, 3]), _toeplitz(params[:, 6], radius)
-    work = iter(zip(images.unbind(), *tables, out.unbind(), strict=True))
     mean_C11, std_C11 = (torch.tensor(x, **FLOAT).view(3, 1, 1) for x in (mean, std))
-    lock = Lock()
-
-    def worker() -> None:
-        with torch.inference_mode():  # spares every operator its look at autograd
-            augment = _augment(images.shape[1], images.shape[2], radius)
-            while True:
-                with lock:
-                    task = next(work, None)
-                if task is None:
-                    return
-                image, row, hues, toeplitz, target = task
-                x = augment(image, row, hues, toeplitz, mean_C11, std_C11).to(dtype)
-                for plane, channel in zip(x.unbind(), target.unbind(-1), strict=True):  # faster than a permuted copy
-                    channel.copy_(plane)
-
-    _in_threads(worker, images.shape[0])
+    with torch.inference_mode():  # spares every operator its look at autograd
+        augment = _augment(images.shape[1], images.shape[2], radius)
+        for image, row, hues, toeplitz, target in zip(images.unbind(), *tables, out.unbind(), strict=True):
+            x = augment(image, row, hues, toeplitz, mean_C11, std_C11).to(dtype)
+            for plane, channel in zip(x.unbind(), target.unbind(-1), strict=True):  # faster than one permuted copy
+                channel.copy_(plane)
     return out
-
-
-def _in_threads(worker: Callable[[], None], most: int) -> None:
-    """Runs ``worker`` in as many threads as PyTorch uses, ``most`` of them; where they are several, each operator
-    keeps to its one.
-
-    Images are independent and an operator on one lasts microseconds, hardly worth dividing.
-    ``set_num_threads`` acts on the thread that calls it and on threads yet to come; calling it again here puts the
-    latter back.
-    """
-    threads = torch.get_num_threads()
-    count = min(threads, most)
-    if count <= 1:
-        worker()
-        return
-    pool = _pool(threads)
-    try:
-        for done in [pool.submit(worker) for _ in range(count)]:
-            done.result()
-    finally:
-        torch.set_num_threads(threads)
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "photometric", initializer=_one_thread)
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind in the parent
-
-
-def _one_thread() -> None:
-    torch.get_num_threads()  # a thread's first question sets it to the process's number, over what was set before
-    torch.set_num_threads(1)
 
 
 class _Augment:
