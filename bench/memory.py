@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler otherwise complains about the missing GPU on every use
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise complains about the missing GPU on every use
 from torch.profiler import ProfilerActivity, profile, record_function
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
