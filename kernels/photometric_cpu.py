@@ -15,7 +15,6 @@ takes as long as an image does. What makes it fast besides:
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from threading import local
 from typing import Any
 
@@ -170,7 +169,7 @@ class _Blur:
         self.inside = self.padded[:, radius : radius + height, radius : radius + width]
         self.halfway = torch.empty(3, rows, columns + 2 * radius, **FLOAT)
         self.done = torch.empty(3, rows, columns, **FLOAT)
-        self.views = cache(self._views)
+        self.views: dict[tuple[int, int], Any] = {}  # a cached method would be a cycle, and hold on to the buffers
 
     def reach(self, sigma: float) -> int:
         """Taps on each side that are at least 2^-24 of the one in the middle."""
@@ -181,7 +180,9 @@ class _Blur:
         count, edge = x.shape[0], self.radius - reach
         self.inside[:count].copy_(x)
         toeplitz = toeplitz[:, edge : edge + BLOCK + 2 * reach]
-        by_rows, bands, done, result = self.views(count, reach)
+        if (count, reach) not in self.views:
+            self.views[count, reach] = self._views(count, reach)
+        by_rows, bands, done, result = self.views[count, reach]
         left = toeplitz.expand(self.row_blocks, -1, -1)
         for plane_bands, target in by_rows:
             torch.bmm(left, plane_bands, out=target)

@@ -1,9 +1,11 @@
 """Photometric augmentation on the CPU: the reference against independent formulas, the fast path against it."""
 
 import colorsys
+import gc
 import importlib
 import math
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -191,12 +193,17 @@ def test_strided_views_and_empty_batches():
     assert photometric(images[:0], params[:0]).shape == (0, 3, 20, 30)
 
 
-def test_large_images_leave_no_buffers():
-    images, params = photographs(2, 600, 500), random_params(2)
-    photometric(images[:1], params[:1])
-    kept = photometric_cpu._augment(600, 500, 30)
-    assert kept is not photometric_cpu._augment(600, 500, 30)
+def test_large_images_leave_no_buffers(monkeypatch):
     assert photometric_cpu._augment(224, 224, 11) is photometric_cpu._augment(224, 224, 11)
+    made, make = [], photometric_cpu._Blur
+    monkeypatch.setattr(photometric_cpu, "_Blur", lambda *size: made.append(weakref.ref(x := make(*size))) or x)
+    gc.disable()
+    try:
+        photometric(photographs(1, 600, 500), row(sigma=2.0))
+        left = [x() for x in made]
+    finally:
+        gc.enable()
+    assert left == [None]
 
 
 def test_callers_threads_may_call_at_once():
