@@ -108,5 +108,4 @@ def test_photometric(race: Any, device: torch.device, b: int, view: int) -> None
         agree=grey_levels,
         bound=1.0,
         work=amount,
-        memory=device.type == "cuda",  # its workers on the CPU are threads that the profiler does not see
     )
