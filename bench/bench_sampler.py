@@ -58,7 +58,7 @@ def test_samples(race: Any, index: Index, views: int) -> None:
     batch = 4096
     numbers = np.arange(batch) * 7 + 123
     sampler = Sampler(index, SamplerConfig(views=views), seed=1)
-    generator, numbers_made = np.random.Generator(np.random.Philox(1)), np.empty((batch, views, DRAWS * 2))
+    generator, uniforms = np.random.Generator(np.random.Philox(1)), np.empty((batch, views, DRAWS * 2))
 
     def one_by_one() -> Result:
         drawn = [
@@ -67,7 +67,7 @@ def test_samples(race: Any, index: Index, views: int) -> None:
         return [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*drawn[::-1], strict=True)]
 
     def numbers_only() -> Result:
-        generator.random(out=numbers_made)
+        generator.random(out=uniforms)
         return ()
 
     candidates = [

@@ -4,6 +4,8 @@ import colorsys
 import gc
 import importlib
 import math
+import subprocess
+import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -213,6 +215,17 @@ def test_callers_threads_may_call_at_once():
         results = list(pool.map(lambda case: photometric(*case), cases))
     for case, together in zip(cases, results, strict=True):
         assert torch.equal(together, photometric(*case))
+
+
+def test_callers_threads_are_left_as_they_were():
+    code = (
+        "import torch, threading; from vito_kernels import photometric; torch.set_num_threads(3)\n"
+        "p = torch.tensor([[.1, 1.2, .9, .05, 3, 0, 1.1, .5]]).expand(6, 8)\n"
+        "photometric(torch.zeros(6, 40, 40, 3, dtype=torch.uint8), p)\n"
+        "seen = []; t = threading.Thread(target=lambda: seen.append(torch.get_num_threads())); t.start(); t.join()\n"
+        "assert torch.get_num_threads() == 3 and seen == [3], (torch.get_num_threads(), seen)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_number_of_threads_changes_nothing():
