@@ -86,4 +86,4 @@ GPU_PYTHON = $(PYTHON)
 endif
 gpu-check:
 	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels
-	PYTHONPATH=build/typing $(GPU_PYTHON) -m bench.gpu_check
+	PYTHONPATH=build/typing$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench.gpu_check

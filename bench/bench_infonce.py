@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import vito_kernels
 from bench.harness import Budget, Candidate, Result, Work
@@ -35,11 +34,11 @@ def pair(m: int, n: int, d: int, device: torch.device, dtype: torch.dtype | None
 
 
 def ours(q: Tensor, k: Tensor) -> Tensor:
-    return vito_kernels.info_nce(normalize(q, dim=1), normalize(k, dim=1), temperature=TEMPERATURE)
+    return vito_kernels.info_nce(vito_kernels.normalize(q), vito_kernels.normalize(k), temperature=TEMPERATURE)
 
 
 def plain(q: Tensor, k: Tensor) -> Tensor:
-    return reference.info_nce(normalize(q, dim=1), normalize(k, dim=1), temperature=TEMPERATURE)
+    return reference.info_nce(reference.normalize(q), reference.normalize(k), temperature=TEMPERATURE)
 
 
 def work(m: int, n: int, d: int, size: int = 4) -> Work:
@@ -59,7 +58,7 @@ def rows_of_truth(q: Tensor, k: Tensor, step: int) -> Callable[[], Result]:
 
     def call() -> Result:
         some = q.detach()[::step].double().requires_grad_()
-        logits = normalize(some, dim=1) @ normalize(k, dim=1).double().T / TEMPERATURE
+        logits = reference.normalize(some) @ reference.normalize(k).double().T / TEMPERATURE
         labels = torch.arange(0, len(q), step, device=q.device)
         total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(q)
         return torch.autograd.grad(total, some)
@@ -155,23 +154,23 @@ def test_over_views(race: Any, device: torch.device, views: int) -> None:
     q, k = pair(views * batch, views * batch, d, device)
     video = torch.arange(batch, device=device)
 
-    def total(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def total(library: Any) -> Callable[[Tensor, Tensor], Tensor]:
         def call(q: Tensor, k: Tensor) -> Tensor:
-            queries, keys = normalize(q, dim=1).chunk(views), normalize(k, dim=1).chunk(views)
+            queries, keys = library.normalize(q).chunk(views), library.normalize(k).chunk(views)
             pairs = [(v, w) for v in range(views) for w in range(views) if v != w]
             options = {"temperature": TEMPERATURE, "q_group": video, "k_group": video}
-            losses = [loss(queries[v], keys[w], **options) for v, w in pairs]
+            losses = [library.info_nce(queries[v], keys[w], **options) for v, w in pairs]
             return torch.stack(losses).sum()
 
         return call
 
     candidates = [
-        Candidate("vito_kernels", with_gradients(total(vito_kernels.info_nce), q, k), "ours"),
-        Candidate("reference", with_gradients(total(reference.info_nce), q, k), "reference"),
+        Candidate("vito_kernels", with_gradients(total(vito_kernels), q, k), "ours"),
+        Candidate("reference", with_gradients(total(reference), q, k), "reference"),
         matmuls(q, k[: (views - 1) * batch], 2),
     ]
     flops = 4.0 * views * (views - 1) * batch**2 * d
-    truth = truth_of(total(reference.info_nce), q, k)
+    truth = truth_of(total(reference), q, k)
     amount = Work(flops, items=views * batch, unit="queries")
     race("info_nce_views", {"V": views, "B": batch}, candidates, truth=truth, work=amount)
 
@@ -183,10 +182,10 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
     q, k = pair(m, n + m, d, device)
     keys, queue = k[:m], k[m:]
 
-    def moco(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        unit_keys, unit_queue = normalize(keys, dim=1), normalize(queue, dim=1)
-        return lambda q: loss(
-            normalize(q, dim=1), unit_keys.to(q.dtype), unit_queue.to(q.dtype), temperature=TEMPERATURE
+    def moco(library: Any) -> Callable[[Tensor], Tensor]:
+        unit_keys, unit_queue = library.normalize(keys), library.normalize(queue)
+        return lambda q: library.moco_loss(
+            library.normalize(q), unit_keys.to(q.dtype), unit_queue.to(q.dtype), temperature=TEMPERATURE
         )
 
     def package() -> Callable[[Tensor], Tensor]:
@@ -196,10 +195,10 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
         return lambda q: loss(q, keys, queue)
 
     candidates = [
-        Candidate("vito_kernels", with_gradients(moco(vito_kernels.moco_loss), q), "ours"),
-        Candidate("reference", with_gradients(moco(reference.moco_loss), q), "reference"),
+        Candidate("vito_kernels", with_gradients(moco(vito_kernels), q), "ours"),
+        Candidate("reference", with_gradients(moco(reference), q), "reference"),
         peer("info-nce-pytorch", package, q, matrices=4.0 * 4 * m * n),
         matmuls(q, queue, 2),
     ]
-    truth = truth_of(moco(reference.moco_loss), q)
+    truth = truth_of(moco(reference), q)
     race("moco_loss", {"M": m, "N": n, "D": d}, candidates, truth=truth, work=work(m, n, d, q.itemsize))

@@ -15,6 +15,7 @@ from .losses import (
     moco_loss,
     supcon_loss,
 )
+from .normalize import normalize
 from .photometric import photometric
 from .two_sided import clip_loss, ntxent
 
@@ -32,6 +33,7 @@ __all__ = [
     "info_nce",
     "lit_loss",
     "moco_loss",
+    "normalize",
     "ntxent",
     "photometric",
     "reference",

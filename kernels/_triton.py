@@ -70,6 +70,14 @@ def arch() -> int:
         return 0
     import triton
 
+    return _arch_of(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _arch_of(device: int) -> int:
+    """Of the driver's device: a launch asks ten times, and the driver takes as long as a small kernel to answer."""
+    import triton
+
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
@@ -80,10 +88,15 @@ def processors(device: torch.device) -> int:
     if interpreting():
         return 4
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return _processors_of(torch.cuda.current_device() if device.index is None else device.index)
     import triton
 
     return int(triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"])
+
+
+@cache
+def _processors_of(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:

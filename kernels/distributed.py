@@ -25,10 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vito_kernels import ring
-from vito_kernels._ops import softplus
 from vito_kernels.checks import (
     check_exchange,
     check_groups,
@@ -41,6 +39,9 @@ from vito_kernels.checks import (
 )
 from vito_kernels.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
 from vito_kernels.info_nce import negatives_and_positives
+from vito_kernels.margin import margin
+from vito_kernels.normalize import normalize
+from vito_kernels.tiled import LOG2E
 from vito_kernels.two_sided import rows_and_columns
 
 
@@ -126,8 +127,8 @@ def global_info_nce(
         check_groups(q_group, k_group, q, k)
         sizes = checked_sizes(k, sizes, group)
         if exchange == "ring":
-            negatives, positives = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
-            return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
+            lse2, positives = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
+            return _share(margin(lse2, positives), sizes, sum(sizes))
     if isinstance(k, Tensor) and k.requires_grad:
         assert sizes is not None
         offset = sum(sizes[: dist.get_rank(group)])
@@ -138,8 +139,8 @@ def global_info_nce(
         sizes, offset = pending.sizes, pending.offset
         keys, ids = pending.wait()
         check_groups(q_group, ids, q, keys)
-    negatives, positives = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
-    return _share(softplus(negatives - positives[:, 0]), sizes, sum(sizes))
+    lse2, positives = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
+    return _share(margin(lse2, positives), sizes, sum(sizes))
 
 
 def global_clip_loss(
@@ -163,20 +164,20 @@ def global_clip_loss(
     sizes = checked_sizes(x, sizes, group)
     if exchange == "ring":
         row, column, pair = ring.rows_and_columns(x, y, scale, sizes, group)
-        return _share(softplus(row - pair) + softplus(column - pair), sizes, 2 * sum(sizes))
+        return _share(margin(row, pair[:, None]) + margin(column, pair[:, None]), sizes, 2 * sum(sizes))
     rank = dist.get_rank(group)
     offset, total = sum(sizes[:rank]), sum(sizes)
     columns = slice(offset, offset + x.shape[0])
     keys = gather_with_grad(y, group=group, sizes=sizes)
     row, part, pair = rows_and_columns(x, keys, scale, offset)
     column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
-    return _share(softplus(row - pair) + softplus(column - pair), sizes, 2 * total)
+    return _share(margin(row, pair[:, None]) + margin(column, pair[:, None]), sizes, 2 * total)
 
 
 def _logsumexp(parts: Tensor) -> Tensor:
-    """Over the first dimension; -inf, without gradient, where all parts are."""
+    """Over the first dimension, in units of log 2; -inf, without gradient, where all parts are."""
     empty = (parts == -torch.inf).all(0)
-    return parts.masked_fill(empty, 0).logsumexp(0).masked_fill(empty, -torch.inf)
+    return (parts.masked_fill(empty, 0) / LOG2E).logsumexp(0).masked_fill(empty, -torch.inf) * LOG2E
 
 
 def global_ntxent(
@@ -186,13 +187,12 @@ def global_ntxent(
     check_paired(z1, z2, ("z1", "z2"))
     scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)
-    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
-    z = torch.stack([z1, z2], 1)
+    z = normalize(torch.stack([z1, z2], 1).flatten(0, 1)).unflatten(0, (-1, 2))
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
     own = sample[2 * first : 2 * (first + z.shape[0])]
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
-    lse, positive = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
-    return _share(softplus(lse - positive[:, 0]), sizes, 2 * sum(sizes))
+    lse2, positive = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
+    return _share(margin(lse2, positive), sizes, 2 * sum(sizes))

@@ -36,6 +36,7 @@ from vito_kernels.checks import (
 )
 from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.lse import launch_lse
+from vito_kernels.margin import margin
 from vito_kernels.tiled import Exclusion
 
 # ---- custom op
@@ -301,11 +302,12 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    negatives, logits = negatives_and_positives(q, k, scale, columns, 0, *groups)
+    lse2, logits = negatives_and_positives(q, k, scale, columns, 0, *groups)
     if hard_negatives or debias:
+        negatives = lse2 / tiled.LOG2E
 
         def over_negatives(scale: float | Tensor, width: int = q.shape[1]) -> Tensor:
-            return negatives_and_positives(q[:, :width], k[:, :width], scale, columns, 0, *groups)[0]
+            return negatives_and_positives(q[:, :width], k[:, :width], scale, columns, 0, *groups)[0] / tiled.LOG2E
 
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
@@ -313,9 +315,9 @@ def info_nce(
             harder = over_negatives(scale * (1 + hard_negatives)) - over_negatives(scale * hard_negatives) + log_count
             negatives = torch.where(negatives == -torch.inf, negatives, harder)
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
+        loss = softplus(sums - logits).mean(1)
     else:
-        sums = negatives[:, None]
-    loss = softplus(sums - logits).mean(1)
+        loss = margin(lse2, logits)
     if label_smoothing:
         loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
     return reduce(loss, reduction)
@@ -330,7 +332,7 @@ def negatives_and_positives(
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(lse over the negatives (M,), logits of the positives (M, P)): what every loss here is made of.
+    """(lse2 over the negatives (M,), logits of the positives (M, P)): what every loss here is made of, by ``margin``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
     elsewhere.
@@ -339,5 +341,4 @@ def negatives_and_positives(
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
     needs = differentiable(q, scale), narrow, differentiable(k)
-    lse2, logits, *_ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)
-    return lse2 / tiled.LOG2E, logits
+    return apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)[:2]

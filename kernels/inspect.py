@@ -25,7 +25,17 @@ from typing import Any
 from vito_kernels import sass
 from vito_kernels._triton import Spec, interpreting
 
-MODULES = ("lse", "two_sided", "gradient", "rowwise", "attention_pool", "batch_norm", "photometric")
+MODULES = (
+    "lse",
+    "two_sided",
+    "gradient",
+    "rowwise",
+    "margin",
+    "normalize",
+    "attention_pool",
+    "batch_norm",
+    "photometric",
+)
 """Each has ``specs()``."""
 
 

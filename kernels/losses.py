@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from vito_kernels._ops import softplus
 from vito_kernels.checks import (
     check_ids,
     check_locked,
@@ -22,7 +20,9 @@ from vito_kernels.checks import (
     reduce,
     scale_tensor,
 )
-from vito_kernels.info_nce import autocast, differentiable, info_nce, similarity_lse
+from vito_kernels.info_nce import apply_contrast, autocast, differentiable, info_nce
+from vito_kernels.margin import margin
+from vito_kernels.normalize import normalize
 from vito_kernels.tiled import LOG2E
 from vito_kernels.two_sided import apply_self, clip_loss, ntxent
 
@@ -39,11 +39,11 @@ def moco_loss(
     check_pair(q, queue, ("q", "queue"))
     check_locked("k", k)
     check_locked("queue", queue)
+    (q, k, queue), narrow = autocast(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
-    negatives = similarity_lse(q, queue, scale)
-    (q, k), _ = autocast(q, k)
-    positives = (q.to(scale.dtype) * k).sum(1) * scale
-    return reduce(softplus(negatives - positives), reduction)
+    lse2, *_ = apply_contrast(q, queue, scale, None, None, None, None, differentiable(q, scale), narrow, False)
+    positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * scale
+    return reduce(margin(lse2, positives), reduction)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
-    (z,), narrow = autocast(normalize(z, dim=1))
+    (z,), narrow = autocast(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
     lse = apply_self(z, scale, 1, narrow, differentiable(z, scale))[0] / LOG2E
     order = labels.argsort(stable=True)
@@ -142,7 +142,7 @@ class MoCoLoss(nn.Module):
         inverse_temperature(temperature)
         check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
-        self.register_buffer("queue", normalize(torch.randn(queue_size, width), dim=1))
+        self.register_buffer("queue", normalize(torch.randn(queue_size, width)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:

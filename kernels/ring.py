@@ -184,7 +184,7 @@ def negatives_and_positives(
     scale = scale_tensor(scale, q)
     bring_mean = differentiable(q, scale)
     lse2, logits = _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), bring_mean, narrow)
-    return lse2 / tiled.LOG2E, logits
+    return lse2, logits
 
 
 class _TwoSided(torch.autograd.Function):
@@ -244,4 +244,4 @@ def rows_and_columns(
     """``two_sided.rows_and_columns`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
     (x, y), narrow = autocast(x, y)
     row, column, pair = _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), narrow)
-    return row / tiled.LOG2E, column / tiled.LOG2E, pair
+    return row, column, pair

@@ -83,16 +83,18 @@ def _role_kernel(gradient, lse2, rest, top, weight, M, ROWS: tl.constexpr):
 @jit
 def _logits_kernel(
     q, k, positive, scale, out, M, N, D, q_stride, k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    LISTED: tl.constexpr, PAIRS: tl.constexpr,
+    LISTED: tl.constexpr, PAIRS: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
-    """scale q_i . k_j for the positives j of each i; NaN for an index that is no key."""
+    """scale q_i . k_j for the positives j of each i; NaN for an index that is no key. TWINS: j is i with its last bit
+    turned.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
     own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(scale)
     for p in tl.static_range(PAIRS):
-        key = row.to(tl.int64) + diagonal
+        key = (row ^ TWINS).to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
         known = (key >= 0) & (key < N)
@@ -106,9 +108,11 @@ def _logits_kernel(
 def _pull_kernel(
     base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, k_stride, other_stride, diagonal,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BY_KEY: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
+    BY_KEY: tl.constexpr, TWINS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """scale (weight_i base_i + sum over pairs of pair_weight k_j), rounded once; and its product with ``other``."""
+    """scale (weight_i base_i + sum over pairs of pair_weight k_j), rounded once; and its product with ``other``. Of
+    TWINS each is the other's key as well as its query.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
@@ -117,12 +121,14 @@ def _pull_kernel(
     if WEIGHTED:
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
     for p in tl.static_range(PAIRS):
-        key = row.to(tl.int64) + diagonal
+        key = (row ^ TWINS).to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
         known = (row < M) & (key >= 0) & (key < N)
         pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
         share = tl.load(pair_weight + pair, mask=known, other=0.0)
+        if TWINS:
+            share += tl.load(pair_weight + key, mask=known, other=0.0)
         keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
         acc += share[:, None] * keys.to(tl.float32)
     if DOTS:
@@ -136,8 +142,8 @@ def _pull_kernel(
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _blocks(D: int) -> tuple[int, int]:
-    """(WIDTH, ROWS) of a program."""
+def rows_of_program(D: int) -> tuple[int, int]:
+    """(WIDTH, ROWS) of a program over rows of D columns."""
     width = 1 << max(D - 1, 1).bit_length()
     return width, max(1, ELEMENTS // width)
 
@@ -148,7 +154,7 @@ def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tens
     if splits == 1:
         return lse2[0], rest[0], mean[0]
     bring = mean.shape[1] > 0
-    width, rows = _blocks(mean.shape[2] if bring else 1)
+    width, rows = rows_of_program(mean.shape[2] if bring else 1)
     whole, lost, merged = lse2.new_empty(M), lse2.new_empty(M), mean.new_empty(mean.shape[1:])
     with on_device(lse2):
         _merge_kernel[(cdiv(M, rows),)](
@@ -176,17 +182,21 @@ def role(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
     return Role(top, weight, seen=True)
 
 
-def positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None) -> Tensor:
-    """scale q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none."""
+def positive_logits(
+    q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, twins: bool = False
+) -> Tensor:
+    """scale q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none; with
+    ``twins``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
+    """
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
     positive = None if positive is None else positive.contiguous()
-    width, rows = _blocks(D)
+    width, rows = rows_of_program(D)
     if pairs:
         with on_device(q):
             _logits_kernel[(cdiv(M, rows),)](
                 q, k, positive, scale, out, M, k.shape[0], D, q.stride(0), k.stride(0), diagonal or 0, width, rows,
-                positive is not None, pairs,
+                positive is not None, pairs, int(twins),
             )  # fmt: skip
     return out
 
@@ -203,17 +213,18 @@ def pull(
     positive: Tensor | None = None,
     diagonal: int = 0,
     by_key: bool = False,
+    twins: bool = False,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``scale (weight_i log2(e) base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
     ``other`` (M, D), its product with that before the scale, summed: the gradient of the scale.
 
     The pairs of row i are the columns of ``positive`` (M, P), with ``pair_weight`` (M, P), or key i + ``diagonal``
-    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,). Without ``store`` the first, without
-    ``other`` the second is empty.
+    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,), or with ``twins`` the other row of a pair,
+    with the ``pair_weight`` (M, 1) of both. Without ``store`` the first, without ``other`` the second is empty.
     """
     M, D = base.shape
-    width, rows = _blocks(D)
+    width, rows = rows_of_program(D)
     k, other = (None if x is None else rows_contiguous(x) for x in (k, other))
     weight, pair_weight, positive = (None if x is None else x.contiguous() for x in (weight, pair_weight, positive))
     pairs = 0 if k is None else 1 if positive is None else positive.shape[1]
@@ -223,8 +234,8 @@ def pull(
     with on_device(base):
         _pull_kernel[(cdiv(M, rows),)](
             base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
-            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, other is not None,
-            store,
+            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, int(twins),
+            other is not None, store,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
 

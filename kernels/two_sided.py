@@ -17,14 +17,13 @@ the host reads no value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vito_kernels import rowwise, tiled
-from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
+from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Operand,
     cdiv,
@@ -41,6 +40,8 @@ from vito_kernels.checks import check_finite, check_paired, inverse_temperature,
 from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.info_nce import autocast, differentiable, narrowed
 from vito_kernels.lse import launch_lse, run_lse
+from vito_kernels.margin import margin
+from vito_kernels.normalize import normalize
 from vito_kernels.tiled import Exclusion
 
 if TYPE_CHECKING:
@@ -298,8 +299,9 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
 def self_contrast(
     z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | None = None, keep: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), its rest) of each embedding over those of other samples; a sample is ``views`` neighbouring rows.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse2 (M,), logits (M, views - 1) of the sample's other view, rest (M,)) of each embedding over those of other
+    samples; a sample is ``views`` neighbouring rows, 1 or 2.
 
     ``narrow`` and ``keep`` as for ``contrast``.
     """
@@ -307,19 +309,26 @@ def self_contrast(
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     kept = tiled.room(z, z, scale, keep and not use_triton(z))
     if use_triton(z):
-        return *launch_lse(side, side, scale, exclusion, False)[:2], kept
-    return *tiled.self_forward(side, scale, exclusion, kept), kept
+        lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
+        return lse2, rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True), rest, kept
+    lse2, rest = tiled.self_forward(side, scale, exclusion, kept)
+    if views == 1:
+        return lse2, scale.new_empty(len(z), 0), rest, kept
+    pairs = (z[::2].to(scale.dtype) * z[1::2]).sum(1, keepdim=True).mul_(scale)
+    return lse2, pairs.repeat_interleave(2, 0), rest, kept
 
 
 @self_contrast.register_fake
 def _(z, scale, views, narrow=None, keep=False):
     kept = tiled.room(z, z, scale, keep and not use_triton(z))
-    return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0]), kept
+    rows = z.shape[0]
+    return scale.new_empty(rows), scale.new_empty(rows, views - 1), scale.new_empty(rows), kept
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
 def self_contrast_backward(
     g_lse2: Tensor,
+    g_pair: Tensor,
     z: Tensor,
     scale: Tensor,
     views: int,
@@ -330,35 +339,43 @@ def self_contrast_backward(
     need_scale: bool,
     narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once."""
+    """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once, and so the gradient
+    of the scale meets each logit from both of its ends.
+    """
     role = role_of(lse2, rest, g_lse2)
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     if use_triton(z):
         gz, _ = pair_gradient(side, side, scale, role, role, exclusion, True, False)
-    else:
-        gz = tiled.self_gradient(side, scale, role, exclusion, kept)
-    dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)  # each logit was met from both of its ends
+        pairs: dict[str, Any] = {"pair_weight": g_pair, "k": z, "twins": True} if views == 2 else {}
+        dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
+        return dz, dscale / 2 if need_scale else dscale
+    gz = tiled.self_gradient(side, scale, role, exclusion, kept)
+    if views == 2:
+        share = g_pair[::2] + g_pair[1::2]
+        gz[::2].addcmul_(z[1::2].to(gz.dtype), share)
+        gz[1::2].addcmul_(z[::2].to(gz.dtype), share)
+    dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)
     return gz.mul_(scale).to(z.dtype) if need_z else z.new_empty(0), dscale
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, z, scale, views, lse2, rest, kept, need_z, need_scale, narrow=None):
+def _(g_lse2, g_pair, z, scale, views, lse2, rest, kept, need_z, need_scale, narrow=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
     z, scale, ctx.views, ctx.narrow, _ = inputs
-    ctx.save_for_backward(z, scale, *output)
+    lse2, _, *more = output
+    ctx.save_for_backward(z, scale, lse2, *more)
     ctx.set_materialize_grads(False)
 
 
-def _self_backward(ctx, g_lse2, *_):
-    z, scale, *sums = ctx.saved_tensors
-    need_z, need_scale = ctx.needs_input_grad[:2]
-    needs = need_z, need_scale
-    if g_lse2 is None:
-        return (None,) * 5
-    dz, dscale = apply_self_backward(g_lse2.contiguous(), z, scale, ctx.views, *sums, *needs, ctx.narrow)
+def _self_backward(ctx, g_lse2, g_pair, *_):
+    z, scale, lse2, *more = ctx.saved_tensors
+    need_z, need_scale = needs = ctx.needs_input_grad[:2]
+    g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
+    g_pair = lse2.new_zeros(len(lse2), ctx.views - 1) if g_pair is None else g_pair.contiguous()
+    dz, dscale = apply_self_backward(g_lse2, g_pair, z, scale, ctx.views, lse2, *more, *needs, ctx.narrow)
     return dz if need_z else None, dscale if need_scale else None, None, None, None
 
 
@@ -380,16 +397,16 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """
     check_paired(x, y, ("x", "y"))
     rows, columns, pairs = rows_and_columns(x, y, scale)
-    return (softplus(rows - pairs).mean() + softplus(columns - pairs).mean()) / 2
+    pairs = pairs[:, None]
+    return (margin(rows, pairs).mean() + margin(columns, pairs).mean()) / 2
 
 
 def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
+    """(lse2 of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
     (x, y), narrow = autocast(x, y)
     scale = scale_tensor(scale, x)
     keep = differentiable(x, y, scale)
-    rows, columns, pairs, *_ = apply_two_sided(x, y, scale, diagonal, narrow, keep)
-    return rows / tiled.LOG2E, columns / tiled.LOG2E, pairs
+    return apply_two_sided(x, y, scale, diagonal, narrow, keep)[:3]
 
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
@@ -407,10 +424,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
-    (z1, z2), narrow = autocast(normalize(z1, dim=1), normalize(z2, dim=1))
-    z = torch.stack([z1, z2], 1).flatten(0, 1)
+    (z,), narrow = autocast(normalize(torch.stack([z1, z2], 1).flatten(0, 1)))
     factor = scale_tensor(scale, z)
-    lse = apply_self(z, factor, 2, narrow, differentiable(z, factor))[0].unflatten(0, (-1, 2)) / tiled.LOG2E
-    pairs = (z1.to(factor.dtype) * z2.to(factor.dtype)).sum(1) * factor
-    loss = softplus(lse - pairs[:, None])
-    return reduce(torch.cat([loss[:, 0], loss[:, 1]]), reduction)
+    loss = margin(*apply_self(z, factor, 2, narrow, differentiable(z, factor))[:2])
+    return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)

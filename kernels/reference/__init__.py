@@ -3,7 +3,7 @@ dtype.
 """
 
 from .batch_norm import batch_norm
-from .contrastive import clip_loss, info_nce, lit_loss, moco_loss, ntxent, similarity_lse, supcon_loss
+from .contrastive import clip_loss, info_nce, lit_loss, moco_loss, normalize, ntxent, similarity_lse, supcon_loss
 from .photometric import photometric
 from .pooling import attention_pool
 
@@ -14,6 +14,7 @@ __all__ = [
     "info_nce",
     "lit_loss",
     "moco_loss",
+    "normalize",
     "ntxent",
     "photometric",
     "similarity_lse",

@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 
 def similarity_lse(
@@ -85,6 +85,11 @@ def _reweighted(
     return torch.log1p(negatives * torch.exp(-positives))
 
 
+def normalize(x: Tensor) -> Tensor:
+    """The rows of x over their Euclidean length, or 1e-12."""
+    return torch.nn.functional.normalize(x, dim=1)
+
+
 def moco_loss(
     q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean"
 ) -> Tensor:
@@ -95,7 +100,7 @@ def moco_loss(
 
 def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
     """Khosla et al. 2020 (arXiv 2004.11362), eq. 2 (L_out): the mean over rows that have a positive."""
-    z = normalize(z, dim=1)
+    z = normalize(z)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     same = (labels[:, None] == labels[None]).fill_diagonal_(False)
     log_p = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~same, 0)
@@ -118,7 +123,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
     """Each of the 2B embeddings, normalised, against all others; its positive is the other view of its sample."""
-    z = normalize(torch.cat([z1, z2]), dim=1)
+    z = normalize(torch.cat([z1, z2]))
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)), reduction=reduction)
 

@@ -1,0 +1,145 @@
+"""Bfloat16 embeddings wider than 512: exponentials go through memory, a strip of keys at a time.
+
+A program that owns rows wider than that has no room left beside them: on sm_90 it would take keys by sixteens and
+compute the logits anew for each 256 columns of output, 10 M N D flops in place of 4. So the work becomes two plain
+matrix products for each strip of C keys, with
+
+    P     = 2^(scale log2(e) x @ y.T - shift)   (M, C) in bfloat16, its sums by row and column in float32
+    out  += P @ y                                (M, D) in float32
+
+of which P takes at most ``STRIP_BYTES`` whatever N is. At D = 1024 its way through memory costs a third of what its
+products do. The gradient is the same with weights in place of exponentials. Rows and columns are owned by programs,
+strips and partial sums are added in order: deterministic, no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vito_kernels._tiles import cdiv, columns_of, hide, product
+from vito_kernels._triton import interpreting, jit, on_device, processors
+from vito_kernels.tiled import Exclusion, Role
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+WIDER_THAN = 512
+STRIP_BYTES = 1 << 28
+TILE, DEPTH, WARPS, STAGES = 128, 64, 8, 4  # square tiles of output, and how much of the inner dimension at a time
+
+
+@jit
+def _place(M, N, TILE: tl.constexpr):
+    """(row, column) tile of this program: eight rows of tiles go together along the columns, which keeps both
+    matrices' parts in the L2 cache.
+    """
+    rows, columns = tl.cdiv(M, TILE), tl.cdiv(N, TILE)
+    band = tl.program_id(0) // (8 * columns)
+    height = tl.minimum(rows - 8 * band, 8)
+    inside = tl.program_id(0) - band * 8 * columns
+    return 8 * band + inside % height, inside // height
+
+
+@jit
+def _weights_kernel(
+    x, y, scale, weights, row_sums, column_sums, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
+    first, last, x_stride, y_stride, w_stride, diagonal, D: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
+    X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, HEADROOM: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weights (M, C) of the rows of x for the rows ``first .. last`` of y; without roles, their exponentials relative
+    to the fixed shift, with sums by row and column.
+    """
+    row_tile, strip_tile = _place(M, last - first, TILE)
+    own, other = row_tile * TILE + tl.arange(0, TILE), first + strip_tile * TILE + tl.arange(0, TILE)
+    depth = tl.arange(0, DEPTH)
+    xs = x + tl.minimum(own, M - 1).to(tl.int64)[:, None] * x_stride + depth[None]
+    ys = y + tl.minimum(other, N - 1).to(tl.int64)[None] * y_stride + depth[:, None]
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    for d in tl.range(0, D, DEPTH, num_stages=STAGES):
+        if D % DEPTH == 0:
+            acc = product(tl.load(xs + d), tl.load(ys + d), acc, PRECISION)
+        else:
+            left = tl.load(xs + d, mask=(depth < D - d)[None], other=0.0)
+            acc = product(left, tl.load(ys + d, mask=(depth < D - d)[:, None], other=0.0), acc, PRECISION)
+    scale2 = tl.load(scale) * 1.4426950408889634
+    s = acc * scale2
+    FLIPPED: tl.constexpr = X_ROLE or Y_ROLE
+    s = hide(s, own, other, M, last, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, FLIPPED)
+    if X_ROLE or Y_ROLE:
+        w = tl.zeros((TILE, TILE), tl.float32)
+        if X_ROLE:
+            top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
+            w += tl.exp2(s - top[:, None]) * tl.load(x_weight + own, mask=own < M, other=0.0)[:, None]
+        if Y_ROLE:
+            top = tl.load(y_lse2 + other, mask=other < N, other=0.0)
+            w += tl.exp2(s - top[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
+    else:
+        w = tl.exp2(s - (tl.abs(scale2) - HEADROOM))
+        w = tl.where((own < M)[:, None], w, 0.0)
+        sums = row_sums + tl.cast(first // TILE + strip_tile, tl.int64) * M
+        tl.store(sums + own, tl.sum(w, 1), mask=own < M)
+        if COLUMNS:
+            tl.store(column_sums + tl.cast(row_tile, tl.int64) * N + other, tl.sum(w, 0), mask=other < N)
+    if STORE:
+        column = strip_tile * TILE + tl.arange(0, TILE)
+        place = weights + own.to(tl.int64)[:, None] * w_stride + column[None]
+        tl.store(place, w.to(weights.dtype.element_ty), mask=(own < M)[:, None])
+
+
+@jit
+def _gather_kernel(
+    weights, y, out, M, N, D, first, last, y_stride, w_stride, split_keys, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, MORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (splits, M, D) = weights (M, C) @ rows ``first .. last`` of y, added to what is there if MORE."""
+    row_tile, column_tile = _place(M, D, TILE)
+    split = tl.program_id(1)
+    own, column = row_tile * TILE + tl.arange(0, TILE), column_tile * TILE + tl.arange(0, TILE)
+    depth = tl.arange(0, DEPTH)
+    ws = weights + tl.minimum(own, M - 1).to(tl.int64)[:, None] * w_stride + depth[None]
+    ys = y + tl.minimum(column, D - 1)[None]
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    end = tl.minimum(split * split_keys + split_keys, last - first)
+    for key in tl.range(split * split_keys, end, DEPTH, num_stages=STAGES):
+        rows = tl.minimum(first + key + depth, N - 1)  # past the strip, weights are zero
+        acc = product(tl.load(ws + key), tl.load(ys + rows.to(tl.int64)[:, None] * y_stride), acc, PRECISION)
+    place = out + tl.cast(split, tl.int64) * M * D + own.to(tl.int64)[:, None] * D + column[None]
+    inside = (own < M)[:, None] & (column < D)[None]
+    if MORE:
+        acc += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, acc, mask=inside)
+
+
+# ---- launchers
+
+
+def serves(D: int, dtype: torch.dtype) -> bool:
+    """Whether this way is taken."""
+    return D > WIDER_THAN and dtype == torch.bfloat16
+
+
+def _sizes() -> tuple[int, int, str]:
+    """(TILE, DEPTH, PRECISION); small in the interpreter, where small matrices shall have several tiles."""
+    return (16, 32, "widened") if interpreting() else (TILE, DEPTH, "native")
+
+
+def exponentials(
+    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, headroom: float, *, gather: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row_sums (parts, M), column_sums (parts, N), out (M, D)) of the exponentials P relative to |scale| log2(e) -
+    ``headroom``; without ``columns`` the second, without ``gather`` the third is empty. The queries are x.
+    """
+    return _run(x, y, scale, exclusion, headroom, None, None, gather, columns)
+
+
+def gradient(
+    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+) -> Tensor:
+    """``W @ y`` (M, D) of ``vito_kernels.gradient``. The queries are y."""
+    seen = Exclusion(hidden.k_group, hidden.q_group, hidden.positive, hidden.diagonal, hidden.width)
+    return _run(x, y, scale, seen, 0.0, x_role, y_role, True, False)[2]

@@ -1,0 +1,67 @@
+"""What ``normalize`` and ``margin`` are compared with, on the CPU and by Triton."""
+
+from __future__ import annotations
+
+import torch
+from contrastive_cases import assert_at_most_twice_torch
+from torch import Tensor
+
+from vito_kernels import normalize, reference
+from vito_kernels.margin import margin
+from vito_kernels.tiled import LOG2E
+
+SHAPES = [(1, 1), (3, 16), (37, 100), (5, 1024)]
+
+
+def plain_margin(lse2: Tensor, logits: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(lse2[:, None] / LOG2E - logits, threshold=50).mean(1)
+
+
+def check_normalize(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Value and gradient, of rows of all lengths, against float64; the gradient of a sum of unit rows would be none."""
+    rows = shape[0]
+    draw = torch.Generator().manual_seed(rows)
+    weights = torch.randn(shape, generator=draw).to(device)
+    x = torch.randn(shape, generator=draw) * torch.logspace(-2, 2, rows)[:, None]
+    assert_at_most_twice_torch(
+        lambda x: normalize(x) * weights, lambda x: reference.normalize(x) * weights, [x.to(device, dtype)]
+    )
+    assert normalize(x.to(device, dtype)).dtype == dtype
+
+
+def check_rows_without_length(device: str) -> None:
+    """As PyTorch: divided by 1e-12, and so is their gradient."""
+    x = torch.tensor([[0.0, 0.0, 0.0], [3e-13, 0.0, 4e-13], [3.0, 0.0, 4.0]], device=device, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0], device=device)
+    for found, expected in zip(_both(normalize, x, weights), _both(reference.normalize, x, weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
+
+
+def _both(function, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    unit = function(x)
+    return unit.detach(), torch.autograd.grad((unit * weights).sum(), x)[0]
+
+
+def check_strided_rows(device: str) -> None:
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for view in (x[::2, 8:40], x.T, x[:1].expand(4, 64)):
+        torch.testing.assert_close(normalize(view), reference.normalize(view))
+
+
+def check_margin(device: str, pairs: int) -> None:
+    draw = torch.Generator().manual_seed(pairs)
+    lse2, logits = 30 * torch.randn(300, generator=draw), 20 * torch.randn(300, pairs, generator=draw)
+    assert_at_most_twice_torch(margin, plain_margin, [lse2.to(device), logits.to(device)])
+
+
+def check_margin_at_its_ends(device: str) -> None:
+    """A row without negatives costs nothing, a confident one costs e^x and not 0, a hopeless one x."""
+    lse2 = torch.tensor([-torch.inf, -40 * LOG2E, 0.0, 90 * LOG2E], device=device, requires_grad=True)
+    logits = torch.zeros(4, 1, device=device, requires_grad=True)
+    loss = margin(lse2, logits)
+    expected = torch.tensor([0.0, 4.248354e-18, 0.6931472, 90.0], device=device)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    g_lse2, g_logits = torch.autograd.grad(loss.sum(), (lse2, logits))
+    shares = torch.tensor([0.0, 4.248354e-18, 0.5, 1.0], device=device)
+    torch.testing.assert_close(g_lse2, shares / LOG2E, rtol=1e-5, atol=0)
+    torch.testing.assert_close(g_logits, -shares[:, None], rtol=1e-5, atol=0)

@@ -1,0 +1,32 @@
+"""The kernels of ``normalize`` and ``margin``, on a GPU or in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import rows_cases as cases
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of divisions that a mask leaves out
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalize_is_as_exact_as_torch(device, dtype, shape):
+    cases.check_normalize(device, dtype, shape)
+
+
+def test_rows_without_length(device):
+    cases.check_rows_without_length(device)
+
+
+def test_strided_rows(device):
+    cases.check_strided_rows(device)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_margin_is_as_exact_as_torch(device, pairs):
+    cases.check_margin(device, pairs)
+
+
+def test_margin_at_its_ends(device):
+    cases.check_margin_at_its_ends(device)
