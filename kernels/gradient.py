@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels import rowwise, tiled
+from vito_kernels import rowwise, tiled, wide
 from vito_kernels._tiles import (
     Operand,
     add_product,
@@ -119,6 +119,8 @@ def launch_gradient(
     x, y = rows_contiguous(x), rows_contiguous(y)
     gain = _gain(x, x_role, y_role)
     x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
+    if wide.serves(D, x.dtype):
+        return wide.gradient(x, y, scale, x_role, y_role, hidden)
     tile = choose_tile("gradient both" if x_role and y_role else "gradient one", D, x.dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
@@ -207,6 +209,8 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
+        if wide.serves(width, dtype):
+            return 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if name == "two-role gradient" else "gradient one", width, dtype)
         return (2.0 * len(spans(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
 

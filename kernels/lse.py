@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vito_kernels import rowwise, wide
 from vito_kernels._tiles import (
     Operand,
     Tile,
@@ -39,7 +40,6 @@ from vito_kernels._tiles import (
     zero_sums,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors
-from vito_kernels.rowwise import merge_splits
 from vito_kernels.tiled import Exclusion
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ def launch_lse(
     """
     M, D = q.shape
     q, k = rows_contiguous(q), rows_contiguous(k)
+    if wide.serves(D, q.dtype):
+        return _launch_wide(q, k, scale, exclusion, bring_mean)
     tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
     widest = max(tile.other for tile in tiles)  # powers of two: a split is whole tiles of both variants
@@ -171,11 +173,27 @@ def launch_lse(
     trusted = None if online_only else torch.empty(splits, M, dtype=torch.int8, device=q.device)
     fixed, online = ([(0, 0)] if not bring_mean else spans(D, tile) for tile in tiles)
     for span in online:  # one launch of the fixed variant may bring the columns that take several of the online one
-        for wide in fixed:
-            if not online_only and wide[0] == span[0]:
-                run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, wide, split_keys)
+        for wider in fixed:
+            if not online_only and wider[0] == span[0]:
+                run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, wider, split_keys)
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
-    return merge_splits(lse2, rest, mean)
+    return rowwise.merge_splits(lse2, rest, mean)
+
+
+def _launch_wide(
+    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By ``vito_kernels.wide``, repeated by the online kernel where that is not to be trusted."""
+    sums, _, mean = wide.exponentials(q, k, scale, exclusion, 100.0, gather=bring_mean, columns=False)
+    lse2, rest, trusted = rowwise.settle(sums, scale, 100.0)
+    if bring_mean:
+        mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
+        trusted.mul_(mean.sum(1).isfinite())
+    tile = lse_tile("online", q.shape[1], q.dtype, exclusion, bring_mean)
+    every_key = 1 << (k.shape[0] - 1).bit_length() + 8
+    for span in spans(q.shape[1], tile) if bring_mean else [(0, 0)]:
+        run_lse("online", q, k, scale, exclusion, lse2, rest, mean[None], trusted, span, every_key)
+    return lse2[0], rest[0], mean
 
 
 def lse_tile(variant: str, D: int, dtype: torch.dtype, exclusion: Exclusion, bring_mean: bool) -> Tile:
@@ -246,6 +264,8 @@ def _spec(
 
     def flops() -> float:
         """Of the variant that does the work; a launch for other columns of the mean computes the logits again."""
+        if wide.serves(width, dtype):
+            return (2.0 + 2.0 * bring_mean) * rows * rows * width
         variant = VARIANTS[_online_only(dtype, bring_mean)]
         launches = len(spans(width, lse_tile(variant, width, dtype, exclusion, True))) if bring_mean else 1
         return (2.0 * launches + 2.0 * bring_mean) * products(dtype, width) * rows * rows * width

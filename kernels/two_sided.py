@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels import rowwise, tiled
+from vito_kernels import rowwise, tiled, wide
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Operand,
@@ -122,8 +122,18 @@ def launch_two_sided(
     x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
-    (M, D), N = x.shape, y.shape[0]
     x, y = rows_contiguous(x), rows_contiguous(y)
+    if wide.serves(x.shape[1], x.dtype):
+        sums = wide.exponentials(x, y, scale, exclusion, headroom(x.dtype), gather=False, columns=True)[:2]
+    else:
+        sums = _launch_sums(x, y, scale, exclusion)
+    sides = _trusted_lse(x, y, scale, exclusion, sums[0])
+    return *sides, *_trusted_lse(y, x, scale, exclusion.flipped(), sums[1])
+
+
+def _launch_sums(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+    """(row_sums (splits, M), column_sums (blocks of rows, N)) by the kernel above."""
+    (M, D), N = x.shape, y.shape[0]
     tile = choose_tile("two_sided", D, x.dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
@@ -137,8 +147,7 @@ def launch_two_sided(
             DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=left.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    sides = _trusted_lse(x, y, scale, exclusion, row_sums)
-    return *sides, *_trusted_lse(y, x, scale, exclusion.flipped(), column_sums)
+    return row_sums, column_sums
 
 
 def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,12 +102,13 @@ def _gather_kernel(
     own, column = row_tile * TILE + tl.arange(0, TILE), column_tile * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
     ws = weights + tl.minimum(own, M - 1).to(tl.int64)[:, None] * w_stride + depth[None]
-    ys = y + tl.minimum(column, D - 1)[None]
+    ys = y + column[None]
     acc = tl.zeros((TILE, TILE), tl.float32)
     end = tl.minimum(split * split_keys + split_keys, last - first)
     for key in tl.range(split * split_keys, end, DEPTH, num_stages=STAGES):
         rows = tl.minimum(first + key + depth, N - 1)  # past the strip, weights are zero
-        acc = product(tl.load(ws + key), tl.load(ys + rows.to(tl.int64)[:, None] * y_stride), acc, PRECISION)
+        theirs = tl.load(ys + rows.to(tl.int64)[:, None] * y_stride, mask=(column < D)[None], other=0.0)
+        acc = product(tl.load(ws + key), theirs, acc, PRECISION)
     place = out + tl.cast(split, tl.int64) * M * D + own.to(tl.int64)[:, None] * D + column[None]
     inside = (own < M)[:, None] & (column < D)[None]
     if MORE:
@@ -125,7 +126,7 @@ def serves(D: int, dtype: torch.dtype) -> bool:
 
 def _sizes() -> tuple[int, int, str]:
     """(TILE, DEPTH, PRECISION); small in the interpreter, where small matrices shall have several tiles."""
-    return (16, 32, "widened") if interpreting() else (TILE, DEPTH, "native")
+    return (16, 16, "widened") if interpreting() else (TILE, DEPTH, "native")
 
 
 def exponentials(
@@ -141,5 +142,46 @@ def gradient(
     x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
 ) -> Tensor:
     """``W @ y`` (M, D) of ``vito_kernels.gradient``. The queries are y."""
-    seen = Exclusion(hidden.k_group, hidden.q_group, hidden.positive, hidden.diagonal, hidden.width)
+    diagonal = None if hidden.diagonal is None else -hidden.diagonal
+    seen = Exclusion(hidden.k_group, hidden.q_group, hidden.positive, diagonal, hidden.width)
     return _run(x, y, scale, seen, 0.0, x_role, y_role, True, False)[2]
+
+
+def _run(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    seen: Exclusion,
+    headroom: float,
+    x_role: Role | None,
+    y_role: Role | None,
+    gather: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (M, D), N = x.shape, y.shape[0]
+    tile, depth, precision = _sizes()
+    rows, keys = cdiv(M, tile), cdiv(N, tile) * tile
+    strip = min(keys, max(tile, STRIP_BYTES // (2 * M) // tile * tile)) if gather else keys
+    splits = max(1, min(processors(x.device) // (rows * cdiv(D, tile)), strip // 1024))
+    split_keys = cdiv(cdiv(strip, splits), depth) * depth
+    row_sums = scale.new_empty(0 if x_role or y_role else keys // tile, M)
+    column_sums = scale.new_empty(rows if columns else 0, N)
+    weights = x.new_empty(M, strip if gather else 0)
+    out = scale.new_empty(cdiv(strip, split_keys), M if gather else 0, D)
+    with on_device(x):
+        for first in range(0, N, strip):
+            last = min(first + strip, N)
+            _weights_kernel[(rows * cdiv(last - first, tile),)](
+                x, y, scale, weights, row_sums, column_sums, x_role and x_role.lse2, x_role and x_role.weight,
+                y_role and y_role.lse2, y_role and y_role.weight, seen.q_group, seen.k_group, seen.positive, M, N,
+                first, last, x.stride(0), y.stride(0), strip, seen.diagonal or 0, D, tile, depth, STAGES,
+                GROUPS=seen.q_group is not None, DIAGONAL=seen.blocks, POSITIVES=columns_of(seen.positive),
+                X_ROLE=x_role is not None, Y_ROLE=y_role is not None, HEADROOM=headroom, STORE=gather, COLUMNS=columns,
+                PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+            )  # fmt: skip
+            if gather:
+                _gather_kernel[(rows * cdiv(D, tile), out.shape[0])](
+                    weights, y, out, M, N, D, first, last, y.stride(0), strip, split_keys, tile, depth, STAGES,
+                    MORE=first > 0, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+                )  # fmt: skip
+    return row_sums, column_sums, out[0] if out.shape[0] == 1 else out.sum(0)
