@@ -34,7 +34,7 @@ def _normalize_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.co
     inside = (row < M) & (column < D)
     own = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt_rn(tl.sum(own * own, 1)), SHORTEST)[:, None]
-    tl.store(out + row * D + column, (own / length).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * D + column, tl.div_rn(own, length).to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -47,9 +47,10 @@ def _normalize_gradient_kernel(
     own = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
     length = tl.sqrt_rn(tl.sum(own * own, 1))[:, None]
-    unit = own / tl.maximum(length, SHORTEST)
+    divisor = tl.maximum(length, SHORTEST)
+    unit = tl.div_rn(own, divisor)
     along = tl.where(length < SHORTEST, 0.0, tl.sum(unit * g, 1)[:, None])
-    dx = (g - unit * along) / tl.maximum(length, SHORTEST)
+    dx = (g - unit * along) / divisor
     tl.store(out + row * D + column, dx.to(out.dtype.element_ty), mask=inside)
 
 

@@ -43,7 +43,7 @@ def rows(device, count, width, seed, unit=True):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("shape", [(5, 9), (35, 70), (50, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9), (50, 33), (20, 300)], ids=str)
 def test_info_nce_is_as_exact_as_torch(device, width, shape, kind):
     q, k = (rows(device, n, width, i) for i, n in enumerate(shape))
     kwargs = layout(kind, *shape, device) | {"temperature": 0.1, "reduction": "none"}
@@ -83,7 +83,7 @@ def test_vectors_of_other_lengths(device, width, length):
 def test_a_mean_that_overflows_is_repeated(device, width):
     q = rows(device, 20, width, 0)
     k = torch.zeros(40, width, dtype=torch.bfloat16, device=device)
-    k[:, 0] = 3e9 * q[0, 0].sign()
+    k[:, 0] = 3e15 * q[0, 0].sign()
     q[:, 0] = 0
     (lse, dq, _, _) = with_gradients(similarity_lse, [q, k, torch.tensor(10.0, device=device)])
     assert lse.isfinite().all()
