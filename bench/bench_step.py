@@ -124,5 +124,6 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
     work = Work(items=batch, unit="pairs")
     fewest = {"resnet18": 12, "resnet50": 5}[backbone]  # seconds a step of ResNet-50 on a CPU
     budget = Budget(5.0, fewest)
-    agree, bound = (moved_together, 0.1) if cuda else (moved_alike, 0.02)
+    # In bfloat16 a step errs by a fifth, whoever computes it (0.17 and 0.18 on a CPU): at most twice the reference's.
+    agree, bound = (moved_together, None) if cuda else (moved_alike, 0.02)
     race("train_step", params, candidates, truth=truth, work=work, agree=agree, bound=bound, budget=budget)

@@ -48,7 +48,12 @@ def run_tests() -> dict[str, Any]:
 def run_benches(results: Path, seconds: int) -> int | str:
     suites = SUITES + (TRAINING if list((ROOT / "vito_fast").glob("_sampler*.so")) else ())
     command = [sys.executable, "-m", "bench", "--device", "cuda", "--no-static", "--results", str(results)]
-    command += ["--report", str(ROOT / "build" / "gpu-check.html"), "-k", "not 1048576 and not 262144"]  # peers take minutes there
+    command += [
+        "--report",
+        str(ROOT / "build" / "gpu-check.html"),
+        "-k",
+        "not 1048576 and not 262144",
+    ]  # peers: minutes
     return _run([*command, *(part for suite in suites for part in ("--suite", suite))], seconds)
 
 

@@ -216,7 +216,8 @@ class Tile:
 
 
 # Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 256 columns,
-# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4).
+# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4). What most of them do at such widths
+# goes by ``vito_kernels.wide``; float32 in one part, the mean of float16, and what is repeated, do not.
 WIDE = {
     80: {1024: Tile(32, 32, 128, 4, 2, span=256)},
     90: {1024: Tile(64, 16, 256, 4, 2, 8, span=256)},

@@ -115,12 +115,19 @@ def launch_gradient(
     x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
 ) -> Tensor:
     """``W @ y`` (M, D) float32, not yet times ``scale``. ``hidden`` is seen from y: its queries are the rows of y."""
-    (M, D), N = x.shape, y.shape[0]
     x, y = rows_contiguous(x), rows_contiguous(y)
     gain = _gain(x, x_role, y_role)
     x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
-    if wide.serves(D, x.dtype):
-        return wide.gradient(x, y, scale, x_role, y_role, hidden)
+    run = wide.gradient if wide.serves("gradient", x.shape[1], x.dtype) else _run_gradient
+    total = run(x, y, scale, x_role, y_role, hidden)
+    return total if gain is None else total.div_(gain)
+
+
+def _run_gradient(
+    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+) -> Tensor:
+    """By the kernel above."""
+    (M, D), N = x.shape, y.shape[0]
     tile = choose_tile("gradient both" if x_role and y_role else "gradient one", D, x.dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
@@ -139,8 +146,7 @@ def launch_gradient(
                 Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    total = out[0] if splits == 1 else out.sum(0)
-    return total if gain is None else total.div_(gain)
+    return out[0] if splits == 1 else out.sum(0)
 
 
 def _gain(x: Tensor, *roles: Role | None) -> Tensor | None:
@@ -209,7 +215,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
-        if wide.serves(width, dtype):
+        if wide.serves("gradient", width, dtype):
             return 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if name == "two-role gradient" else "gradient one", width, dtype)
         return (2.0 * len(spans(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width

@@ -160,7 +160,7 @@ def launch_lse(
     """
     M, D = q.shape
     q, k = rows_contiguous(q), rows_contiguous(k)
-    if wide.serves(D, q.dtype):
+    if wide.serves("mean" if bring_mean else "lse", D, q.dtype):
         return _launch_wide(q, k, scale, exclusion, bring_mean)
     tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
@@ -264,7 +264,7 @@ def _spec(
 
     def flops() -> float:
         """Of the variant that does the work; a launch for other columns of the mean computes the logits again."""
-        if wide.serves(width, dtype):
+        if wide.serves("mean" if bring_mean else "lse", width, dtype):
             return (2.0 + 2.0 * bring_mean) * rows * rows * width
         variant = VARIANTS[_online_only(dtype, bring_mean)]
         launches = len(spans(width, lse_tile(variant, width, dtype, exclusion, True))) if bring_mean else 1

@@ -3,7 +3,7 @@
     u  = x / max(|x|, 1e-12)                                            as torch.nn.functional.normalize(x, dim=1)
     dx = (g - u (u . g)) / |x|,  g / 1e-12 where |x| is smaller
 
-PyTorch takes three kernels forward and eight back, at a few thousand rows longer than the loss itself, and rounds
+PyTorch takes three kernels forward and fourteen back, at a few thousand rows longer than the loss itself, and rounds
 bfloat16 lengths before it divides. Here everything between input and output is float32 (float64 for float64). A
 program owns whole rows: deterministic.
 """

@@ -123,7 +123,7 @@ def launch_two_sided(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
     x, y = rows_contiguous(x), rows_contiguous(y)
-    if wide.serves(x.shape[1], x.dtype):
+    if wide.serves("two_sided", x.shape[1], x.dtype):
         sums = wide.exponentials(x, y, scale, exclusion, headroom(x.dtype), gather=False, columns=True)[:2]
     else:
         sums = _launch_sums(x, y, scale, exclusion)

@@ -190,10 +190,13 @@ def test_every_module_lists_its_kernels(module):
 
 
 def test_flops_count_the_launches_of_each_gpu():
-    """At D = 512 the mean fits one launch on sm_90, on sm_80 while nothing is masked; two repeat the logits."""
+    """At D = 512 the mean fits one launch on sm_90, on sm_80 while nothing is masked; two repeat the logits. On sm_100
+    exponentials go through memory.
+    """
     flops = {}
-    for arch in (80, 90):
+    for arch in (80, 90, 100):
         for layout in ("none", "groups"):
             with inspect.stand_in(arch):
                 flops[arch, layout] = lse._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
-    assert flops == {(80, "none"): 4, (80, "groups"): 6, (90, "none"): 4, (90, "groups"): 4}
+    assert flops.pop((80, "groups")) == 6
+    assert set(flops.values()) == {4}

@@ -1,4 +1,4 @@
-"""Bfloat16 wider than 512, whose exponentials go through memory: on a GPU at that width, in the interpreter any is."""
+"""Wide embeddings, whose exponentials go through memory: on a GPU at such a width, in the interpreter at any."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Counted:
 @pytest.fixture(autouse=True)
 def run(device, monkeypatch):
     if device == "cpu":
-        monkeypatch.setattr(wide, "WIDER_THAN", 0)
+        monkeypatch.setattr(wide, "WIDER_THAN", dict.fromkeys(wide.WIDER_THAN, 0))
     monkeypatch.setattr(wide, "_run", counted := Counted(wide._run))
     yield counted
     assert counted.calls > 0
@@ -38,8 +38,8 @@ def width(device):
     return 40 if device == "cpu" else 744
 
 
-def rows(device, count, width, seed, unit=True):
-    return embeddings(count, width, torch.bfloat16, device, seed, unit)
+def rows(device, count, width, seed, unit=True, dtype=torch.bfloat16):
+    return embeddings(count, width, dtype, device, seed, unit)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -52,8 +52,9 @@ def test_info_nce_is_as_exact_as_torch(device, width, shape, kind):
 
 @pytest.mark.parametrize("count", [7, 37])
 @pytest.mark.parametrize("scale", [3.0, 100.0])
-def test_losses_of_two_sides(device, width, count, scale):
-    x, y = (rows(device, count, width, i) for i in range(2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_losses_of_two_sides(device, width, dtype, count, scale):
+    x, y = (rows(device, count, width, i, dtype=dtype) for i in range(2))
     labels = torch.arange(count, device=device) // 3
     for ours, plain in (
         (lambda a, b: clip_loss(a, b, scale), lambda a, b: reference.clip_loss(a, b, scale)),
