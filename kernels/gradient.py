@@ -1,6 +1,6 @@
 """The second pass: gradients that gather over the other side's softmax, one program per block of rows that it owns.
 
-    s   = scale * x @ y.T                                                      (M, N), never in memory
+    s   = scale * x @ y.T                                       (M, N), never in memory (but see ``wide``)
     W   = x_weight[:, None] * exp(s - x_lse[:, None]) + y_weight * exp(s - y_lse)      either term may be absent
     out = W @ y                                                                (M, D)
 

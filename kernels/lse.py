@@ -1,6 +1,6 @@
 """The first pass: log-sum-exp over keys, and the keys' mean under the softmax, one program per block of queries.
 
-    s    = scale * q @ k.T, -inf where excluded                     (M, N), never in memory
+    s    = scale * q @ k.T, -inf where excluded                     (M, N), never in memory (but see ``wide``)
     lse  = s.logsumexp(1)
     mean = s.softmax(1) @ k                                         (M, D), only if it is asked for
 
