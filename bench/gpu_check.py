@@ -28,42 +28,46 @@ TRAINING = ("optimizer", "step")  # where the package is built: configurations c
 
 
 def run_tests() -> dict[str, Any]:
-    """The Triton tests, by a bare pytest in a process of its own; with pytest-xdist in several, as what takes the time
-    is Triton's compiler.
+    """The Triton tests, by bare pytests in several processes, as what takes the time is Triton's compiler: as many as
+    there are cores with pytest-xdist, else one a file.
     """
-    several = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     files = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py"))
+    spread = ["-n", str(min(16, os.cpu_count() or 1))]
+    shards = [[*spread, *files]] if importlib.util.find_spec("xdist") else [[file] for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        report = Path(directory) / "report.xml"
-        options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:benchmark", *several]
-        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", f"--rootdir={ROOT}", *files]
-        status = _run(command, SECONDS)
-        suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+        reports = [Path(directory) / f"{i}.xml" for i in range(len(shards))]
+        pairs = zip(reports, shards, strict=True)
+        running = [_start([*command, f"--junitxml={report}", f"--rootdir={ROOT}", *shard]) for report, shard in pairs]
+        statuses = [_wait(process, started + SECONDS - time.monotonic()) for process in running]
+        suites = [ElementTree.parse(report).getroot().find("testsuite") for report in reports if report.exists()]
     keys = ("tests", "failures", "errors", "skipped")
-    counts = {key: int(suite.get(key, 0)) for key in keys} if suite is not None else {}
+    counts = {key: sum(int(suite.get(key, 0)) for suite in suites if suite is not None) for key in keys}
+    status = next((status for status in statuses if status != 0), 0)
     return {"status": status, "seconds": round(time.monotonic() - started, 1), **counts}
 
 
-def run_benches(results: Path, seconds: int) -> int | str:
+def run_benches(results: Path, seconds: float) -> int | str:
     suites = SUITES + (TRAINING if list((ROOT / "vito_fast").glob("_sampler*.so")) else ())
     command = [sys.executable, "-m", "bench", "--device", "cuda", "--no-static", "--results", str(results)]
-    command += [
-        "--report",
-        str(ROOT / "build" / "gpu-check.html"),
-        "-k",
-        "not 1048576 and not 262144",
-    ]  # peers: minutes
-    return _run([*command, *(part for suite in suites for part in ("--suite", suite))], seconds)
+    command += ["--report", str(ROOT / "build" / "gpu-check.html")]
+    command += ["-k", "not 1048576 and not 262144"]  # peers take minutes there
+    return _wait(_start([*command, *(part for suite in suites for part in ("--suite", suite))]), seconds)
 
 
-def _run(command: list[str], seconds: int) -> int | str:
-    """Exit status, or what kept the command from one."""
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.Popen(command, env=environment, cwd=ROOT)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
+    """Exit status, or what kept the process from one."""
     try:
-        return subprocess.run(command, timeout=seconds, env=environment, cwd=ROOT).returncode
+        return process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        return f"stopped after {seconds} s"
+        process.kill()
+        return "stopped: its time was over"
 
 
 def main() -> int:
@@ -75,7 +79,7 @@ def main() -> int:
     results.unlink(missing_ok=True)  # an old file must not pass for this run's
     (ROOT / "build").mkdir(exist_ok=True)
     tests = run_tests()
-    benches = run_benches(results, max(1, int(SECONDS - tests["seconds"])))
+    benches = run_benches(results, SECONDS - tests["seconds"])
     record = json.loads(results.read_text()) if results.exists() else {"machine": machine("cuda")}
     record |= {"tests": tests, "bench_status": benches, "checked": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,14 @@
 
 A program that owns rows of 1024 columns has no room left beside them: on sm_90 it would take keys by sixteens and
 compute the logits anew for each 256 columns of output, 10 M N D flops in place of 4. So the work becomes two plain
-matrix products for each strip of C keys, with
+matrix products for each strip of C keys (and for each 32768 rows of x, if there are more), with
 
     P     = 2^(scale log2(e) x @ y.T - shift)   (M, C) in 16 bits, its sums by row and column in float32
     out  += P @ y                                (M, D) in float32
 
-of which P takes at most ``STRIP_BYTES`` whatever N is. The gradient is the same with weights in place of exponentials.
-Rows and columns are owned by programs, strips and partial sums are added in order: deterministic, no atomics.
+of which P takes at most ``STRIP_BYTES`` whatever M and N are. The gradient is the same with weights in place of
+exponentials. Rows and columns are owned by programs, strips and partial sums are added in order: deterministic, no
+atomics.
 
 On an H200, info_nce at M = N = 4096, D = 1024 took 891 us before and 234 us so. At D = 512 the gradient of keys gains a
 tenth or two, a loss of two sides a seventh, and the forward pass nothing: hence ``WIDER_THAN``.
@@ -16,6 +17,7 @@ tenth or two, a loss of two sides a seventh, and the forward pass nothing: hence
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 WIDER_THAN = {"mean": 512, "lse": 512, "gradient": 256, "two_sided": 256}
-STRIP_BYTES = 1 << 28
+STRIP_BYTES, STRIP_ROWS = 1 << 28, 1 << 15
 TILE, DEPTH, WARPS, STAGES = 128, 64, 8, 4  # square tiles of output, and how much of the inner dimension at a time
 
 
@@ -48,16 +50,17 @@ def _place(M, N, TILE: tl.constexpr):
 @jit
 def _weights_kernel(
     x, y, scale, weights, row_sums, column_sums, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
-    D, first, last, x_stride, y_stride, w_stride, diagonal, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    D, begin, end, first, last, x_stride, y_stride, w_stride, diagonal, TILE: tl.constexpr, DEPTH: tl.constexpr,
     RAGGED: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
     X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, HEADROOM: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights (M, C) of the rows of x for the rows ``first .. last`` of y; without roles, their exponentials relative
-    to the fixed shift, with sums by row and column.
+    """weights of the rows ``begin .. end`` of x for the rows ``first .. last`` of y; without roles, their exponentials
+    relative to the fixed shift, with sums by row and column.
     """
-    row_tile, strip_tile = _place(M, last - first, TILE)
-    own, other = row_tile * TILE + tl.arange(0, TILE), first + strip_tile * TILE + tl.arange(0, TILE)
+    row_tile, strip_tile = _place(end - begin, last - first, TILE)
+    own = begin + row_tile * TILE + tl.arange(0, TILE)
+    other = first + strip_tile * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
     xs = x + tl.minimum(own, M - 1).to(tl.int64)[:, None] * x_stride + depth[None]
     ys = y + tl.minimum(other, N - 1).to(tl.int64)[None] * y_stride + depth[:, None]
@@ -86,33 +89,34 @@ def _weights_kernel(
         sums = row_sums + tl.cast(first // TILE + strip_tile, tl.int64) * M
         tl.store(sums + own, tl.sum(w, 1), mask=own < M)
         if COLUMNS:
-            tl.store(column_sums + tl.cast(row_tile, tl.int64) * N + other, tl.sum(w, 0), mask=other < N)
+            sums = column_sums + tl.cast(begin // TILE + row_tile, tl.int64) * N
+            tl.store(sums + other, tl.sum(w, 0), mask=other < N)
     if STORE:
         column = strip_tile * TILE + tl.arange(0, TILE)
-        place = weights + own.to(tl.int64)[:, None] * w_stride + column[None]
-        tl.store(place, w.to(weights.dtype.element_ty), mask=(own < M)[:, None])
+        place = weights + (own - begin).to(tl.int64)[:, None] * w_stride + column[None]
+        tl.store(place, w.to(weights.dtype.element_ty), mask=(own < end)[:, None])
 
 
 @jit
 def _gather_kernel(
-    weights, y, out, M, N, D, first, last, y_stride, w_stride, split_keys, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, MORE: tl.constexpr, PRECISION: tl.constexpr,
+    weights, y, out, M, N, D, begin, end, first, last, y_stride, w_stride, split_keys, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, MORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out (splits, M, D) = weights (M, C) @ rows ``first .. last`` of y, added to what is there if MORE."""
-    row_tile, column_tile = _place(M, D, TILE)
+    """Rows ``begin .. end`` of out (splits, M, D): weights @ rows ``first .. last`` of y, added to them if MORE."""
+    row_tile, column_tile = _place(end - begin, D, TILE)
     split = tl.program_id(1)
-    own, column = row_tile * TILE + tl.arange(0, TILE), column_tile * TILE + tl.arange(0, TILE)
+    own, column = begin + row_tile * TILE + tl.arange(0, TILE), column_tile * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
-    ws = weights + tl.minimum(own, M - 1).to(tl.int64)[:, None] * w_stride + depth[None]
+    ws = weights + (tl.minimum(own, end - 1) - begin).to(tl.int64)[:, None] * w_stride + depth[None]
     ys = y + column[None]
     acc = tl.zeros((TILE, TILE), tl.float32)
-    end = tl.minimum(split * split_keys + split_keys, last - first)
-    for key in tl.range(split * split_keys, end, DEPTH, num_stages=STAGES):
+    stop = tl.minimum(split * split_keys + split_keys, last - first)
+    for key in tl.range(split * split_keys, stop, DEPTH, num_stages=STAGES):
         rows = tl.minimum(first + key + depth, N - 1)  # past the strip, weights are zero
         theirs = tl.load(ys + rows.to(tl.int64)[:, None] * y_stride, mask=(column < D)[None], other=0.0)
         acc = product(tl.load(ws + key), theirs, acc, PRECISION)
     place = out + tl.cast(split, tl.int64) * M * D + own.to(tl.int64)[:, None] * D + column[None]
-    inside = (own < M)[:, None] & (column < D)[None]
+    inside = (own < end)[:, None] & (column < D)[None]
     if MORE:
         acc += tl.load(place, mask=inside, other=0.0)
     tl.store(place, acc, mask=inside)
@@ -169,28 +173,30 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (M, D), N = x.shape, y.shape[0]
     tile, depth, precision = _sizes()
-    rows, keys = cdiv(M, tile), cdiv(N, tile) * tile
-    strip = min(keys, max(tile, STRIP_BYTES // (2 * M) // tile * tile)) if gather else keys
-    splits = max(1, min(processors(x.device) // (rows * cdiv(D, tile)), strip // 1024))
+    height, keys = min(M, STRIP_ROWS), cdiv(N, tile) * tile
+    strip = min(keys, max(tile, STRIP_BYTES // (2 * height) // tile * tile)) if gather else keys
+    splits = max(1, min(processors(x.device) // (cdiv(M, tile) * cdiv(D, tile)), strip // 1024))
     split_keys = cdiv(cdiv(strip, splits), depth) * depth
     row_sums = scale.new_empty(0 if x_role or y_role else keys // tile, M)
-    column_sums = scale.new_empty(rows if columns else 0, N)
-    weights = x.new_empty(M, strip if gather else 0)
+    column_sums = scale.new_empty(cdiv(M, tile) if columns else 0, N)
+    weights = x.new_empty(height, strip if gather else 0)
     out = scale.new_empty(cdiv(strip, split_keys), M if gather else 0, D)
     with on_device(x):
-        for first in range(0, N, strip):
-            last = min(first + strip, N)
+        for begin, first in itertools.product(range(0, M, height), range(0, N, strip)):
+            end, last = min(begin + height, M), min(first + strip, N)
+            rows = cdiv(end - begin, tile)
             _weights_kernel[(rows * cdiv(last - first, tile),)](
                 x, y, scale, weights, row_sums, column_sums, x_role and x_role.lse2, x_role and x_role.weight,
-                y_role and y_role.lse2, y_role and y_role.weight, seen.q_group, seen.k_group, seen.positive, M, N,
-                D, first, last, x.stride(0), y.stride(0), strip, seen.diagonal or 0, tile, depth, D % depth > 0, STAGES,
-                GROUPS=seen.q_group is not None, DIAGONAL=seen.blocks, POSITIVES=columns_of(seen.positive),
-                X_ROLE=x_role is not None, Y_ROLE=y_role is not None, HEADROOM=headroom, STORE=gather, COLUMNS=columns,
-                PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+                y_role and y_role.lse2, y_role and y_role.weight, seen.q_group, seen.k_group, seen.positive, M, N, D,
+                begin, end, first, last, x.stride(0), y.stride(0), strip, seen.diagonal or 0, tile, depth,
+                D % depth > 0, STAGES, GROUPS=seen.q_group is not None, DIAGONAL=seen.blocks,
+                POSITIVES=columns_of(seen.positive), X_ROLE=x_role is not None, Y_ROLE=y_role is not None,
+                HEADROOM=headroom, STORE=gather, COLUMNS=columns, PRECISION=precision, num_warps=WARPS,
+                num_stages=STAGES,
             )  # fmt: skip
             if gather:
                 _gather_kernel[(rows * cdiv(D, tile), out.shape[0])](
-                    weights, y, out, M, N, D, first, last, y.stride(0), strip, split_keys, tile, depth, STAGES,
-                    MORE=first > 0, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+                    weights, y, out, M, N, D, begin, end, first, last, y.stride(0), strip, split_keys, tile, depth,
+                    STAGES, MORE=first > 0, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
                 )  # fmt: skip
     return row_sums, column_sums, out[0] if out.shape[0] == 1 else out.sum(0)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns
 
 
 class Counted:
-    """``wide._run`` in strips of two tiles, where there are that many keys."""
+    """``wide._run`` in strips of two tiles of keys and of rows, where there are that many."""
 
     def __init__(self, run):
         self.run, self.calls, self.tiles = run, 0, 2
@@ -20,7 +20,9 @@ class Counted:
     def __call__(self, x, *rest):
         self.calls += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(wide, "STRIP_BYTES", 2 * len(x) * self.tiles * wide._sizes()[0])
+            height = 2 * wide._sizes()[0]
+            patch.setattr(wide, "STRIP_ROWS", height)
+            patch.setattr(wide, "STRIP_BYTES", 2 * min(height, len(x)) * self.tiles * wide._sizes()[0])
             return self.run(x, *rest)
 
 
@@ -43,7 +45,7 @@ def rows(device, count, width, seed, unit=True, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("shape", [(5, 9), (50, 33), (20, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9), (50, 33), (20, 300), (300, 70)], ids=str)
 def test_info_nce_is_as_exact_as_torch(device, width, shape, kind):
     q, k = (rows(device, n, width, i) for i, n in enumerate(shape))
     kwargs = layout(kind, *shape, device) | {"temperature": 0.1, "reduction": "none"}
