@@ -36,7 +36,8 @@ Result = Sequence[Tensor]
 
 SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
-SLOW = 0.5  # seconds: samples of others that take longer have few rounds
+SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
+FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
 FEW_ROUNDS = 5
 FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
 
@@ -267,7 +268,12 @@ class Race:
             runner.reason = f"not captured as a graph: {str(error).splitlines()[0][:120]}"
 
     def _slow(self, runner: _Runner) -> bool:
-        return runner is not self.ours and runner.estimate * runner.repeats > SLOW
+        """Whether it would take away the rounds of those that our figures rest on: reference, best peer, limit."""
+        if runner.candidate.role not in ("peer", "context"):
+            return False
+        peers = [other.estimate for other in self._racing() if other.candidate.role == "peer"]
+        behind, sample = runner.estimate / min(peers, default=math.inf), runner.estimate * runner.repeats
+        return sample > (SLOW if behind < FAR_BEHIND else 4 * SHORT) and behind > 1
 
     def _racing(self) -> list[_Runner]:
         return [runner for runner in self._runners if runner.status == "ok"]

@@ -110,10 +110,20 @@ def test_a_short_call_is_repeated_within_a_sample():
     assert (ours["repeats"], ours["median_s"]) == (34, pytest.approx(3e-4))
 
 
-def test_a_slow_candidate_of_others_runs_a_few_rounds_only(monkeypatch):
-    monkeypatch.setattr("bench.harness.SLOW", 0.05)
-    record = race(Candidate("ours", pausing(0.012), "ours"), Candidate("slow", pausing(0.1))).run()
-    assert (rows(record)["slow"]["rounds"], rows(record)["ours"]["rounds"]) == (FEW_ROUNDS, 16)
+def test_who_anchors_no_figure_takes_nobody_s_rounds():
+    """The best peer and the reference have all rounds however long they take."""
+    candidates = [
+        Candidate("ours", pausing(0.012), "ours"),
+        Candidate("reference", pausing(0.7), "reference"),
+        Candidate("best", pausing(0.6)),
+        Candidate("next", pausing(0.61)),
+    ]
+    found = {name: row["rounds"] for name, row in rows(race(*candidates).run()).items()}
+    assert found == {"ours": 7, "reference": 7, "best": 7, "next": FEW_ROUNDS}
+    candidates = [Candidate("ours", pausing(0.003), "ours"), Candidate("best", pausing(0.011))]
+    candidates += [Candidate("behind", pausing(0.043)), Candidate("far behind", pausing(0.045))]
+    found = {name: row["rounds"] for name, row in rows(race(*candidates, budget=Budget(1.0, 7, 10)).run()).items()}
+    assert found == {"ours": 10, "best": 10, "behind": 10, "far behind": FEW_ROUNDS}
 
 
 def test_a_candidate_may_err_twice_as_much_as_the_reference():
