@@ -22,7 +22,7 @@ from bench.harness import Budget, Candidate, Race, timestamp
 from bench.memory import settle_malloc
 
 SCHEMA = 1
-QUICK = Budget(seconds=5.0, fewest=16, most=60)
+QUICK = Budget(seconds=7.0, fewest=20, most=60)
 FULL = Budget(seconds=7.0, fewest=14, most=60)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
