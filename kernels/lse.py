@@ -161,7 +161,8 @@ def launch_lse(
     M, D = q.shape
     q, k = rows_contiguous(q), rows_contiguous(k)
     if wide.serves("mean" if bring_mean else "lse", D, q.dtype):
-        return _launch_wide(q, k, scale, exclusion, bring_mean)
+        sums, _, mean = wide.exponentials(q, k, scale, exclusion, 100.0, gather=bring_mean, columns=False)
+        return *trusted_lse(q, k, scale, exclusion, sums, 100.0, mean), mean
     tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
     widest = max(tile.other for tile in tiles)  # powers of two: a split is whole tiles of both variants
@@ -180,20 +181,22 @@ def launch_lse(
     return rowwise.merge_splits(lse2, rest, mean)
 
 
-def _launch_wide(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """By ``vito_kernels.wide``, repeated by the online kernel where that is not to be trusted."""
-    sums, _, mean = wide.exponentials(q, k, scale, exclusion, 100.0, gather=bring_mean, columns=False)
-    lse2, rest, trusted = rowwise.settle(sums, scale, 100.0)
+def trusted_lse(
+    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor, headroom: float, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(lse2 (M,), rest (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``, repeated by
+    the online kernel where they are not to be trusted. So is ``mean`` (M, D) or (0, D), which is given as the sum of
+    the keys with those exponentials and divided in place.
+    """
+    lse2, rest, trusted = rowwise.settle(sums, scale, headroom)
+    bring_mean, D = mean.shape[0] > 0, q.shape[1]
     if bring_mean:
         mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
         trusted.mul_(mean.sum(1).isfinite())
-    tile = lse_tile("online", q.shape[1], q.dtype, exclusion, bring_mean)
     every_key = 1 << (k.shape[0] - 1).bit_length() + 8
-    for span in spans(q.shape[1], tile) if bring_mean else [(0, 0)]:
+    for span in spans(D, lse_tile("online", D, q.dtype, exclusion, True)) if bring_mean else [(0, 0)]:
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean[None], trusted, span, every_key)
-    return lse2[0], rest[0], mean
+    return lse2[0], rest[0]
 
 
 def lse_tile(variant: str, D: int, dtype: torch.dtype, exclusion: Exclusion, bring_mean: bool) -> Tile:

@@ -39,7 +39,7 @@ from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.info_nce import autocast, differentiable, narrowed
-from vito_kernels.lse import launch_lse, run_lse
+from vito_kernels.lse import launch_lse, trusted_lse
 from vito_kernels.margin import margin
 from vito_kernels.normalize import normalize
 from vito_kernels.tiled import Exclusion
@@ -123,12 +123,13 @@ def launch_two_sided(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
     x, y = rows_contiguous(x), rows_contiguous(y)
+    above, no_mean = headroom(x.dtype), scale.new_empty(0, x.shape[1])
     if wide.serves("two_sided", x.shape[1], x.dtype):
-        sums = wide.exponentials(x, y, scale, exclusion, headroom(x.dtype), gather=False, columns=True)[:2]
+        rows, columns, _ = wide.exponentials(x, y, scale, exclusion, above, gather=False, columns=True)
     else:
-        sums = _launch_sums(x, y, scale, exclusion)
-    sides = _trusted_lse(x, y, scale, exclusion, sums[0])
-    return *sides, *_trusted_lse(y, x, scale, exclusion.flipped(), sums[1])
+        rows, columns = _launch_sums(x, y, scale, exclusion)
+    side = trusted_lse(x, y, scale, exclusion, rows, above, no_mean)
+    return *side, *trusted_lse(y, x, scale, exclusion.flipped(), columns, above, no_mean)
 
 
 def _launch_sums(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
@@ -148,17 +149,6 @@ def _launch_sums(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> t
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return row_sums, column_sums
-
-
-def _trusted_lse(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The log of the sums (parts, M) in two parts, repeated by the online kernel where a sum is no longer to be
-    trusted.
-    """
-    lse2, rest, trusted = rowwise.settle(sums, scale, headroom(x.dtype))
-    every_key = 1 << (y.shape[0] - 1).bit_length() + 8
-    no_mean = lse2.new_empty(1, 0, x.shape[1])
-    run_lse("online", x, y, scale, exclusion, lse2, rest, no_mean, trusted, (0, 0), every_key)
-    return lse2[0], rest[0]
 
 
 def specs(device: str = "meta") -> list[Spec]:
