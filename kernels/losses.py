@@ -71,14 +71,11 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     (z,), narrow = autocast(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
     lse = apply_self(z, scale, 1, narrow, differentiable(z, scale))[0] / LOG2E
-    order = labels.argsort(stable=True)
-    rank = torch.zeros_like(order)
-    rank[order[1:]] = (labels[order[1:]] != labels[order[:-1]]).long()
-    rank = torch.empty_like(order).index_copy_(0, order, rank[order].cumsum(0))  # labels as 0, 1, 2 ...: no host sync
-    wide = z.to(scale.dtype)
-    sums = torch.zeros_like(wide).index_put((rank,), wide, accumulate=True)[rank] - wide
-    ones = torch.ones_like(lse)
-    count = torch.zeros_like(lse).index_put((rank,), ones, accumulate=True)[rank] - 1
+    # A label goes by where it starts among the sorted ones, and has as many rows as lie before the next: no host sync.
+    ordered = labels.sort().values
+    first, past = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    count, wide = past - first - 1, z.to(scale.dtype)
+    sums = torch.zeros_like(wide).index_put((first,), wide, accumulate=True)[first] - wide
     loss = torch.where(count > 0, lse - scale * (wide * sums).sum(1) / count.clamp(min=1), 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 

@@ -1,8 +1,8 @@
 """The CPU path: the same passes as the Triton kernels, in PyTorch, over tiles that stay in the cache.
 
 A tile of logits is one matmul into a buffer that is reused, an exponential in place, and a second matmul that takes
-it away. The first 64 MiB of tiles are kept for the gradient, which computes the others again: memory does not grow
-with M N, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout (``exp2`` costs less
+it away. The first tiles are kept for the gradient, which computes the others again: a loss takes up to 256 MiB in all,
+however large M N is, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout (``exp2`` costs less
 than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in float32, float64 in
 float64.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
-KEPT = 1 << 24  # elements that a forward pass leaves for its gradient: 64 MiB of float32 ...
+KEPT_MOST, KEPT_LEAST = 1 << 26, 1 << 24  # elements that a forward pass leaves for its gradient: see ``room`` ...
 HEADER = 16  # ... after the first, which says how it went, and what aligns the others
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
@@ -96,10 +96,15 @@ def tile_rows() -> int:
 
 
 def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool) -> Tensor:
-    """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone."""
+    """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone.
+
+    256 MiB of float32 hold it and all else that a loss takes: up to three times its embeddings, for normalised ones,
+    the mean and gradients. What it keeps is no less than 64 MiB.
+    """
     if not keep:
         return scale.new_empty(0)
-    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], KEPT))
+    left = KEPT_MOST - 3 * (q.shape[0] + k.shape[0]) * q.shape[1]
+    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], torch.sym_max(left, KEPT_LEAST)))
     kept[0] = 0  # nothing is kept yet
     return kept
 

@@ -390,7 +390,7 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     Equivalent, with ``s = scale * x @ y.T`` and ``labels = arange(M)``:
     ``(cross_entropy(s, labels) + cross_entropy(s.T, labels)) / 2``.
 
-    Nothing is normalised here. 2 M M D flops forward and 8 M M D backward; on the CPU, which keeps the first 64 MiB of
+    Nothing is normalised here. 2 M M D flops forward and 8 M M D backward; on the CPU, which keeps the first
     logits, at most 6. ``scale`` is a number or a tensor of one element, which may require grad. Dtypes, errors,
     autocast and determinism as for ``similarity_lse``.
     """
@@ -417,7 +417,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
 
     z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
     forward, 16 B B D backward. The CPU path takes each tile of logits for both its rows and its columns and keeps the
-    first 64 MiB of them: 4 and at most 12.
+    first of them: 4 and at most 12.
     ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and determinism as for
     ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
     """

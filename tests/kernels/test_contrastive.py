@@ -36,7 +36,8 @@ def tile_rows(request, monkeypatch):
 def small_tiles(monkeypatch, rows, kept):
     monkeypatch.setattr(tiled, "tile_rows", lambda: rows)
     monkeypatch.setattr(tiled, "COLUMNS", rows + 8)
-    monkeypatch.setattr(tiled, "KEPT", kept)
+    monkeypatch.setattr(tiled, "KEPT_MOST", kept)
+    monkeypatch.setattr(tiled, "KEPT_LEAST", kept)
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
