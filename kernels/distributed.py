@@ -164,14 +164,14 @@ def global_clip_loss(
     sizes = checked_sizes(x, sizes, group)
     if exchange == "ring":
         row, column, pair = ring.rows_and_columns(x, y, scale, sizes, group)
-        return _share(margin(row, pair[:, None]) + margin(column, pair[:, None]), sizes, 2 * sum(sizes))
+        return _share(margin(row, pair[:, None], column), sizes, sum(sizes))
     rank = dist.get_rank(group)
-    offset, total = sum(sizes[:rank]), sum(sizes)
+    offset = sum(sizes[:rank])
     columns = slice(offset, offset + x.shape[0])
     keys = gather_with_grad(y, group=group, sizes=sizes)
     row, part, pair = rows_and_columns(x, keys, scale, offset)
     column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
-    return _share(margin(row, pair[:, None]) + margin(column, pair[:, None]), sizes, 2 * total)
+    return _share(margin(row, pair[:, None], column), sizes, sum(sizes))
 
 
 def _logsumexp(parts: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _lse_kernel(
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     # An excluded key may be anywhere; and beside a second loop, ptxas keeps too much of q in registers and spills.
-    WIDE: tl.constexpr = (D > 512 and FIRST == LAST) or (D > 64 and PRECISION == "bf16x6")
+    WIDE: tl.constexpr = (D > 512 and (ONLINE or FIRST == LAST)) or (D > 64 and PRECISION == "bf16x6")
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or WIDE
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)

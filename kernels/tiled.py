@@ -1,10 +1,10 @@
 """The CPU path: the same passes as the Triton kernels, in PyTorch, over tiles that stay in the cache.
 
 A tile of logits is one matmul into a buffer that is reused, an exponential in place, and a second matmul that takes
-it away. The first tiles are kept for the gradient, which computes the others again: a loss takes up to 256 MiB in all,
-however large M N is, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout (``exp2`` costs less
-than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in float32, float64 in
-float64.
+it away. The first tiles are kept for the gradient, which computes the others again: how many depends on the size of
+the embeddings and not on M N, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout
+(``exp2`` costs less than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in
+float32, float64 in float64.
 
 Two variants, chosen by ``max |q| max |k| scale2``, a bound on every logit that costs O((M + N) D) to know:
 *direct*, where no exponential can leave the range of float32 and none is shifted, and *online*, with a running maximum.

@@ -396,8 +396,7 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """
     check_paired(x, y, ("x", "y"))
     rows, columns, pairs = rows_and_columns(x, y, scale)
-    pairs = pairs[:, None]
-    return (margin(rows, pairs).mean() + margin(columns, pairs).mean()) / 2
+    return margin(rows, pairs[:, None], columns).mean()
 
 
 def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,9 +25,9 @@ def test_strided_rows():
     cases.check_strided_rows("cpu")
 
 
-@pytest.mark.parametrize("pairs", [1, 3])
-def test_margin_is_as_exact_as_torch(pairs):
-    cases.check_margin("cpu", pairs)
+@pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_margin_is_as_exact_as_torch(pairs, sides):
+    cases.check_margin("cpu", pairs, sides)
 
 
 def test_margin_at_its_ends():
@@ -37,14 +37,24 @@ def test_margin_at_its_ends():
 def test_gradcheck_in_float64():
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(normalize, x)
-    torch.autograd.gradcheck(margin, (torch.randn(4, dtype=torch.float64, requires_grad=True), x))
+    sides = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], x), (sides, x))
+    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], x, sides[1]), (sides, x))
 
 
-@pytest.mark.parametrize("loss", [lambda x: normalize(x)[:, 0].sum(), lambda x: margin(x[:, 0], x).sum()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: normalize(x)[:, 0].sum(),
+        lambda x: margin(x[:, 0], x).sum(),
+        lambda x: margin(x[:, 0], x, x[:, 1]).sum(),
+    ],
+)
 def test_under_every_transform_of_pytorch(loss):
     x = torch.randn(4, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.vito_kernels.normalize.default, (x,))
-    torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], x))
+    for second in (None, x[:, 1]):
+        torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], x, second))
     (expected,) = torch.autograd.grad(loss(x), x)
     (held,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -23,9 +23,9 @@ def test_strided_rows(device):
     cases.check_strided_rows(device)
 
 
-@pytest.mark.parametrize("pairs", [1, 3])
-def test_margin_is_as_exact_as_torch(device, pairs):
-    cases.check_margin(device, pairs)
+@pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_margin_is_as_exact_as_torch(device, pairs, sides):
+    cases.check_margin(device, pairs, sides)
 
 
 def test_margin_at_its_ends(device):
