@@ -100,8 +100,11 @@ def _processors_of(device: int) -> int:
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the tensor's own GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Launches go to the tensor's own GPU, whichever is current. Mostly it is: to enter it would take as long as half a
+    launch.
+    """
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 @dataclass(frozen=True)
