@@ -2,6 +2,7 @@
 
     s   = scale * x @ y.T                                       (M, N), never in memory (but see ``wide``)
     W   = x_weight[:, None] * exp(s - x_lse[:, None]) + y_weight * exp(s - y_lse)      either term may be absent
+          (+ pull[:, None] + pull where two rows of one set have a group in common)
     out = W @ y                                                                (M, D)
 
 The log-sum-exps are known, so every exponential is a probability: no maximum, no rescaling, no overflow, and 4 M N D
@@ -35,18 +36,29 @@ from vito_kernels._tiles import (
     zero_sums,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.tiled import Exclusion, Role
+from vito_kernels.tiled import Exclusion, Pull, Role
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
 @jit
+def _pulls(own, other, rows, group, pull):
+    """As ``tiled.Pull``."""
+    own_id = tl.load(group + own, mask=own < rows, other=-1)
+    other_id = tl.load(group + other, mask=other < rows, other=-1)
+    both = tl.load(pull + own, mask=own < rows, other=0.0)[:, None]
+    both += tl.load(pull + other, mask=other < rows, other=0.0)[None]
+    return tl.where((own_id[:, None] == other_id[None]) & (own[:, None] != other[None]), both, 0.0)
+
+
+@jit
 def _gradient_step(
-    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, y_stride,
-    diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
-    POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, pull_group,
+    pull, M, N, y_stride, diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr,
+    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, PULLED: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: the weights of its rows for each row of x, and their sum of y."""
     rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
@@ -61,16 +73,18 @@ def _gradient_step(
             weights += tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
     else:
         weights = tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
+    if PULLED:
+        weights += _pulls(own, other, M, pull_group, pull)
     return add_product(accs, weights, rows, CHUNKS, FIRST, LAST, PRECISION)
 
 
 @jit
 def _gradient_kernel(
-    x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N, x_stride,
-    y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
-    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, X_TMA: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, pull_group, pull,
+    M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, PULLED: tl.constexpr, X_ROLE: tl.constexpr,
+    Y_ROLE: tl.constexpr, X_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
@@ -95,36 +109,53 @@ def _gradient_kernel(
         for i in tl.range(first, full - crossing, num_stages=STAGES):
             t = tl.where(i < crossed, i, i + crossing)
             accs = _gradient_step(
-                t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive, M,
-                N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES,
-                X_ROLE, Y_ROLE, TMA, PRECISION,
+                t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive,
+                pull_group, pull, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS,
+                DIAGONAL, POSITIVES, PULLED, X_ROLE, Y_ROLE, TMA, PRECISION,
             )  # fmt: skip
     for i in tl.range(
         0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=not MASKED
     ):  # as in ``lse``
         t = tl.where(i < crossing, crossed + i, full)
         accs = _gradient_step(
-            t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
-            y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES, X_ROLE,
-            Y_ROLE, TMA, PRECISION,
+            t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive,
+            pull_group, pull, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False, GROUPS, DIAGONAL,
+            POSITIVES, PULLED, X_ROLE, Y_ROLE, TMA, PRECISION,
         )  # fmt: skip
     store_sums(out + tl.cast(split, tl.int64) * M * D, accs, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
 
 
 def launch_gradient(
-    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_role: Role | None,
+    y_role: Role | None,
+    hidden: Exclusion,
+    pull: Pull | None = None,
 ) -> Tensor:
-    """``W @ y`` (M, D) float32, not yet times ``scale``. ``hidden`` is seen from y: its queries are the rows of y."""
+    """``W @ y`` (M, D) float32, not yet times ``scale``. ``hidden`` is seen from y: its queries are the rows of y.
+    ``pull`` where y is x.
+    """
     x, y = rows_contiguous(x), rows_contiguous(y)
     gain = _gain(x, x_role, y_role)
     x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
-    run = wide.gradient if wide.serves("gradient", x.shape[1], x.dtype) else _run_gradient
-    total = run(x, y, scale, x_role, y_role, hidden)
+    if pull is None and wide.serves("gradient", x.shape[1], x.dtype):
+        total = wide.gradient(x, y, scale, x_role, y_role, hidden)
+    else:
+        pull = pull if pull is None or gain is None else Pull(pull.group, pull.weight * gain)
+        total = _run_gradient(x, y, scale, x_role, y_role, hidden, pull)
     return total if gain is None else total.div_(gain)
 
 
 def _run_gradient(
-    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_role: Role | None,
+    y_role: Role | None,
+    hidden: Exclusion,
+    pull: Pull | None,
 ) -> Tensor:
     """By the kernel above."""
     (M, D), N = x.shape, y.shape[0]
@@ -139,12 +170,12 @@ def _run_gradient(
             _gradient_kernel[(blocks, splits)](
                 left.wide, left.narrow, right.wide, right.narrow, scale, out, x_role and x_role.lse2,
                 x_role and x_role.weight, y_role and y_role.lse2, y_role and y_role.weight, hidden.k_group,
-                hidden.q_group, hidden.positive, M, N, left.stride, right.stride, -(hidden.diagonal or 0), split_tiles,
-                D, left.chunk, left.tail, first, last,
+                hidden.q_group, hidden.positive, pull and pull.group, pull and pull.weight, M, N, left.stride,
+                right.stride, -(hidden.diagonal or 0), split_tiles, D, left.chunk, left.tail, first, last,
                 tile.own, tile.other, tile.stages, GROUPS=hidden.q_group is not None,
-                DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), X_ROLE=x_role is not None,
-                Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision,
-                num_warps=tile.warps, num_stages=tile.stages,
+                DIAGONAL=hidden.blocks, POSITIVES=columns_of(hidden.positive), PULLED=pull is not None,
+                X_ROLE=x_role is not None, Y_ROLE=y_role is not None, X_TMA=left.tma, TMA=right.tma,
+                PRECISION=left.precision, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 
@@ -192,9 +223,9 @@ def pair_gradient(
 
 
 def specs(device: str = "meta") -> list[Spec]:
-    """The key gradient under every layout, and the two-role pass of two-sided losses and self-similarity."""
+    """The key gradient under every layout, and the two-role pass of two-sided losses, self-similarity and SupCon."""
     cases = [("key gradient", layout) for layout in ("none", "diagonal", "groups", "positive")]
-    cases += [("two-role gradient", layout) for layout in ("none", "diagonal")]
+    cases += [("two-role gradient", layout) for layout in ("none", "diagonal", "pulled")]
     return [
         _spec(name, layout, width, dtype, device)
         for width in (64, 128, 192, 256, 512, 1024)
@@ -209,13 +240,14 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         ids = torch.arange(rows, device=device)
         role = Role(torch.full((rows,), 10.0, device=device), torch.full((rows,), 1 / rows, device=device))
         group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
-        hidden = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
+        hidden = Exclusion(group, group, positive, 0 if layout in ("diagonal", "pulled") else None)
         own_role = role if name == "two-role gradient" else None
-        launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden)
+        pull = Pull(ids, role.weight) if layout == "pulled" else None
+        launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden, pull)
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
-        if wide.serves("gradient", width, dtype):
+        if layout != "pulled" and wide.serves("gradient", width, dtype):
             return 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if name == "two-role gradient" else "gradient one", width, dtype)
         return (2.0 * len(spans(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
@@ -228,5 +260,5 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         tensor_cores=dtype != torch.float32,
         rare=dtype != torch.bfloat16
         or width not in (128, 256, 512)
-        or layout not in (("none", "diagonal") if name == "key gradient" else ("diagonal",)),
+        or layout not in (("none", "diagonal") if name == "key gradient" else ("diagonal", "pulled")),
     )

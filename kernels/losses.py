@@ -70,13 +70,12 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_reduction(reduction)
     (z,), narrow = autocast(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
-    lse = apply_self(z, scale, 1, narrow, differentiable(z, scale))[0] / LOG2E
     # A label goes by where it starts among the sorted ones, and has as many rows as lie before the next: no host sync.
     ordered = labels.sort().values
-    first, past = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
-    count, wide = past - first - 1, z.to(scale.dtype)
-    sums = torch.zeros_like(wide).index_put((first,), wide, accumulate=True)[first] - wide
-    loss = torch.where(count > 0, lse - scale * (wide * sums).sum(1) / count.clamp(min=1), 0)
+    first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
+    count = past - first - 1
+    lse2, positives = apply_self(z, scale, 1, first, count, narrow, differentiable(z, scale))[:2]
+    loss = torch.where(count > 0, lse2 / LOG2E - positives[:, 0], 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
 

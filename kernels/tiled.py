@@ -22,7 +22,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
-KEPT_MOST, KEPT_LEAST = 1 << 26, 1 << 24  # elements that a forward pass leaves for its gradient: see ``room`` ...
+KEPT_MOST, KEPT_LEAST = 1 << 28, 1 << 26  # bytes that a forward pass leaves for its gradient: see ``room`` ...
 HEADER = 16  # ... after the first, which says how it went, and what aligns the others
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
@@ -95,17 +95,19 @@ def tile_rows() -> int:
     return ROWS * torch.get_num_threads()
 
 
-def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool) -> Tensor:
-    """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone.
+def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool, half: bool = False) -> Tensor:
+    """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone. ``half`` of the
+    matrix is enough where it is symmetric.
 
-    256 MiB of float32 hold it and all else that a loss takes: up to three times its embeddings, for normalised ones,
-    the mean and gradients. What it keeps is no less than 64 MiB.
+    256 MiB hold it and all else that a loss takes: up to four times its embeddings, for normalised ones, the mean and
+    gradients. What it keeps is no less than 64 MiB.
     """
     if not keep:
         return scale.new_empty(0)
-    left = KEPT_MOST - 3 * (q.shape[0] + k.shape[0]) * q.shape[1]
-    kept = scale.new_empty(HEADER + torch.sym_min(q.shape[0] * k.shape[0], torch.sym_max(left, KEPT_LEAST)))
-    kept[0] = 0  # nothing is kept yet
+    left = KEPT_MOST // scale.itemsize - 4 * (q.shape[0] + k.shape[0]) * q.shape[1]
+    tiles = q.shape[0] * (torch.sym_min(k.shape[0], k.shape[0] // 2 + COLUMNS) if half else k.shape[0])
+    kept = scale.new_empty(HEADER + torch.sym_min(tiles, torch.sym_max(left, KEPT_LEAST // scale.itemsize)))
+    kept[:HEADER] = 0  # nothing is kept yet
     return kept
 
 
@@ -150,7 +152,7 @@ class _Tiles:
         self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
         kept = x.new_empty(0) if kept is None else kept
         header = int(kept[0]) if find and len(kept) else 0  # rows of a tile, negative where they are not direct
-        self.found = header != 0
+        self.find, self.found = find, header != 0
         self.step = abs(header) or tile_rows()
         self.direct = header > 0 if self.found else _is_direct(x, y, scale) if direct is None else direct
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
@@ -175,6 +177,8 @@ class _Tiles:
                         tile.exp2_()
                 used += size if kept else 0
                 yield own, other, tile, out
+        if not self.find:
+            self.kept[used:].zero_()  # an op's outputs are the same every time
 
 
 def forward(
@@ -257,6 +261,26 @@ class Role:
         return Role(self.lse2[index], self.weight[index], self.seen)
 
 
+@dataclass(frozen=True)
+class Pull:
+    """Of a set against itself: what W gains where i and j != i have one ``group`` (M,), ``weight`` (M,) of i and of j.
+
+    Within W a positive of probability p keeps 1 - p to the last bit of p; as sums of embeddings, each rounded, the two
+    would cancel.
+    """
+
+    group: Tensor
+    weight: Tensor
+
+    def add_to(self, tile: Tensor, own: slice, other: slice) -> None:
+        """To the tile of W at these rows and columns, which are the same rows where it lies on the diagonal."""
+        rows, columns = self.group[own], self.group[other]
+        if rows.min() <= columns.max() and columns.min() <= rows.max():
+            both = torch.add(self.weight[own][:, None], self.weight[other])
+            both.masked_fill_(rows[:, None] != columns, 0)
+            tile.add_(both.fill_diagonal_(0) if own == other else both)
+
+
 def gradient(
     x: Tensor,
     y: Tensor,
@@ -278,8 +302,8 @@ def gradient(
     gx = x.new_zeros(x.shape if need_x else (0, x.shape[1]))
     gy = y.new_zeros(y.shape if need_y else (0, y.shape[1]))
     tiles = _Tiles(x, y, scale, exclusion, kept, find=True)
-    second = torch.empty_like(tiles.buffer)
-    rows, columns = (_prepared(role, tiles.direct) for role in (x_role, y_role))
+    second, gain = torch.empty_like(tiles.buffer), _gain(x_role, y_role)
+    rows, columns = (_prepared(role, tiles.direct, gain) for role in (x_role, y_role))
     for own, other, tile, out in tiles:
         roles = rows and rows.part((own, None)), columns and columns.part((None, other))
         weights = _weights(tile, out, second, tiles.direct, *roles)
@@ -287,15 +311,24 @@ def gradient(
             gx[own].addmm_(weights, y[other])
         if need_y:
             gy[other].addmm_(weights.T, x[own])
-    return gx, gy
+    return gx.div_(gain), gy.div_(gain)
 
 
-def _prepared(role: Role | None, direct: bool) -> Role | None:
+def _gain(*roles: Role | None) -> float:
+    """The power of two that brings the largest weight to 1, which may be the share of one row in a mean over millions:
+    2^-lse of it shall not fall below the smallest float.
+    """
+    largest = max(float(role.weight.abs().max()) for role in roles if role is not None)
+    return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+
+
+def _prepared(role: Role | None, direct: bool, gain: float) -> Role | None:
     """The role as ``_weights`` takes it: where exponentials are direct, 2^-lse is part of the weight."""
     if role is None:
         return None
     role = role.settled()
-    return Role(role.lse2, role.weight * torch.exp2(-role.lse2)) if direct else role
+    weight = role.weight * gain
+    return Role(role.lse2, weight * torch.exp2(-role.lse2) if direct else weight)
 
 
 def _weights(
@@ -336,6 +369,8 @@ def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | 
     """
     z = _computed(z)
     if not _is_direct(z, z, scale):
+        if kept is not None:
+            kept.zero_()
         return forward(z, z, scale, exclusion, False)[:2]
     total = z.new_zeros(len(z))
     for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper, direct=True):
@@ -345,16 +380,21 @@ def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | 
     return total.log2_(), torch.zeros_like(total)
 
 
-def self_gradient(z: Tensor, scale: Tensor, role: Role, exclusion: Exclusion, kept: Tensor | None = None) -> Tensor:
+def self_gradient(
+    z: Tensor, scale: Tensor, role: Role, exclusion: Exclusion, kept: Tensor | None = None, pull: Pull | None = None
+) -> Tensor:
     """W z (M, D) of ``gradient(z, z)`` with one role on both sides, which makes W symmetric: 3 M M D flops."""
     z = _computed(z)
     gz = torch.zeros_like(z)
     tiles = _Tiles(z, z, scale, exclusion, kept, _upper, find=True)
-    second, both = torch.empty_like(tiles.buffer), _prepared(role, tiles.direct)
+    second, gain = torch.empty_like(tiles.buffer), _gain(role)
+    both, pull = _prepared(role, tiles.direct, gain), pull and Pull(pull.group, pull.weight * gain)
     assert both is not None
     for own, other, tile, out in tiles:
         weights = _weights(tile, out, second, tiles.direct, both.part((own, None)), both.part((None, other)))
+        if pull:
+            pull.add_to(weights, own, other)
         gz[own].addmm_(weights, z[other])
         if own != other:
             gz[other].addmm_(weights.T, z[own])
-    return gz
+    return gz.div_(gain)

@@ -37,12 +37,12 @@ from vito_kernels._tiles import (
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
-from vito_kernels.gradient import pair_gradient, role_of
+from vito_kernels.gradient import launch_gradient, pair_gradient, role_of
 from vito_kernels.info_nce import autocast, differentiable, narrowed
 from vito_kernels.lse import launch_lse, trusted_lse
 from vito_kernels.margin import margin
 from vito_kernels.normalize import normalize
-from vito_kernels.tiled import Exclusion
+from vito_kernels.tiled import Exclusion, Pull
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -297,40 +297,64 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 
 @torch.library.custom_op("vito_kernels::self_contrast", mutates_args=())
 def self_contrast(
-    z: Tensor, scale: Tensor, views: int, narrow: torch.dtype | None = None, keep: bool = False
+    z: Tensor,
+    scale: Tensor,
+    views: int,
+    group: Tensor | None,
+    count: Tensor | None,
+    narrow: torch.dtype | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse2 (M,), logits (M, views - 1) of the sample's other view, rest (M,)) of each embedding over those of other
-    samples; a sample is ``views`` neighbouring rows, 1 or 2.
+    """(lse2 (M,), logits (M, P) of positives, rest (M,)) of each embedding over those of other samples; a sample is
+    ``views`` neighbouring rows, 1 or 2.
 
-    ``narrow`` and ``keep`` as for ``contrast``.
+    Of two views, the other is the positive. Given ``group`` (M,), ids in [0, M), and the ``count`` (M,) of others in
+    the same group, P = 1: the mean of their logits, 0 where there are none. ``narrow``, ``keep``: as for ``contrast``.
     """
     check_finite(scale)
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
-    kept = tiled.room(z, z, scale, keep and not use_triton(z))
+    kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
     if use_triton(z):
         lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
-        return lse2, rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True), rest, kept
-    lse2, rest = tiled.self_forward(side, scale, exclusion, kept)
-    if views == 1:
-        return lse2, scale.new_empty(len(z), 0), rest, kept
-    pairs = (z[::2].to(scale.dtype) * z[1::2]).sum(1, keepdim=True).mul_(scale)
-    return lse2, pairs.repeat_interleave(2, 0), rest, kept
+    else:
+        lse2, rest = tiled.self_forward(side, scale, exclusion, kept)
+    if group is not None and count is not None:
+        logits = _group_logits(z, scale, group, count)
+    elif use_triton(z):
+        logits = rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True)
+    elif views == 2:
+        pairs = (z[::2].to(scale.dtype) * z[1::2]).sum(1, keepdim=True).mul_(scale)
+        logits = pairs.repeat_interleave(2, 0)
+    else:
+        logits = scale.new_empty(len(z), 0)
+    return lse2, logits, rest, kept
+
+
+def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """All positives of a row at once, by the sum of their embeddings: O(M D). In float64, as thousands are added up and
+    what the log-sum-exp leaves of them may be small.
+    """
+    wide = z.double()
+    sums = torch.zeros_like(wide).index_put_((group,), wide, accumulate=True)[group].sub_(wide)
+    return (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None]).mul_(scale).to(scale.dtype)
 
 
 @self_contrast.register_fake
-def _(z, scale, views, narrow=None, keep=False):
-    kept = tiled.room(z, z, scale, keep and not use_triton(z))
-    rows = z.shape[0]
-    return scale.new_empty(rows), scale.new_empty(rows, views - 1), scale.new_empty(rows), kept
+def _(z, scale, views, group, count, narrow=None, keep=False):
+    kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
+    rows, positives = z.shape[0], views - 1 if group is None else 1
+    return scale.new_empty(rows), scale.new_empty(rows, positives), scale.new_empty(rows), kept
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
 def self_contrast_backward(
     g_lse2: Tensor,
-    g_pair: Tensor,
+    g_positive: Tensor,
     z: Tensor,
     scale: Tensor,
     views: int,
+    group: Tensor | None,
+    count: Tensor | None,
     lse2: Tensor,
     rest: Tensor,
     kept: Tensor,
@@ -341,16 +365,18 @@ def self_contrast_backward(
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once, and so the gradient
     of the scale meets each logit from both of its ends.
     """
-    role = role_of(lse2, rest, g_lse2)
+    role, pull = role_of(lse2, rest, g_lse2), None
+    if group is not None and count is not None:
+        pull = Pull(group, g_positive[:, 0] / count.clamp(min=1))
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     if use_triton(z):
-        gz, _ = pair_gradient(side, side, scale, role, role, exclusion, True, False)
-        pairs: dict[str, Any] = {"pair_weight": g_pair, "k": z, "twins": True} if views == 2 else {}
+        gz = launch_gradient(side, side, scale, role, role, exclusion, pull)
+        pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if views == 2 else {}
         dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
         return dz, dscale / 2 if need_scale else dscale
-    gz = tiled.self_gradient(side, scale, role, exclusion, kept)
+    gz = tiled.self_gradient(side, scale, role, exclusion, kept, pull)
     if views == 2:
-        share = g_pair[::2] + g_pair[1::2]
+        share = g_positive[::2] + g_positive[1::2]
         gz[::2].addcmul_(z[1::2].to(gz.dtype), share)
         gz[1::2].addcmul_(z[::2].to(gz.dtype), share)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)
@@ -358,24 +384,26 @@ def self_contrast_backward(
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, g_pair, z, scale, views, lse2, rest, kept, need_z, need_scale, narrow=None):
+def _(g_lse2, g_positive, z, scale, views, group, count, lse2, rest, kept, need_z, need_scale, narrow=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, ctx.views, ctx.narrow, _ = inputs
+    z, scale, ctx.views, group, count, ctx.narrow, _ = inputs
     lse2, _, *more = output
-    ctx.save_for_backward(z, scale, lse2, *more)
+    ctx.save_for_backward(z, scale, group, count, lse2, *more)
     ctx.set_materialize_grads(False)
 
 
-def _self_backward(ctx, g_lse2, g_pair, *_):
-    z, scale, lse2, *more = ctx.saved_tensors
+def _self_backward(ctx, g_lse2, g_positive, *_):
+    z, scale, group, count, lse2, *more = ctx.saved_tensors
     need_z, need_scale = needs = ctx.needs_input_grad[:2]
+    positives = ctx.views - 1 if group is None else 1
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
-    g_pair = lse2.new_zeros(len(lse2), ctx.views - 1) if g_pair is None else g_pair.contiguous()
-    dz, dscale = apply_self_backward(g_lse2, g_pair, z, scale, ctx.views, lse2, *more, *needs, ctx.narrow)
-    return dz if need_z else None, dscale if need_scale else None, None, None, None
+    g_positive = lse2.new_zeros(len(lse2), positives) if g_positive is None else g_positive.contiguous()
+    sets = z, scale, ctx.views, group, count
+    dz, dscale = apply_self_backward(g_lse2, g_positive, *sets, lse2, *more, *needs, ctx.narrow)
+    return dz if need_z else None, dscale if need_scale else None, *(None,) * 5
 
 
 apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
@@ -424,5 +452,5 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     scale = inverse_temperature(temperature)
     (z,), narrow = autocast(normalize(torch.stack([z1, z2], 1).flatten(0, 1)))
     factor = scale_tensor(scale, z)
-    loss = margin(*apply_self(z, factor, 2, narrow, differentiable(z, factor))[:2])
+    loss = margin(*apply_self(z, factor, 2, None, None, narrow, differentiable(z, factor))[:2])
     return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)

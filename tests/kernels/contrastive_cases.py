@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vito_kernels import clip_loss, info_nce, reference
+from vito_kernels import clip_loss, info_nce, reference, supcon_loss
 
 SHAPES = [(1, 1, 16), (5, 9, 16), (33, 70, 48), (64, 64, 64), (17, 130, 100), (130, 17, 192)]
 LAYOUTS = ["none", "groups", "positive", "many"]
@@ -90,3 +90,35 @@ def gradient_errors_under_autocast(device, p_positive, rows=64, width=128):
         for side, one, other in zip("qk", found, expected, strict=True):
             errors[name, side] = ((one.cpu().double() - other).norm() / other.norm()).item()
     return errors
+
+
+def supcon_gradient_error_under_autocast(device, p_positive, rows=64, width=64):
+    """As above, of SupCon's, whose positives are part of the sum: here pairs of that probability."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(rows) % (rows // 2)
+    z = normalize(torch.randn(rows // 2, width, generator=draw), dim=1)[labels]
+    z = normalize(z + 0.04 * torch.randn(rows, width, generator=draw), dim=1)
+    logits, low, high = (z @ z.T).fill_diagonal_(-torch.inf), 0.0, 200.0
+    for _ in range(50):
+        scale = (low + high) / 2
+        likely = (scale * logits).softmax(1)[labels[:, None] == labels].view(rows, 2).sum(1).mean() > p_positive
+        low, high = (low, scale) if likely else (scale, high)
+
+    leaf, exact = z.to(device).requires_grad_(), z.double().requires_grad_()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        loss = supcon_loss(leaf, labels.to(device), temperature=1 / scale)
+    (found,) = torch.autograd.grad(loss, leaf)
+    unit = normalize(exact, dim=1)
+    unit = unit + (unit.bfloat16().double() - unit).detach()
+    logits = (scale * unit @ unit.T).fill_diagonal_(-torch.inf)
+    partner = torch.arange(rows).roll(rows // 2)
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, partner), exact)
+    return ((found.cpu().double() - expected).norm() / expected.norm()).item()
+
+
+def tight_classes(rows, width, classes, noise):
+    """(z, labels) of classes whose members nearly coincide: gradients are what little is left between large sums."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (rows,), generator=draw)
+    centres = normalize(torch.randn(classes, width, generator=draw), dim=1)
+    return normalize(centres[labels] + noise * torch.randn(rows, width, generator=draw) / width**0.5, dim=1), labels

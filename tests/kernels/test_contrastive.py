@@ -16,11 +16,13 @@ from contrastive_cases import (
     error,
     gradient_errors_under_autocast,
     layout,
+    supcon_gradient_error_under_autocast,
+    tight_classes,
     with_gradients,
 )
 from torch.utils.checkpoint import checkpoint
 
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, tiled
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss, tiled
 from vito_kernels.tiled import Exclusion, Role
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,13 +32,13 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 def tile_rows(request, monkeypatch):
     """Also with tiles so small that every shape has whole, ragged and diagonal ones, and a few of them are kept."""
     if request.param:
-        small_tiles(monkeypatch, request.param, kept=900)
+        small_tiles(monkeypatch, request.param, kept=3600)
 
 
 def small_tiles(monkeypatch, rows, kept):
     monkeypatch.setattr(tiled, "tile_rows", lambda: rows)
     monkeypatch.setattr(tiled, "COLUMNS", rows + 8)
-    monkeypatch.setattr(tiled, "KEPT_MOST", kept)
+    monkeypatch.setattr(tiled, "KEPT_MOST", kept)  # bytes
     monkeypatch.setattr(tiled, "KEPT_LEAST", kept)
 
 
@@ -149,8 +151,13 @@ def test_ops_are_registered_in_full():
         (q, k.detach(), scale.detach(), None, None, torch.tensor([[1]] * 6), None, True),
     ):
         torch.library.opcheck(ops.contrast.default, args)
-    torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1))
-    torch.library.opcheck(ops.self_contrast.default, (q, scale, 2))
+    group, count = torch.tensor([0, 0, 2, 2, 2, 5]), torch.tensor([1, 1, 2, 2, 2, 0])
+    for keep in (False, True):
+        torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, keep))
+        torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, keep))
+        for times in (1, 100):  # by exponentials, and with a running maximum
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 2, None, None, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 1, group, count, None, keep))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,30 @@ def test_autocast_rounds_the_embeddings_and_nothing_else():
 def test_gradients_under_autocast_are_not_rounded(p_positive):
     errors = gradient_errors_under_autocast("cpu", p_positive)
     assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize(("p_positive", "bound"), [(0.9, 1e-5), (0.99, 1e-4), (0.999, 1e-3), (0.9999, 5e-3)])
+def test_supcon_keeps_what_likely_positives_leave(p_positive, bound):
+    """1 - p to the last bit of p in float32, as torch's softmax in float32 has it."""
+    assert supcon_gradient_error_under_autocast("cpu", p_positive) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 4])
+def test_supcon_of_tight_classes_is_as_exact_as_torch(dtype, classes, tile_rows):
+    z, labels = tight_classes(300, 64, classes, 0.02)
+    pair = [lambda x, f=f: f(x, labels) for f in (supcon_loss, reference.supcon_loss)]
+    assert_at_most_twice_torch(*pair, [z.to(dtype)], floor=32)
+
+
+def test_a_small_share_of_a_large_loss_has_its_gradient():
+    """Times 2^-lse it would be below the smallest float."""
+    k = embeddings(20, 32, torch.float32, "cpu", 0)
+    q = (k + 0.01).requires_grad_()
+    k.requires_grad_()
+    whole = torch.autograd.grad(similarity_lse(q, k, 60.0).sum(), (q, k))
+    share = torch.autograd.grad(similarity_lse(q, k, 60.0).sum() * 2.0**-60, (q, k))
+    torch.testing.assert_close([2.0**60 * x for x in share], list(whole), rtol=1e-6, atol=0)
 
 
 def test_no_gradient_costs_half():

@@ -10,6 +10,8 @@ from contrastive_cases import (
     error,
     gradient_errors_under_autocast,
     layout,
+    supcon_gradient_error_under_autocast,
+    tight_classes,
     with_gradients,
 )
 
@@ -126,6 +128,18 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
 def test_gradients_under_autocast_are_not_rounded(device, p_positive):
     errors = gradient_errors_under_autocast(device, p_positive)
     assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize(("p_positive", "bound"), [(0.9, 3e-3), (0.999, 3e-3), (0.9999, 1e-2)])
+def test_supcon_keeps_what_likely_positives_leave(device, p_positive, bound):
+    assert supcon_gradient_error_under_autocast(device, p_positive) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_supcon_of_tight_classes(device, dtype):
+    z, labels = tight_classes(48, 32, 3, 0.05)
+    pair = [lambda x, f=f: f(x, labels.to(x.device)) for f in (supcon_loss, reference.supcon_loss)]
+    assert_at_most_twice_torch(*pair, [z.to(device, dtype)], floor=32)
 
 
 def test_supcon(device):
