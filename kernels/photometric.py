@@ -394,10 +394,10 @@ def _check(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
         mean, std = [float(m) for m in mean], [float(s) for s in std]
     except (TypeError, ValueError):
         raise TypeError(f"mean and std must be three numbers each, got {mean!r} and {std!r}") from None
-    if len(mean) != 3 or len(std) != 3 or not all(math.isfinite(m) for m in mean):
+    if len(mean) != 3 or len(std) != 3 or not all(-math.inf < m < math.inf for m in mean):
         raise ValueError(f"mean and std must be three finite numbers each, got {mean} and {std}")
-    if not all(s > 0 and math.isfinite(s) for s in std):
-        raise ValueError(f"std must be positive, got {std}")
+    if not all(0 < s < math.inf for s in std):
+        raise ValueError(f"std must be positive and finite, got {std}")
 
 
 def _check_values(params: Tensor) -> None:

@@ -162,6 +162,16 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(images, params), photometric(images, params) * 2)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_compiles_whole_where_the_normalisation_varies(dynamic):
+    images, params = photographs(2, 30, 20), random_params(2)
+    compiled = torch.compile(
+        lambda mean: photometric(images, params, mean=mean), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for mean in [(0.0, 0.1, 0.2), (0.1, 0.2, 0.3), (0.3, 0.3, 0.3)]:  # from the second on, symbols
+        torch.testing.assert_close(compiled(mean), photometric(images, params, mean=mean))
+
+
 def test_autocast_changes_nothing():
     images, params = photographs(2, 40, 40), random_params(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -256,7 +266,9 @@ def test_number_of_threads_changes_nothing():
         ({"kernel_size": 3.0}, TypeError, "3.0"),
         ({"dtype": torch.float64}, TypeError, "float64"),
         ({"std": (1, 0, 1)}, ValueError, r"\[1.0, 0.0, 1.0\]"),
+        ({"std": (1, math.inf, 1)}, ValueError, r"finite.*inf"),
         ({"mean": (0, 0)}, ValueError, r"\[0.0, 0.0\]"),
+        ({"mean": (0, 0, math.nan)}, ValueError, "nan"),
         ({"mean": 0.5}, TypeError, "0.5"),
         ({"std": "one"}, TypeError, "'one'"),
         ({"params": row(order=24).expand(2, -1)}, ValueError, "order.*24"),
