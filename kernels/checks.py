@@ -88,7 +88,7 @@ def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
             raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
         if _is_readable(temperature) and not 0 < float(temperature.detach()) < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {float(temperature.detach())}")
-        return temperature.reciprocal()
+        return temperature.reshape(()).reciprocal()
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
