@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("gather", "ring")
+LEAST_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a scale still
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
@@ -50,10 +53,15 @@ def check_locked(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but this loss gives locked keys no gradient; pass {name}.detach()")
 
 
+def is_number(x: Any) -> bool:
+    """A real number of Python's or of NumPy's."""
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     """The factor on the dot products as a 0-d tensor: float64 beside float64 embeddings, otherwise float32.
 
-    A number must be finite. Of a tensor the ops ask that themselves, by ``check_finite``.
+    A number must be finite in that dtype. Of a tensor the ops ask that themselves, by ``check_finite``.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(scale, Tensor):
@@ -63,11 +71,12 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
             raise TypeError(f"scale must be a floating-point tensor, got {scale.dtype}")
         check_device("scale (or temperature)", scale, like)
         return scale.reshape(()).to(dtype)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    return torch.full((), float(scale), dtype=dtype, device=like.device)
+    scale, most = float(scale), torch.finfo(dtype).max
+    if not -most <= scale <= most:
+        raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
+    return torch.full((), scale, dtype=dtype, device=like.device)
 
 
 def check_finite(scale: Tensor) -> None:
@@ -86,14 +95,21 @@ def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
             raise ValueError(f"temperature must be a number or one element, got shape {tuple(temperature.shape)}")
         if not temperature.dtype.is_floating_point:
             raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
-        if _is_readable(temperature) and not 0 < float(temperature.detach()) < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {float(temperature.detach())}")
+        if _is_readable(temperature):
+            _check_temperature(temperature.item())
         return temperature.reshape(()).reciprocal()
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if not is_number(temperature):
         raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    temperature = float(temperature)  # NumPy's would round the quotient
+    _check_temperature(temperature)
     return 1 / temperature
+
+
+def _check_temperature(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+    if value < LEAST_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE:.3g}, got {value}")
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -164,7 +180,7 @@ def check_options(
     """The options of InfoNCE, and that they are combined only where they mean something."""
     options = {"label_smoothing": label_smoothing, "debias": debias, "hard_negatives": hard_negatives}
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if name != "hard_negatives" and not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")

@@ -314,6 +314,7 @@ def info_nce(
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
         if hard_negatives:
+            hard_negatives = float(hard_negatives)  # NumPy's would round the scales
             harder = over_negatives(scale * (1 + hard_negatives)) - over_negatives(scale * hard_negatives) + log_count
             negatives = torch.where(negatives == -torch.inf, negatives, harder)
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from contrastive_cases import embeddings
@@ -25,3 +26,44 @@ def test_a_temperature_of_one_element_has_any_shape(shape, options):
         found = vk.info_nce(q, k, temperature=temperature, reduction="none", **options)
         torch.testing.assert_close(found, expected)
         assert torch.autograd.grad(found.sum(), temperature)[0].shape == shape
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_numbers_of_numpy_are_numbers(options, kind):
+    q, k = (x.requires_grad_() for x in pair(torch.float64))
+    numbers = {name: kind(value) for name, value in ({"temperature": 0.3} | options).items()}
+    plain = {name: float(value) for name, value in numbers.items()}
+    torch.testing.assert_close(vk.info_nce(q, k, **numbers), vk.info_nce(q, k, **plain))
+    torch.testing.assert_close(vk.clip_loss(q, k, kind(8)), vk.clip_loss(q, k, 8))
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_numbers_may_be_symbols_of_a_compiler(dynamic):
+    q, k = pair()
+
+    def losses(scale, share):
+        return vk.clip_loss(q, k, scale) + vk.info_nce(q, k, temperature=1 / scale, label_smoothing=share)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for scale, share in [(9.0, 0.1), (7.5, 0.2), (5.25, 0.3)]:
+        torch.testing.assert_close(compiled(scale, share), losses(scale, share))
+
+
+X = torch.ones(4, 16)
+WRONG = [
+    (ValueError, r"scale must fit torch.float32.*got 1e\+39", lambda: vk.clip_loss(X, X, 1e39)),
+    (ValueError, r"scale must fit torch.float32.*got -1e\+300", lambda: vk.similarity_lse(X, X, -1e300)),
+    (ValueError, "temperature must be at least 2.94e-39, got 1e-45", lambda: vk.info_nce(X, X, temperature=1e-45)),
+    (ValueError, "temperature must be at least.*got 1e-310", lambda: vk.MoCoLoss(16, 8, temperature=1e-310)),
+    (ValueError, "temperature must be at least.*got 1.4", lambda: vk.ntxent(X, X, torch.tensor(1e-45))),
+    (TypeError, "temperature must be a number.*bool", lambda: vk.info_nce(X, X, temperature=True)),
+    (TypeError, "label_smoothing must be a number, got bool", lambda: vk.info_nce(X, X, label_smoothing=np.True_)),
+    (TypeError, "scale must be a number.*complex", lambda: vk.clip_loss(X, X, 1j)),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), WRONG, ids=[message for _, message, _ in WRONG])
+def test_wrong_numbers_are_named(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
