@@ -16,7 +16,9 @@ LEAST_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a sca
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
-    """Two matrices of embeddings of one width, type and device, neither of them empty."""
+    """Two matrices of embeddings of one width, type and device, neither of them empty. Under autocast, one may be
+    float32 and the other of its type.
+    """
     for name, x in zip(names, (q, k), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -30,9 +32,14 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
             raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"{names[0]} and {names[1]} must have the same width, got {q.shape[1]} and {k.shape[1]}")
-    if q.dtype != k.dtype:
+    if q.dtype != k.dtype and not _mixed_by_autocast(q, k):
         raise TypeError(f"{names[0]} and {names[1]} must have the same dtype, got {q.dtype} and {k.dtype}")
     check_device(names[1], k, q)
+
+
+def _mixed_by_autocast(q: Tensor, k: Tensor) -> bool:
+    kind = q.device.type
+    return torch.is_autocast_enabled(kind) and {q.dtype, k.dtype} == {torch.float32, torch.get_autocast_dtype(kind)}
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

@@ -214,13 +214,13 @@ apply_contrast_backward = refuse_double_backward(contrast_backward)
 def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
     """As autocast does for a matmul: float32 embeddings take the values of its dtype, which comes second (else None).
 
-    They stay float32 tensors with the gradient of the identity, so that no gradient is rounded to 16 bits on its way.
+    All are float32 tensors then, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
     """
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype != torch.float32:
+    if not torch.is_autocast_enabled(kind) or all(x.dtype != torch.float32 for x in tensors):
         return list(tensors), None
-    dtype = torch.get_autocast_dtype(kind)
-    return [x + (x.to(dtype) - x).detach() for x in tensors], dtype
+    dtype, wide = torch.get_autocast_dtype(kind), [x.float() for x in tensors]
+    return [x + (x.to(dtype) - x).detach() for x in wide], dtype
 
 
 def narrowed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -239,9 +239,10 @@ def similarity_lse(
 
     Equivalent: ``(scale * q @ k.T).masked_fill(q_group[:, None] == k_group[None], -inf).logsumexp(1)``.
 
-    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch) and a device; rows may
-    be strided. ``scale`` is a number or a tensor of one element, which may require grad. Groups are int64 or int32,
-    (M,) and (N,); without them every key counts. A query that sees no key has lse = -inf and no gradient.
+    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch; under autocast one may
+    be float32 and the other of autocast's) and a device; rows may be strided. ``scale`` is a number or a tensor of one
+    element, which may require grad. Groups are int64 or int32, (M,) and (N,); without them every key counts. A query
+    that sees no key has lse = -inf and no gradient.
 
     Sums are in float32 (float64 for float64, and so is the result). On a GPU float32 products are taken on the tensor
     cores in bfloat16 parts: three, as exact as float32, or by ``torch.set_float32_matmul_precision`` fewer; beyond a

@@ -1,4 +1,4 @@
-"""What the losses take as their numbers and tensors beside the embeddings, and what they say of the rest."""
+"""Which numbers, shapes and dtypes the losses take, and what they say of the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from contrastive_cases import embeddings
 
 import vito_kernels as vk
+from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
+from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
 
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"hard_negatives": 0.5}, {"debias": 0.1, "hard_negatives": 0.5}]
 
@@ -50,6 +52,54 @@ def test_numbers_may_be_symbols_of_a_compiler(dynamic):
         torch.testing.assert_close(compiled(scale, share), losses(scale, share))
 
 
+PAIR_LOSSES = {
+    "lse": lambda x, y: vk.similarity_lse(x, y, 9.0).sum(),
+    "info_nce": lambda x, y: vk.info_nce(x, y),
+    "clip": lambda x, y: vk.clip_loss(x, y, 9.0),
+    "moco": lambda x, y: vk.moco_loss(x, y.detach(), y.detach().float(), temperature=0.2) + y.float().sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("narrow", [(True, False), (False, True)], ids=["first", "second"])
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_autocast_mixes_dtypes(loss, narrow, dtype):
+    """As float32 embeddings of the same values: the side of 16 bits rounds its gradient once."""
+    wide = [x.to(dtype).float().requires_grad_() for x in pair()]
+    mixed = [x.to(dtype) if narrow_one else x for x, narrow_one in zip(wide, narrow, strict=True)]
+    mixed = [x.detach().requires_grad_() for x in mixed]
+    with torch.autocast("cpu", dtype):
+        expected, found = (PAIR_LOSSES[loss](*sides) for sides in (wide, mixed))
+    assert torch.equal(found, expected)
+    grads = torch.autograd.grad(found, mixed)
+    truth = [g.to(x.dtype) for g, x in zip(torch.autograd.grad(expected, wide), mixed, strict=True)]
+    torch.testing.assert_close(list(grads), truth, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("library", "adapter", "arguments"),
+    [
+        ("open_clip.loss.ClipLoss", ClipAdapter, {}),
+        ("lightly.loss.NTXentLoss", LightlyAdapter, {}),
+        ("lightly.loss.NTXentLoss", LightlyAdapter, {"memory_bank_size": (20, 16)}),
+    ],
+    ids=["open_clip", "lightly", "lightly's bank"],
+)
+def test_autocast_mixes_dtypes_as_in_the_libraries(library, adapter, arguments, dtype):
+    module, _, name = library.rpartition(".")
+    peer = getattr(pytest.importorskip(module), name)
+    x, y = pair()
+    scale = (9.0,) if adapter is ClipAdapter else ()
+    for sides in ((x.to(dtype), y), (x, y.to(dtype))):
+        losses = []
+        for make in (adapter, peer):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", dtype):
+                losses.append(make(**arguments)(*sides, *scale).float())
+        torch.testing.assert_close(*losses, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 X = torch.ones(4, 16)
 WRONG = [
     (ValueError, r"scale must fit torch.float32.*got 1e\+39", lambda: vk.clip_loss(X, X, 1e39)),
@@ -60,7 +110,15 @@ WRONG = [
     (TypeError, "temperature must be a number.*bool", lambda: vk.info_nce(X, X, temperature=True)),
     (TypeError, "label_smoothing must be a number, got bool", lambda: vk.info_nce(X, X, label_smoothing=np.True_)),
     (TypeError, "scale must be a number.*complex", lambda: vk.clip_loss(X, X, 1j)),
+    (TypeError, "same dtype, got torch.float32 and torch.float64", lambda: under_autocast(X, X.double())),
+    (TypeError, "same dtype, got torch.float16 and torch.float32", lambda: under_autocast(X.half(), X)),
+    (TypeError, "same dtype, got torch.float32 and torch.bfloat16", lambda: vk.info_nce(X, X.bfloat16())),
 ]
+
+
+def under_autocast(x, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        return vk.clip_loss(x, y, 1.0)
 
 
 @pytest.mark.parametrize(("kind", "message", "call"), WRONG, ids=[message for _, message, _ in WRONG])
