@@ -72,17 +72,27 @@ def _reweighted(
     logits: Tensor, positives: Tensor, excluded: Tensor, scale: float | Tensor, beta: float, share: float
 ) -> Tensor:
     """Robinson et al. 2021 (arXiv 2010.04592), eq. 4 and code; beta = 0 is Chuang et al. 2020 (arXiv 2007.00224), eq.
-    8.
+    8. In logarithms, which do not overflow:
+
+        hard      = n * sum(e^((1 + beta) * logit)) / sum(e^(beta * logit))        over the n negatives
+        negatives = max((hard - share * n * e^positive) / (1 - share), n * e^-scale)
+        loss      = log(1 + negatives / e^positive)
     """
-    seen = (~excluded).to(logits.dtype)
-    count = seen.sum(1, keepdim=True)
-    weights = torch.exp(beta * logits) * seen
-    weights = weights * count / weights.sum(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    negatives = (weights * torch.exp(logits)).sum(1, keepdim=True)
+    empty = excluded.all(1, keepdim=True)
+    excluded = excluded & ~empty  # a query without negatives takes any: its loss is set to 0
+
+    def log_sum(factor: float) -> Tensor:
+        return (factor * logits).masked_fill(excluded, -math.inf).logsumexp(1, keepdim=True)
+
+    log_n = log_sum(0)
+    negatives = hard = log_n + log_sum(1 + beta) - log_sum(beta)
     if share:
-        floor = count * torch.exp(torch.as_tensor(-scale, dtype=logits.dtype))
-        negatives = torch.maximum((negatives - share * count * torch.exp(positives)) / (1 - share), floor)
-    return torch.log1p(negatives * torch.exp(-positives))
+        part = math.log(share) + log_n + positives - hard  # what is subtracted, over what from
+        below_one = part.clamp(max=-torch.finfo(part.dtype).eps)
+        rest = hard + torch.log(-torch.expm1(below_one)) - math.log1p(-share)
+        floor = log_n - scale
+        negatives = torch.where(part < 0, torch.maximum(rest, floor), floor)
+    return torch.logaddexp(negatives - positives, torch.zeros_like(positives)).masked_fill(empty, 0)
 
 
 def normalize(x: Tensor) -> Tensor:
