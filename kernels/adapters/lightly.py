@@ -18,10 +18,10 @@ from vito_kernels.two_sided import ntxent
 class NTXentLoss(nn.Module):
     """Takes the place of lightly's ``NTXentLoss``: ``from vito_kernels.adapters.lightly import NTXentLoss``.
 
-    SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``, 0 for none. As lightly's, the bank
-    holds random unit vectors at first, takes the normalised ``out1`` in place of its oldest keys when ``out0``
-    requires grad, and leaves the keys that pass its end. With ``gather_distributed`` all ranks of the default process
-    group are seen, and under ``DistributedDataParallel`` gradients are those of the whole batch.
+    SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``; 0, or 0 keys, for none. As
+    lightly's, the bank holds random unit vectors at first, takes the normalised ``out1`` in place of its oldest keys
+    when ``out0`` requires grad, and leaves the keys that pass its end. With ``gather_distributed`` all ranks of the
+    default process group are seen, and under ``DistributedDataParallel`` gradients are those of the whole batch.
     """
 
     bank: Tensor
@@ -35,7 +35,7 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         inverse_temperature(temperature)
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if size != (0,) and (len(size) != 2 or min(size) < 1):
+        if size != (0,) and (len(size) != 2 or size[0] < 0 or size[1] < 1):
             raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")
         if gather_distributed and not dist.is_available():
             raise ValueError("gather_distributed is True but torch.distributed is not available")

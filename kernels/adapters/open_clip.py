@@ -17,7 +17,8 @@ class ClipLoss(nn.Module):
     open_clip gives with ``gather_with_grad=True`` and a part of otherwise. ``local_loss`` chooses the value: the
     rank's own rows and columns, or the loss of the whole batch. There are no labels to cache, so ``cache_labels``
     changes nothing; a ``logit_bias`` shifts every logit alike, so it changes nothing either and gets a gradient of
-    zero. ``rank`` and ``world_size`` must be those of the process group. Raises ValueError for ``use_horovod``.
+    zero. ``rank`` and ``world_size`` must be those of the process group; with ``world_size=1`` a rank is alone,
+    whatever its number. Raises ValueError for ``use_horovod``.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; use torch.distributed")
-        if not 0 <= rank < world_size:
+        if world_size != 1 and not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size), got {rank} of {world_size}")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod

@@ -100,6 +100,12 @@ def test_autocast_mixes_dtypes_as_in_the_libraries(library, adapter, arguments, 
         torch.testing.assert_close(*losses, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_adapters_take_what_turns_their_option_off():
+    x, y = pair()
+    assert torch.equal(LightlyAdapter(0.3, (0, 16))(x, y), vk.ntxent(x, y, 0.3))
+    assert torch.equal(ClipAdapter(rank=1, world_size=1)(x, y, 9.0), vk.clip_loss(x, y, 9.0))
+
+
 X = torch.ones(4, 16)
 WRONG = [
     (ValueError, r"scale must fit torch.float32.*got 1e\+39", lambda: vk.clip_loss(X, X, 1e39)),
@@ -110,6 +116,11 @@ WRONG = [
     (TypeError, "temperature must be a number.*bool", lambda: vk.info_nce(X, X, temperature=True)),
     (TypeError, "label_smoothing must be a number, got bool", lambda: vk.info_nce(X, X, label_smoothing=np.True_)),
     (TypeError, "scale must be a number.*complex", lambda: vk.clip_loss(X, X, 1j)),
+    (ValueError, r"memory bank size \(-1, 16\)", lambda: LightlyAdapter(0.3, (-1, 16))),
+    (ValueError, r"memory bank size \(8, 0\)", lambda: LightlyAdapter(0.3, (8, 0))),
+    (ValueError, r"memory bank size \(0, 16, 2\)", lambda: LightlyAdapter(0.3, (0, 16, 2))),
+    (ValueError, "rank must lie in.*got 2 of 2", lambda: ClipAdapter(rank=2, world_size=2)),
+    (ValueError, "rank must lie in.*got 0 of 0", lambda: ClipAdapter(world_size=0)),
     (TypeError, "same dtype, got torch.float32 and torch.float64", lambda: under_autocast(X, X.double())),
     (TypeError, "same dtype, got torch.float16 and torch.float32", lambda: under_autocast(X.half(), X)),
     (TypeError, "same dtype, got torch.float32 and torch.bfloat16", lambda: vk.info_nce(X, X.bfloat16())),
@@ -122,6 +133,6 @@ def under_autocast(x, y):
 
 
 @pytest.mark.parametrize(("kind", "message", "call"), WRONG, ids=[message for _, message, _ in WRONG])
-def test_wrong_numbers_are_named(kind, message, call):
+def test_wrong_input_is_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
