@@ -142,6 +142,20 @@ def test_supcon_of_tight_classes(device, dtype):
     assert_at_most_twice_torch(*pair, [z.to(device, dtype)], floor=32)
 
 
+@pytest.mark.parametrize("loss", [lambda x, y: info_nce(x, y), lambda x, y: clip_loss(x, y, 9.0)], ids=["one", "two"])
+def test_autocast_mixes_dtypes(device, loss):
+    """One side in bfloat16 gives what float32 of its values gives, but for the rounding of its gradient."""
+    x, y = (embeddings(20, 32, torch.bfloat16, device, i) for i in range(2))
+    results = []
+    for sides in ((x.float(), y.float()), (x, y.float()), (x.float(), y)):
+        leaves = [side.detach().requires_grad_() for side in sides]
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            value = loss(*leaves)
+        results.append([value, *(g.bfloat16() for g in torch.autograd.grad(value, leaves))])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=0, atol=0)
+
+
 def test_supcon(device):
     labels = torch.randint(0, 7, (30,), generator=torch.Generator().manual_seed(0)).to(device)
     z = embeddings(30, 32, torch.float32, device, 0, unit=False)
