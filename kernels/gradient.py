@@ -47,9 +47,10 @@ def _pulls(own, other, rows, group, pull):
     """As ``tiled.Pull``."""
     own_id = tl.load(group + own, mask=own < rows, other=-1)
     other_id = tl.load(group + other, mask=other < rows, other=-1)
-    both = tl.load(pull + own, mask=own < rows, other=0.0)[:, None]
-    both += tl.load(pull + other, mask=other < rows, other=0.0)[None]
-    return tl.where((own_id[:, None] == other_id[None]) & (own[:, None] != other[None]), both, 0.0)
+    shared = (own_id[:, None] == other_id[None]) & (own[:, None] != other[None])
+    mine = tl.load(pull + own, mask=own < rows, other=0.0)
+    theirs = tl.load(pull + other, mask=other < rows, other=0.0)
+    return tl.where(shared, mine[:, None] + theirs[None], 0.0)
 
 
 @jit
@@ -88,7 +89,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
-    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or (D > 128 and PRECISION == "bf16x6")  # as in ``lse``
+    MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or PULLED or (D > 128 and PRECISION == "bf16x6")  # as in ``lse``
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     scale2 = tl.load(scale) * 1.4426950408889634
@@ -242,7 +243,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
         hidden = Exclusion(group, group, positive, 0 if layout in ("diagonal", "pulled") else None)
         own_role = role if name == "two-role gradient" else None
-        pull = Pull(ids, role.weight) if layout == "pulled" else None
+        pull = Pull(ids.int(), role.weight) if layout == "pulled" else None
         launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden, pull)
 
     def flops() -> float:

@@ -367,7 +367,7 @@ def self_contrast_backward(
     """
     role, pull = role_of(lse2, rest, g_lse2), None
     if group is not None and count is not None:
-        pull = Pull(group, g_positive[:, 0] / count.clamp(min=1))
+        pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1))
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     if use_triton(z):
         gz = launch_gradient(side, side, scale, role, role, exclusion, pull)
