@@ -4,7 +4,12 @@ thresholds.
 *Timed* figures are ratios within one run: our time over the time of each anchor (limit, reference, peers) of the same
 case. A case is slower by the median, over its anchors, of how much that ratio grew: an anchor that had a bad day is
 outvoted. *Counted* figures (flops, peak memory, instructions, packets per frame, registers, spills) are exact, so
-that next to nothing is allowed. A case or figure that disappeared counts as a regression.
+that next to nothing is allowed.
+
+A regression is also what OLD has and NEW lost: a case, a figure, all anchors of a case, a kernel, and a figure that is
+NaN or infinite. A run of a part (--suite, -k, --only, --no-static) lost the rest. None is what NEW was not asked for:
+the full set's other cases and targets in a quick run, times and cases without a count in a --counted one, instructions
+where no valgrind is installed.
 
 ``--confirm N`` runs the cases that look slower again, at most N times, and keeps the verdict only if it repeats:
 noise does not repeat, a slower kernel does. Exit status: 0 nothing got worse, 1 something did (named on the last
@@ -15,12 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +39,17 @@ ANCHORS = ("limit", "reference", "peer", "context")
 
 @dataclass(frozen=True)
 class Rule:
-    """By which factor a counted figure may grow."""
+    """By which factor a figure may grow, and to how much where there was nothing."""
 
     allowed: float
     meaning: str
+    from_nothing: float = 0.0
 
 
 TIME = Rule(1.13, "time against the anchors of the same run")
 COUNTED = {
     "flops": Rule(1.005, "flops of our call"),
-    "peak_bytes": Rule(1.05, "peak memory of our call"),
+    "peak_bytes": Rule(1.05, "peak memory of our call", from_nothing=2**20),
     "instructions": Rule(1.03, "instructions executed by the C++ core"),
     "packets": Rule(1.001, "packets decoded per frame used"),
     "registers": Rule(1.10, "registers a thread"),
@@ -49,8 +57,8 @@ COUNTED = {
     "shared_bytes": Rule(1.0, "shared memory of a block"),
     "loop_instructions": Rule(1.05, "instructions in the kernel's main loop"),
     "min_bytes": Rule(1.0, "bytes that the kernel must move"),
-    "kernel_flops": Rule(1.005, "flops of the kernel"),
 }
+KERNEL_FIGURES = ("registers", "spill_bytes", "shared_bytes", "loop_instructions", "min_bytes")
 
 
 @dataclass(frozen=True)
@@ -75,22 +83,42 @@ class Change:
         return f"{verdict:<7}{self.case:<52} {self.figure:<18} {values:<26} {factor}"
 
 
+@dataclass
+class Found:
+    """Figures that both results have, and what the new ones lost."""
+
+    changes: list[Change] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def figure(self, case: str, label: str, old: float | None, new: float | None, rule: Rule, slack: float = 1) -> None:
+        """Compares one figure; None: not there."""
+        if old is None:
+            return
+        if new is None:
+            self.missing.append(f"{case}: no {label} any more")
+        elif math.isfinite(new):  # others are named as such
+            factor = new / old if old else (math.inf if new > rule.from_nothing else 1.0)
+            self.changes.append(Change(case, label, old, new, factor, 1 + (rule.allowed - 1) * slack))
+
+
 def compare(old: Record, new: Record, *, slack: float = 1.0) -> tuple[list[Change], list[str]]:
     """(changes of every figure that both have, what is missing in ``new``).
 
     ``slack`` widens the thresholds of time and memory, for results of another machine: 2 doubles them.
     """
+    found = Found(missing=[f"{where} is {value}" for where, value in _figures(new) if not math.isfinite(value)])
     before, after = _cases(old), _cases(new)
-    changes, missing = [], []
+    counted = new.get("counted", False)
+    complete = old["quick"] == new["quick"] and (old.get("counted", False) or not counted)
     for name, record in before.items():
-        if name not in after:
-            if old["quick"] == new["quick"] and old["device"] == new["device"] and not new.get("counted"):
-                missing.append(f"{name}: not in the new results")
-            continue
-        changes += _case_changes(name, record, after[name], slack)
-    complete = old["quick"] == new["quick"]
-    static_changes, static_missing = _static_changes(old.get("static", {}), new.get("static", {}), complete)
-    return changes + static_changes, missing + static_missing
+        if name in after:
+            _compare_case(found, record, after[name], slack, counted)
+        elif complete:
+            found.missing.append(f"{name}: not in the new results")
+    if not before.keys() & after.keys():
+        found.missing.append("cases: no case is in both results")
+    _compare_static(found, old.get("static", {}), new.get("static", {}), complete)
+    return found.changes, found.missing
 
 
 def _cases(results: Record) -> dict[str, Record]:
@@ -101,62 +129,49 @@ def _ours(record: Record) -> Record:
     return next(row for row in record["candidates"] if row["role"] == "ours")
 
 
-def _case_changes(name: str, old: Record, new: Record, slack: float) -> list[Change]:
-    found = []
-    timed = slowdown(old, new) if "median_s" in _ours(new) else None  # a counted run has no times
-    if timed is not None:
-        found.append(Change(name, "time ratio", 1.0, timed, timed, 1 + (TIME.allowed - 1) * slack))
-    mine, yours = _ours(old), _ours(new)
-    for figure in ("flops", "peak_bytes"):
-        if mine.get(figure) and yours.get(figure) is not None:
-            factor, allowed = yours[figure] / mine[figure], COUNTED[figure].allowed
-            if figure == "peak_bytes":  # libraries choose their scratch by the processor
-                allowed = 1 + (allowed - 1) * slack
-            found.append(Change(name, figure, mine[figure], yours[figure], factor, allowed))
-    return found
+def _compare_case(found: Found, old: Record, new: Record, slack: float, counted: bool) -> None:
+    name, mine, yours = old["id"], _ours(old), _ours(new)
+    if not counted:
+        found.figure(name, "time ratio", slowdown(old, old), slowdown(old, new), TIME, slack)
+    found.figure(name, "flops", mine.get("flops"), yours.get("flops"), COUNTED["flops"])
+    # Libraries choose their scratch by the processor, so that memory has slack as well.
+    found.figure(name, "peak_bytes", mine.get("peak_bytes"), yours.get("peak_bytes"), COUNTED["peak_bytes"], slack)
 
 
 def slowdown(old: Record, new: Record) -> float | None:
     """By which factor our time grew against the anchors that both runs share; None without any."""
-    anchors = {row["name"]: row for row in old["candidates"] if row["role"] in ANCHORS and "speedup" in row}
-    shared = [row for row in new["candidates"] if row["name"] in anchors and "speedup" in row]
-    votes = [anchors[row["name"]]["speedup"] / row["speedup"] for row in shared]
+    before = {row["name"]: row["speedup"] for row in old["candidates"] if row["role"] in ANCHORS and "speedup" in row}
+    shared = [row for row in new["candidates"] if row["name"] in before and math.isfinite(row.get("speedup", math.nan))]
+    votes = [before[row["name"]] / row["speedup"] for row in shared]
     return statistics.median(votes) if votes else None
 
 
-def _static_changes(old: Record, new: Record, complete: bool) -> tuple[list[Change], list[str]]:
-    changes, missing = [], []
-    if not new:
-        return [], []
-    excused = any(reason.startswith("instructions") for reason in new.get("missing", []))  # no valgrind there
+def _compare_static(found: Found, old: Record, new: Record, complete: bool) -> None:
+    excused = any(str(reason).startswith("instructions") for reason in new.get("missing", []))  # no valgrind there
+    counts = new.get("counts", {})
     for name, value in old.get("counts", {}).items():
         kind = "packets" if "packets" in name else "instructions"
-        if name not in new.get("counts", {}):
-            if not (excused and kind == "instructions"):
-                missing.append(f"{name}: no longer counted")
-            continue
-        rule = COUNTED[kind]
-        changes.append(
-            Change(name, "count", value, new["counts"][name], _grown(value, new["counts"][name]), rule.allowed)
-        )
-    before = {(k["name"], str(k["arch"])): k for k in old.get("kernels", [])}
-    after = {(k["name"], str(k["arch"])): k for k in new.get("kernels", [])}
-    for key, kernel in before.items():
-        if key not in after:
-            if after and complete:
-                missing.append(f"{key[0]} on {key[1]}: no longer compiled")
-            continue
-        for figure in ("registers", "spill_bytes", "shared_bytes", "loop_instructions", "min_bytes"):
-            if kernel.get(figure) is not None and after[key].get(figure) is not None:
-                values = kernel[figure], after[key][figure]
-                label = f"{key[0]} on {key[1]}"
-                changes.append(Change(label, figure, *values, _grown(*values), COUNTED[figure].allowed))
-    return changes, missing
+        if name in counts or not (excused and kind == "instructions"):
+            found.figure(name, "count", value, counts.get(name), COUNTED[kind])
+    after = _kernels(new)
+    targets = {str(kernel["arch"]) for kernel in after.values()}
+    for label, kernel in _kernels(old).items():
+        if label in after:
+            for figure in KERNEL_FIGURES:
+                found.figure(label, figure, kernel.get(figure), after[label].get(figure), COUNTED[figure])
+        elif complete or not targets or str(kernel["arch"]) in targets:  # the quick set has one target of three
+            found.missing.append(f"{label}: no longer compiled")
 
 
-def _grown(old: float, new: float) -> float:
-    """new / old, where growing from nothing is growing without bound."""
-    return new / old if old else (float("inf") if new else 1.0)
+def _kernels(static: Record) -> dict[str, Record]:
+    """By name and target, the second of the same name ``#2``: one launch may compile a kernel twice."""
+    found: dict[str, Record] = {}
+    seen: Counter[str] = Counter()
+    for kernel in static.get("kernels", []):
+        label = f"{kernel['name']} on {kernel['arch']}"
+        seen[label] += 1
+        found[f"{label} #{seen[label]}" if seen[label] > 1 else label] = kernel
+    return found
 
 
 def confirm(
@@ -205,6 +220,17 @@ def _run_again(new: Record) -> Callable[[list[str]], Record]:
             return json.loads(results.read_text())
 
     return run
+
+
+def _figures(results: Record) -> Iterator[tuple[str, Any]]:
+    """Every figure that is compared, and where it stands."""
+    static = results.get("static", {})
+    rows = [(f"{record['id']}: {row['name']}", row) for record in results["cases"] for row in record["candidates"]]
+    for where, holder in [*rows, *_kernels(static).items()]:
+        for figure in ("speedup", "flops", "peak_bytes", *KERNEL_FIGURES):
+            if figure in holder:
+                yield f"{where}: {figure}", holder[figure]
+    yield from static.get("counts", {}).items()
 
 
 def _load(path: Path) -> Record:
