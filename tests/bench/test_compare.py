@@ -303,6 +303,74 @@ def test_only_what_repeats_is_confirmed(results):
     assert asked == [["info_nce[N=1]", "photometric[N=1]"], ["photometric[N=1]"]]
 
 
+@pytest.fixture
+def bench(monkeypatch):
+    """Stands in for ``python -m bench``: keeps the commands, and writes ``bench.results`` where they say."""
+
+    class Stub:
+        commands, results, status = [], None, 0
+
+        def run(self, command, *, check=False, **options):
+            self.commands.append(command)
+            if self.results is not None:
+                Path(command[command.index("--results") + 1]).write_text(json.dumps(self.results))
+            if check and self.status:
+                raise subprocess.CalledProcessError(self.status, command)
+            return subprocess.CompletedProcess(command, self.status)
+
+    stub = Stub()
+    monkeypatch.setattr(compare.subprocess, "run", stub.run)
+    return stub
+
+
+@pytest.mark.parametrize(("quick", "cold"), [(True, False), (False, True)])
+def test_a_case_is_run_again_as_it_was_run(results, gate, bench, quick, cold):
+    results |= {"quick": quick}
+    new, bench.results = copy.deepcopy(results), results
+    new["cases"][0], new["cases"][1] = case("info_nce", ours=1.2), case("photometric", ours=1.2)
+    new["cases"][1]["cold"] = cold
+    status, lines = gate(results, new, "--confirm", "2")
+    assert status == 0
+    assert "not confirmed: photometric[N=1] is x1.000 in another run" in lines
+    (command,) = bench.commands
+    assert command[:3] == [sys.executable, "-m", "bench"]
+    assert command[command.index("--device") + 1] == "cpu"
+    assert command[command.index("--only") + 1] == "info_nce[N=1],photometric[N=1]"
+    assert Path(command[command.index("--report") + 1]).is_absolute()  # not over the report of the run itself
+    assert "--no-static" in command
+    assert ("--quick" in command, "--cold" in command) == (quick, cold)
+
+
+def test_the_command_of_another_run_is_one_that_bench_takes(results, gate, bench, monkeypatch):
+    from bench import __main__ as program
+
+    new = copy.deepcopy(results)
+    new["cases"][0] = case("info_nce", ours=1.2) | {"cold": True}
+    gate(results, new, "--confirm", "1")
+    asked = []
+    monkeypatch.setattr(sys, "argv", bench.commands[0][2:])
+    monkeypatch.setattr(pytest, "main", lambda arguments: asked.append(arguments) or pytest.ExitCode.USAGE_ERROR)
+    monkeypatch.chdir(ROOT)
+    program.main()  # argparse stops at an option that it does not know
+    assert asked[0][asked[0].index("--only") + 1] == "info_nce[N=1]"
+    assert {"--quick", "--cold"} < set(asked[0])
+
+
+@pytest.mark.parametrize("left", ["nothing", "the other case"])
+def test_a_case_that_fails_when_run_again_is_worse(results, gate, bench, left):
+    new, bench.status = copy.deepcopy(results), 1
+    new["cases"][0], new["cases"][1] = case("info_nce", ours=1.2), case("photometric", ours=1.2)
+    if left != "nothing":
+        bench.results = results | {"cases": results["cases"][:1]}
+    status, lines = gate(results, new, "--confirm", "3")
+    assert status == 1
+    assert "failed when run again: photometric[N=1]" in lines
+    expected = "REGRESSION photometric[N=1]: time ratio (failed when run again) x1.20, allowed x1.13"
+    assert lines[-1] == expected
+    assert any("REGRESSION info_nce" in line for line in lines) == (left != "the other case")
+    assert len(bench.commands) == 1  # a wrong result is not noise that another run could take back
+
+
 def test_command_names_the_case_and_fails(results, tmp_path):
     new = copy.deepcopy(results)
     new["cases"][1] = case("photometric", ours=1.2)
