@@ -214,12 +214,47 @@ def _run_again(new: Record) -> Callable[[list[str]], Record]:
             command += ["--results", str(results), "--report", str(Path(folder) / "report.html")]
             subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # a case that failed is not in the file
             try:
-                return json.loads(results.read_text())
+                return _read(results)
             except (OSError, ValueError) as error:
                 print(f"no results of the other run: {error}")
                 return {"cases": []}
 
     return run
+
+
+def _read(path: Path, *, finite: bool = False) -> Record:
+    """A results file in which all that is read here is there and of its kind; else a ValueError says what is not."""
+    results = json.loads(path.read_text())
+    if _part(results, "schema", int) != 1:
+        raise ValueError(f"schema {results['schema']}, expected 1")
+    for key, kind in {"quick": bool, "device": str, "machine": dict, "versions": dict, "cases": list}.items():
+        _part(results, key, kind)
+    for record in results["cases"]:
+        name = _part(record, "id", str, "a case: ")
+        rows = _part(record, "candidates", list, f"{name}: ")
+        roles = [(_part(row, "name", str, f"{name}: "), _part(row, "role", str, f"{name}: "))[1] for row in rows]
+        if roles.count("ours") != 1:
+            raise ValueError(f"{name}: {roles.count('ours')} candidates are ours, expected 1")
+    static = _part({"static": {}} | results, "static", dict)
+    for key, kind in {"counts": dict, "kernels": list, "missing": list}.items():
+        _part({key: kind()} | static, key, kind, "static: ")
+    for kernel in static.get("kernels", []):
+        for key in ("name", "arch"):
+            _part(kernel, key, object, "static: a kernel: ")
+    for where, value in _figures(results):
+        number = type(value) in (int, float) and not value < 0  # NaN is one, and named as a regression
+        if not number or (value == 0 and where.endswith("speedup")) or (finite and not math.isfinite(value)):
+            raise ValueError(f"{where} is {json.dumps(value)[:40]}")
+    return results
+
+
+def _part(holder: Any, key: str, kind: type, where: str = "") -> Any:
+    """``holder[key]``, which must be of this kind."""
+    if not isinstance(holder, dict) or key not in holder:
+        raise ValueError(f"{where}no {key}")
+    if not isinstance(holder[key], kind):
+        raise ValueError(f"{where}{key} is {json.dumps(holder[key])[:40]}, expected a {kind.__name__}")
+    return holder[key]
 
 
 def _figures(results: Record) -> Iterator[tuple[str, Any]]:
@@ -233,13 +268,10 @@ def _figures(results: Record) -> Iterator[tuple[str, Any]]:
     yield from static.get("counts", {}).items()
 
 
-def _load(path: Path) -> Record:
+def _load(path: Path, *, finite: bool = False) -> Record:
     try:
-        results = json.loads(path.read_text())
-        if results["schema"] != 1:
-            raise ValueError(f"schema {results['schema']}, expected 1")
-        return results
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _read(path, finite=finite)
+    except (OSError, ValueError) as error:
         print(f"{path} is not a results file: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -253,11 +285,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--confirm", type=int, default=0, metavar="N", help="repeat what looks slower up to N times")
     parser.add_argument("--all", action="store_true", help="print the figures that stayed the same, too")
     options = parser.parse_args(arguments)
-    old, new = _load(options.old), _load(options.new)
+    old, new = _load(options.old, finite=True), _load(options.new)
+    if old["device"] != new["device"]:
+        print(f"{options.new} is of {new['device']}, {options.old} of {old['device']}", file=sys.stderr)
+        return 2
     slack = 1.0
-    if old["machine"]["cpu"] != new["machine"]["cpu"] or old["machine"]["gpu"] != new["machine"]["gpu"]:
+    if any(old["machine"].get(part) != new["machine"].get(part) for part in ("cpu", "gpu")):
         slack = 2.0
-        names = f"{old['machine']['name']} -> {new['machine']['name']}"
+        names = f"{old['machine'].get('name')} -> {new['machine'].get('name')}"
         print(f"other machine ({names}): timed ratios and peak memory may differ twice as much")
     for package in ("torch", "triton"):
         if old["versions"].get(package) != new["versions"].get(package):

@@ -356,12 +356,12 @@ def test_the_command_of_another_run_is_one_that_bench_takes(results, gate, bench
     assert {"--quick", "--cold"} < set(asked[0])
 
 
-@pytest.mark.parametrize("left", ["nothing", "the other case"])
+@pytest.mark.parametrize("left", ["nothing", "the other case", "a torn file"])
 def test_a_case_that_fails_when_run_again_is_worse(results, gate, bench, left):
     new, bench.status = copy.deepcopy(results), 1
     new["cases"][0], new["cases"][1] = case("info_nce", ours=1.2), case("photometric", ours=1.2)
     if left != "nothing":
-        bench.results = results | {"cases": results["cases"][:1]}
+        bench.results = results | {"cases": results["cases"][:1]} if left == "the other case" else {"schema": 1}
     status, lines = gate(results, new, "--confirm", "3")
     assert status == 1
     assert "failed when run again: photometric[N=1]" in lines
@@ -369,6 +369,71 @@ def test_a_case_that_fails_when_run_again_is_worse(results, gate, bench, left):
     assert lines[-1] == expected
     assert any("REGRESSION info_nce" in line for line in lines) == (left != "the other case")
     assert len(bench.commands) == 1  # a wrong result is not noise that another run could take back
+
+
+BROKEN = {
+    "nothing but a schema": (lambda bad: [bad.pop(key) for key in list(bad) if key != "schema"], "no quick"),
+    "another schema": (lambda bad: bad.update(schema=2), "schema 2, expected 1"),
+    "no machine": (lambda bad: bad.pop("machine"), "no machine"),
+    "null cases": (lambda bad: bad.update(cases=None), "cases is null, expected a list"),
+    "a case that is none": (lambda bad: bad.update(cases=[3]), "a case: no id"),
+    "no candidates": (lambda bad: bad["cases"][0].update(candidates=[]), "info_nce[N=1]: 0 candidates are ours"),
+    "nameless": (lambda bad: bad["cases"][0]["candidates"][1].pop("name"), "info_nce[N=1]: no name"),
+    "null speedup": (
+        lambda bad: bad["cases"][0]["candidates"][1].update(speedup=None),
+        "info_nce[N=1]: reference: speedup is null",
+    ),
+    "zero speedup": (
+        lambda bad: bad["cases"][0]["candidates"][1].update(speedup=0),
+        "info_nce[N=1]: reference: speedup is 0",
+    ),
+    "flops in words": (
+        lambda bad: bad["cases"][0]["candidates"][0].update(flops="many"),
+        'info_nce[N=1]: vito_kernels: flops is "many"',
+    ),
+    "negative memory": (
+        lambda bad: bad["cases"][0]["candidates"][0].update(peak_bytes=-1),
+        "info_nce[N=1]: vito_kernels: peak_bytes is -1",
+    ),
+    "static of another kind": (lambda bad: bad.update(static=[1]), "static is [1], expected a dict"),
+    "kernels of another kind": (lambda bad: bad["static"].update(kernels={}), "static: kernels is {}"),
+    "nameless kernel": (lambda bad: bad["static"].update(kernels=[{}]), "static: a kernel: no name"),
+    "a count in words": (lambda bad: bad["static"].update(counts={"GOP 8": "4"}), 'GOP 8 is "4"'),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_an_unusable_file_is_named_in_one_line(results, gate, what):
+    bad = copy.deepcopy(results)
+    BROKEN[what][0](bad)
+    for place, files in (("new.json", (results, bad)), ("old.json", (bad, results))):
+        status, (line,) = gate(*files)
+        assert status == 2
+        assert f"{place} is not a results file: {BROKEN[what][1]}" in line
+
+
+def test_a_baseline_with_nan_is_unusable(results, gate):
+    bad = copy.deepcopy(results)
+    bad["cases"][0]["candidates"][0]["flops"] = math.nan
+    status, (line,) = gate(bad, results)
+    assert status == 2
+    assert line.endswith("old.json is not a results file: info_nce[N=1]: vito_kernels: flops is NaN")
+
+
+def test_results_of_a_gpu_are_not_compared_with_those_of_a_cpu(results, gate):
+    status, (line,) = gate(results, results | {"device": "cuda"})
+    assert status == 2
+    assert "new.json is of cuda" in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_pass_against_themselves(path, capsys):
+    if path.stem.endswith("-steps"):  # of another kind, with steps in place of cases
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(path), str(path)])
+        assert capsys.readouterr().err == f"{path} is not a results file: no quick\n"
+    else:
+        assert compare.main([str(path), str(path)]) == 0
 
 
 def test_command_names_the_case_and_fails(results, tmp_path):
