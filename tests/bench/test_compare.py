@@ -436,6 +436,18 @@ def test_committed_results_pass_against_themselves(path, capsys):
         assert compare.main([str(path), str(path)]) == 0
 
 
+def test_of_two_anchors_the_larger_counts(results):
+    for slower, expected in ((1.25, [("info_nce[N=1]", "time ratio")]), (1.12, [])):
+        old, new = copy.deepcopy(results), copy.deepcopy(results)
+        for side, ours in ((old, 1.0), (new, slower)):
+            side["cases"][0] = case("info_nce", ours=ours)
+            del side["cases"][0]["candidates"][3]  # the peer
+            side["cases"][0]["candidates"][1]["speedup"] = (
+                1.0  # the reference runs the same code and slows down with us
+            )
+        assert worse(old, new) == expected
+
+
 def test_command_names_the_case_and_fails(results, tmp_path):
     new = copy.deepcopy(results)
     new["cases"][1] = case("photometric", ours=1.2)
