@@ -39,13 +39,25 @@ def ours_of(record: Record) -> Record:
     return next(row for row in record["candidates"] if row["role"] == "ours")
 
 
+def versus(record: Record, role: str) -> str:
+    """Our speed over that of the "reference" or "best_peer", "" without one; † where ours is replayed as a CUDA graph
+    and the other is not, so that Python's time may be in the ratio.
+    """
+    if role not in record["vs"]:
+        return ""
+    named = {"role": "reference"} if role == "reference" else {"name": record["vs"]["best_peer_name"]}
+    other = next(row for row in record["candidates"] if named.items() <= row.items())
+    python = "eager_s" in ours_of(record) and ("eager_s" not in other or other["reason"].startswith("not captured"))
+    return significant(record["vs"][role]) + "†" * python
+
+
 def _row(record: Record) -> list[str]:
     ours, vs = ours_of(record), record["vs"]
     return [
         f"`{record['id']}`",
         seconds_text(ours["median_s"]),
-        f"{significant(vs['reference'])}" if "reference" in vs else "–",
-        f"{significant(vs['best_peer'])} ({vs['best_peer_name']})" if "best_peer" in vs else "–",
+        versus(record, "reference") or "–",
+        f"{versus(record, 'best_peer')} ({vs['best_peer_name']})" if "best_peer" in vs else "–",
         f"{vs['limit']:.0%}" if "limit" in vs else "–",
         bytes_text(ours["peak_bytes"]) if "peak_bytes" in ours else "–",
     ]
@@ -118,10 +130,11 @@ TABLES: dict[str, Callable[[Record], str]] = {
 
 
 def value(results: Record, case: str, path: str) -> str:
-    """One figure. KeyError or StopIteration if the results do not hold it."""
-    record = next(record for record in results["cases"] if record["id"] == case)
-    node: Any = record | {"ours": ours_of(record)}
+    """One figure. ValueError if the results do not hold it."""
+    node: Any = next((record | {"ours": ours_of(record)} for record in results["cases"] if record["id"] == case), {})
     for part in path.split("."):
+        if part not in node:
+            raise ValueError(f"no {path} of {case} in the results")
         node = node[part]
     if path.endswith("_bytes"):
         return bytes_text(node)
@@ -145,7 +158,10 @@ def fill(text: str) -> str:
         made = TABLES[name](load(words[0]))
         return f"{start}\n{made}\n{end}" if "\n" in made or made.startswith("|") else f"{start}{made}{end}"
 
-    return MARK.sub(make, text)
+    made, marks = MARK.subn(make, text)
+    if marks != len(re.findall(r"<!--\s*bench:", text)):
+        raise ValueError("a mark <!-- bench:... --> has no <!-- /bench --> of its own")
+    return made
 
 
 def main() -> int:
@@ -159,8 +175,11 @@ def main() -> int:
     options = parser.parse_args()
     different = []
     for file in options.files:
-        text = file.read_text(encoding="utf-8")
-        made = fill(text)
+        try:
+            text = file.read_text(encoding="utf-8")
+            made = fill(text)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{file}: {error}")
         if made != text:
             different.append(file)
             if not options.check:

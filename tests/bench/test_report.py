@@ -125,6 +125,18 @@ def test_an_unknown_table_or_machine_is_an_error():
         tables.fill("<!-- bench:nonsense x --><!-- /bench -->")
     with pytest.raises(FileNotFoundError):
         tables.fill("<!-- bench:losses no-such-machine --><!-- /bench -->")
+    with pytest.raises(ValueError, match="no /bench|no <!-- /bench"):
+        tables.fill("<!-- bench:losses nvidia-h200 -->| a wrong figure |<!-- /bench>")
+
+
+def test_a_ratio_to_python_beside_a_replayed_graph_is_marked(results):
+    record = next(record for record in results["cases"] if "reference" in record["vs"])
+    assert "†" not in tables.versus(record, "reference")
+    for row in record["candidates"]:
+        row["eager_s"] = 1.0
+        if row["role"] == "reference":
+            row["reason"] = "not captured as a graph: it synchronises"
+    assert tables.versus(record, "reference").endswith("†")
 
 
 @pytest.mark.parametrize(
