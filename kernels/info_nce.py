@@ -305,12 +305,13 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    lse2, logits = negatives_and_positives(q, k, scale, columns, 0, *groups)
+    lse2, logits = negatives_and_positives(q, k, scale, columns, 0, *groups, keep=not hard_negatives)
     if hard_negatives or debias:
         negatives = lse2 / tiled.LOG2E
 
         def over_negatives(scale: float | Tensor, width: int = q.shape[1]) -> Tensor:
-            return negatives_and_positives(q[:, :width], k[:, :width], scale, columns, 0, *groups)[0] / tiled.LOG2E
+            sides = q[:, :width], k[:, :width]
+            return negatives_and_positives(*sides, scale, columns, 0, *groups, keep=False)[0] / tiled.LOG2E
 
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
@@ -335,14 +336,15 @@ def negatives_and_positives(
     diagonal: int,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(lse2 over the negatives (M,), logits of the positives (M, P)): what every loss here is made of, by ``margin``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
-    elsewhere.
+    elsewhere. Without ``keep`` the CPU path leaves no tiles for the keys' gradient: where passes add up.
     """
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
-    needs = differentiable(q, scale), narrow, differentiable(k)
+    needs = differentiable(q, scale), narrow, keep and differentiable(k)
     return apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)[:2]
