@@ -1,4 +1,9 @@
-"""``python -m bench``: run the suites, write ``bench/results/<machine>.json`` and ``bench/report.html``."""
+"""``python -m bench``: run the suites, write ``bench/results/<machine>.json`` and ``bench/report.html``.
+
+The results file is replaced when the run is over: one that is stopped leaves its cases beside it, in
+``<machine>.partial.json``, and one without cases writes nothing. A selection (``--suite``, ``-k``, ``--only``) goes to
+``build/bench/<machine>.json``, as the machine's file holds all cases.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    """Exit status: pytest's; non-zero when a result of ours was wrong or a case failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    """Exit status: pytest's; non-zero when a result of ours was wrong, a case failed, or no case ran."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
     parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     parser.add_argument("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     parser.add_argument(
-        "--results", type=Path, help="default: bench/results/MACHINE.json, with -quick for the quick set"
+        "--results", type=Path, help="default: bench/results/MACHINE.json (-quick), of a selection in build/bench"
     )
     parser.add_argument("--report", type=Path, default=ROOT / "bench/report.html")
     parser.add_argument("--suite", action="append", metavar="NAME", help="only bench/bench_NAME.py; may be repeated")
@@ -35,16 +42,27 @@ def main() -> int:
     import pytest
 
     from bench import report, static
+    from bench.harness import partial
     from bench.machine import machine
 
     kind = "-counted" if options.counted else "-quick" if options.quick else ""
     name = machine(options.device)["name"] + kind
-    results = options.results or ROOT / f"bench/results/{name}.json"
-    status = int(pytest.main(_arguments(options, results)))
+    selected = options.suite or options.keyword or options.only
+    results = options.results or ROOT / ("build/bench" if selected else "bench/results") / f"{name}.json"
+    if selected and not options.results:
+        print(f"a selection of the cases: results go to {os.path.relpath(results)}")
+    running = partial(results)
+    running.unlink(missing_ok=True)
+    status = int(pytest.main(_arguments(options, running)))
+    if not running.exists():
+        print(f"no case ran, or none gave a right result: {os.path.relpath(results)} is not written", file=sys.stderr)
+        return status or 1
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return status  # nothing ran: a file from before stays as it is
+        print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
+        return status
     if options.static:
-        static.add(results, options.quick)
+        static.add(running, options.quick)
+    running.replace(results)
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
         report.write(results, options.report)

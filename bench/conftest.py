@@ -147,15 +147,19 @@ def _say(config: pytest.Config, record: dict[str, Any]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("collectonly"):
-        _save(session.config)
+    """All cases skipped, by ``--only`` say, is as bad as none found."""
+    _save(session.config)
+    if session.exitstatus == pytest.ExitCode.OK and not (
+        session.config.stash[RECORDS] or session.config.getoption("collectonly")
+    ):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def _save(config: pytest.Config) -> None:
     """Writes the cases so far: what stops a run on a lent machine does not take them along."""
-    if not (target := config.getoption("--results")):
-        return
     cases = config.stash[RECORDS]
+    if not cases or not (target := config.getoption("--results")):
+        return
     results = {
         "schema": SCHEMA,
         "date": timestamp(),

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from bench.harness import partial
 from bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +77,17 @@ def main() -> int:
         print("gpu-check: there is no GPU here that PyTorch can use, so nothing was checked", file=sys.stderr)
         return 1
     results = ROOT / "bench" / "results" / f"{machine('cuda')['name']}.json"
-    results.unlink(missing_ok=True)  # an old file must not pass for this run's
+    for old in (results, partial(results)):  # must not pass for this run's
+        old.unlink(missing_ok=True)
     (ROOT / "build").mkdir(exist_ok=True)
     tests = run_tests()
     benches = run_benches(results, SECONDS - tests["seconds"])
-    record = json.loads(results.read_text()) if results.exists() else {"machine": machine("cuda")}
+    written = results if results.exists() else partial(results)  # a bench that was stopped has got so far
+    record = json.loads(written.read_text()) if written.exists() else {"machine": machine("cuda")}
     record |= {"tests": tests, "bench_status": benches, "checked": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(record, indent=1) + "\n")
+    partial(results).unlink(missing_ok=True)
     passed = tests["status"] == 0 and benches == 0 and tests.get("tests", 0) > 0
     print(f"gpu-check {'passed' if passed else 'FAILED'}: tests {tests}, benches {benches}; {os.path.relpath(results)}")
     return 0 if passed else 1

@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -408,6 +409,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         best = min(peers, key=lambda row: row["speedup"])
         found |= {"best_peer": best["speedup"], "best_peer_name": best["name"]}
     return found
+
+
+def partial(results: Path) -> Path:
+    """Where a run keeps its cases until it is over: one that is stopped leaves the file of the run before it alone."""
+    return results.with_name(f"{results.stem}.partial.json")
 
 
 def timestamp() -> str:
