@@ -81,7 +81,10 @@ def exactly(folder: Path, samples: Samples) -> Result:
 def mean_distance(got: Result, truth: Result) -> float:
     """Mean distance in grey levels: decoders and resizers differ by a few, another frame or crop by dozens."""
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
-    return max(((mine.double() - true).abs() * std * 255).mean().item() for mine, true in zip(got, truth, strict=True))
+    if [view.shape for view in got] != [view.shape for view in truth]:
+        return float("inf")
+    pairs = zip(got, truth, strict=True)
+    return torch.stack([((mine.double() - true).abs() * std * 255).mean() for mine, true in pairs]).max().item()
 
 
 def test_jpeg_store(race: Any, quick: bool) -> None:
@@ -110,7 +113,7 @@ def test_jpeg_store(race: Any, quick: bool) -> None:
         candidates,
         truth=lambda: exactly(folder, samples),
         agree=mean_distance,
-        bound=5.0,
+        bound=2.0,  # ours errs by 0.3, who reads the originals by 1.5; without the blur it is 3.3
         work=Work(items=count, unit="pairs"),
         device="cpu",
         memory=False,

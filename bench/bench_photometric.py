@@ -49,6 +49,8 @@ def grey_levels(got: Result, truth: Result) -> float:
     """The largest distance in grey levels of 255, but for the one pixel in ten thousand that lies on solarise's
     threshold.
     """
+    if got[0].shape != truth[0].shape or not got[0].isfinite().all():
+        return float("inf")
     std = torch.tensor(IMAGENET_STD, device=got[0].device).double()[:, None, None]
     distance = ((got[0].double() - truth[0].double()).abs() * std * 255).flatten()
     return distance.kthvalue(int(0.9999 * len(distance)))[0].item()

@@ -126,4 +126,5 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
     budget = Budget(5.0, fewest)
     # In bfloat16 a step errs by a fifth, whoever computes it (0.17 and 0.18 on a CPU): at most twice the reference's.
     agree, bound = (moved_together, None) if cuda else (moved_alike, 0.02)
-    race("train_step", params, candidates, truth=truth, work=work, agree=agree, bound=bound, budget=budget)
+    options: dict[str, Any] = {"agree": agree, "bound": bound, "budget": budget, "once": True}
+    race("train_step", params, candidates, truth=truth, work=work, **options)

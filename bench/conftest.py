@@ -112,6 +112,12 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             contest.take_turns()
         else:
             benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
+        try:
+            contest.check_last()
+        except BaseException:
+            if benchmark is not None:
+                benchmark.has_error = True  # keeps its times out of --benchmark-json
+            raise
         contest.count_cost()
         record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
         record["seconds"] = round(time.perf_counter() - start, 1)

@@ -7,7 +7,8 @@ time, and when it is ours the race ends as a test failure;
 2. warm-up, which also finds how many rounds the time budget allows;
 3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
 two candidates is the :func:`centre` over the rounds of the ratio *within* a round. Rounds in which the cores did not
-share a cache (:mod:`bench.cores`) are left out where there are others;
+share a cache (:mod:`bench.cores`) are left out where there are others. The result of our last sample is compared as
+well: right once and wrong afterwards is wrong;
 4. peak memory and flops, counted in a run of their own.
 
 The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
@@ -40,6 +41,7 @@ GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, fr
 SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
 FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
 FEW_ROUNDS = 5
+SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
 FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
 
 
@@ -155,7 +157,8 @@ class Race:
     error.
 
     Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
-    and never needs to be closer than 1e-5 (what float32 sums of other order differ by).
+    and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
+    from where the one before it ended, as steps of a training do: only the first is compared.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Race:
         budget: Budget | None = None,
         cold: bool = False,
         memory: bool = True,
+        once: bool = False,
         cores: Cores | None = None,
     ) -> None:
         roles = [candidate.role for candidate in candidates]
@@ -182,6 +186,7 @@ class Race:
         self.case, self.params, self.work = case, params, work or Work()
         self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
         self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
+        self._once, self._exact, self._last = once, list[Tensor](), list[Tensor]()
         self._runners = [_Runner(candidate) for candidate in candidates]
         self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
         self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
@@ -197,21 +202,36 @@ class Race:
 
     def check(self) -> None:
         """Step 1. Raises AssertionError when our own result is wrong, before anything is timed."""
-        truth = [tensor.detach() for tensor in self._truth()]
+        self._exact = [tensor.detach() for tensor in self._truth()]
+        if not all(bool(tensor.isfinite().all()) for tensor in self._exact):
+            raise AssertionError(f"{self.id}: the float64 truth is not finite, so it says nothing")
         order = sorted(self._runners, key=lambda runner: runner.candidate.role != "reference")
         bound = self._bound
         gc.collect()
         gc.freeze()  # a collection goes through half a million objects of imports otherwise: 0.2 s for each candidate
         for runner in order:
-            self._check_one(runner, truth, bound)
+            self._check_one(runner, bound)
             if runner.candidate.role == "reference" and bound is None:
                 bound = max(2 * (runner.error or 0.0), 1e-5)
             gc.collect()
         gc.unfreeze()
-        if self.ours.status != "ok":
-            raise AssertionError(f"{self.id}: {self.ours.candidate.name}: {self.ours.reason}; no time is reported")
+        for runner in order:
+            if runner.candidate.role in ("ours", "reference"):
+                self._refuse(runner)
 
-    def _check_one(self, runner: _Runner, truth: Result, bound: float | None) -> None:
+    def check_last(self) -> None:
+        """After step 3: our last sample was as right as the first call. Raises as :meth:`check` does."""
+        if not self._once:
+            self._judge(self.ours, self._last, self._exact, self.ours.bound)
+            self._refuse(self.ours)
+        self._last.clear()
+        self._exact.clear()
+
+    def _refuse(self, runner: _Runner) -> None:
+        if runner.status == "wrong":
+            raise AssertionError(f"{self.id}: {runner.candidate.name}: {runner.reason}; no time is reported")
+
+    def _check_one(self, runner: _Runner, bound: float | None) -> None:
         candidate = runner.candidate
         if candidate.call is None:
             runner.status, runner.reason = "skipped", candidate.note
@@ -220,17 +240,18 @@ class Race:
         try:
             result = candidate.call()
             runner.estimate = self.clock() - start
+            if candidate.truth is not None:
+                self._judge(runner, result, candidate.truth(), bound)
+            elif candidate.role not in ("limit", "context"):
+                self._judge(runner, result, self._exact, bound)
         except Exception as error:
             if candidate.role == "ours":
                 raise
-            runner.status, runner.reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            return
-        if candidate.truth is not None:
-            truth = candidate.truth()
-        elif candidate.role in ("limit", "context"):
-            return
+            runner.status, runner.reason = "failed", one_line(error)
+
+    def _judge(self, runner: _Runner, result: Result, truth: Result, bound: float | None) -> None:
         runner.error = self._agree(result, truth)
-        runner.bound = runner.error if bound is None else bound  # the reference itself, which sets the bound
+        runner.bound = SANE if bound is None else bound  # without one, it is the reference itself, which sets it
         if not runner.error <= runner.bound:
             runner.status = "wrong"
             runner.reason = f"differs from the float64 truth by {runner.error:.2g}, allowed {runner.bound:.2g}"
@@ -261,10 +282,10 @@ class Race:
         call = runner.candidate.call
         assert call is not None
         try:
-            once = graphed(call)
+            once = _replayed(call)
             self._timed(once)
             repeats = min(100, int(SHORT / max(self._timed(once), 1e-6)) + 1)
-            runner.sample, runner.repeats = graphed(call, repeats), repeats
+            runner.sample, runner.repeats = _replayed(call, repeats), repeats
         except RuntimeError as error:
             runner.reason = f"not captured as a graph: {str(error).splitlines()[0][:120]}"
 
@@ -279,12 +300,14 @@ class Race:
     def _racing(self) -> list[_Runner]:
         return [runner for runner in self._runners if runner.status == "ok"]
 
-    def _timed(self, call: Callable[[], object]) -> float:
+    def _timed(self, call: Callable[[], object], keep: list[Any] | None = None) -> float:
         if self._flush is not None:
             self._flush()
         start = self.clock()
         kept = call()
         seconds = self.clock() - start
+        if keep is not None:
+            keep[:] = kept
         del kept
         return seconds
 
@@ -296,6 +319,7 @@ class Race:
 
     def time_others(self) -> None:
         """Everybody's turn but ours; opens a round."""
+        self._last.clear()
         if self._cores is None or self._cores.gather():
             self._together.add(self._round)
         for runner in self._racing():
@@ -311,7 +335,8 @@ class Race:
 
     def _sample(self, runner: _Runner) -> None:
         assert runner.sample is not None
-        runner.times[self._round] = self._timed(runner.sample) / runner.repeats
+        keep = self._last if runner is self.ours else None
+        runner.times[self._round] = self._timed(runner.sample, keep) / runner.repeats
 
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
@@ -327,6 +352,7 @@ class Race:
         self.check()
         self.calibrate()
         self.take_turns()
+        self.check_last()
         self.count_cost()
         return self.record()
 
@@ -384,15 +410,39 @@ class Race:
         }
 
 
-def _repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+def _repeated(call: Callable[[], Result], repeats: int) -> Callable[[], Result]:
+    """Returns the last call's result."""
     if repeats == 1:
         return call
 
-    def several() -> None:
-        for _ in range(repeats):
+    def several() -> Result:
+        for _ in range(repeats - 1):
             call()
+        return call()
 
     return several
+
+
+def _replayed(call: Callable[[], Result], repeats: int = 1) -> Callable[[], Result]:
+    """As a graph; returns what the last call in it writes. Detached, as an autograd node would outlive the capture."""
+    kept: list[Tensor] = []
+
+    def keeping() -> None:
+        kept.clear()
+        kept.extend(tensor.detach() for tensor in call())
+
+    replay = graphed(keeping, repeats)
+
+    def sample() -> Result:
+        replay()
+        return kept
+
+    return sample
+
+
+def one_line(error: Exception) -> str:
+    """An exception as the reason of a candidate that is not raced."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import harness
 from bench.clock import CudaClock
 from bench.harness import FEW_ROUNDS, Budget, Candidate, Race, Work, absent, centre, relative_error
 from bench.memory import cost
@@ -135,6 +136,80 @@ def test_a_candidate_may_err_twice_as_much_as_the_reference():
     ]
     record = rows(race(*candidates, bound=None).run())
     assert [record[name]["status"] for name in ("ours", "close", "far")] == ["ok", "ok", "wrong"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_truth_that_is_not_finite_judges_nobody(value):
+    broken = EXACT.clone().index_fill_(0, torch.tensor(5), value)
+    candidates = [Candidate("ours", pausing(0.001, value), "ours"), Candidate("reference", pausing(0.001), "reference")]
+    for bound in (None, 1.0):
+        with pytest.raises(AssertionError, match=r"exp\[N=1000\]: the float64 truth is not finite"):
+            race(*candidates, truth=lambda: (broken,), bound=bound).run()
+
+
+@pytest.mark.parametrize(("scale", "bound"), [(float("nan"), None), (1.6, None), (1.1, 0.01)])
+def test_a_wrong_reference_ends_the_race(scale, bound):
+    """Ours, as wrong as it, is not to blame first."""
+    candidates = [Candidate(role, pausing(0.001, scale), role) for role in ("ours", "reference")]
+    with pytest.raises(AssertionError, match="reference: differs from the float64 truth"):
+        race(*candidates, bound=bound).run()
+
+
+def test_a_peer_whose_result_cannot_be_judged_is_named():
+    def agree(got, truth):
+        return relative_error(got, truth) if len(got) == 1 else 1 / 0
+
+    record = race(Candidate("ours", pausing(0.001), "ours"), Candidate("odd", lambda: ()), agree=agree).run()
+    assert (rows(record)["odd"]["status"], rows(record)["odd"]["reason"]) == (
+        "failed",
+        "ZeroDivisionError: division by zero",
+    )
+    with pytest.raises(ZeroDivisionError):
+        race(Candidate("ours", lambda: (), "ours"), agree=agree).run()
+
+
+def worse_each_call(seconds):
+    """Right at first, then ever further off."""
+    calls = []
+    return lambda: (calls.append(1), pausing(seconds, 1 + 1e-6 * len(calls))())[1]
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.02, 1.0], ids=["several calls a sample", "one", "too long to warm up"])
+def test_ours_is_right_to_the_end(seconds):
+    contest = race(Candidate("ours", worse_each_call(seconds), "ours"), budget=Budget(seconds=0.5, fewest=20))
+    with pytest.raises(AssertionError, match=r"ours: differs .* no time"):
+        contest.run()
+    assert len(contest.ours.times) >= 20
+    assert race(Candidate("ours", worse_each_call(0.02), "ours"), once=True).run()["rounds"] >= 7
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_ours_is_right_when_replayed_as_a_graph(monkeypatch, scale):
+    """Python runs at the capture alone; a replay writes into the tensors of then."""
+    written = []
+
+    def graphed(call, repeats=1):
+        for _ in range(repeats):
+            call()
+
+        def replay():
+            NOW[0] += 0.004 * repeats
+            written[-1].copy_(X.exp() * scale)
+
+        return replay
+
+    def call():
+        written.extend(pausing(0.005)())
+        return written[-1:]
+
+    monkeypatch.setattr(harness, "graphed", graphed)
+    contest = race(Candidate("ours", call, "ours"), device="cuda")
+    if scale == 1:
+        ours = rows(contest.run())["ours"]
+        assert (ours["eager_s"], ours["median_s"]) == (pytest.approx(0.005), pytest.approx(0.004))
+    else:
+        with pytest.raises(AssertionError, match="ours: differs"):
+            contest.run()
 
 
 def test_a_race_needs_something_to_judge_by():

@@ -84,3 +84,15 @@ def test_cuda_only_peers_are_right_under_the_interpreter():
             assert importlib.util.find_spec(package) is None, error
         else:
             assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_where_the_truth_takes_some_rows_alone_they_are_those_of_all(two_sided):
+    q, k = pair(1500, 16)
+    rows = torch.tensor([3, 0, 1499, 1023, 1024])
+    whole = peers.truth_of((lambda x, y: peers._reference_clip(x, y, T)) if two_sided else info_nce, q, k)()
+    agree, some = peers.sampled(rows), peers.truth_of_rows(q, k, T, rows, two_sided)()
+    assert agree(whole, some) < 1e-6
+    for broken in [(whole[0] * 1.01, whole[1]), (whole[0], whole[1].clone().index_fill_(0, rows[3:4], 0.0))]:
+        assert agree(broken, some) > 5e-3
+    assert agree((whole[0], whole[1].clone().index_fill_(0, torch.tensor(7), torch.nan)), some) == float("inf")

@@ -1,14 +1,16 @@
 """From the command line to the file: what gets a time and what does not, what a run writes and what it leaves alone."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import __main__ as command
 from bench import gpu_check, report, static
-from bench.harness import partial
+from bench.harness import partial, relative_error
 
 OLD = {"cases": ["from before"]}
 ENDS = {"over": 0, "some wrong": 1, "stopped": 2, "nothing found": 5}
@@ -137,3 +139,38 @@ def test_gpu_check_s_processes_end_with_their_time():
 
     assert gpu_check._wait(start("raise SystemExit(3)"), 60) == 3
     assert gpu_check._wait(start("import time; time.sleep(60)"), 0.1) == LATE
+
+
+@pytest.fixture
+def cases(pytestconfig):
+    """``cases(name)``: the module ``bench/bench_<name>.py``, whose markers this suite does not know otherwise."""
+    for marker in ("full", "cpu_only"):
+        pytestconfig.addinivalue_line("markers", f"{marker}: of the benchmarks")
+    return lambda name: pytest.importorskip(f"bench.bench_{name}")
+
+
+def test_photometric_and_loader_take_no_nan_and_no_other_shape(cases):
+    truth = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    nan = truth.clone().index_fill_(3, torch.tensor(3), torch.nan)
+    for agree in (cases("photometric").grey_levels, cases("loader").mean_distance):
+        assert agree([truth.float()], [truth]) < 1e-3
+        assert not agree([nan], [truth]) <= 100
+        assert agree([truth[:1]], [truth]) == float("inf")
+    assert not cases("loader").mean_distance([truth, nan], [truth, truth]) <= 100
+    assert cases("loader").mean_distance([truth], [truth, truth]) == float("inf")
+
+
+@pytest.mark.parametrize(("change", "seen"), [({}, False), ({"momentum": 0.0}, True), ({"weight_decay": 1e-4}, True)])
+def test_lars_is_judged_by_what_its_steps_move(cases, change, seen):
+    optimizer = cases("optimizer")
+    generator = torch.Generator().manual_seed(0)
+    drawn = [tuple(s * torch.randn(shape, generator=generator) for s in (0.02, 0.001)) for shape in ((64, 64), (64,))]
+
+    def steps(config, dtype):
+        weights = optimizer.parameters(drawn, dtype)
+        return optimizer.moved(optimizer.one_by_one(weights, config), weights)
+
+    usual, changed = optimizer.OptimizerConfig(), dataclasses.replace(optimizer.OptimizerConfig(), **change)
+    truth, reference, got = steps(usual, torch.float64)(), steps(usual, torch.float32)(), steps(changed, torch.float32)
+    assert (relative_error(got(), truth) > 2 * relative_error(reference, truth)) == seen
+    assert got() == ()
