@@ -163,10 +163,13 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
     keys, queue = k[:m], k[m:]
 
     def moco(library: Any) -> Callable[[Tensor], Tensor]:
-        unit_keys, unit_queue = library.normalize(keys), library.normalize(queue)
-        return lambda q: library.moco_loss(
-            library.normalize(q), unit_keys.to(q.dtype), unit_queue.to(q.dtype), temperature=TEMPERATURE
-        )
+        """Normalises everything in every call, as the peer does and cannot be told not to."""
+
+        def call(q: Tensor) -> Tensor:
+            units = [library.normalize(t) for t in (q, keys.to(q.dtype), queue.to(q.dtype))]
+            return library.moco_loss(*units, temperature=TEMPERATURE)
+
+        return call
 
     def package() -> Callable[[Tensor], Tensor]:
         from info_nce import InfoNCE
