@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.bench_photometric import torchvision_chain
 from bench.harness import Candidate, Result, Work, absent
+from bench.peers import not_imported
 from bench.videos import originals, store
 from vito_fast.data.loader import ClipLoader
 from vito_fast.data.peers import installed
@@ -35,11 +36,13 @@ def ours(folder: Path, batch: int) -> tuple[Callable[[], Result], ClipLoader]:
 
 def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, colour: Colour) -> Candidate:
     """A public reader, torchvision's crop and resize, and ``colour``; samples spread over as many threads."""
-    from torchvision.transforms.v2 import functional as F
-
     readers, missing = installed()
     if "torchcodec" in missing:
         return absent(name, f"not installed ({missing['torchcodec']})")
+    try:
+        from torchvision.transforms.v2 import functional as F
+    except Exception as error:
+        return absent(name, not_imported(error))
     read = readers["torchcodec"]
 
     def sample(number: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.harness import Candidate, Result, Work, absent
 from bench.limits import traffic
+from bench.peers import not_imported
 from vito_fast.config import ModelConfig, OptimizerConfig
 from vito_fast.model.pair import Branch, VitoModel
 from vito_fast.optim import Lars
@@ -105,8 +106,8 @@ def package_peer(name: str, module: str, drawn: Drawn, **options: Any) -> Candid
     config = OptimizerConfig()
     try:
         imported = import_module(module)
-    except ImportError as error:
-        return absent(name, f"not installed ({error})")
+    except Exception as error:
+        return absent(name, not_imported(error))
     optimizer_class = getattr(imported, "LARS", None) or imported.Lars
     weights = parameters(drawn)
     adapted, plain = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() <= 1]

@@ -96,6 +96,11 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:
     return Candidate(name, call)
 
 
+def not_imported(error: Exception) -> str:
+    """Why a peer is absent whose import ended so: packages that do not fit each other raise anything."""
+    return f"not installed ({error})" if isinstance(error, ImportError) else f"does not import ({one_line(error)})"
+
+
 def peer(
     name: str,
     make: Callable[[], Callable[..., Tensor]],
@@ -121,8 +126,8 @@ def peer(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = make()
-    except ImportError as error:
-        return absent(name, f"not installed ({error})")
+    except Exception as error:
+        return absent(name, not_imported(error))
     return Candidate(name, with_gradients(loss, *inputs), role, note, truth)
 
 

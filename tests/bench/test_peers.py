@@ -96,3 +96,12 @@ def test_where_the_truth_takes_some_rows_alone_they_are_those_of_all(two_sided):
     for broken in [(whole[0] * 1.01, whole[1]), (whole[0], whole[1].clone().index_fill_(0, rows[3:4], 0.0))]:
         assert agree(broken, some) > 5e-3
     assert agree((whole[0], whole[1].clone().index_fill_(0, torch.tensor(7), torch.nan)), some) == float("inf")
+
+
+def test_a_peer_whose_import_fails_is_named(monkeypatch):
+    def raises(name):
+        raise RuntimeError("built for another torch\nand more")
+
+    monkeypatch.setattr(peers, "import_module", raises)
+    q, k = pair()
+    assert peers.two_sided(q, k, T)[0].note == "does not import (RuntimeError: built for another torch)"
