@@ -13,6 +13,7 @@ import vito_kernels
 from bench.bench_infonce import usual
 from bench.harness import Candidate, Result, Work
 from bench.limits import traffic
+from bench.peers import not_compiled
 
 IMAGES, EPS, MOMENTUM = 64, 1e-5, 0.1
 
@@ -53,6 +54,7 @@ def test_batch_norm(race: Any, device: torch.device, channels: int, side: int) -
     candidates = [
         Candidate("vito_kernels", through(vito_kernels.batch_norm), "ours"),
         Candidate("torch batch_norm, add, relu", through(by_torch), "reference"),
+        not_compiled("it fuses with the network around it: python -m bench.step_modes times compiled steps"),
         traffic([x.detach()], [(gradient, torch.empty_like(gradient)) for _ in range(5)]),
     ]
     # x, x, residual and y; the gradient, x and y, masked; that, x and dx

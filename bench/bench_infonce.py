@@ -12,11 +12,12 @@ from torch import Tensor
 import vito_kernels
 from bench.harness import Budget, Candidate, Work
 from bench.limits import matmuls
-from bench.peers import compiled, one_sided, peer, sampled, truth_of, truth_of_rows, with_gradients
+from bench.peers import compiled, not_compiled, one_sided, peer, sampled, truth_of, truth_of_rows, with_gradients
 from vito_kernels import reference
 
 TEMPERATURE = 0.1
 FULL = pytest.mark.full
+AT_4096 = "each shape takes some 5 s to compile; raced at N=4096"
 
 
 def usual(device: torch.device) -> torch.dtype:
@@ -64,8 +65,7 @@ def test_over_n(race: Any, device: torch.device, n: int) -> None:
         *one_sided(q, k, TEMPERATURE),
         matmuls(q, k, 2),
     ]
-    if n == 4096:
-        candidates.insert(2, compiled(plain, q, k))
+    candidates.insert(2, compiled(plain, q, k) if n == 4096 else not_compiled(AT_4096))
     race("info_nce", {"N": n, "D": 256}, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256, q.itemsize))
 
 
@@ -82,6 +82,7 @@ def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
         if other.truth is not None:
             other.truth = truth_of_rows(q, k, TEMPERATURE, rows, two_sided=True)
     candidates = [Candidate("vito_kernels", with_gradients(ours, q, k), "ours"), *others]
+    candidates.append(not_compiled("the reference makes whole matrices, of gigabytes; raced at N=4096"))
     if device.type == "cuda" or n < 32768:
         candidates.append(matmuls(q, k, 2))
     budget = Budget(seconds=1.0, fewest=3 if device.type == "cuda" else 1, most=60)
@@ -108,6 +109,7 @@ def test_over_d(race: Any, device: torch.device, d: int) -> None:
         *one_sided(q, k, TEMPERATURE),
         matmuls(q, k, 2),
     ]
+    candidates.insert(2, not_compiled(AT_4096))
     race("info_nce", {"N": n, "D": d}, candidates, truth=truth_of(plain, q, k), work=work(n, n, d, q.itemsize))
 
 
@@ -123,12 +125,13 @@ def test_other_precision(race: Any, device: torch.device) -> None:
         *one_sided(q, k, TEMPERATURE),
         matmuls(*((q, k) if cuda else (q.float(), k.float())), 2),  # CPUs multiply float32 faster
     ]
+    candidates.insert(2, not_compiled(AT_4096))
     params = {"N": n, "D": 256, "dtype": str(dtype).removeprefix("torch.")}
     race("info_nce", params, candidates, truth=truth_of(plain, q, k), work=work(n, n, 256, q.itemsize))
 
 
 @pytest.mark.parametrize("views", [2, pytest.param(3, marks=FULL), pytest.param(4, marks=FULL)])
-def test_over_views(race: Any, device: torch.device, views: int) -> None:
+def test_over_views(race: Any, device: torch.device, quick: bool, views: int) -> None:
     """All views' queries against all other views' keys of 1024 videos, keys of one's own video left out."""
     batch, d = 1024, 256
     q, k = pair(views * batch, views * batch, d, device)
@@ -149,6 +152,9 @@ def test_over_views(race: Any, device: torch.device, views: int) -> None:
         Candidate("reference", with_gradients(total(reference), q, k), "reference"),
         matmuls(q, k[: (views - 1) * batch], 2),
     ]
+    raced = views == 2 and not quick
+    why = "each shape takes some 5 s to compile; raced at V=2 of the full set"
+    candidates.insert(2, compiled(total(reference), q, k) if raced else not_compiled(why))
     flops = 4.0 * views * (views - 1) * batch**2 * d
     truth = truth_of(total(reference), q, k)
     amount = Work(flops, items=views * batch, unit="queries")
@@ -180,6 +186,7 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
     candidates = [
         Candidate("vito_kernels", with_gradients(moco(vito_kernels), q), "ours"),
         Candidate("reference", with_gradients(moco(reference), q), "reference"),
+        compiled(moco(reference), q),
         peer("info-nce-pytorch", package, q, matrices=4.0 * 4 * m * n),
         matmuls(q, queue, 2),
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 import vito_kernels
 from bench.harness import Candidate, Result, Work
 from bench.limits import traffic
+from bench.peers import not_compiled
 from vito_kernels import reference
 from vito_kernels.photometric import IMAGENET_MEAN, IMAGENET_STD
 
@@ -92,6 +93,7 @@ def test_photometric(race: Any, device: torch.device, b: int, view: int) -> None
     candidates = [
         Candidate("vito_kernels", lambda: (vito_kernels.photometric(images, params),), "ours"),
         Candidate("reference", lambda: (reference.photometric(images, params),), "reference"),
+        not_compiled("takes most of a minute to compile"),
         Candidate(
             "torchvision v2 operators",
             lambda: (torchvision_chain(images, params, 23),),

@@ -15,6 +15,7 @@ import vito_fast.loss
 from bench.bench_optimizer import some
 from bench.harness import Budget, Candidate, Result, Work
 from bench.limits import bare
+from bench.peers import not_compiled
 from vito_fast.config import Config, ModelConfig, ScheduleConfig, TrainConfig
 from vito_fast.distributed import World
 from vito_fast.step import Trainer
@@ -118,6 +119,7 @@ def test_step(race: Any, device: torch.device, backbone: str, batch: int, size: 
     candidates = [
         Candidate("vito_fast", stepping(fused, views, video), "ours"),
         Candidate("the same with the references", reference_step, "reference"),
+        not_compiled("python -m bench.step_modes times compiled steps"),
         bare("networks alone", networks_alone, "both backbones, no pooling, heads, loss or update"),
     ]
     params = {"backbone": backbone, "B": batch, "size": size}

@@ -52,7 +52,7 @@ class Candidate:
     ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare
     decode) does the unavoidable part only, and a ``context`` candidate does more or other work, worth knowing but not
     a peer: neither is compared with the truth unless it brings its own. ``None`` as ``call`` says why in ``note`` and
-    stays in the record.
+    stays in the record. One that ``compiles`` does so in a call of its own, and only where it races.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Candidate:
     role: Role = "peer"
     note: str = ""
     truth: Callable[[], Result] | None = None
+    compiles: bool = False
 
 
 def absent(name: str, why: str) -> Candidate:
@@ -236,8 +237,10 @@ class Race:
         if candidate.call is None:
             runner.status, runner.reason = "skipped", candidate.note
             return
-        start = self.clock()
         try:
+            if candidate.compiles:
+                candidate.call()
+            start = self.clock()
             result = candidate.call()
             runner.estimate = self.clock() - start
             if candidate.truth is not None:

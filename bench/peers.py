@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 from bench.harness import Candidate, Result, Role, absent, one_line, relative_error
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+COMPILED = "torch.compile of the reference"
 FULL_MATRIX = 4 * 2**30  # bytes that a peer may need for its matrices on a CPU; above it is named, not raced
 
 
@@ -85,15 +86,14 @@ def log_sums(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:
-    """``torch.compile`` of a reference with its gradients, for the shapes of ``inputs``; compiled before the race."""
+    """``torch.compile`` of a reference with its gradients, for the shapes of ``inputs``."""
     torch._dynamo.reset()
-    call = with_gradients(torch.compile(function, dynamic=False), *inputs)
-    name = "torch.compile of the reference"
-    try:
-        call()
-    except Exception as error:  # no compiler on this machine, or one that fails
-        return absent(name, f"does not compile ({one_line(error)})")
-    return Candidate(name, call)
+    return Candidate(COMPILED, with_gradients(torch.compile(function, dynamic=False), *inputs), compiles=True)
+
+
+def not_compiled(why: str) -> Candidate:
+    """Where :func:`compiled` does not race, which can be the best peer there is."""
+    return absent(COMPILED, why)
 
 
 def not_imported(error: Exception) -> str:

@@ -212,6 +212,20 @@ def test_ours_is_right_when_replayed_as_a_graph(monkeypatch, scale):
             contest.run()
 
 
+def test_a_peer_that_compiles_is_timed_without_and_not_for_a_count():
+    calls = []
+
+    def call():
+        calls.append(1)
+        return pausing(0.02 if len(calls) > 1 else 50.0)()
+
+    candidates = [Candidate("ours", pausing(0.02), "ours"), Candidate("peer", call, compiles=True)]
+    race(*candidates, memory=True).count()
+    assert not calls
+    found = rows(race(*candidates).run())
+    assert (found["peer"]["rounds"], found["peer"]["median_s"]) == (found["ours"]["rounds"], pytest.approx(0.02))
+
+
 def test_a_race_needs_something_to_judge_by():
     with pytest.raises(ValueError, match="a reference or a bound on the error, exp has neither"):
         race(Candidate("ours", pausing(0.0), "ours"), bound=None)
