@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from bench import __main__ as command
 from bench import gpu_check, report, static
 from bench.harness import partial, relative_error
 
+ROOT = Path(__file__).resolve().parents[2]
 OLD = {"cases": ["from before"]}
 ENDS = {"over": 0, "some wrong": 1, "stopped": 2, "nothing found": 5}
 
@@ -22,7 +25,7 @@ def bench(tmp_path, monkeypatch):
 
     def run(status, cases, *arguments):
         def instead_of_pytest(given):
-            target = command.Path(given[given.index("--results") + 1])
+            target = Path(given[given.index("--results") + 1])
             if cases:
                 target.write_text(json.dumps({"cases": cases}))
             return status
@@ -66,7 +69,7 @@ def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
 @pytest.mark.parametrize("selection", [[], ["-k", "a"], ["--suite", "a"], ["--only", "a[b=1]"]], ids=str)
 def test_a_selection_leaves_the_machine_s_file_alone(tmp_path, monkeypatch, capsys, selection):
     def instead_of_pytest(given):
-        target = command.Path(given[given.index("--results") + 1])
+        target = Path(given[given.index("--results") + 1])
         target.parent.mkdir(parents=True)
         target.write_text("{}")
         return 0
@@ -93,7 +96,7 @@ def test_a_run_that_ends_while_it_counts_leaves_the_results_alone(bench, monkeyp
     monkeypatch.setattr(static, "add", lambda path, quick: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(0, ["a"])
-    results = command.Path(sys.argv[sys.argv.index("--results") + 1])
+    results = Path(sys.argv[sys.argv.index("--results") + 1])
     assert json.loads(results.read_text()) == OLD
 
 
@@ -174,3 +177,86 @@ def test_lars_is_judged_by_what_its_steps_move(cases, change, seen):
     truth, reference, got = steps(usual, torch.float64)(), steps(usual, torch.float32)(), steps(changed, torch.float32)
     assert (relative_error(got(), truth) > 2 * relative_error(reference, truth)) == seen
     assert got() == ()
+
+
+CASES = """
+import pytest
+import torch
+from bench.harness import Candidate
+
+X = torch.linspace(0, 1, 100)
+
+
+@pytest.mark.parametrize("name", ["right", "wrong", "late", "peerless"])
+def test_exp(race, name):
+    calls = []
+
+    def ours():
+        calls.append(1)
+        off = {"wrong": 0.1, "late": 1e-4 * (len(calls) - 1)}.get(name, 0.0)
+        return (X.exp() + off,)
+
+    def fails(*args):
+        raise RuntimeError("not today")
+
+    others = [Candidate("peer", fails if name == "peerless" else lambda: (X.exp(),))]
+    candidates = [Candidate("ours", ours, "ours"), *others]
+    race(name, {"N": 100}, candidates, truth=lambda: (X.double().exp(),), bound=1e-5, memory=name != "peerless")
+    assert len(calls) > 1
+    if name == "late":
+        print("late got through")
+"""
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory):
+    """``raced(*options)``: pytest on :data:`CASES`, in a process of its own; (exit status, output, results or None)."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "bench_tiny.py").write_text(CASES)
+
+    def run(*options):
+        results, timings = folder / "results.json", folder / "timings.json"
+        for old in (results, timings):
+            old.unlink(missing_ok=True)
+        line = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
+        line += ["--rootdir", str(folder), "-o", "python_files=bench_*.py", "--rounds", "3", "--results", str(results)]
+        line += [f"--benchmark-json={timings}", "bench_tiny.py", *options]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment)
+        found = json.loads(results.read_text()) if results.exists() else None
+        timed = json.loads(timings.read_text())["benchmarks"] if timings.exists() and timings.stat().st_size else []
+        return done.returncode, done.stdout + done.stderr, found, [row["name"] for row in timed]
+
+    return run
+
+
+def test_only_what_is_right_to_the_end_is_timed(raced):
+    status, output, results, timed = raced("--quick")
+    assert status == 1, output
+    assert "wrong[N=100]: ours: differs from the float64 truth" in output
+    assert "late[N=100]: ours: differs from the float64 truth" in output
+    assert "late got through" not in output
+    assert [case["id"] for case in results["cases"]] == ["right[N=100]", "peerless[N=100]"]
+    assert timed == ["test_exp[right]", "test_exp[peerless]"]
+    assert (results["quick"], results["counted"]) == (True, False)
+    right, peerless = (case["candidates"] for case in results["cases"])
+    assert [(row["status"], row["rounds"]) for row in right] == [("ok", 3)] * 2
+    assert (peerless[1]["status"], peerless[1]["reason"]) == ("failed", "RuntimeError: not today")
+    assert [(row["name"], row["cases"]) for row in results["skipped"]] == [("peer", "1")]
+
+
+def test_only_the_asked_for_cases_are_raced(raced):
+    status, output, results, _ = raced("--only", "right[N=100],nope[N=1]")
+    assert status == 0, output
+    assert [case["id"] for case in results["cases"]] == ["right[N=100]"]
+    status, output, results, _ = raced("--only", "nope[N=1]")
+    assert (status, results) == (5, None), output
+
+
+def test_a_count_says_that_it_is_one(raced):
+    status, output, results, timed = raced("--counted", "-k", "right or wrong or peerless")
+    assert status == 1, output
+    assert results["counted"] is True
+    assert [case["id"] for case in results["cases"]] == ["right[N=100]"]
+    assert "median_s" not in results["cases"][0]["candidates"][0]
+    assert timed == []
