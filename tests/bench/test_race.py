@@ -221,7 +221,8 @@ def raced(tmp_path_factory):
         line = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
         line += ["--rootdir", str(folder), "-o", "python_files=bench_*.py", "--rounds", "3", "--results", str(results)]
         line += [f"--benchmark-json={timings}", "bench_tiny.py", *options]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = outer | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment)
         found = json.loads(results.read_text()) if results.exists() else None
         timed = json.loads(timings.read_text())["benchmarks"] if timings.exists() and timings.stat().st_size else []
