@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
 
 
 def main() -> int:
@@ -25,7 +30,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
     parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
-    parser.add_argument("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
+    parser.add_argument("--rounds", type=int, help="exactly so many rounds a case and pass, instead of a time budget")
+    parser.add_argument("--passes", type=int, help="runs over the cases, merged (bench/passes.py): 2 on a CPU")
     parser.add_argument(
         "--results", type=Path, help="default: bench/results/MACHINE.json (-quick), of a selection in build/bench"
     )
@@ -39,8 +45,6 @@ def main() -> int:
     if options.counted:  # scratch of convolutions depends on the instructions that oneDNN finds: it shall find the same
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
-    import pytest
-
     from bench import report, static
     from bench.harness import partial
     from bench.machine import machine
@@ -52,22 +56,45 @@ def main() -> int:
     if selected and not options.results:
         print(f"a selection of the cases: results go to {os.path.relpath(results)}")
     running = partial(results)
-    running.unlink(missing_ok=True)
-    status = int(pytest.main(_arguments(options, running)))
+    status = _run(options, running)
     if not running.exists():
         print(f"no case ran, or none gave a right result: {os.path.relpath(results)} is not written", file=sys.stderr)
         return status or 1
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if status not in OVER:
         print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
         return status
     if options.static:
-        static.add(running, options.quick)
+        static.add(running)
     running.replace(results)
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
         report.write(results, options.report)
         print(f"report:  {os.path.relpath(options.report)}")
     return status
+
+
+def _run(options: argparse.Namespace, results: Path) -> int:
+    """All passes, into one file; the exit status of the first that did not end well. One that is stopped leaves those
+    before it.
+    """
+    from bench.passes import merge
+
+    passes = options.passes or (1 if options.counted or options.device == "cuda" else 2)
+    found: list[dict[str, Any]] = []
+    statuses = []
+    results.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(passes):
+            target = Path(folder) / f"{number}.json" if number else results
+            command = [sys.executable, "-m", "pytest", *_arguments(options, target), *["--later-pass"] * bool(number)]
+            print(f"pass {number + 1} of {passes}", flush=True)
+            statuses.append(subprocess.run(command, check=False).returncode)
+            if statuses[-1] not in OVER or not target.exists():
+                break
+            found.append(json.loads(target.read_text()))
+            if number:
+                results.write_text(json.dumps(merge(found), indent=1) + "\n")
+    return next((status for status in statuses if status), 0)
 
 
 def _arguments(options: argparse.Namespace, results: Path) -> list[str]:

@@ -128,8 +128,8 @@ def test_lars(race: Any, device: torch.device, drawn: Drawn) -> None:
         package_peer("lightly", "lightly.utils.lars", drawn, trust_coefficient=config.eta),
     ]
     count = sum(weight.numel() for weight in weights)
-    whole = torch.zeros(count, device=device)
-    candidates.append(traffic([whole], [(whole, torch.empty_like(whole)), (whole, torch.empty_like(whole))]))
+    whole, gradient, momentum = (torch.zeros(count, device=device) for _ in range(3))
+    candidates.append(traffic(updates=[(whole, gradient), (momentum, momentum)]))
 
     def truth() -> Result:
         doubles = parameters(drawn, torch.float64)
@@ -169,7 +169,7 @@ def test_target(race: Any, device: torch.device) -> None:
         Candidate("reference", once(lambda: by_loop(copies[0]), copies[0]), "reference"),
         not_compiled("takes 13 s to compile"),
         Candidate("torch foreach mul + add", once(lambda: by_foreach(copies[1]), copies[1])),
-        traffic([whole], [(whole, torch.empty_like(whole))]),
+        traffic(updates=[(whole, torch.zeros_like(whole))]),
     ]
     amount = Work(bytes=3.0 * 4 * count, items=count, unit="parameters")
     race("target_average", {"parameters": count}, candidates, truth=truth, work=amount, once=True)

@@ -15,11 +15,10 @@ from bench.limits import traffic
 from bench.peers import compiled, not_compiled, truth_of, with_gradients
 from vito_kernels import reference
 
-SHAPES = [(64, 196, 1024), (64, 49, 2048)]
 
-
-@pytest.mark.parametrize(("b", "l", "c"), SHAPES)
-def test_pooling(race: Any, device: torch.device, quick: bool, b: int, l: int, c: int) -> None:
+@pytest.mark.parametrize(("l", "c"), [(196, 1024), (49, 2048)])
+def test_pooling(race: Any, device: torch.device, quick: bool, l: int, c: int) -> None:
+    b = 64 if device.type == "cuda" or l == 49 else 32  # maps of 24.5 MiB: of 49, a call mostly waits for fresh pages
     generator = torch.Generator().manual_seed(b * l + c)
     dtype = usual(device)
     features = torch.randn(b, l, c, generator=generator).to(device, dtype).requires_grad_()

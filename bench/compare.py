@@ -52,6 +52,7 @@ COUNTED = {
     "peak_bytes": Rule(1.05, "peak memory of our call", from_nothing=2**20),
     "instructions": Rule(1.03, "instructions executed by the C++ core"),
     "packets": Rule(1.001, "packets decoded per frame used"),
+    "step": Rule(1.02, "arithmetic, traffic, memory and planned time of the traced CUDA step"),
     "registers": Rule(1.10, "registers a thread"),
     "spill_bytes": Rule(1.0, "bytes spilled"),
     "shared_bytes": Rule(1.0, "shared memory of a block"),
@@ -117,7 +118,7 @@ def compare(old: Record, new: Record, *, slack: float = 1.0) -> tuple[list[Chang
             found.missing.append(f"{name}: not in the new results")
     if not before.keys() & after.keys():
         found.missing.append("cases: no case is in both results")
-    _compare_static(found, old.get("static", {}), new.get("static", {}), complete)
+    _compare_static(found, old, new, complete)
     return found.changes, found.missing
 
 
@@ -152,20 +153,22 @@ def slowdown(old: Record, new: Record) -> float | None:
     return (max(votes) if len(votes) == 2 else statistics.median(votes)) if votes else None
 
 
-def _compare_static(found: Found, old: Record, new: Record, complete: bool) -> None:
+def _compare_static(found: Found, before: Record, after: Record, complete: bool) -> None:
+    fewer = before.get("counted", False) and not after.get("counted", False)  # a counted run compiles more kernels
+    old, new = before.get("static", {}), after.get("static", {})
     excused = any(str(reason).startswith("instructions") for reason in new.get("missing", []))  # no valgrind there
     counts = new.get("counts", {})
     for name, value in old.get("counts", {}).items():
-        kind = "packets" if "packets" in name else "instructions"
+        kind = next((kind for kind in ("packets", "step") if kind in name), "instructions")
         if name in counts or not (excused and kind == "instructions"):
             found.figure(name, "count", value, counts.get(name), COUNTED[kind])
-    after = _kernels(new)
-    targets = {str(kernel["arch"]) for kernel in after.values()}
+    kernels = _kernels(new)
+    targets = {str(kernel["arch"]) for kernel in kernels.values()}
     for label, kernel in _kernels(old).items():
-        if label in after:
+        if label in kernels:
             for figure in KERNEL_FIGURES:
-                found.figure(label, figure, kernel.get(figure), after[label].get(figure), COUNTED[figure])
-        elif complete or not targets or str(kernel["arch"]) in targets:  # the quick set has one target of three
+                found.figure(label, figure, kernel.get(figure), kernels[label].get(figure), COUNTED[figure])
+        elif not targets or (not fewer and (complete or str(kernel["arch"]) in targets)):  # quick: one target of three
             found.missing.append(f"{label}: no longer compiled")
 
 

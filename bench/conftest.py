@@ -1,6 +1,6 @@
 """The ``race`` fixture, and the results file written at the end of the session.
 
-Options: ``--device --quick --cold --rounds --only --results``.
+Options: ``--device --quick --counted --cold --rounds --only --results --later-pass``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from bench.clock import CudaClock, wall_clock
 from bench.cores import Cores
 from bench.harness import Budget, Candidate, Race, timestamp
 from bench.memory import settle_malloc
+from bench.passes import skipped
 
 SCHEMA = 1
-QUICK = Budget(seconds=7.0, fewest=20, most=60)
-FULL = Budget(seconds=7.0, fewest=14, most=60)
+QUICK = Budget(seconds=3.5, fewest=10, most=30)  # of one pass
+FULL = Budget(seconds=3.5, fewest=7, most=30)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     group.addoption("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     group.addoption("--only", metavar="ID,ID", help="race the cases of these ids alone")
+    group.addoption(
+        "--later-pass", action="store_true", help="not the first (bench/passes.py): nothing is counted again"
+    )
     group.addoption("--results", metavar="FILE", help="write the results as JSON to FILE")
 
 
@@ -45,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config.stash[CORES] = Cores(patience=30.0 if config.getoption("--quick") else 120.0)
+    config.stash[CORES] = Cores(patience=15.0 if config.getoption("--quick") else 50.0)
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
@@ -98,6 +102,9 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         options.setdefault("device", config.getoption("--device"))
         options |= {"cold": config.getoption("--cold"), "cores": None if cuda else config.stash[CORES]}
         contest = Race(case, params, candidates, **options)
+        later = config.getoption("--later-pass")
+        if later and contest.single:
+            pytest.skip("raced in the first pass alone")
         only = config.getoption("--only")
         if only and contest.id not in _split_ids(only):
             pytest.skip("not asked for")
@@ -118,7 +125,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             if benchmark is not None:
                 benchmark.has_error = True  # keeps its times out of --benchmark-json
             raise
-        contest.count_cost()
+        if not later:
+            contest.count_cost()
         record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
         record["seconds"] = round(time.perf_counter() - start, 1)
         if benchmark is not None:
@@ -178,7 +186,7 @@ def _save(config: pytest.Config) -> None:
         "threads": torch.get_num_threads(),
         "machine": machines.machine(config.getoption("--device")),
         "versions": machines.versions(),
-        "skipped": _skipped(cases),
+        "skipped": skipped(cases),
         "cases": cases,
     }
     path = Path(target)
@@ -186,14 +194,3 @@ def _save(config: pytest.Config) -> None:
     whole = path.with_name(f".{path.name}.part")
     whole.write_text(json.dumps(results, indent=1) + "\n")
     whole.replace(path)
-
-
-def _skipped(cases: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Every peer that did not race somewhere: name, first reason, and in how many cases."""
-    found: dict[tuple[str, str], int] = {}
-    for record in cases:
-        for row in record["candidates"]:
-            if row["status"] != "ok":
-                key = (row["name"], f"{row['status']}: {row['reason']}")
-                found[key] = found.get(key, 0) + 1
-    return [{"name": name, "reason": reason, "cases": str(count)} for (name, reason), count in sorted(found.items())]

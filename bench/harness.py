@@ -22,7 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
 FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
-FEW_ROUNDS = 5
+FEW_ROUNDS = 3
 SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
 FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
 
@@ -159,7 +159,8 @@ class Race:
 
     Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
     and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
-    from where the one before it ended, as steps of a training do: only the first is compared.
+    from where the one before it ended, as steps of a training do: only the first is compared. ``single`` says that a
+    call takes many seconds: memory is counted in the call that is compared, and of two passes the first alone races it.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Race:
         cold: bool = False,
         memory: bool = True,
         once: bool = False,
+        single: bool = False,
         cores: Cores | None = None,
     ) -> None:
         roles = [candidate.role for candidate in candidates]
@@ -188,6 +190,7 @@ class Race:
         self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
         self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
         self._once, self._exact, self._last = once, list[Tensor](), list[Tensor]()
+        self.single = single
         self._runners = [_Runner(candidate) for candidate in candidates]
         self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
         self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
@@ -240,9 +243,7 @@ class Race:
         try:
             if candidate.compiles:
                 candidate.call()
-            start = self.clock()
-            result = candidate.call()
-            runner.estimate = self.clock() - start
+            result = self._first_call(runner)
             if candidate.truth is not None:
                 self._judge(runner, result, candidate.truth(), bound)
             elif candidate.role not in ("limit", "context"):
@@ -251,6 +252,18 @@ class Race:
             if candidate.role == "ours":
                 raise
             runner.status, runner.reason = "failed", one_line(error)
+
+    def _first_call(self, runner: _Runner) -> Result:
+        call, results = runner.candidate.call, list[Result]()
+        assert call is not None
+        start = self.clock()
+        if self.single and self._memory and runner.candidate.role != "limit":
+            counted = cost(lambda: results.append(call()), self.device, warm=False)
+            runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops
+        else:
+            results.append(call())
+        runner.estimate = self.clock() - start
+        return results[0]
 
     def _judge(self, runner: _Runner, result: Result, truth: Result, bound: float | None) -> None:
         runner.error = self._agree(result, truth)
@@ -344,10 +357,10 @@ class Race:
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
         for runner in self._racing():
-            if not self._memory or runner.candidate.role == "limit":
+            if not self._memory or runner.candidate.role == "limit" or runner.peak_bytes is not None:
                 continue
             assert runner.candidate.call is not None
-            counted = cost(runner.candidate.call, self.device, warm=runner.estimate <= self.budget.seconds)
+            counted = cost(runner.candidate.call, self.device)
             runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops
 
     def run(self) -> dict[str, Any]:
@@ -386,13 +399,7 @@ class Race:
                 row |= self.speedup(runner)
             rows.append(row)
         seconds = next(row for row in rows if row["role"] == "ours").get("median_s", float("inf"))
-        rates: dict[str, float] = {}
-        if self.work.flops:
-            rates["tflops"] = self.work.flops / seconds / 1e12
-        if self.work.bytes:
-            rates["gbytes"] = self.work.bytes / seconds / 1e9
-        if self.work.items:
-            rates["items"] = self.work.items / seconds
+        work = asdict(self.work)
         return {
             "id": self.id,
             "case": self.case,
@@ -401,13 +408,9 @@ class Race:
             "rounds": self._round,
             "apart": self._round - len(self._together),
             "cold": self._flush is not None,
-            "work": {
-                "flops": self.work.flops,
-                "bytes": self.work.bytes,
-                "items": self.work.items,
-                "unit": self.work.unit,
-            },
-            "rates": rates,
+            "single": self.single,
+            "work": work,
+            "rates": rates(work, seconds),
             "vs": summary(rows),
             "candidates": rows,
         }
@@ -441,6 +444,12 @@ def _replayed(call: Callable[[], Result], repeats: int = 1) -> Callable[[], Resu
         return kept
 
     return sample
+
+
+def rates(work: dict[str, Any], seconds: float) -> dict[str, float]:
+    """What of the work there is, a second: ``tflops``, ``gbytes`` and ``items``."""
+    units = {"tflops": ("flops", 1e12), "gbytes": ("bytes", 1e9), "items": ("items", 1.0)}
+    return {name: work[key] / seconds / unit for name, (key, unit) in units.items() if work[key]}
 
 
 def one_line(error: Exception) -> str:

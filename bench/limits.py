@@ -40,17 +40,27 @@ def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
     return Candidate("bare matmuls", call, "limit", f"{products} x 2MND flops in tiles of {tall} x {wide}")
 
 
-def traffic(reads: Sequence[Tensor], writes: Sequence[tuple[Tensor, Tensor]]) -> Candidate:
-    """Reads ``reads`` once by a sum, and copies each ``(from, to)``, converting where the types differ."""
+def traffic(
+    reads: Sequence[Tensor] = (),
+    writes: Sequence[tuple[Tensor, Tensor]] = (),
+    updates: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Candidate:
+    """Reads ``reads`` once by a sum, copies each ``(from, to)``, converting where the types differ, and adds to each
+    ``(target, other)`` in place: where a task overwrites what it read, a copy is no limit, as a CPU first reads the
+    line that it writes.
+    """
 
     def call() -> Result:
         for tensor in reads:
             torch.sum(tensor)
         for source, target in writes:
             target.copy_(source)
+        for target, other in updates:
+            target.add_(other)
         return ()
 
-    return Candidate("bare copy", call, "limit", "the least traffic that the task allows")
+    name = "bare sum in place" if updates else "bare copy"
+    return Candidate(name, call, "limit", "the least traffic that the task allows")
 
 
 def bare(name: str, call: Callable[[], Result], note: str) -> Candidate:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench.passes import disagreement
 from bench.plots import Axis, Series, chart
 from bench.tables import ours_of, versus
 from bench.text import bytes_text, count_text, seconds_text, significant
@@ -82,8 +83,15 @@ def _machine(results: Record) -> str:
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
         "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
         "figures are medians, ± is half the interquartile range, ratios are centres of the ratio within a round. "
-        "<em>ours ×2</em> means that vito-fast is twice as fast.</p>"
+        f"<em>ours ×2</em> means that vito-fast is twice as fast.{_disagreement(results)}</p>"
     )
+
+
+def _disagreement(results: Record) -> str:
+    factor = disagreement(results["cases"])
+    if factor is None:
+        return ""
+    return f" Each ratio is the mean of {results['passes']} passes, which differed by {factor - 1:.1%} (rms)."
 
 
 def _section(name: str, title: str, note: str, body: str) -> str:
@@ -233,7 +241,7 @@ def _series(family: list[Record], name: str, value: Callable[[Record], float | N
                 points.setdefault(row["name"], []).append((record["params"][name], y))
                 styles.setdefault(row["name"], STYLES.get(row["role"], ""))
     for position, peer in enumerate(name for name, style in styles.items() if not style):
-        styles[peer] = f"peer{position % 4}"
+        styles[peer] = f"peer{position % 4}" + " again" * (position >= 4)
     return [Series(peer, sorted(found), styles[peer]) for peer, found in points.items()]
 
 

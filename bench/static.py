@@ -1,4 +1,6 @@
-"""Figures without a clock: instructions of the C++ core, packets per frame, kernels as the compiler made them."""
+"""Figures without a clock: instructions of the C++ core, packets per frame, the traced CUDA step, kernels as the
+compiler made them.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,16 @@ FRAMES = 250
 SOURCES = ("bitstream", "index", "index_writer", "miniclip", "planner", "reader", "sampler")
 TIMES = (200, 1200)
 GOPS = (1, 8, 12, 50, 250)
-KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=196", "photometric")  # parts of names
+KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=196", "photometric")
+"""Parts of the names of what a timed run compiles; a counted one has the time for all but the rare ones."""
 
 
-def add(results: Path, quick: bool) -> None:
+def add(results: Path) -> None:
     """Adds ``static`` to a results file: ``counts`` by name, ``kernels`` as compiled, ``missing`` with reasons."""
     content = json.loads(results.read_text())
     with ThreadPoolExecutor(1) as beside:  # mostly waits for g++ and valgrind
         counting = beside.submit(count)
-        kernels, unseen = ([], []) if content["device"] == "cuda" else inspect(quick)
+        kernels, unseen = ([], []) if content["device"] == "cuda" else inspect(content["quick"], content["counted"])
         counts, missing = counting.result()
     missing += unseen
     for line in missing:
@@ -50,6 +53,7 @@ def count() -> tuple[dict[str, float], list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         for gop in GOPS:
             counts[f"packets per frame, GOP {gop}"] = packets_per_frame(Path(folder), gop)
+        counts |= traced_steps()
         tools = [tool for tool in ("valgrind", "g++") if shutil.which(tool) is None]
         if tools:
             missing.append(f"instructions: {' and '.join(tools)} not installed")
@@ -98,6 +102,33 @@ def packets_per_frame(folder: Path, gop: int, samples: int = 512) -> float:
     return decoded / used
 
 
+def traced_steps() -> dict[str, float]:
+    """What a GPU's share of a CUDA step takes, traced on fake tensors, and what the plan makes of it: the step that
+    ``bench.step_modes`` times, and the paper's on eight H100.
+    """
+    from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
+    from vito_fast.plan import PlanOptions, predict
+
+    single = TrainConfig(batch_size=256, dtype="bfloat16", compile=True)
+    paper = next(file for file in preset_files() if file.stem == "vito_r50_8xh100")
+    steps = {
+        "step of ResNet-50, 256 clips on an H200": (
+            Config(model=ModelConfig(backbone="resnet50"), train=single),
+            PlanOptions(gpu="h200", gpus=1),
+        ),
+        "step of vito_r50_8xh100": (load_config(paper), PlanOptions(gpu="h100", gpus=8)),
+    }
+    found = {}
+    for name, (config, options) in steps.items():
+        plan = predict(config, options)
+        flops, moved = plan.dry.total()
+        found |= {f"{name}: TFLOP": flops / 1e12, f"{name}: GB moved": moved / 1e9}
+        found |= {f"{name}: GB at most": plan.dry.peak_bytes / 1e9, f"{name}: GB planned": plan.gpu_bytes / 1e9}
+        found |= {f"{name}: ms planned": 1e3 * plan.resources["gpu"]}
+        found |= {f"{name}: ms planned for decoding": 1e3 * plan.resources["decode"]}
+    return found
+
+
 def instructions(folder: Path) -> dict[str, float]:
     """Instructions executed for one sample, one plan and one mini-clip, by callgrind, start-up subtracted."""
     program = folder / "count"
@@ -126,17 +157,18 @@ def _executed(command: list[str]) -> int:
     return int(match[1])
 
 
-def inspect(quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records of ``vito_kernels.inspect`` for the kernels of the races' shapes, on Hopper alone for the quick set;
+def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of ``vito_kernels.inspect``, and what could not be compiled.
 
-    and what could not be compiled.
+    Of all kernels but the rare ones for a counted run, else of the races' shapes, for the quick set on Hopper alone.
     """
     try:
         from vito_kernels.inspect import specs
     except ImportError as error:
         return [], [f"kernels: {error}"]
-    chosen = {(module, number): None for part in KERNELS for module, number, _ in specs(part)}
-    jobs = [(arch, *spec) for arch in ((90,) if quick else (80, 90, 100)) for spec in chosen]
+    found = specs(rare=False) if counted else [spec for part in KERNELS for spec in specs(part)]
+    chosen = dict.fromkeys((module, number) for module, number, _ in found)
+    jobs = [(arch, *spec) for arch in ((90,) if quick and not counted else (80, 90, 100)) for spec in chosen]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return [record for records in pool.map(_compile, jobs) for record in records], []

@@ -1,9 +1,10 @@
 """Tables and figures in Markdown, generated from results files: ``python -m bench.tables [--check] FILE.md ...``.
 
 Between ``<!-- bench:TABLE MACHINE -->`` and ``<!-- /bench -->`` stands the table of that name, made from
-``bench/results/MACHINE.json``; ``bench:value MACHINE CASE PATH`` puts a single figure into a sentence, where PATH is
-``vs.limit``, ``ours.peak_bytes``, ``rates.items`` and the like. Whatever else stands there is replaced; nothing else
-is touched.
+``bench/results/MACHINE.json``, for a table of cases with only those whose ids follow, if any do.
+``bench:value MACHINE CASE PATH`` puts a single figure into a sentence, where PATH is ``vs.limit``, ``ours.peak_bytes``,
+``rates.items`` and the like, and ``bench:at MACHINE KEY/KEY/...`` any other number of the file. Whatever else stands
+there is replaced; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ HEADER = ["case", "ours", "x reference", "x best peer", "of the limit", "peak me
 def suites(results: Record, *names: str) -> str:
     """Summary of some suites: our median, speed over reference and best peer, share of the limit, memory."""
     return markdown(HEADER, [_row(record) for record in results["cases"] if record["suite"] in names])
+
+
+def selection(results: Record, ids: list[str]) -> Record:
+    """The results with these cases alone. ValueError names one that they do not hold."""
+    by_id = {record["id"]: record for record in results["cases"]}
+    if unknown := [name for name in ids if name not in by_id]:
+        raise ValueError(f"no case {unknown[0]} in the results")
+    return results | {"cases": [by_id[name] for name in ids]}
 
 
 def memory(results: Record) -> str:
@@ -145,6 +154,16 @@ def value(results: Record, case: str, path: str) -> str:
     return f"{node:.0%}" if path == "vs.limit" else significant(node)
 
 
+def at(results: Record, path: str) -> str:
+    """The number at ``path``, keys with / between them. ValueError if there is none."""
+    node: Any = results
+    for key in path.split("/"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, int | float):
+        raise ValueError(f"no number at {path} in the results")
+    return significant(node)
+
+
 def fill(text: str) -> str:
     """``text`` with everything between markers made anew."""
 
@@ -153,9 +172,12 @@ def fill(text: str) -> str:
         words = arguments.split()
         if name == "value":
             return f"{start}{value(load(words[0]), ' '.join(words[1:-1]), words[-1])}{end}"
+        if name == "at":
+            return f"{start}{at(load(words[0]), ' '.join(words[1:]))}{end}"
         if name not in TABLES:
-            raise ValueError(f"unknown table {name!r}, known: value, {', '.join(TABLES)}")
-        made = TABLES[name](load(words[0]))
+            raise ValueError(f"unknown table {name!r}, known: value, at, {', '.join(TABLES)}")
+        results = load(words[0])
+        made = TABLES[name](selection(results, words[1:]) if words[1:] else results)
         return f"{start}\n{made}\n{end}" if "\n" in made or made.startswith("|") else f"{start}{made}{end}"
 
     made, marks = MARK.subn(make, text)

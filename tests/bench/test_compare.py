@@ -159,6 +159,25 @@ def test_a_quick_run_is_compared_on_what_it_has(results):
     assert compare.compare(full, results)[1] == []
 
 
+def test_a_timed_run_compiles_fewer_kernels_than_a_counted_one(results):
+    results["counted"] = True
+    new = copy.deepcopy(results)
+    results["static"]["kernels"].append(results["static"]["kernels"][0] | {"name": "rare"})
+    assert compare.compare(results, new)[1] == ["rare on 90: no longer compiled"]
+    new["counted"] = False
+    assert compare.compare(results, new)[1] == []
+    new["static"]["kernels"] = []
+    assert len(compare.compare(results, new)[1]) == 2
+
+
+def test_the_traced_step_has_a_threshold_of_its_own(results):
+    results["static"]["counts"] = {"step of ResNet-50: GB moved": 100.0}
+    for value, worse in ((101.9, False), (102.1, True)):
+        new = copy.deepcopy(results)
+        new["static"]["counts"] = {"step of ResNet-50: GB moved": value}
+        assert [change.worse for change in compare.compare(results, new)[0]][-6] == worse
+
+
 def test_a_counted_run_is_compared_on_what_it_counts(results):
     new = counted_part(results)
     del new["cases"][0]

@@ -24,14 +24,15 @@ def bench(tmp_path, monkeypatch):
     """``bench(status, cases, *arguments)``: ``python -m bench`` whose pytest ends so; (exit status, results file)."""
 
     def run(status, cases, *arguments):
-        def instead_of_pytest(given):
+        def instead_of_pytest(given, check):
             target = Path(given[given.index("--results") + 1])
             if cases:
                 target.write_text(json.dumps({"cases": cases}))
-            return status
+            return subprocess.CompletedProcess(given, status)
 
-        monkeypatch.setattr(pytest, "main", instead_of_pytest)
-        monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--results", str(results), *arguments])
+        monkeypatch.setattr(subprocess, "run", instead_of_pytest)
+        options = ["--no-static", "--passes", "1", "--results", str(results)]
+        monkeypatch.setattr(sys, "argv", ["bench", *options, *arguments])
         return command.main(), results
 
     results = tmp_path / "here.json"
@@ -68,15 +69,15 @@ def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
 
 @pytest.mark.parametrize("selection", [[], ["-k", "a"], ["--suite", "a"], ["--only", "a[b=1]"]], ids=str)
 def test_a_selection_leaves_the_machine_s_file_alone(tmp_path, monkeypatch, capsys, selection):
-    def instead_of_pytest(given):
+    def instead_of_pytest(given, check):
         target = Path(given[given.index("--results") + 1])
         target.parent.mkdir(parents=True)
         target.write_text("{}")
-        return 0
+        return subprocess.CompletedProcess(given, 0)
 
     monkeypatch.setattr(command, "ROOT", tmp_path)
-    monkeypatch.setattr(pytest, "main", instead_of_pytest)
-    monkeypatch.setattr(sys, "argv", ["bench", "--no-static", *selection])
+    monkeypatch.setattr(subprocess, "run", instead_of_pytest)
+    monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--passes", "1", *selection])
     monkeypatch.setattr(report, "write", lambda *paths: None)
     monkeypatch.chdir(tmp_path)
     assert command.main() == 0
@@ -93,7 +94,7 @@ def test_a_run_that_ends_while_it_counts_leaves_the_results_alone(bench, monkeyp
         return ["--results", str(results)]
 
     monkeypatch.setattr(command, "_arguments", arguments)
-    monkeypatch.setattr(static, "add", lambda path, quick: 1 / 0)
+    monkeypatch.setattr(static, "add", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(0, ["a"])
     results = Path(sys.argv[sys.argv.index("--results") + 1])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, tables, text
+from bench import compare, report, tables, text
 from bench.plots import Axis, Series, chart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +104,32 @@ def test_tables_in_documents_are_those_of_the_results(path):
     assert tables.fill(content) == content, "run `make readme-tables`"
 
 
+MEASURED = re.compile(
+    r"(?<![\w.])(?:\d[\d.,]*|(?:two|three|four|five|ten|twenty|thirty|forty|fifty)(?: and a half)?)"
+    r"\s+(?:ms|µs|s|seconds?|minutes?|hours?|[KMGT]i?B|[GT]FLOPs?|[a-z]+/s|%|times)(?!\w)"
+)
+NOT_OURS = {  # settings, bounds that a test or the gate holds, arithmetic, and what others say
+    "README.md": {"7 GB", "256 MiB", "64 MiB", "20 ms", "ten minutes"},
+    "benchmarks.md": {"15 minutes", "3 minutes", "ten minutes", "32 MiB", "20 ms", "1 MiB"}
+    | {f"{percent} %" for percent in ("0.1", "0.5", 2, 3, 5, 10, 13)},  # of bench.compare
+    "scaling.md": {"2470 images/s", "989 TFLOP", "2.41 TB", "ten minutes"},
+}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_what_prose_says_was_measured_comes_from_results(path):
+    text = tables.MARK.sub("", path.read_text(encoding="utf-8"))
+    text = re.sub("```.*?```|`[^`]*`", "", text, flags=re.S)
+    found = {re.sub(r"\s+", " ", match) for match in MEASURED.findall(text)}
+    assert found - NOT_OURS[path.name] == set(), "put it between <!-- bench:at ... --> and <!-- /bench -->"
+
+
+def test_the_gates_thresholds_are_those_of_the_documents():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for rule in {compare.TIME, *compare.COUNTED.values()}:
+        assert rule.allowed == 1.0 or f"{100 * (rule.allowed - 1):.2g} %" in text
+
+
 def test_a_changed_figure_is_noticed(results):
     machine, case = results["machine"]["name"], results["cases"][0]["id"]
     source = f"Is <!-- bench:value {machine} {case} ours.median_s -->12 parsecs<!-- /bench --> fast.\n"
@@ -127,6 +153,20 @@ def test_an_unknown_table_or_machine_is_an_error():
         tables.fill("<!-- bench:losses no-such-machine --><!-- /bench -->")
     with pytest.raises(ValueError, match="has no <!-- /bench -->"):
         tables.fill("<!-- bench:losses nvidia-h200 -->| a wrong figure |<!-- /bench>")
+    with pytest.raises(ValueError, match="no case info_nce\\[N=3\\]"):
+        tables.fill("<!-- bench:losses nvidia-h200 info_nce[N=3] --><!-- /bench -->")
+    for path in ("machine/name", "machine/kernels", "tests"):
+        with pytest.raises(ValueError, match=f"no number at {path}"):
+            tables.fill(f"<!-- bench:at nvidia-h200 {path} --><!-- /bench -->")
+
+
+def test_a_table_may_be_of_some_cases_and_a_figure_from_anywhere(results):
+    name = results["machine"]["name"]
+    losses = [record["id"] for record in results["cases"] if record["suite"] == "losses"]
+    made = tables.fill(f"<!-- bench:losses {name} {losses[1]} {losses[0]} --><!-- /bench -->").split("-->")[1]
+    assert 0 < made.index(losses[1]) < made.index(losses[0])
+    assert len(made.strip().splitlines()) == 5
+    assert tables.fill(f"<!-- bench:at {name} machine/cores -->9<!-- /bench -->").endswith("-->2<!-- /bench -->")
 
 
 def test_a_ratio_to_python_beside_a_replayed_graph_is_marked(results):
