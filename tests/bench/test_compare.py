@@ -367,8 +367,13 @@ def test_the_command_of_another_run_is_one_that_bench_takes(results, gate, bench
     new["cases"][0] = case("info_nce", ours=1.2) | {"cold": True}
     gate(results, new, "--confirm", "1")
     asked = []
+
+    def refuse(command, check):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, pytest.ExitCode.USAGE_ERROR)
+
     monkeypatch.setattr(sys, "argv", bench.commands[0][2:])
-    monkeypatch.setattr(pytest, "main", lambda arguments: asked.append(arguments) or pytest.ExitCode.USAGE_ERROR)
+    monkeypatch.setattr(subprocess, "run", refuse)
     monkeypatch.chdir(ROOT)
     program.main()  # argparse stops at an option that it does not know
     assert asked[0][asked[0].index("--only") + 1] == "info_nce[N=1]"
