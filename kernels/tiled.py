@@ -147,14 +147,13 @@ class _Tiles:
         kept: Tensor | None = None,
         grid: Callable[[int, int, int], Grid] = _whole,
         find: bool = False,
-        direct: bool | None = None,
     ):
         self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
         kept = x.new_empty(0) if kept is None else kept
         header = int(kept[0]) if find and len(kept) else 0  # rows of a tile, negative where they are not direct
         self.find, self.found = find, header != 0
         self.step = abs(header) or tile_rows()
-        self.direct = header > 0 if self.found else _is_direct(x, y, scale) if direct is None else direct
+        self.direct = header > 0 if self.found else _is_direct(x, y, scale)
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
         if not find and len(kept):
             kept[0] = self.step if self.direct else -self.step
@@ -171,7 +170,10 @@ class _Tiles:
                 kept = used + size <= capacity
                 tile = self.kept[used : used + size].view(shape) if kept else out
                 if not (kept and self.found):
-                    torch.mm(scaled, self.y[other].T, out=tile)
+                    if own == other and self.x is self.y:  # s_ij and s_ji count as one: the same to the last bit
+                        torch.mm(self.x[own], self.y[other].T, out=tile).mul_(self.scale2)
+                    else:
+                        torch.mm(scaled, self.y[other].T, out=tile)
                     self.exclusion.apply(tile, own.start, other.start)
                     if self.direct:
                         tile.exp2_()
@@ -188,28 +190,50 @@ def forward(
     (0, D) unless asked. ``kept`` is filled for ``gradient``.
     """
     q, k = _computed(q), _computed(k)
-    total, top = q.new_zeros(len(q)), q.new_full((len(q),), -math.inf)
     mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
     tiles = _Tiles(q, k, scale, exclusion, kept)
+    sums = _Sums(q, tiles.direct)
     for own, other, tile, out in tiles:
-        if not tiles.direct:
-            new_top = torch.maximum(top[own], tile.amax(1))
-            shift = new_top.masked_fill(new_top == -math.inf, 0)  # a row that has seen no key: exp2(-inf - 0) = 0
-            old = torch.exp2(top[own] - shift)
-            top[own] = new_top
-            total[own].mul_(old)
-            if bring_mean:
-                mean[own].mul_(old[:, None])
-            tile = torch.sub(tile, shift[:, None], out=out).exp2_()
-        total[own].add_(tile.sum(1))
+        tile, old = sums.add(own, tile, 1, out)
         if bring_mean:
+            if old is not None:
+                mean[own].mul_(old[:, None])
             torch.addmm(mean[own], tile, k[other], beta=float(other.start > 0), out=mean[own])
-    lse2, rest = total.log2(), torch.zeros_like(total)
-    if not tiles.direct:
-        split_sum(total.log2(), top.masked_fill_(top == -math.inf, 0), lse2, rest)
     if bring_mean:
-        mean.div_(total.masked_fill_(total == 0, 1)[:, None])
-    return lse2, rest, mean
+        mean.div_(sums.total.masked_fill(sums.total == 0, 1)[:, None])
+    return *sums.lse2(), mean
+
+
+class _Sums:
+    """Sums (M,) of exponentials, one for each row or column of the matrix: as the tiles bring them where ``direct``,
+    else relative to a running maximum.
+    """
+
+    def __init__(self, like: Tensor, direct: bool):
+        self.total = like.new_zeros(len(like))
+        self.top = None if direct else like.new_full((len(like),), -math.inf)
+
+    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds a tile over its ``dim``. Returns its exponentials, in ``out`` where they are new, and by what earlier
+        sums were multiplied.
+        """
+        old = None
+        if self.top is not None:
+            new_top = torch.maximum(self.top[own], tile.amax(dim))
+            shift = new_top.masked_fill(new_top == -math.inf, 0)  # what has seen nothing: exp2(-inf - 0) = 0
+            old = torch.exp2(self.top[own] - shift)
+            self.top[own] = new_top
+            self.total[own].mul_(old)
+            tile = torch.sub(tile, shift.unsqueeze(dim), out=out).exp2_()
+        self.total[own].add_(tile.sum(dim))
+        return tile, old
+
+    def lse2(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and its rest."""
+        lse2, rest = self.total.log2(), torch.zeros_like(self.total)
+        if self.top is not None:
+            split_sum(self.total.log2(), self.top.masked_fill(self.top == -math.inf, 0), lse2, rest)
+        return lse2, rest
 
 
 def split_sum(small: Tensor, large: Tensor, total: Tensor, rest: Tensor) -> None:
@@ -350,17 +374,23 @@ def _weights(
 def two_sided(
     x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits; ``kept`` is filled for
-    ``gradient``.
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits: ``gradient`` takes
+    the very same for both, and rounded in another way, one of thousands would be off by more than its softmax may be.
+    ``kept`` is filled for it.
     """
     x, y = _computed(x), _computed(y)
-    if not _is_direct(x, y, scale):
-        return *forward(x, y, scale, exclusion, False, kept)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
-    rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
-    for own, other, tile, _ in _Tiles(x, y, scale, exclusion, kept, direct=True):
-        rows[own].add_(tile.sum(1))
-        columns[other].add_(tile.sum(0))
-    return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)
+    tiles = _Tiles(x, y, scale, exclusion, kept)
+    rows, columns, spare = _Sums(x, tiles.direct), _Sums(y, tiles.direct), _spare(tiles)
+    for own, other, tile, out in tiles:
+        columns.add(other, tile, 0, spare(tile))
+        rows.add(own, tile, 1, out)
+    return *rows.lse2(), *columns.lse2()
+
+
+def _spare(tiles: _Tiles) -> Callable[[Tensor], Tensor]:
+    """Where to write what is made of a tile that is still needed."""
+    buffer = torch.empty_like(tiles.buffer)
+    return lambda tile: buffer[: tile.numel()].view(tile.shape)
 
 
 def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -368,16 +398,13 @@ def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | 
     M M D flops. ``kept`` is filled for ``self_gradient``.
     """
     z = _computed(z)
-    if not _is_direct(z, z, scale):
-        if kept is not None:
-            kept.zero_()
-        return forward(z, z, scale, exclusion, False)[:2]
-    total = z.new_zeros(len(z))
-    for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper, direct=True):
-        total[own].add_(tile.sum(1))
+    tiles = _Tiles(z, z, scale, exclusion, kept, _upper)
+    sums, spare = _Sums(z, tiles.direct), _spare(tiles)
+    for own, other, tile, out in tiles:
         if own != other:
-            total[other].add_(tile.sum(0))
-    return total.log2_(), torch.zeros_like(total)
+            sums.add(other, tile, 0, spare(tile))
+        sums.add(own, tile, 1, out)
+    return sums.lse2()
 
 
 def self_gradient(
