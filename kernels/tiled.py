@@ -56,26 +56,34 @@ class Exclusion:
             self.k_group, self.q_group, None, None if self.diagonal is None else -self.diagonal, self.width
         )
 
-    def apply(self, tile: Tensor, row: int, column: int) -> None:
-        """Writes -inf over the excluded elements of the tile whose first element is (row, column)."""
+    def apply(self, tile: Tensor, row: int, column: int, positives: Tensor | None = None) -> None:
+        """Writes -inf over the excluded elements of the tile whose first element is (row, column), after those that are
+        positives went to ``positives`` (M, P): the key on the diagonal, or the other of a block of two.
+        """
         if self.diagonal is not None:
             first, width = row + self.diagonal, self.width
             for place, other in itertools.product(range(width), repeat=2):  # within the block: of a row, of a column
                 i = (place - first) % width
                 j = first + i - place + other - column
                 skipped = -(min(j, 0) // width) * width  # to the first of its columns within the tile
-                tile[i + skipped :: width, j + skipped :: width].diagonal().fill_(-math.inf)
+                excluded = tile[i + skipped :: width, j + skipped :: width].diagonal()
+                if positives is not None and (place != other or width == 1):
+                    positives[row + i + skipped :: width, 0][: len(excluded)] = excluded
+                excluded.fill_(-math.inf)
         if self.positive is not None:
-            _exclude(tile, self.positive[row : row + tile.shape[0]] - column)
+            rows = slice(row, row + tile.shape[0])
+            _exclude(tile, self.positive[rows] - column, None if positives is None else positives[rows])
         if self.q_group is not None and self.k_group is not None:
             q_group, k_group = self.q_group[row : row + tile.shape[0]], self.k_group[column : column + tile.shape[1]]
             if q_group.min() <= k_group.max() and k_group.min() <= q_group.max():
                 tile.masked_fill_(q_group[:, None] == k_group[None], -math.inf)
 
 
-def _exclude(tile: Tensor, columns: Tensor) -> None:
+def _exclude(tile: Tensor, columns: Tensor, found: Tensor | None) -> None:
     """-inf into the given columns (rows, P) of each row; those outside the tile belong to others."""
     i, p = ((columns >= 0) & (columns < tile.shape[1])).nonzero(as_tuple=True)
+    if found is not None:
+        found[i, p] = tile[i, columns[i, p]]
     tile[i, columns[i, p]] = -math.inf
 
 
@@ -132,7 +140,8 @@ def _upper(rows: int, columns: int, step: int) -> Grid:
 
 class _Tiles:
     """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where excluded; where ``direct``, of its
-    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept.
+    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept. ``positives`` (M, P)
+    takes their logits.
 
     While there is room in ``kept``, tiles stay there, and a pass with ``find`` over the same grid takes them as it
     finds them. They come first, and a header tells the later pass how the earlier one went about it.
@@ -147,8 +156,10 @@ class _Tiles:
         kept: Tensor | None = None,
         grid: Callable[[int, int, int], Grid] = _whole,
         find: bool = False,
+        positives: Tensor | None = None,
     ):
-        self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
+        self.positives = positives
+        self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale * LOG2E), exclusion, grid
         kept = x.new_empty(0) if kept is None else kept
         header = int(kept[0]) if find and len(kept) else 0  # rows of a tile, negative where they are not direct
         self.find, self.found = find, header != 0
@@ -170,11 +181,11 @@ class _Tiles:
                 kept = used + size <= capacity
                 tile = self.kept[used : used + size].view(shape) if kept else out
                 if not (kept and self.found):
-                    if own == other and self.x is self.y:  # s_ij and s_ji count as one: the same to the last bit
+                    if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
                         torch.mm(self.x[own], self.y[other].T, out=tile).mul_(self.scale2)
                     else:
                         torch.mm(scaled, self.y[other].T, out=tile)
-                    self.exclusion.apply(tile, own.start, other.start)
+                    self.exclusion.apply(tile, own.start, other.start, self.positives)
                     if self.direct:
                         tile.exp2_()
                 used += size if kept else 0
@@ -184,14 +195,21 @@ class _Tiles:
 
 
 def forward(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool, kept: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    exclusion: Exclusion,
+    bring_mean: bool,
+    kept: Tensor | None = None,
+    positives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse2 (M,), its rest, mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean
-    (0, D) unless asked. ``kept`` is filled for ``gradient``.
+    (0, D) unless asked. ``kept`` is filled for ``gradient``, ``positives`` (M, P) with their logits: of the same
+    products as the others, from which they may differ by little.
     """
     q, k = _computed(q), _computed(k)
     mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
-    tiles = _Tiles(q, k, scale, exclusion, kept)
+    tiles = _Tiles(q, k, scale, exclusion, kept, positives=positives)
     sums = _Sums(q, tiles.direct)
     for own, other, tile, out in tiles:
         tile, old = sums.add(own, tile, 1, out)
@@ -372,14 +390,19 @@ def _weights(
 
 
 def two_sided(
-    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclusion: Exclusion,
+    kept: Tensor | None = None,
+    positives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits: ``gradient`` takes
     the very same for both, and rounded in another way, one of thousands would be off by more than its softmax may be.
-    ``kept`` is filled for it.
+    ``kept`` is filled for it, ``positives`` (M, 1) as by ``forward``.
     """
     x, y = _computed(x), _computed(y)
-    tiles = _Tiles(x, y, scale, exclusion, kept)
+    tiles = _Tiles(x, y, scale, exclusion, kept, positives=positives)
     rows, columns, spare = _Sums(x, tiles.direct), _Sums(y, tiles.direct), _spare(tiles)
     for own, other, tile, out in tiles:
         columns.add(other, tile, 0, spare(tile))
@@ -393,12 +416,14 @@ def _spare(tiles: _Tiles) -> Callable[[Tensor], Tensor]:
     return lambda tile: buffer[: tile.numel()].view(tile.shape)
 
 
-def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def self_forward(
+    z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None, positives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(lse2 (M,), its rest) of ``forward(z, z)``; a logit right of the diagonal is computed once, for both its rows:
-    M M D flops. ``kept`` is filled for ``self_gradient``.
+    M M D flops. ``kept`` is filled for ``self_gradient``, ``positives`` (M, 1) as by ``forward``.
     """
     z = _computed(z)
-    tiles = _Tiles(z, z, scale, exclusion, kept, _upper)
+    tiles = _Tiles(z, z, scale, exclusion, kept, _upper, positives=positives)
     sums, spare = _Sums(z, tiles.direct), _spare(tiles)
     for own, other, tile, out in tiles:
         if own != other:

@@ -76,7 +76,7 @@ def test_two_sided_losses(loss, rows, scale, tile_rows):
 
 
 @pytest.mark.parametrize("loss", ["clip", "ntxent", "supcon"])
-@pytest.mark.parametrize("scale", [200.0, 1000.0])
+@pytest.mark.parametrize("scale", [200.0, 1000.0, 5000.0])
 def test_both_sides_take_the_same_logits(loss, scale, tile_rows):
     """A softmax of logits of thousands shows every rounding in which two computations of one of them differ."""
     x, y = (embeddings(200, 64, torch.float32, "cpu", i) for i in range(2))
@@ -128,6 +128,21 @@ def test_identical_keys_count_as_many():
     q, key = embeddings(4, 16, torch.float32, "cpu", 0), embeddings(1, 16, torch.float32, "cpu", 1)
     lse = similarity_lse(q, key.expand(1000, -1).contiguous(), 3.0)
     torch.testing.assert_close(lse, (3 * q @ key.T)[:, 0] + torch.log(torch.tensor(1000.0)))
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("loss", ["info_nce", "many", "clip", "ntxent"])
+def test_the_loss_of_identical_keys(loss, scale, tile_rows):
+    """Nothing but how many they are: a positive differs from none of its negatives, by no rounding either."""
+    x = embeddings(1, 64, torch.float32, "cpu", 0).expand(150, -1)
+    losses = {
+        "info_nce": lambda m, x: m.info_nce(x, x, temperature=1 / scale),
+        "many": lambda m, x: m.info_nce(x, x, temperature=1 / scale, positive=torch.arange(300).view(150, 2) % 150),
+        "clip": lambda m, x: m.clip_loss(x, x, scale),
+        "ntxent": lambda m, x: m.ntxent(x, x, 1 / scale),
+    }
+    found, expected = losses[loss](vito_kernels, x), losses[loss](reference, x.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_strided_rows_are_read_in_place():
@@ -270,7 +285,7 @@ def test_no_gradient_costs_half():
             similarity_lse(q, k, 2.0)
     finally:
         tiled.forward = original
-    assert [(bring_mean, kept.numel() > 0) for bring_mean, kept in seen] == [
+    assert [(bring_mean, kept.numel() > 0) for bring_mean, kept, _ in seen] == [
         (False, False), (False, True), (True, True), (False, False)
     ]  # fmt: skip
     assert ops.contrast(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
