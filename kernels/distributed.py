@@ -42,7 +42,7 @@ from vito_kernels.info_nce import negatives_and_positives
 from vito_kernels.margin import margin
 from vito_kernels.normalize import normalize
 from vito_kernels.tiled import LOG2E
-from vito_kernels.two_sided import rows_and_columns
+from vito_kernels.two_sided import interleaved, rows_and_columns
 
 
 @dataclass
@@ -187,7 +187,7 @@ def global_ntxent(
     check_paired(z1, z2, ("z1", "z2"))
     scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)
-    z = normalize(torch.stack([z1, z2], 1).flatten(0, 1)).unflatten(0, (-1, 2))
+    z = normalize(interleaved(z1, z2)).unflatten(0, (-1, 2))
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)

@@ -206,12 +206,13 @@ apply_contrast_backward = refuse_double_backward(contrast_backward)
 
 
 def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
-    """As autocast does for a matmul: float32 embeddings take the values of its dtype, which comes second (else None).
+    """As autocast does for a matmul: embeddings take the values of its dtype, which comes second (else None), if they
+    are float32 or of several types. Those of one narrower type, or of float64, are left as they are.
 
     All are float32 tensors then, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
     """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or all(x.dtype != torch.float32 for x in tensors):
+    kind, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
+    if not torch.is_autocast_enabled(kind) or (len(dtypes) == 1 and torch.float32 not in dtypes):
         return list(tensors), None
     dtype, wide = torch.get_autocast_dtype(kind), [x.float() for x in tensors]
     return [x + (x.to(dtype) - x).detach() for x in wide], dtype
@@ -233,16 +234,16 @@ def similarity_lse(
 
     Equivalent: ``(scale * q @ k.T).masked_fill(q_group[:, None] == k_group[None], -inf).logsumexp(1)``.
 
-    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch; under autocast one may
-    be float32 and the other of autocast's) and a device; rows may be strided. ``scale`` is a number or a tensor of one
+    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch; under autocast the first
+    three may mix) and a device; rows may be strided. ``scale`` is a number or a tensor of one
     element, which may require grad. Groups are int64 or int32, (M,) and (N,); without them every key counts. A query
     that sees no key has lse = -inf and no gradient.
 
     Sums are in float32 (float64 for float64, and so is the result). On a GPU float32 products are taken on the tensor
     cores in bfloat16 parts: three, as exact as float32, or by ``torch.set_float32_matmul_precision`` fewer; beyond a
-    width of 256 (128 on sm_80, 0 on sm_100) on the plain units. Under autocast float32 embeddings are rounded to its
-    dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor has
-    a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
+    width of 256 (128 on sm_80, 0 on sm_100) on the plain units. Under autocast float32 and mixed embeddings are rounded
+    to its dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor
+    has a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
     The gradient of q comes with the forward pass: 4 M N D flops for both together, 2 M N D without a gradient; keys
     that require grad cost 4 M N D more (on the CPU, which keeps the first logits for them, half of that up to 4096 x
     4096; there a loss takes up to 256 MiB, or 64 MiB beside larger embeddings). Of 16-bit embeddings wider than 512

@@ -436,6 +436,12 @@ def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int 
     return apply_two_sided(x, y, scale, diagonal, narrow, keep)[:5]
 
 
+def interleaved(z1: Tensor, z2: Tensor) -> Tensor:
+    """Rows of both in turns (2B, D), in a dtype that holds either: under autocast ``stack`` refuses some."""
+    with torch.autocast(z1.device.type, enabled=False):
+        return torch.stack([z1, z2], 1).flatten(0, 1)
+
+
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
     """NT-Xent (SimCLR): each of the 2B embeddings, normalised, finds the other view of its sample among the 2B - 1
     others.
@@ -451,7 +457,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
-    (z,), narrow = autocast(normalize(torch.stack([z1, z2], 1).flatten(0, 1)))
+    (z,), narrow = autocast(normalize(interleaved(z1, z2)))
     factor = scale_tensor(scale, z)
     lse2, logits, rest, _ = apply_self(z, factor, 2, None, None, narrow, differentiable(z, factor))
     loss = margin(lse2, rest, logits)

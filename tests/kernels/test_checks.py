@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,35 @@ def test_autocast_mixes_dtypes(loss, narrow, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_autocast_takes_every_mix_that_a_matmul_takes(loss, dtype):
+    """On a grid that all of them hold, with the value and gradients of float32."""
+    wide = [((64 * x).round() / 64).requires_grad_() for x in pair()]
+    with torch.autocast("cpu", dtype):
+        expected = PAIR_LOSSES[loss](*wide)
+    truth = torch.autograd.grad(expected, wide)
+    for kinds in itertools.permutations((torch.float16, torch.bfloat16, torch.float32), 2):
+        mixed = [x.detach().to(kind).requires_grad_() for x, kind in zip(wide, kinds, strict=True)]
+        with torch.autocast("cpu", dtype):
+            found = PAIR_LOSSES[loss](*mixed)
+        assert torch.equal(found, expected)
+        grads = torch.autograd.grad(found, mixed)
+        rounded = [g.to(kind) for g, kind in zip(truth, kinds, strict=True)]
+        torch.testing.assert_close(list(grads), rounded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ntxent_takes_every_mix_under_autocast(dtype):
+    """And 16 bits that are not autocast's, which ``torch.stack`` refuses."""
+    x, y = pair()
+    with torch.autocast("cpu", dtype):
+        expected = vk.ntxent(x, y, 0.2)
+        for kinds in itertools.product((torch.float16, torch.bfloat16, torch.float32), repeat=2):
+            found = vk.ntxent(x.to(kinds[0]), y.to(kinds[1]), 0.2)
+            torch.testing.assert_close(found, expected, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("library", "adapter", "arguments"),
     [
@@ -122,7 +153,7 @@ WRONG = [
     (ValueError, "rank must lie in.*got 2 of 2", lambda: ClipAdapter(rank=2, world_size=2)),
     (ValueError, "rank must lie in.*got 0 of 0", lambda: ClipAdapter(world_size=0)),
     (TypeError, "same dtype, got torch.float32 and torch.float64", lambda: under_autocast(X, X.double())),
-    (TypeError, "same dtype, got torch.float16 and torch.float32", lambda: under_autocast(X.half(), X)),
+    (TypeError, "same dtype, got torch.float64 and torch.float16", lambda: under_autocast(X.double(), X.half())),
     (TypeError, "same dtype, got torch.float32 and torch.bfloat16", lambda: vk.info_nce(X, X.bfloat16())),
 ]
 
