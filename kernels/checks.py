@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,6 +62,24 @@ def check_locked(name: str, x: Tensor) -> None:
 def is_number(x: Any) -> bool:
     """A real number of Python's or of NumPy's."""
     return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def is_whole(x: Any) -> bool:
+    """A whole number of Python's or of NumPy's."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def check_whole(**values: int) -> None:
+    for name, value in values.items():
+        if not is_whole(value):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_flags(**values: bool) -> None:
+    """Not a string that reads "False", nor a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:

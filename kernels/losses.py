@@ -16,6 +16,7 @@ from vito_kernels.checks import (
     check_pair,
     check_paired,
     check_reduction,
+    check_whole,
     inverse_temperature,
     reduce,
     scale_tensor,
@@ -136,6 +137,7 @@ class MoCoLoss(nn.Module):
 
     def __init__(self, width: int, queue_size: int = 65536, temperature: float = 0.07, *, reduction: str = "mean"):
         super().__init__()
+        check_whole(width=width, queue_size=queue_size)
         if width < 1 or queue_size < 1:
             raise ValueError(f"width and queue_size must be positive, got {width} and {queue_size}")
         inverse_temperature(temperature)

@@ -137,8 +137,50 @@ def test_adapters_take_what_turns_their_option_off():
     assert torch.equal(ClipAdapter(rank=1, world_size=1)(x, y, 9.0), vk.clip_loss(x, y, 9.0))
 
 
+NO_SIZES = [16.5, True, None, "8", float("nan"), float("inf"), (8, 16), torch.ones(2)]
+SIZES = {
+    "width": vk.MoCoLoss,
+    "queue_size": lambda queue_size: vk.MoCoLoss(16, queue_size),
+    "channels": vk.AttentionPool,
+    "hidden": lambda hidden: vk.AttentionPool(16, [] if hidden is None else hidden),
+    "rank": lambda rank: ClipAdapter(rank=rank),
+    "world_size": lambda world_size: ClipAdapter(world_size=world_size),
+}
+
+
+@pytest.mark.parametrize("size", NO_SIZES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_no_size_is_named(name, size):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got"):
+        SIZES[name](size)
+
+
+@pytest.mark.parametrize("size", NO_SIZES[:6], ids=str)
+def test_what_is_no_memory_bank_is_named(size):
+    for bank in (size, (size, 16), (8, size)):
+        with pytest.raises(ValueError, match="Illegal memory bank size"):
+            LightlyAdapter(0.3, bank)
+
+
+@pytest.mark.parametrize("value", ["False", None, 0.5, torch.ones(2)], ids=str)
+def test_what_is_no_flag_is_named(value):
+    for name in ("local_loss", "gather_with_grad", "cache_labels", "use_horovod"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            ClipAdapter(**{name: value})
+    with pytest.raises(TypeError, match="gather_distributed must be True or False, got"):
+        LightlyAdapter(0.3, gather_distributed=value)
+
+
+def test_sizes_of_numpy_are_sizes():
+    assert vk.MoCoLoss(np.int64(16), np.int32(8)).queue.shape == (8, 16)
+    assert LightlyAdapter(0.3, (np.int64(8), 16)).bank.shape == (8, 16)
+
+
 X = torch.ones(4, 16)
 WRONG = [
+    (ValueError, "width and queue_size must be positive, got 0 and 8", lambda: vk.MoCoLoss(0, 8)),
+    (ValueError, "width and queue_size must be positive, got 16 and -1", lambda: vk.MoCoLoss(16, -1)),
+    (TypeError, "width must be a whole number, got 16.5", lambda: vk.MoCoLoss(16.5, 8)),
     (ValueError, r"scale must fit torch.float32.*got 1e\+39", lambda: vk.clip_loss(X, X, 1e39)),
     (ValueError, r"scale must fit torch.float32.*got -1e\+300", lambda: vk.similarity_lse(X, X, -1e300)),
     (ValueError, "temperature must be at least 2.94e-39, got 1e-45", lambda: vk.info_nce(X, X, temperature=1e-45)),
