@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.checks import FLOATS
+from vito_kernels.checks import FLOATS, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -278,12 +278,13 @@ class AttentionPool(nn.Module):
         hidden: width of the MLP; by default ``channels``.
 
     Raises:
-        ValueError: a width below 1.
+        TypeError, ValueError: a width that is no whole number, or below 1.
     """
 
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()
         hidden = channels if hidden is None else hidden
+        check_whole(channels=channels, hidden=hidden)
         if channels < 1 or hidden < 1:
             raise ValueError(f"channels and hidden must be positive, got {channels} and {hidden}")
         self.hidden = nn.Linear(channels, hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ LEAST_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a sca
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
-    """Two matrices of embeddings of one width, type and device, neither of them empty. Under autocast, one may be
-    float32 and the other of its type.
+    """Two matrices of embeddings of one width, type and device, neither of them empty. Under autocast, types may
+    differ, but for float64, as they may in a matmul.
     """
     for name, x in zip(names, (q, k), strict=True):
         if not isinstance(x, Tensor):
@@ -38,8 +38,7 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
 
 
 def _mixed_by_autocast(q: Tensor, k: Tensor) -> bool:
-    kind = q.device.type
-    return torch.is_autocast_enabled(kind) and {q.dtype, k.dtype} == {torch.float32, torch.get_autocast_dtype(kind)}
+    return torch.is_autocast_enabled(q.device.type) and torch.float64 not in (q.dtype, k.dtype)
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
@@ -63,6 +62,24 @@ def check_locked(name: str, x: Tensor) -> None:
 def is_number(x: Any) -> bool:
     """A real number of Python's or of NumPy's."""
     return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def is_whole(x: Any) -> bool:
+    """A whole number of Python's or of NumPy's."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def check_whole(**values: int) -> None:
+    for name, value in values.items():
+        if not is_whole(value):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_flags(**values: bool) -> None:
+    """Not a string that reads "False", nor a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:

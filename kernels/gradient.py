@@ -114,9 +114,9 @@ def _gradient_kernel(
                 pull_group, pull, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS,
                 DIAGONAL, POSITIVES, PULLED, X_ROLE, Y_ROLE, TMA, PRECISION,
             )  # fmt: skip
-    for i in tl.range(
-        0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=not MASKED
-    ):  # as in ``lse``
+    # As in ``lse``; in SupCon's exact products hoisted addresses spill 8 bytes on sm_100.
+    HOISTED: tl.constexpr = MASKED and not (PULLED and D > 512 and PRECISION == "ieee")
+    for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=not HOISTED):
         t = tl.where(i < crossing, crossed + i, full)
         accs = _gradient_step(
             t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive,

@@ -55,8 +55,8 @@ def contrast(
     narrow: torch.dtype | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lse2 (M,), in units of log 2, over the keys that a query may see, logits of its positives (M, P), mean (M, D)
-    of the keys under the softmax).
+    """(lse2 (M,) over the keys that a query may see, logits of its positives (M, P), mean (M, D) of the keys under the
+    softmax, what lse2 rounds away (M,), kept); lse2 and logits in units of log 2.
 
     Keys of the query's group, its positives, and key ``i + diagonal`` are not seen; the latter counts as its only
     positive. ``mean`` is what the gradient of q needs: with ``bring_mean`` forward and backward together cost 4 M N D
@@ -70,19 +70,19 @@ def contrast(
     kept = tiled.room(q, k, scale, keep and not use_triton(q))
     if use_triton(q):
         lse2, rest, mean = launch_lse(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
+        logits = rowwise.positive_logits(q, k, scale, positive, diagonal)
     else:
-        lse2, rest, mean = tiled.forward(q, k, scale, exclusion, bring_mean, kept)
-    logits = rowwise.positive_logits if use_triton(q) else _positive_logits
-    return lse2, logits(q, k, scale, positive, diagonal), mean, rest, kept
+        logits = scale.new_empty(q.shape[0], _count(positive, diagonal))
+        lse2, rest, mean = tiled.forward(q, k, scale, exclusion, bring_mean, kept, logits)
+    return lse2, logits, mean, rest, kept
 
 
 @contrast.register_fake
 def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None, keep=False):
-    count = positive.shape[1] if positive is not None else int(diagonal is not None)
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
     kept = tiled.room(q, k, scale, keep and not use_triton(q))
-    return new(rows), new(rows, count), new(rows if bring_mean else 0, width), new(rows), kept
+    return new(rows), new(rows, _count(positive, diagonal)), new(rows if bring_mean else 0, width), new(rows), kept
 
 
 @torch.library.custom_op("vito_kernels::contrast_backward", mutates_args=())
@@ -117,7 +117,7 @@ def contrast_backward(
         pull = mean * (g_lse2 * tiled.LOG2E)[:, None]
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
             assert k is not None
-            pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None])
+            pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None], value=tiled.LOG2E)
         if need_scale:
             dscale = (pull * q).sum()
         if need_q:
@@ -131,7 +131,7 @@ def contrast_backward(
             theirs = pairs | {"k": q, "diagonal": -(diagonal or 0), "by_key": True} if pairs else {}
             return dq, rowwise.pull(push, scale, k.dtype, **theirs)[0], dscale
         for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
-            part = q.to(push.dtype) * g_positive[:, p, None]
+            part = q.to(push.dtype) * (g_positive[:, p, None] * tiled.LOG2E)
             if isinstance(keys, slice):
                 push[keys] += part
             else:
@@ -152,20 +152,15 @@ def _(
     )
 
 
+def _count(positive: Tensor | None, diagonal: int | None) -> int:
+    return int(diagonal is not None) if positive is None else positive.shape[1]
+
+
 def _positive_keys(queries: int, positive: Tensor | None, diagonal: int | None) -> list[slice | Tensor]:
     """The positive keys of all queries, one entry for each column of positives."""
     if diagonal is not None:
         return [slice(diagonal, diagonal + queries)]
     return [] if positive is None else list(positive.unbind(1))
-
-
-def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None) -> Tensor:
-    columns = _positive_keys(len(q), positive, diagonal)
-    logits = scale.new_empty(q.shape[0], len(columns))
-    wide = q.to(scale.dtype)
-    for p, keys in enumerate(columns):
-        torch.sum(wide * k[keys], 1, dtype=scale.dtype, out=logits[:, p])
-    return logits.mul_(scale)
 
 
 def _setup_context(ctx, inputs, output):
@@ -180,9 +175,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this module: no gradient comes to them
     q, k, scale, q_group, k_group, positive, lse2, rest, mean, kept = ctx.saved_tensors
     need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-    count = positive.shape[1] if positive is not None else int(ctx.diagonal is not None)
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
-    g_positive = lse2.new_zeros(lse2.shape[0], count) if g_positive is None else g_positive
+    g_positive = lse2.new_zeros(lse2.shape[0], _count(positive, ctx.diagonal)) if g_positive is None else g_positive
     dq, dk, dscale = apply_contrast_backward(
         g_lse2,
         g_positive,
@@ -212,12 +206,13 @@ apply_contrast_backward = refuse_double_backward(contrast_backward)
 
 
 def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
-    """As autocast does for a matmul: float32 embeddings take the values of its dtype, which comes second (else None).
+    """As autocast does for a matmul: embeddings take the values of its dtype, which comes second (else None), if they
+    are float32 or of several types. Those of one narrower type, or of float64, are left as they are.
 
     All are float32 tensors then, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
     """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or all(x.dtype != torch.float32 for x in tensors):
+    kind, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
+    if not torch.is_autocast_enabled(kind) or (len(dtypes) == 1 and torch.float32 not in dtypes):
         return list(tensors), None
     dtype, wide = torch.get_autocast_dtype(kind), [x.float() for x in tensors]
     return [x + (x.to(dtype) - x).detach() for x in wide], dtype
@@ -239,16 +234,16 @@ def similarity_lse(
 
     Equivalent: ``(scale * q @ k.T).masked_fill(q_group[:, None] == k_group[None], -inf).logsumexp(1)``.
 
-    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch; under autocast one may
-    be float32 and the other of autocast's) and a device; rows may be strided. ``scale`` is a number or a tensor of one
+    q (M, D) and k (N, D) share a dtype (float32, bfloat16, float16; float64 runs in PyTorch; under autocast the first
+    three may mix) and a device; rows may be strided. ``scale`` is a number or a tensor of one
     element, which may require grad. Groups are int64 or int32, (M,) and (N,); without them every key counts. A query
     that sees no key has lse = -inf and no gradient.
 
     Sums are in float32 (float64 for float64, and so is the result). On a GPU float32 products are taken on the tensor
     cores in bfloat16 parts: three, as exact as float32, or by ``torch.set_float32_matmul_precision`` fewer; beyond a
-    width of 256 (128 on sm_80, 0 on sm_100) on the plain units. Under autocast float32 embeddings are rounded to its
-    dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor has
-    a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
+    width of 256 (128 on sm_80, 0 on sm_100) on the plain units. Under autocast float32 and mixed embeddings are rounded
+    to its dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor
+    has a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
     The gradient of q comes with the forward pass: 4 M N D flops for both together, 2 M N D without a gradient; keys
     that require grad cost 4 M N D more (on the CPU, which keeps the first logits for them, half of that up to 4096 x
     4096; there a loss takes up to 256 MiB, or 64 MiB beside larger embeddings). Of 16-bit embeddings wider than 512
@@ -305,7 +300,8 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    lse2, logits = negatives_and_positives(q, k, scale, columns, 0, *groups, keep=not hard_negatives)
+    lse2, positives, rest = negatives_and_positives(q, k, scale, columns, 0, *groups, keep=not hard_negatives)
+    logits = positives / tiled.LOG2E
     if hard_negatives or debias:
         negatives = lse2 / tiled.LOG2E
 
@@ -322,7 +318,7 @@ def info_nce(
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
         loss = softplus(sums - logits).mean(1)
     else:
-        loss = margin(lse2, logits)
+        loss = margin(lse2, rest, positives)
     if label_smoothing:
         loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
     return reduce(loss, reduction)
@@ -337,8 +333,9 @@ def negatives_and_positives(
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
     keep: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(lse2 over the negatives (M,), logits of the positives (M, P)): what every loss here is made of, by ``margin``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2 over the negatives (M,), logits of the positives (M, P), rest of lse2 (M,)): what every loss here is made
+    of, by ``margin``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
     elsewhere. Without ``keep`` the CPU path leaves no tiles for the keys' gradient: where passes add up.
@@ -347,4 +344,5 @@ def negatives_and_positives(
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
     needs = differentiable(q, scale), narrow, keep and differentiable(k)
-    return apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)[:2]
+    lse2, logits, _, rest, _ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)
+    return lse2, logits, rest

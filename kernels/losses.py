@@ -16,6 +16,7 @@ from vito_kernels.checks import (
     check_pair,
     check_paired,
     check_reduction,
+    check_whole,
     inverse_temperature,
     reduce,
     scale_tensor,
@@ -41,9 +42,11 @@ def moco_loss(
     check_locked("queue", queue)
     (q, k, queue), narrow = autocast(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
-    lse2, *_ = apply_contrast(q, queue, scale, None, None, None, None, differentiable(q, scale), narrow, False)
-    positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * scale
-    return reduce(margin(lse2, positives), reduction)
+    lse2, _, _, rest, _ = apply_contrast(
+        q, queue, scale, None, None, None, None, differentiable(q, scale), narrow, False
+    )
+    positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
+    return reduce(margin(lse2, rest, positives), reduction)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
@@ -75,8 +78,8 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
-    lse2, positives = apply_self(z, scale, 1, first, count, narrow, differentiable(z, scale))[:2]
-    loss = torch.where(count > 0, lse2 / LOG2E - positives[:, 0], 0)
+    lse2, positives, rest, _ = apply_self(z, scale, 1, first, count, narrow, differentiable(z, scale))
+    loss = torch.where(count > 0, (lse2 - positives[:, 0] + rest) / LOG2E, 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
 
@@ -134,6 +137,7 @@ class MoCoLoss(nn.Module):
 
     def __init__(self, width: int, queue_size: int = 65536, temperature: float = 0.07, *, reduction: str = "mean"):
         super().__init__()
+        check_whole(width=width, queue_size=queue_size)
         if width < 1 or queue_size < 1:
             raise ValueError(f"width and queue_size must be positive, got {width} and {queue_size}")
         inverse_temperature(temperature)

@@ -20,13 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels import tiled
-from vito_kernels._triton import use_triton
 from vito_kernels.checks import check_finite, scale_tensor
 from vito_kernels.collectives import Group
 from vito_kernels.gradient import pair_gradient, role_of
 from vito_kernels.info_nce import autocast, contrast, contrast_backward, differentiable, narrowed
 from vito_kernels.tiled import Exclusion, Role
-from vito_kernels.two_sided import launch_two_sided, pair_logits
+from vito_kernels.two_sided import sums_and_pairs
 
 Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
 
@@ -111,8 +110,8 @@ def _added(first: Rows, second: Rows) -> Rows:
 
 
 class _OneSided(torch.autograd.Function):
-    """(lse2 (B,), logits of the positives (B, 1)) of q (B, D) over the keys of all ranks; its own key i is query i's
-    positive. Other ranks' keys are kept in neither pass.
+    """(lse2 (B,), logits of the positives (B, 1), rest of lse2 (B,)) of q (B, D) over the keys of all ranks; its own
+    key i is query i's positive. Other ranks' keys are kept in neither pass.
     """
 
     @staticmethod
@@ -126,7 +125,7 @@ class _OneSided(torch.autograd.Function):
         ring: _Ring,
         bring_mean: bool,
         narrow: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         sums: Rows = ()
         logits = k.new_empty(0)
 
@@ -142,11 +141,12 @@ class _OneSided(torch.autograd.Function):
         ring.travel((k,) if k_group is None else (k, k_group), visit)
         ctx.ring, ctx.narrow = ring, narrow
         ctx.save_for_backward(q, k, scale, q_group, k_group, *sums)
-        return sums[0], logits
+        ctx.mark_non_differentiable(sums[1])
+        return sums[0], logits, sums[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, scale, q_group, k_group, lse2, rest, mean = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
@@ -163,7 +163,7 @@ class _OneSided(torch.autograd.Function):
                 hidden = Exclusion(q_group, ids, diagonal=0 if own else None)
                 _, push = pair_gradient(sides, keys, scale, role, None, hidden, need_x=False, need_y=True)
                 if own:
-                    push.addcmul_(q.to(push.dtype), g_positive)
+                    push.addcmul_(q.to(push.dtype), g_positive, value=tiled.LOG2E)
                 return (push.mul_(scale),)
 
             dk = ctx.ring.travel((k,) if k_group is None else (k, k_group), visit, _added)[0].to(k.dtype)
@@ -178,43 +178,42 @@ def negatives_and_positives(
     k_group: Tensor | None,
     sizes: list[int],
     group: Group,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``info_nce.negatives_and_positives`` of q (B, D) against all ranks' keys, of which k (B, D) are this rank's."""
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
     bring_mean = differentiable(q, scale)
-    lse2, logits = _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), bring_mean, narrow)
-    return lse2, logits
+    return _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), bring_mean, narrow)
 
 
 class _TwoSided(torch.autograd.Function):
-    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B,)) of x (B, D) against all ranks' y, and of this
-    rank's y (B, D) against all ranks' x; a pair does not see each other. Blocks of y travel.
+    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B, 1), the rests of both lse2) of x (B, D) against all
+    ranks' y, and of this rank's y (B, D) against all ranks' x; a pair does not see each other. Blocks of y travel.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, narrow: torch.dtype | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         check_finite(scale)
-        run = launch_two_sided if use_triton(x) else tiled.two_sided
         rows: Rows = ()
+        pairs = x.new_empty(0)
 
         def visit(block: Rows, own: bool) -> Rows:
-            nonlocal rows
-            hidden = Exclusion(diagonal=0 if own else None)
-            row, row_rest, *columns = run(narrowed(x, narrow), narrowed(block[0], narrow), scale, hidden)
-            rows = (row, row_rest) if own else _merged_sums(rows, (row, row_rest))
-            return tuple(columns)
+            nonlocal rows, pairs
+            (*row, column, column_rest), logits = sums_and_pairs(x, block[0], scale, 0 if own else None, narrow)
+            rows, pairs = ((row[0], row[1]), logits) if own else (_merged_sums(rows, (row[0], row[1])), pairs)
+            return column, column_rest
 
         columns = ring.travel((y,), visit, _merged_sums)
         ctx.ring, ctx.narrow = ring, narrow
         ctx.save_for_backward(x, y, scale, *rows, *columns)
-        return rows[0], columns[0], pair_logits(x, y, scale, 0)
+        ctx.mark_non_differentiable(rows[1], columns[1])
+        return rows[0], columns[0], pairs, rows[1], columns[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, row, row_rest, column, column_rest = ctx.saved_tensors
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         side = need_x or need_scale
@@ -228,20 +227,17 @@ class _TwoSided(torch.autograd.Function):
             if side:
                 gx.add_(pull)
             if need_y and own:
-                push.addcmul_(x.to(push.dtype), g_pair[:, None])
+                push.addcmul_(x.to(push.dtype), g_pair, value=tiled.LOG2E)
             return (push.mul_(scale),) if need_y else ()
 
         pushes = ctx.ring.travel((y, y_role.lse2, y_role.weight), visit, _added)
-        gx.addcmul_(y.to(gx.dtype), g_pair[:, None])
+        gx.addcmul_(y.to(gx.dtype), g_pair, value=tiled.LOG2E)
         dscale = (gx * x).sum() if need_scale else None
         dx = gx.mul_(scale).to(x.dtype) if need_x else None
         return dx, pushes[0].to(y.dtype) if need_y else None, dscale, None, None
 
 
-def rows_and_columns(
-    x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
+def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group) -> tuple[Tensor, ...]:
     """``two_sided.rows_and_columns`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
     (x, y), narrow = autocast(x, y)
-    row, column, pair = _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), narrow)
-    return row, column, pair
+    return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), narrow)

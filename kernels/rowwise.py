@@ -85,14 +85,14 @@ def _logits_kernel(
     q, k, positive, scale, out, M, N, D, q_stride, k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     LISTED: tl.constexpr, PAIRS: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
-    """scale q_i . k_j for the positives j of each i; NaN for an index that is no key. TWINS: j is i with its last bit
-    turned.
+    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key. TWINS: j is i with its
+    last bit turned.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
     own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(scale)
+    factor = tl.load(scale) * 1.4426950408889634
     for p in tl.static_range(PAIRS):
         key = (row ^ TWINS).to(tl.int64) + diagonal
         if LISTED:
@@ -110,8 +110,8 @@ def _pull_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
     BY_KEY: tl.constexpr, TWINS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """scale (weight_i base_i + sum over pairs of pair_weight k_j), rounded once; and its product with ``other``. Of
-    TWINS each is the other's key as well as its query.
+    """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
+    with ``other``. Of TWINS each is the other's key as well as its query.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -130,7 +130,7 @@ def _pull_kernel(
         if TWINS:
             share += tl.load(pair_weight + key, mask=known, other=0.0)
         keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
-        acc += share[:, None] * keys.to(tl.float32)
+        acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
     if DOTS:
         theirs = tl.load(other + place * other_stride + column[None], mask=inside, other=0.0)
         tl.store(dots + row, tl.sum(acc * theirs.to(tl.float32), 1), mask=row < M)
@@ -185,8 +185,8 @@ def role(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
 def positive_logits(
     q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, twins: bool = False
 ) -> Tensor:
-    """scale q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none; with
-    ``twins``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
+    """scale log2(e) q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none;
+    with ``twins``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
     """
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
@@ -216,7 +216,7 @@ def pull(
     twins: bool = False,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scale (weight_i log2(e) base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
+    """``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
     ``other`` (M, D), its product with that before the scale, summed: the gradient of the scale.
 
     The pairs of row i are the columns of ``positive`` (M, P), with ``pair_weight`` (M, P), or key i + ``diagonal``

@@ -56,26 +56,34 @@ class Exclusion:
             self.k_group, self.q_group, None, None if self.diagonal is None else -self.diagonal, self.width
         )
 
-    def apply(self, tile: Tensor, row: int, column: int) -> None:
-        """Writes -inf over the excluded elements of the tile whose first element is (row, column)."""
+    def apply(self, tile: Tensor, row: int, column: int, positives: Tensor | None = None) -> None:
+        """Writes -inf over the excluded elements of the tile whose first element is (row, column), after those that are
+        positives went to ``positives`` (M, P): the key on the diagonal, or the other of a block of two.
+        """
         if self.diagonal is not None:
             first, width = row + self.diagonal, self.width
             for place, other in itertools.product(range(width), repeat=2):  # within the block: of a row, of a column
                 i = (place - first) % width
                 j = first + i - place + other - column
                 skipped = -(min(j, 0) // width) * width  # to the first of its columns within the tile
-                tile[i + skipped :: width, j + skipped :: width].diagonal().fill_(-math.inf)
+                excluded = tile[i + skipped :: width, j + skipped :: width].diagonal()
+                if positives is not None and (place != other or width == 1):
+                    positives[row + i + skipped :: width, 0][: len(excluded)] = excluded
+                excluded.fill_(-math.inf)
         if self.positive is not None:
-            _exclude(tile, self.positive[row : row + tile.shape[0]] - column)
+            rows = slice(row, row + tile.shape[0])
+            _exclude(tile, self.positive[rows] - column, None if positives is None else positives[rows])
         if self.q_group is not None and self.k_group is not None:
             q_group, k_group = self.q_group[row : row + tile.shape[0]], self.k_group[column : column + tile.shape[1]]
             if q_group.min() <= k_group.max() and k_group.min() <= q_group.max():
                 tile.masked_fill_(q_group[:, None] == k_group[None], -math.inf)
 
 
-def _exclude(tile: Tensor, columns: Tensor) -> None:
+def _exclude(tile: Tensor, columns: Tensor, found: Tensor | None) -> None:
     """-inf into the given columns (rows, P) of each row; those outside the tile belong to others."""
     i, p = ((columns >= 0) & (columns < tile.shape[1])).nonzero(as_tuple=True)
+    if found is not None:
+        found[i, p] = tile[i, columns[i, p]]
     tile[i, columns[i, p]] = -math.inf
 
 
@@ -132,7 +140,8 @@ def _upper(rows: int, columns: int, step: int) -> Grid:
 
 class _Tiles:
     """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where excluded; where ``direct``, of its
-    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept.
+    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept. ``positives`` (M, P)
+    takes their logits.
 
     While there is room in ``kept``, tiles stay there, and a pass with ``find`` over the same grid takes them as it
     finds them. They come first, and a header tells the later pass how the earlier one went about it.
@@ -147,14 +156,15 @@ class _Tiles:
         kept: Tensor | None = None,
         grid: Callable[[int, int, int], Grid] = _whole,
         find: bool = False,
-        direct: bool | None = None,
+        positives: Tensor | None = None,
     ):
-        self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale) * LOG2E, exclusion, grid
+        self.positives = positives
+        self.x, self.y, self.scale2, self.exclusion, self.grid = x, y, float(scale * LOG2E), exclusion, grid
         kept = x.new_empty(0) if kept is None else kept
         header = int(kept[0]) if find and len(kept) else 0  # rows of a tile, negative where they are not direct
         self.find, self.found = find, header != 0
         self.step = abs(header) or tile_rows()
-        self.direct = header > 0 if self.found else _is_direct(x, y, scale) if direct is None else direct
+        self.direct = header > 0 if self.found else _is_direct(x, y, scale)
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
         if not find and len(kept):
             kept[0] = self.step if self.direct else -self.step
@@ -171,8 +181,11 @@ class _Tiles:
                 kept = used + size <= capacity
                 tile = self.kept[used : used + size].view(shape) if kept else out
                 if not (kept and self.found):
-                    torch.mm(scaled, self.y[other].T, out=tile)
-                    self.exclusion.apply(tile, own.start, other.start)
+                    if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
+                        torch.mm(self.x[own], self.y[other].T, out=tile).mul_(self.scale2)
+                    else:
+                        torch.mm(scaled, self.y[other].T, out=tile)
+                    self.exclusion.apply(tile, own.start, other.start, self.positives)
                     if self.direct:
                         tile.exp2_()
                 used += size if kept else 0
@@ -182,34 +195,63 @@ class _Tiles:
 
 
 def forward(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, bring_mean: bool, kept: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    exclusion: Exclusion,
+    bring_mean: bool,
+    kept: Tensor | None = None,
+    positives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse2 (M,), its rest, mean (M, D)): log-sum-exp of each row's logits and the keys' mean under its softmax; mean
-    (0, D) unless asked. ``kept`` is filled for ``gradient``.
+    (0, D) unless asked. ``kept`` is filled for ``gradient``, ``positives`` (M, P) with their logits: of the same
+    products as the others, from which they may differ by little.
     """
     q, k = _computed(q), _computed(k)
-    total, top = q.new_zeros(len(q)), q.new_full((len(q),), -math.inf)
     mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
-    tiles = _Tiles(q, k, scale, exclusion, kept)
+    tiles = _Tiles(q, k, scale, exclusion, kept, positives=positives)
+    sums = _Sums(q, tiles.direct)
     for own, other, tile, out in tiles:
-        if not tiles.direct:
-            new_top = torch.maximum(top[own], tile.amax(1))
-            shift = new_top.masked_fill(new_top == -math.inf, 0)  # a row that has seen no key: exp2(-inf - 0) = 0
-            old = torch.exp2(top[own] - shift)
-            top[own] = new_top
-            total[own].mul_(old)
-            if bring_mean:
-                mean[own].mul_(old[:, None])
-            tile = torch.sub(tile, shift[:, None], out=out).exp2_()
-        total[own].add_(tile.sum(1))
+        tile, old = sums.add(own, tile, 1, out)
         if bring_mean:
+            if old is not None:
+                mean[own].mul_(old[:, None])
             torch.addmm(mean[own], tile, k[other], beta=float(other.start > 0), out=mean[own])
-    lse2, rest = total.log2(), torch.zeros_like(total)
-    if not tiles.direct:
-        split_sum(total.log2(), top.masked_fill_(top == -math.inf, 0), lse2, rest)
     if bring_mean:
-        mean.div_(total.masked_fill_(total == 0, 1)[:, None])
-    return lse2, rest, mean
+        mean.div_(sums.total.masked_fill(sums.total == 0, 1)[:, None])
+    return *sums.lse2(), mean
+
+
+class _Sums:
+    """Sums (M,) of exponentials, one for each row or column of the matrix: as the tiles bring them where ``direct``,
+    else relative to a running maximum.
+    """
+
+    def __init__(self, like: Tensor, direct: bool):
+        self.total = like.new_zeros(len(like))
+        self.top = None if direct else like.new_full((len(like),), -math.inf)
+
+    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds a tile over its ``dim``. Returns its exponentials, in ``out`` where they are new, and by what earlier
+        sums were multiplied.
+        """
+        old = None
+        if self.top is not None:
+            new_top = torch.maximum(self.top[own], tile.amax(dim))
+            shift = new_top.masked_fill(new_top == -math.inf, 0)  # what has seen nothing: exp2(-inf - 0) = 0
+            old = torch.exp2(self.top[own] - shift)
+            self.top[own] = new_top
+            self.total[own].mul_(old)
+            tile = torch.sub(tile, shift.unsqueeze(dim), out=out).exp2_()
+        self.total[own].add_(tile.sum(dim))
+        return tile, old
+
+    def lse2(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and its rest."""
+        lse2, rest = self.total.log2(), torch.zeros_like(self.total)
+        if self.top is not None:
+            split_sum(self.total.log2(), self.top.masked_fill(self.top == -math.inf, 0), lse2, rest)
+        return lse2, rest
 
 
 def split_sum(small: Tensor, large: Tensor, total: Tensor, rest: Tensor) -> None:
@@ -348,36 +390,46 @@ def _weights(
 
 
 def two_sided(
-    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclusion: Exclusion,
+    kept: Tensor | None = None,
+    positives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits; ``kept`` is filled for
-    ``gradient``.
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest) in one pass over the logits: ``gradient`` takes
+    the very same for both, and rounded in another way, one of thousands would be off by more than its softmax may be.
+    ``kept`` is filled for it, ``positives`` (M, 1) as by ``forward``.
     """
     x, y = _computed(x), _computed(y)
-    if not _is_direct(x, y, scale):
-        return *forward(x, y, scale, exclusion, False, kept)[:2], *forward(y, x, scale, exclusion.flipped(), False)[:2]
-    rows, columns = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
-    for own, other, tile, _ in _Tiles(x, y, scale, exclusion, kept, direct=True):
-        rows[own].add_(tile.sum(1))
-        columns[other].add_(tile.sum(0))
-    return rows.log2_(), torch.zeros_like(rows), columns.log2_(), torch.zeros_like(columns)
+    tiles = _Tiles(x, y, scale, exclusion, kept, positives=positives)
+    rows, columns, spare = _Sums(x, tiles.direct), _Sums(y, tiles.direct), _spare(tiles)
+    for own, other, tile, out in tiles:
+        columns.add(other, tile, 0, spare(tile))
+        rows.add(own, tile, 1, out)
+    return *rows.lse2(), *columns.lse2()
 
 
-def self_forward(z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _spare(tiles: _Tiles) -> Callable[[Tensor], Tensor]:
+    """Where to write what is made of a tile that is still needed."""
+    buffer = torch.empty_like(tiles.buffer)
+    return lambda tile: buffer[: tile.numel()].view(tile.shape)
+
+
+def self_forward(
+    z: Tensor, scale: Tensor, exclusion: Exclusion, kept: Tensor | None = None, positives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(lse2 (M,), its rest) of ``forward(z, z)``; a logit right of the diagonal is computed once, for both its rows:
-    M M D flops. ``kept`` is filled for ``self_gradient``.
+    M M D flops. ``kept`` is filled for ``self_gradient``, ``positives`` (M, 1) as by ``forward``.
     """
     z = _computed(z)
-    if not _is_direct(z, z, scale):
-        if kept is not None:
-            kept.zero_()
-        return forward(z, z, scale, exclusion, False)[:2]
-    total = z.new_zeros(len(z))
-    for own, other, tile, _ in _Tiles(z, z, scale, exclusion, kept, _upper, direct=True):
-        total[own].add_(tile.sum(1))
+    tiles = _Tiles(z, z, scale, exclusion, kept, _upper, positives=positives)
+    sums, spare = _Sums(z, tiles.direct), _spare(tiles)
+    for own, other, tile, out in tiles:
         if own != other:
-            total[other].add_(tile.sum(0))
-    return total.log2_(), torch.zeros_like(total)
+            sums.add(other, tile, 0, spare(tile))
+        sums.add(own, tile, 1, out)
+    return sums.lse2()
 
 
 def self_gradient(

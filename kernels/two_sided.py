@@ -181,36 +181,38 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
 # ---- custom ops: rows and columns
 
 
-def pair_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
-    """scale x_i . y_(i + diagonal) (M,)."""
+def sums_and_pairs(
+    x: Tensor, y: Tensor, scale: Tensor, diagonal: int | None, narrow: torch.dtype | None, kept: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """(row lse2 (M,), its rest, column lse2 (N,), its rest), and the logits of pairs (M, 1), or (M, 0) without a
+    diagonal.
+    """
+    hidden = Exclusion(diagonal=diagonal)
     if use_triton(x):
-        return rowwise.positive_logits(x, y, scale, None, diagonal)[:, 0]
-    return (x.to(scale.dtype) * y[diagonal : diagonal + x.shape[0]]).sum(1).mul_(scale)
+        sums = launch_two_sided(narrowed(x, narrow), narrowed(y, narrow), scale, hidden)
+        return sums, rowwise.positive_logits(x, y, scale, None, diagonal)
+    pairs = scale.new_empty(x.shape[0], int(diagonal is not None))
+    return tiled.two_sided(x, y, scale, hidden, kept, pairs), pairs
 
 
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
 def two_sided(
     x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), column lse2 (N,), logits of the pairs (M,)): row i and column i + diagonal are a pair, and do not
-    see each other. ``narrow`` and ``keep`` as for ``contrast``.
+    """(row lse2 (M,), column lse2 (N,), logits of the pairs (M, 1), the rests of both, kept): row i and column i +
+    diagonal are a pair, and do not see each other. ``narrow`` and ``keep`` as for ``contrast``.
     """
     check_finite(scale)
-    hidden = Exclusion(diagonal=diagonal)
     kept = tiled.room(x, y, scale, keep and not use_triton(x))
-    if use_triton(x):
-        sums = launch_two_sided(narrowed(x, narrow), narrowed(y, narrow), scale, hidden)
-    else:
-        sums = tiled.two_sided(x, y, scale, hidden, kept)
-    row, row_rest, column, column_rest = sums
-    return row, column, pair_logits(x, y, scale, diagonal), row_rest, column_rest, kept
+    (row, row_rest, column, column_rest), pairs = sums_and_pairs(x, y, scale, diagonal, narrow, kept)
+    return row, column, pairs, row_rest, column_rest, kept
 
 
 @two_sided.register_fake
 def _(x, y, scale, diagonal, narrow=None, keep=False):
     m, n = x.shape[0], y.shape[0]
     kept = tiled.room(x, y, scale, keep and not use_triton(x))
-    return *(scale.new_empty(rows) for rows in (m, n, m, m, n)), kept
+    return *(scale.new_empty(shape) for shape in (m, n, (m, 1), m, n)), kept
 
 
 @torch.library.custom_op("vito_kernels::two_sided_backward", mutates_args=())
@@ -249,11 +251,11 @@ def two_sided_backward(
             dy, _ = rowwise.pull(gy, scale, y.dtype, pair_weight=g_pair, k=x, diagonal=-diagonal, by_key=True)
         return dx, dy, dscale
     if side:
-        gx.addcmul_(y[pairs].to(gx.dtype), g_pair[:, None])
+        gx.addcmul_(y[pairs].to(gx.dtype), g_pair, value=tiled.LOG2E)
         dscale = (gx * x).sum() if need_scale else dscale
         dx = gx.mul_(scale).to(x.dtype) if need_x else dx
     if need_y:
-        gy[pairs].addcmul_(x.to(gy.dtype), g_pair[:, None])
+        gy[pairs].addcmul_(x.to(gy.dtype), g_pair, value=tiled.LOG2E)
         dy = gy.mul_(scale).to(y.dtype)
     return dx, dy, dscale
 
@@ -280,7 +282,7 @@ def _two_sided_setup(ctx, inputs, output):
 def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
     x, y, scale, *sums = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    like = sums[0], sums[1], sums[0]
+    like = sums[0], sums[1], sums[0][:, None]
     grads = [
         torch.zeros_like(x) if g is None else g.contiguous()
         for g, x in zip((g_row, g_column, g_pair), like, strict=True)
@@ -316,17 +318,12 @@ def self_contrast(
     kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
     if use_triton(z):
         lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
+        logits = rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True)
     else:
-        lse2, rest = tiled.self_forward(side, scale, exclusion, kept)
+        logits = scale.new_empty(len(z), views - 1)
+        lse2, rest = tiled.self_forward(side, scale, exclusion, kept, logits if views == 2 else None)
     if group is not None and count is not None:
         logits = _group_logits(z, scale, group, count)
-    elif use_triton(z):
-        logits = rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True)
-    elif views == 2:
-        pairs = (z[::2].to(scale.dtype) * z[1::2]).sum(1, keepdim=True).mul_(scale)
-        logits = pairs.repeat_interleave(2, 0)
-    else:
-        logits = scale.new_empty(len(z), 0)
     return lse2, logits, rest, kept
 
 
@@ -336,7 +333,9 @@ def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Ten
     """
     wide = z.double()
     sums = torch.zeros_like(wide).index_put_((group,), wide, accumulate=True)[group].sub_(wide)
-    return (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None]).mul_(scale).to(scale.dtype)
+    return (
+        (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None]).mul_(scale * tiled.LOG2E).to(scale.dtype)
+    )
 
 
 @self_contrast.register_fake
@@ -367,7 +366,7 @@ def self_contrast_backward(
     """
     role, pull = role_of(lse2, rest, g_lse2), None
     if group is not None and count is not None:
-        pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1))
+        pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1) * tiled.LOG2E)
     side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
     if use_triton(z):
         gz = launch_gradient(side, side, scale, role, role, exclusion, pull)
@@ -376,7 +375,7 @@ def self_contrast_backward(
         return dz, dscale / 2 if need_scale else dscale
     gz = tiled.self_gradient(side, scale, role, exclusion, kept, pull)
     if views == 2:
-        share = g_positive[::2] + g_positive[1::2]
+        share = (g_positive[::2] + g_positive[1::2]) * tiled.LOG2E
         gz[::2].addcmul_(z[1::2].to(gz.dtype), share)
         gz[1::2].addcmul_(z[::2].to(gz.dtype), share)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)
@@ -423,16 +422,24 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     autocast and determinism as for ``similarity_lse``.
     """
     check_paired(x, y, ("x", "y"))
-    rows, columns, pairs = rows_and_columns(x, y, scale)
-    return margin(rows, pairs[:, None], columns).mean()
+    rows, columns, pairs, *rests = rows_and_columns(x, y, scale)
+    return margin(rows, rests[0], pairs, columns, rests[1]).mean()
 
 
-def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 of each row over the other rows of y, of each column over the other rows of x, logits of the pairs)."""
+def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, ...]:
+    """(lse2 of each row over the other rows of y, of each column over the other rows of x, logits of the pairs (M, 1),
+    the rests of both lse2).
+    """
     (x, y), narrow = autocast(x, y)
     scale = scale_tensor(scale, x)
     keep = differentiable(x, y, scale)
-    return apply_two_sided(x, y, scale, diagonal, narrow, keep)[:3]
+    return apply_two_sided(x, y, scale, diagonal, narrow, keep)[:5]
+
+
+def interleaved(z1: Tensor, z2: Tensor) -> Tensor:
+    """Rows of both in turns (2B, D), in a dtype that holds either: under autocast ``stack`` refuses some."""
+    with torch.autocast(z1.device.type, enabled=False):
+        return torch.stack([z1, z2], 1).flatten(0, 1)
 
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
@@ -450,7 +457,8 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
-    (z,), narrow = autocast(normalize(torch.stack([z1, z2], 1).flatten(0, 1)))
+    (z,), narrow = autocast(normalize(interleaved(z1, z2)))
     factor = scale_tensor(scale, z)
-    loss = margin(*apply_self(z, factor, 2, None, None, narrow, differentiable(z, factor))[:2])
+    lse2, logits, rest, _ = apply_self(z, factor, 2, None, None, narrow, differentiable(z, factor))
+    loss = margin(lse2, rest, logits)
     return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from vito_kernels.checks import check_paired, inverse_temperature
+from vito_kernels.checks import check_flags, check_paired, inverse_temperature, is_whole
 from vito_kernels.distributed import gather_keys, global_ntxent
 from vito_kernels.info_nce import similarity_lse
 from vito_kernels.two_sided import ntxent
@@ -34,9 +34,11 @@ class NTXentLoss(nn.Module):
         if isinstance(temperature, (int, float)) and abs(temperature) < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         inverse_temperature(temperature)
-        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if size != (0,) and (len(size) != 2 or size[0] < 0 or size[1] < 1):
+        size = tuple(memory_bank_size) if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
+        whole = all(is_whole(x) for x in size)
+        if not whole or (size != (0,) and (len(size) != 2 or size[0] < 0 or size[1] < 1)):
             raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")
+        check_flags(gather_distributed=gather_distributed)
         if gather_distributed and not dist.is_available():
             raise ValueError("gather_distributed is True but torch.distributed is not available")
         self.temperature, self.memory_bank_size, self.gather_distributed = temperature, size, gather_distributed

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vito_kernels.checks import check_flags, check_whole
 from vito_kernels.distributed import global_clip_loss
 from vito_kernels.two_sided import clip_loss
 
@@ -31,6 +32,9 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
+        flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "cache_labels": cache_labels}
+        check_flags(**flags, use_horovod=use_horovod)
+        check_whole(rank=rank, world_size=world_size)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; use torch.distributed")
         if world_size != 1 and not 0 <= rank < world_size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,35 @@ def test_autocast_mixes_dtypes(loss, narrow, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_autocast_takes_every_mix_that_a_matmul_takes(loss, dtype):
+    """On a grid that all of them hold, with the value and gradients of float32."""
+    wide = [((64 * x).round() / 64).requires_grad_() for x in pair()]
+    with torch.autocast("cpu", dtype):
+        expected = PAIR_LOSSES[loss](*wide)
+    truth = torch.autograd.grad(expected, wide)
+    for kinds in itertools.permutations((torch.float16, torch.bfloat16, torch.float32), 2):
+        mixed = [x.detach().to(kind).requires_grad_() for x, kind in zip(wide, kinds, strict=True)]
+        with torch.autocast("cpu", dtype):
+            found = PAIR_LOSSES[loss](*mixed)
+        assert torch.equal(found, expected)
+        grads = torch.autograd.grad(found, mixed)
+        rounded = [g.to(kind) for g, kind in zip(truth, kinds, strict=True)]
+        torch.testing.assert_close(list(grads), rounded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ntxent_takes_every_mix_under_autocast(dtype):
+    """And 16 bits that are not autocast's, which ``torch.stack`` refuses."""
+    x, y = pair()
+    with torch.autocast("cpu", dtype):
+        expected = vk.ntxent(x, y, 0.2)
+        for kinds in itertools.product((torch.float16, torch.bfloat16, torch.float32), repeat=2):
+            found = vk.ntxent(x.to(kinds[0]), y.to(kinds[1]), 0.2)
+            torch.testing.assert_close(found, expected, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("library", "adapter", "arguments"),
     [
@@ -106,8 +137,50 @@ def test_adapters_take_what_turns_their_option_off():
     assert torch.equal(ClipAdapter(rank=1, world_size=1)(x, y, 9.0), vk.clip_loss(x, y, 9.0))
 
 
+NO_SIZES = [16.5, True, None, "8", float("nan"), float("inf"), (8, 16), torch.ones(2)]
+SIZES = {
+    "width": vk.MoCoLoss,
+    "queue_size": lambda queue_size: vk.MoCoLoss(16, queue_size),
+    "channels": vk.AttentionPool,
+    "hidden": lambda hidden: vk.AttentionPool(16, [] if hidden is None else hidden),
+    "rank": lambda rank: ClipAdapter(rank=rank),
+    "world_size": lambda world_size: ClipAdapter(world_size=world_size),
+}
+
+
+@pytest.mark.parametrize("size", NO_SIZES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_no_size_is_named(name, size):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got"):
+        SIZES[name](size)
+
+
+@pytest.mark.parametrize("size", NO_SIZES[:6], ids=str)
+def test_what_is_no_memory_bank_is_named(size):
+    for bank in (size, (size, 16), (8, size)):
+        with pytest.raises(ValueError, match="Illegal memory bank size"):
+            LightlyAdapter(0.3, bank)
+
+
+@pytest.mark.parametrize("value", ["False", None, 0.5, torch.ones(2)], ids=str)
+def test_what_is_no_flag_is_named(value):
+    for name in ("local_loss", "gather_with_grad", "cache_labels", "use_horovod"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            ClipAdapter(**{name: value})
+    with pytest.raises(TypeError, match="gather_distributed must be True or False, got"):
+        LightlyAdapter(0.3, gather_distributed=value)
+
+
+def test_sizes_of_numpy_are_sizes():
+    assert vk.MoCoLoss(np.int64(16), np.int32(8)).queue.shape == (8, 16)
+    assert LightlyAdapter(0.3, (np.int64(8), 16)).bank.shape == (8, 16)
+
+
 X = torch.ones(4, 16)
 WRONG = [
+    (ValueError, "width and queue_size must be positive, got 0 and 8", lambda: vk.MoCoLoss(0, 8)),
+    (ValueError, "width and queue_size must be positive, got 16 and -1", lambda: vk.MoCoLoss(16, -1)),
+    (TypeError, "width must be a whole number, got 16.5", lambda: vk.MoCoLoss(16.5, 8)),
     (ValueError, r"scale must fit torch.float32.*got 1e\+39", lambda: vk.clip_loss(X, X, 1e39)),
     (ValueError, r"scale must fit torch.float32.*got -1e\+300", lambda: vk.similarity_lse(X, X, -1e300)),
     (ValueError, "temperature must be at least 2.94e-39, got 1e-45", lambda: vk.info_nce(X, X, temperature=1e-45)),
@@ -122,7 +195,7 @@ WRONG = [
     (ValueError, "rank must lie in.*got 2 of 2", lambda: ClipAdapter(rank=2, world_size=2)),
     (ValueError, "rank must lie in.*got 0 of 0", lambda: ClipAdapter(world_size=0)),
     (TypeError, "same dtype, got torch.float32 and torch.float64", lambda: under_autocast(X, X.double())),
-    (TypeError, "same dtype, got torch.float16 and torch.float32", lambda: under_autocast(X.half(), X)),
+    (TypeError, "same dtype, got torch.float64 and torch.float16", lambda: under_autocast(X.double(), X.half())),
     (TypeError, "same dtype, got torch.float32 and torch.bfloat16", lambda: vk.info_nce(X, X.bfloat16())),
 ]
 

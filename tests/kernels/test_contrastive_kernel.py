@@ -144,16 +144,18 @@ def test_supcon_of_tight_classes(device, dtype):
 
 @pytest.mark.parametrize("loss", [lambda x, y: info_nce(x, y), lambda x, y: clip_loss(x, y, 9.0)], ids=["one", "two"])
 def test_autocast_mixes_dtypes(device, loss):
-    """One side in bfloat16 gives what float32 of its values gives, but for the rounding of its gradient."""
-    x, y = (embeddings(20, 32, torch.bfloat16, device, i) for i in range(2))
+    """Sides of 16 bits give what float32 of their values gives, but for the rounding of their gradient."""
+    grid = (64 * embeddings(20, 32, torch.float32, device, i) for i in range(2))
+    x, y = (x.round().div(64).bfloat16() for x in grid)
     results = []
-    for sides in ((x.float(), y.float()), (x, y.float()), (x.float(), y)):
+    for sides in ((x.float(), y.float()), (x, y.float()), (x.float(), y), (x, y.half()), (x.half(), y.float())):
         leaves = [side.detach().requires_grad_() for side in sides]
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             value = loss(*leaves)
-        results.append([value, *(g.bfloat16() for g in torch.autograd.grad(value, leaves))])
+        results.append([value, *torch.autograd.grad(value, leaves)])
     for found in results[1:]:
-        torch.testing.assert_close(found, results[0], rtol=0, atol=0)
+        for one, exact in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, exact.to(one.dtype), rtol=0, atol=0)
 
 
 def test_supcon(device):

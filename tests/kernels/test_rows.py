@@ -38,23 +38,25 @@ def test_gradcheck_in_float64():
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(normalize, x)
     sides = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], x), (sides, x))
-    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], x, sides[1]), (sides, x))
+    rests = torch.randn(2, 4, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], rests[0], x), (sides, x))
+    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], rests[0], x, sides[1], rests[1]), (sides, x))
 
 
 @pytest.mark.parametrize(
     "loss",
     [
         lambda x: normalize(x)[:, 0].sum(),
-        lambda x: margin(x[:, 0], x).sum(),
-        lambda x: margin(x[:, 0], x, x[:, 1]).sum(),
+        lambda x: cases.fused_margin(x, x[:, 0]).sum(),
+        lambda x: cases.fused_margin(x, x[:, 0], x[:, 1]).sum(),
     ],
 )
 def test_under_every_transform_of_pytorch(loss):
     x = torch.randn(4, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.vito_kernels.normalize.default, (x,))
-    for second in (None, x[:, 1]):
-        torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], x, second))
+    rest = torch.zeros(4)
+    for second in ((None, None), (x[:, 1], rest)):
+        torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], rest, *second, x))
     (expected,) = torch.autograd.grad(loss(x), x)
     (held,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
