@@ -134,8 +134,10 @@ def contrast_backward(
             part = q.to(push.dtype) * g_positive[:, p, None]
             if isinstance(keys, slice):
                 push[keys] += part
+            elif push.is_cuda:
+                push.index_put_((keys,), part, accumulate=True)  # sorts there: no atomics, the same sum every time
             else:
-                push.index_put_((keys,), part, accumulate=True)  # sorts on a GPU: no atomics, the same sum every time
+                push.index_add_(0, keys, part)  # in order, where the other adds float32 atomically from every thread
         dk = push.mul_(scale).to(k.dtype)
     return dq, dk, dscale
 

@@ -294,6 +294,19 @@ def test_kept_tiles_change_no_gradient(loss, scale, monkeypatch):
             assert products.call_count <= share * computed
 
 
+def test_listed_positives_give_keys_the_same_gradient_every_time():
+    """Thousands of queries share a few keys, whose gradients several threads could add up in any order."""
+    q, k = embeddings(4096, 128, torch.float32, "cpu", 0), embeddings(64, 128, torch.float32, "cpu", 1)
+    positive = torch.randint(0, 64, (4096,), generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (with_gradients(lambda b: info_nce(q, b, positive=positive), [k])[1] for _ in range(12))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_one_sided_key_gradient_equals_the_two_role_form():
     x, y = embeddings(30, 16, torch.float32, "cpu", 0), embeddings(20, 16, torch.float32, "cpu", 1)
     scale, weight = torch.tensor(6.0), torch.rand(30)
