@@ -326,7 +326,7 @@ def info_nce(
     else:
         loss = margin(lse2, logits)
     if label_smoothing:
-        loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
+        loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(*autocast(q, k)[0], scale))
     return reduce(loss, reduction)
 
 

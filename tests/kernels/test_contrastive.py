@@ -204,6 +204,20 @@ def test_autocast_rounds_the_embeddings_and_nothing_else():
     assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.5}, {"hard_negatives": 1.0}, {"debias": 0.1}], ids=str)
+def test_options_under_autocast_are_those_of_the_rounded_embeddings(options):
+    """Of embeddings that have a direction in common, so that the mean over the keys is no rounding error."""
+    q, k = (embeddings(40, 32, torch.float32, "cpu", i) + 0.1 for i in range(2))
+    truth = with_gradients(
+        lambda a, b: reference.info_nce(a, b, temperature=0.05, **options),
+        [x.bfloat16().double() for x in (q, k)],
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(lambda a, b: info_nce(a, b, temperature=0.05, **options), [q, k])
+    for mine, exact in zip(found, truth, strict=True):
+        assert error(mine, exact) < 1e-5
+
+
 @pytest.mark.parametrize("p_positive", [0.9, 0.99, 0.999, 0.9999])
 def test_gradients_under_autocast_are_not_rounded(p_positive):
     errors = gradient_errors_under_autocast("cpu", p_positive)
