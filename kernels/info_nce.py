@@ -294,9 +294,9 @@ def info_nce(
 
     ``label_smoothing`` in [0, 1) is that of ``cross_entropy``, and needs one positive and no groups.
     ``hard_negatives`` >= 0 weights each negative by ``exp(hard_negatives * logit)``, normalised to mean 1 (Robinson
-    et al., arXiv 2010.04592), at the cost of a second pass; ``debias`` in [0, 1) is the share of the positive's class
-    among the negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the
-    negatives as n of them.
+    et al., arXiv 2010.04592), at twice the cost; ``debias`` in [0, 1) is the share of the positive's class among the
+    negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the negatives as n
+    of them, in a pass over 16 columns.
 
     Returns a float32 scalar, or (M,) with ``reduction="none"``; a query without negatives has loss 0. Dtypes, cost,
     errors and determinism as for ``similarity_lse``.
@@ -307,7 +307,9 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    lse2, logits = negatives_and_positives(q, k, scale, columns, 0, *groups, keep=not hard_negatives)
+    hard_negatives = float(hard_negatives)  # NumPy's would round the scales
+    harder = scale * (1 + hard_negatives) if hard_negatives else scale
+    lse2, logits = negatives_and_positives(q, k, harder, columns, 0, *groups, keep=not hard_negatives)
     if hard_negatives or debias:
         negatives = lse2 / tiled.LOG2E
 
@@ -318,9 +320,9 @@ def info_nce(
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
         if hard_negatives:
-            hard_negatives = float(hard_negatives)  # NumPy's would round the scales
-            harder = over_negatives(scale * (1 + hard_negatives)) - over_negatives(scale * hard_negatives) + log_count
-            negatives = torch.where(negatives == -torch.inf, negatives, harder)
+            logits = logits / (1 + hard_negatives)
+            average = negatives - over_negatives(scale * hard_negatives) + log_count
+            negatives = torch.where(negatives == -torch.inf, negatives, average)
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
         loss = softplus(sums - logits).mean(1)
     else:
