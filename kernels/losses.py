@@ -75,7 +75,7 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
-    lse2, positives = apply_self(z, scale, 1, first, count, narrow, differentiable(z, scale))[:2]
+    lse2, positives = apply_self(z, scale, first, count, narrow, differentiable(z, scale))[:2]
     loss = torch.where(count > 0, lse2 / LOG2E - positives[:, 0], 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 

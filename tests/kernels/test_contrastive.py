@@ -156,8 +156,8 @@ def test_ops_are_registered_in_full():
         torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, keep))
         torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, keep))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 2, None, None, None, keep))
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 1, group, count, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, None, None, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, group, count, None, keep))
 
 
 @pytest.mark.parametrize(
