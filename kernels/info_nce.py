@@ -180,31 +180,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this module: no gradient comes to them
-    q, k, scale, q_group, k_group, positive, lse2, rest, mean, kept = ctx.saved_tensors
-    need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+    *sets, positive, lse2, rest, mean, kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
     count = positive.shape[1] if positive is not None else int(ctx.diagonal is not None)
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
     g_positive = lse2.new_zeros(lse2.shape[0], count) if g_positive is None else g_positive
-    dq, dk, dscale = apply_contrast_backward(
-        g_lse2,
-        g_positive,
-        q,
-        k,
-        scale,
-        q_group,
-        k_group,
-        positive,
-        ctx.diagonal,
-        lse2,
-        rest,
-        mean,
-        kept,
-        need_q,
-        need_k,
-        need_scale,
-        ctx.narrow,
-    )
-    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, *(None,) * 7
+    hidden, sums = (positive, ctx.diagonal), (lse2, rest, mean, kept)
+    found = apply_contrast_backward(g_lse2, g_positive, *sets, *hidden, *sums, *needs, ctx.narrow)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *(None,) * 7
 
 
 apply_contrast = autograd_op(contrast, _setup_context, _backward)
@@ -261,10 +244,7 @@ def similarity_lse(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
-    (q, k), narrow = autocast(q, k)
-    scale = scale_tensor(scale, q)
-    needs = differentiable(q, scale), narrow, differentiable(k)
-    return apply_contrast(q, k, scale, q_group, k_group, None, None, *needs)[0] / tiled.LOG2E
+    return negatives_and_positives(q, k, scale, None, None, q_group, k_group)[0] / tiled.LOG2E
 
 
 def info_nce(
@@ -337,7 +317,7 @@ def negatives_and_positives(
     k: Tensor,
     scale: float | Tensor,
     positive: Tensor | None,
-    diagonal: int,
+    diagonal: int | None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
     keep: bool = True,
@@ -345,10 +325,11 @@ def negatives_and_positives(
     """(lse2 over the negatives (M,), logits of the positives (M, P)): what every loss here is made of, by ``margin``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
-    elsewhere. Without ``keep`` the CPU path leaves no tiles for the keys' gradient: where passes add up.
+    elsewhere. Where both are None, no query has a positive. Without ``keep`` the CPU path leaves no tiles for the keys'
+    gradient: where passes add up.
     """
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
-    needs = differentiable(q, scale), narrow, keep and differentiable(k)
-    return apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)[:2]
+    bring_mean, keep = differentiable(q, scale), keep and differentiable(k)
+    return apply_contrast(q, k, scale, q_group, k_group, positive, shift, bring_mean, narrow, keep)[:2]

@@ -451,5 +451,6 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     scale = inverse_temperature(temperature)
     (z,), narrow = autocast(normalize(torch.stack([z1, z2], 1).flatten(0, 1)))
     factor = scale_tensor(scale, z)
-    loss = margin(*apply_self(z, factor, None, None, narrow, differentiable(z, factor))[:2])
+    keep = differentiable(z, factor)
+    loss = margin(*apply_self(z, factor, None, None, narrow, keep)[:2])
     return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)
