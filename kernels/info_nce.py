@@ -134,8 +134,10 @@ def contrast_backward(
             part = q.to(push.dtype) * (g_positive[:, p, None] * tiled.LOG2E)
             if isinstance(keys, slice):
                 push[keys] += part
+            elif push.is_cuda:
+                push.index_put_((keys,), part, accumulate=True)  # sorts there: no atomics, the same sum every time
             else:
-                push.index_put_((keys,), part, accumulate=True)  # sorts on a GPU: no atomics, the same sum every time
+                push.index_add_(0, keys, part)  # in order, where the other adds float32 atomically from every thread
         dk = push.mul_(scale).to(k.dtype)
     return dq, dk, dscale
 
@@ -173,30 +175,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this module: no gradient comes to them
-    q, k, scale, q_group, k_group, positive, lse2, rest, mean, kept = ctx.saved_tensors
-    need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+    *sets, positive, lse2, rest, mean, kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
     g_positive = lse2.new_zeros(lse2.shape[0], _count(positive, ctx.diagonal)) if g_positive is None else g_positive
-    dq, dk, dscale = apply_contrast_backward(
-        g_lse2,
-        g_positive,
-        q,
-        k,
-        scale,
-        q_group,
-        k_group,
-        positive,
-        ctx.diagonal,
-        lse2,
-        rest,
-        mean,
-        kept,
-        need_q,
-        need_k,
-        need_scale,
-        ctx.narrow,
-    )
-    return dq if need_q else None, dk if need_k else None, dscale if need_scale else None, *(None,) * 7
+    hidden, sums = (positive, ctx.diagonal), (lse2, rest, mean, kept)
+    found = apply_contrast_backward(g_lse2, g_positive, *sets, *hidden, *sums, *needs, ctx.narrow)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *(None,) * 7
 
 
 apply_contrast = autograd_op(contrast, _setup_context, _backward)
@@ -254,10 +239,7 @@ def similarity_lse(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
-    (q, k), narrow = autocast(q, k)
-    scale = scale_tensor(scale, q)
-    needs = differentiable(q, scale), narrow, differentiable(k)
-    return apply_contrast(q, k, scale, q_group, k_group, None, None, *needs)[0] / tiled.LOG2E
+    return negatives_and_positives(q, k, scale, None, None, q_group, k_group)[0] / tiled.LOG2E
 
 
 def info_nce(
@@ -287,9 +269,9 @@ def info_nce(
 
     ``label_smoothing`` in [0, 1) is that of ``cross_entropy``, and needs one positive and no groups.
     ``hard_negatives`` >= 0 weights each negative by ``exp(hard_negatives * logit)``, normalised to mean 1 (Robinson
-    et al., arXiv 2010.04592), at the cost of a second pass; ``debias`` in [0, 1) is the share of the positive's class
-    among the negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the
-    negatives as n of them.
+    et al., arXiv 2010.04592), at twice the cost; ``debias`` in [0, 1) is the share of the positive's class among the
+    negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the negatives as n
+    of them, in a pass over 16 columns.
 
     Returns a float32 scalar, or (M,) with ``reduction="none"``; a query without negatives has loss 0. Dtypes, cost,
     errors and determinism as for ``similarity_lse``.
@@ -300,7 +282,9 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    lse2, positives, rest = negatives_and_positives(q, k, scale, columns, 0, *groups, keep=not hard_negatives)
+    hard_negatives = float(hard_negatives)  # NumPy's would round the scales
+    harder = scale * (1 + hard_negatives) if hard_negatives else scale
+    lse2, positives, rest = negatives_and_positives(q, k, harder, columns, 0, *groups, keep=not hard_negatives)
     logits = positives / tiled.LOG2E
     if hard_negatives or debias:
         negatives = lse2 / tiled.LOG2E
@@ -312,15 +296,16 @@ def info_nce(
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
         if hard_negatives:
-            hard_negatives = float(hard_negatives)  # NumPy's would round the scales
-            harder = over_negatives(scale * (1 + hard_negatives)) - over_negatives(scale * hard_negatives) + log_count
-            negatives = torch.where(negatives == -torch.inf, negatives, harder)
+            logits = logits / (1 + hard_negatives)
+            average = negatives - over_negatives(scale * hard_negatives) + log_count
+            negatives = torch.where(negatives == -torch.inf, negatives, average)
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
         loss = softplus(sums - logits).mean(1)
     else:
         loss = margin(lse2, rest, positives)
     if label_smoothing:
-        loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(q, k, scale))
+        (left, right), _ = autocast(q, k)
+        loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(left, right, scale))
     return reduce(loss, reduction)
 
 
@@ -329,7 +314,7 @@ def negatives_and_positives(
     k: Tensor,
     scale: float | Tensor,
     positive: Tensor | None,
-    diagonal: int,
+    diagonal: int | None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
     keep: bool = True,
@@ -338,11 +323,12 @@ def negatives_and_positives(
     of, by ``margin``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
-    elsewhere. Without ``keep`` the CPU path leaves no tiles for the keys' gradient: where passes add up.
+    elsewhere. Where both are None, no query has a positive. Without ``keep`` the CPU path leaves no tiles for the keys'
+    gradient: where passes add up.
     """
     (q, k), narrow = autocast(q, k)
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
-    needs = differentiable(q, scale), narrow, keep and differentiable(k)
-    lse2, logits, _, rest, _ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, *needs)
+    bring_mean, keep = differentiable(q, scale), keep and differentiable(k)
+    lse2, logits, _, rest, _ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, bring_mean, narrow, keep)
     return lse2, logits, rest

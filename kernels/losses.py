@@ -42,9 +42,8 @@ def moco_loss(
     check_locked("queue", queue)
     (q, k, queue), narrow = autocast(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
-    lse2, _, _, rest, _ = apply_contrast(
-        q, queue, scale, None, None, None, None, differentiable(q, scale), narrow, False
-    )
+    bring_mean, keep = differentiable(q, scale), False
+    lse2, _, _, rest, _ = apply_contrast(q, queue, scale, None, None, None, None, bring_mean, narrow, keep)
     positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
     return reduce(margin(lse2, rest, positives), reduction)
 
@@ -78,7 +77,8 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
-    lse2, positives, rest, _ = apply_self(z, scale, 1, first, count, narrow, differentiable(z, scale))
+    keep = differentiable(z, scale)
+    lse2, positives, rest, _ = apply_self(z, scale, first, count, narrow, keep)
     loss = torch.where(count > 0, (lse2 - positives[:, 0] + rest) / LOG2E, 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 

@@ -20,6 +20,8 @@ def debiased(negatives: Tensor, positives: Tensor, log_count: Tensor, scale: flo
 
 
 def mean_logit(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
-    """Mean over all keys of each query's logits: one product with the keys' mean."""
+    """Mean over all keys of each query's logits: one product with the keys' mean, which is no matmul, as autocast would
+    round it.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (q.to(dtype) @ k.to(dtype).mean(0)) * scale
+    return (q.to(dtype) * k.to(dtype).mean(0)).sum(1) * scale

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vito_kernels import tiled
+from vito_kernels import rowwise, tiled
+from vito_kernels._triton import use_triton
 from vito_kernels.checks import check_finite, scale_tensor
 from vito_kernels.collectives import Group
 from vito_kernels.gradient import pair_gradient, role_of
@@ -96,7 +97,8 @@ class _Ring:
 
 def _merged(first: Rows, second: Rows) -> Rows:
     """One (lse2, rest, mean) of two over different keys."""
-    return tiled.merge_splits(*(torch.stack(both) for both in zip(first, second, strict=True)))
+    merge_splits = rowwise.merge_splits if use_triton(first[0]) else tiled.merge_splits
+    return merge_splits(*(torch.stack(both) for both in zip(first, second, strict=True)))
 
 
 def _merged_sums(first: Rows, second: Rows) -> Rows:

@@ -301,30 +301,34 @@ apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 def self_contrast(
     z: Tensor,
     scale: Tensor,
-    views: int,
     group: Tensor | None,
     count: Tensor | None,
     narrow: torch.dtype | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse2 (M,), logits (M, P) of positives, rest (M,)) of each embedding over those of other samples; a sample is
-    ``views`` neighbouring rows, 1 or 2.
+    """(lse2 (M,), logits (M, 1) of positives, rest (M,)) of each embedding over those of other samples.
 
-    Of two views, the other is the positive. Given ``group`` (M,), ids in [0, M), and the ``count`` (M,) of others in
-    the same group, P = 1: the mean of their logits, 0 where there are none. ``narrow``, ``keep``: as for ``contrast``.
+    A sample is two neighbouring rows, each the other's positive. Given ``group`` (M,), ids in [0, M), and the
+    ``count`` (M,) of others in the same group, it is one row, and the logit the mean of theirs, 0 where there are none.
+    ``narrow``, ``keep``: as for ``contrast``.
     """
     check_finite(scale)
-    side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
+    side, exclusion = narrowed(z, narrow), _others(group)
     kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
     if use_triton(z):
         lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
-        logits = rowwise.positive_logits(z, z, scale, None, 0 if views == 2 else None, twins=True)
+        logits = rowwise.positive_logits(z, z, scale, None, 0 if group is None else None, twins=True)
     else:
-        logits = scale.new_empty(len(z), views - 1)
-        lse2, rest = tiled.self_forward(side, scale, exclusion, kept, logits if views == 2 else None)
+        logits = scale.new_empty(len(z), int(group is None))
+        lse2, rest = tiled.self_forward(side, scale, exclusion, kept, logits if group is None else None)
     if group is not None and count is not None:
         logits = _group_logits(z, scale, group, count)
     return lse2, logits, rest, kept
+
+
+def _others(group: Tensor | None) -> Exclusion:
+    """What a row does not see: itself, and without groups its twin."""
+    return Exclusion(diagonal=0, width=2 if group is None else 1)
 
 
 def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Tensor:
@@ -339,10 +343,9 @@ def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Ten
 
 
 @self_contrast.register_fake
-def _(z, scale, views, group, count, narrow=None, keep=False):
-    kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
-    rows, positives = z.shape[0], views - 1 if group is None else 1
-    return scale.new_empty(rows), scale.new_empty(rows, positives), scale.new_empty(rows), kept
+def _(z, scale, group, count, narrow=None, keep=False):
+    kept, rows = tiled.room(z, z, scale, keep and not use_triton(z), half=True), z.shape[0]
+    return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), kept
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
@@ -351,7 +354,6 @@ def self_contrast_backward(
     g_positive: Tensor,
     z: Tensor,
     scale: Tensor,
-    views: int,
     group: Tensor | None,
     count: Tensor | None,
     lse2: Tensor,
@@ -367,14 +369,14 @@ def self_contrast_backward(
     role, pull = role_of(lse2, rest, g_lse2), None
     if group is not None and count is not None:
         pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1) * tiled.LOG2E)
-    side, exclusion = narrowed(z, narrow), Exclusion(diagonal=0, width=views)
+    side, exclusion = narrowed(z, narrow), _others(group)
     if use_triton(z):
         gz = launch_gradient(side, side, scale, role, role, exclusion, pull)
-        pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if views == 2 else {}
+        pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if group is None else {}
         dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
         return dz, dscale / 2 if need_scale else dscale
     gz = tiled.self_gradient(side, scale, role, exclusion, kept, pull)
-    if views == 2:
+    if group is None:
         share = (g_positive[::2] + g_positive[1::2]) * tiled.LOG2E
         gz[::2].addcmul_(z[1::2].to(gz.dtype), share)
         gz[1::2].addcmul_(z[::2].to(gz.dtype), share)
@@ -383,12 +385,12 @@ def self_contrast_backward(
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, g_positive, z, scale, views, group, count, lse2, rest, kept, need_z, need_scale, narrow=None):
+def _(g_lse2, g_positive, z, scale, group, count, lse2, rest, kept, need_z, need_scale, narrow=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, ctx.views, group, count, ctx.narrow, _ = inputs
+    z, scale, group, count, ctx.narrow, _ = inputs
     lse2, _, *more = output
     ctx.save_for_backward(z, scale, group, count, lse2, *more)
     ctx.set_materialize_grads(False)
@@ -397,12 +399,11 @@ def _self_setup(ctx, inputs, output):
 def _self_backward(ctx, g_lse2, g_positive, *_):
     z, scale, group, count, lse2, *more = ctx.saved_tensors
     need_z, need_scale = needs = ctx.needs_input_grad[:2]
-    positives = ctx.views - 1 if group is None else 1
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
-    g_positive = lse2.new_zeros(len(lse2), positives) if g_positive is None else g_positive.contiguous()
-    sets = z, scale, ctx.views, group, count
+    g_positive = lse2.new_zeros(len(lse2), 1) if g_positive is None else g_positive.contiguous()
+    sets = z, scale, group, count
     dz, dscale = apply_self_backward(g_lse2, g_positive, *sets, lse2, *more, *needs, ctx.narrow)
-    return dz if need_z else None, dscale if need_scale else None, *(None,) * 5
+    return dz if need_z else None, dscale if need_scale else None, *(None,) * 4
 
 
 apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
@@ -459,6 +460,7 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     scale = inverse_temperature(temperature)
     (z,), narrow = autocast(normalize(interleaved(z1, z2)))
     factor = scale_tensor(scale, z)
-    lse2, logits, rest, _ = apply_self(z, factor, 2, None, None, narrow, differentiable(z, factor))
+    keep = differentiable(z, factor)
+    lse2, logits, rest, _ = apply_self(z, factor, None, None, narrow, keep)
     loss = margin(lse2, rest, logits)
     return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)

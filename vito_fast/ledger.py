@@ -45,12 +45,20 @@ FREE = {
 """Move no data, beside views."""
 
 
-def _contrast(q: Tensor, k: Tensor, *rest: Any) -> int:
-    return (4 if rest[-1] else 2) * q.shape[0] * k.shape[0] * q.shape[1]
+def _contrast(
+    q: Tensor, k: Tensor, scale: Tensor, q_group: Any, k_group: Any, positive: Any, diagonal: Any, bring_mean: bool,
+    *options: Any,
+) -> int:  # fmt: skip
+    """The dispatcher leaves out trailing options that have their defaults."""
+    return (4 if bring_mean else 2) * q.shape[0] * k.shape[0] * q.shape[1]
 
 
-def _contrast_backward(g_lse: Tensor, g_positive: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
-    return 4 * q.shape[0] * k.shape[0] * q.shape[1] if rest[-2] else 0
+def _contrast_backward(
+    g_lse2: Tensor, g_positive: Tensor, q: Tensor, k: Tensor | None, scale: Tensor, q_group: Any, k_group: Any,
+    positive: Any, diagonal: Any, lse2: Tensor, rest: Tensor, mean: Tensor, kept: Tensor, need_q: bool, need_k: bool,
+    *options: Any,
+) -> int:  # fmt: skip
+    return 4 * q.shape[0] * k.shape[0] * q.shape[1] if need_k and k is not None else 0
 
 
 CUSTOM_FLOPS: dict[str, Callable[..., int]] = {

@@ -187,8 +187,8 @@ def test_ops_are_registered_in_full():
         torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, keep))
         torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, keep))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 2, None, None, None, keep))
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, 1, group, count, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, None, None, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, group, count, None, keep))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,20 @@ def test_autocast_rounds_the_embeddings_and_nothing_else():
     assert loss.dtype == torch.float32
     assert torch.equal(loss, info_nce(q.bfloat16(), k.bfloat16(), temperature=0.07))
     assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.5}, {"hard_negatives": 1.0}, {"debias": 0.1}], ids=str)
+def test_options_under_autocast_are_those_of_the_rounded_embeddings(options):
+    """Of embeddings that have a direction in common, so that the mean over the keys is no rounding error."""
+    q, k = (embeddings(40, 32, torch.float32, "cpu", i) + 0.1 for i in range(2))
+    truth = with_gradients(
+        lambda a, b: reference.info_nce(a, b, temperature=0.05, **options),
+        [x.bfloat16().double() for x in (q, k)],
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(lambda a, b: info_nce(a, b, temperature=0.05, **options), [q, k])
+    for mine, exact in zip(found, truth, strict=True):
+        assert error(mine, exact) < 1e-5
 
 
 @pytest.mark.parametrize("p_positive", [0.9, 0.99, 0.999, 0.9999])
@@ -322,6 +336,19 @@ def test_kept_tiles_change_no_gradient(loss, scale, monkeypatch):
         for found in gradients(kept):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert products.call_count <= share * computed
+
+
+def test_listed_positives_give_keys_the_same_gradient_every_time():
+    """Thousands of queries share a few keys, whose gradients several threads could add up in any order."""
+    q, k = embeddings(4096, 128, torch.float32, "cpu", 0), embeddings(64, 128, torch.float32, "cpu", 1)
+    positive = torch.randint(0, 64, (4096,), generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (with_gradients(lambda b: info_nce(q, b, positive=positive), [k])[1] for _ in range(12))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_one_sided_key_gradient_equals_the_two_role_form():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from contrastive_cases import (
@@ -15,9 +17,10 @@ from contrastive_cases import (
     with_gradients,
 )
 
-from vito_kernels import _tiles, clip_loss, info_nce, lse, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels import _tiles, clip_loss, info_nce, lse, ntxent, reference, ring, similarity_lse, supcon_loss, tiled
 from vito_kernels._tiles import Tile
 from vito_kernels._triton import use_triton
+from vito_kernels.info_nce import contrast
 from vito_kernels.tiled import LOG2E, Exclusion
 from vito_kernels.two_sided import launch_two_sided
 
@@ -191,6 +194,28 @@ def test_few_queries_split_the_keys(device):
     assert_at_most_twice_torch(
         lambda a, b: similarity_lse(a, b, 12.0), lambda a, b: reference.similarity_lse(a, b, 12.0), [q, k], floor=32
     )
+
+
+@pytest.mark.parametrize("bring_mean", [True, False])
+@pytest.mark.parametrize("second", [0, 1])
+def test_what_a_visiting_block_adds_is_merged_by_one_kernel(device, monkeypatch, second, bring_mean):
+    """The queries' groups hide the first block of keys, the second, both or none of them."""
+    monkeypatch.setattr(tiled, "merge_splits", Mock(side_effect=AssertionError))
+    q, k = (embeddings(n, 40, torch.float32, device, n) for n in (20, 30))
+    ids, visitors = torch.arange(20, device=device) % 3, torch.arange(30, device=device) // 15 * second
+    scale = torch.tensor(12.0, device=device)
+
+    def sums(block):
+        lse2, _, mean, rest, _ = contrast(q, k[block], scale, ids, visitors[block], None, None, bring_mean)
+        return lse2, rest, mean
+
+    blocks, whole = [sums(slice(15)), sums(slice(15, 30))], sums(slice(30))
+    found = ring._merged(*blocks)
+    for mine, expected in ((found[0], whole[0]), (found[2], whole[2])):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+    assert (found[0][ids == 0] == -torch.inf).all() == (second == 0)
+    for mine, expected in zip(ring._merged_sums(*(block[:2] for block in blocks)), found, strict=False):
+        assert torch.equal(mine, expected)
 
 
 def test_identical_keys_count_as_many(device):

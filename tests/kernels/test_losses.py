@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
 
 import vito_kernels as vk
-from vito_kernels import reference
+from vito_kernels import reference, tiled
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
 from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
 
@@ -45,13 +46,29 @@ def test_against_the_references(dtype, reduction):
 
 @pytest.mark.parametrize(
     "options",
-    [{"label_smoothing": 0.1}, {"hard_negatives": 0.7}, {"debias": 0.1}, {"debias": 0.05, "hard_negatives": 1.0}],
+    [
+        {"label_smoothing": 0.1},
+        *({"hard_negatives": beta} for beta in (1e-3, 0.7, 20.0)),
+        {"debias": 0.1},
+        {"debias": 0.05, "hard_negatives": 1.0},
+    ],
     ids=str,
 )
 def test_options_of_info_nce(options):
     ids = {} if "label_smoothing" in options else {"q_group": torch.arange(B) // 2, "k_group": torch.arange(B) // 2}
-    fused, plain = (lambda a, b, m=m: m.info_nce(a, b, temperature=0.5, **options, **ids) for m in (vk, reference))
-    assert_at_most_twice_torch(fused, plain, pair(), floor=32)
+    fused, plain = (lambda a, b, t, m=m: m.info_nce(a, b, temperature=t, **options, **ids) for m in (vk, reference))
+    assert_at_most_twice_torch(fused, plain, [*pair(), torch.tensor(0.5)], floor=32)
+
+
+def test_hard_negatives_take_two_passes(monkeypatch):
+    """And one over 16 columns, which counts the negatives."""
+    forward = Mock(wraps=tiled.forward)
+    monkeypatch.setattr(tiled, "forward", forward)
+    x, y = (t.requires_grad_() for t in pair())
+    for options, widths in (({}, [D]), ({"debias": 0.1}, [D, 16]), ({"hard_negatives": 0.7}, [D, 16, D])):
+        forward.reset_mock()
+        vk.info_nce(x, y, **options)
+        assert [call.args[0].shape[1] for call in forward.call_args_list] == widths
 
 
 def test_a_query_without_negatives_has_no_loss_under_any_option():

@@ -18,6 +18,7 @@ from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch
+from vito_kernels import info_nce
 
 SMALL = Config(
     sampler=SamplerConfig(size=64),
@@ -133,6 +134,21 @@ def test_a_norm_with_its_residual_and_relu_moves_what_its_passes_do():
     assert 4 * size <= ledger.total("forward", "fused")[1] <= 4 * size + 16 * small
     assert 7 * size <= ledger.total("backward", "fused")[1] <= 7 * size + 32 * small
     assert ledger.saved["forward"] <= size + 4 * small, "y beside x, mean and deviation; no mask"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(True, True), (True, False), (False, True)])
+def test_a_contrast_counts_what_its_gradients_need(queries, keys, autocast):
+    with fake_cuda(), Ledger() as ledger:
+        q = torch.empty(64, 32, device="cuda", requires_grad=queries)
+        k = torch.empty(96, 32, device="cuda", requires_grad=keys)
+        with ledger.in_phase("forward"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = info_nce(q, k)
+        with ledger.in_phase("backward"):
+            ledger.backward((loss, torch.ones_like(loss)))
+    matrix = 64 * 96 * 32
+    assert ledger.total("forward", "fused")[0] == (4 if queries else 2) * matrix
+    assert ledger.total("backward", "fused")[0] == (4 if keys else 0) * matrix
 
 
 @pytest.mark.parametrize(
