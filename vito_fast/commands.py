@@ -6,7 +6,7 @@ Each returns the exit status. Imports are inside, so that ``--help`` does not wa
 import dataclasses
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,17 +40,25 @@ class TrainOptions:
 
 def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Config, TrainOptions]:
     """Configuration file and overrides from the words after ``vito-fast train``."""
+    options = configured("train", arguments, parse, TrainOptions, ("resume", "max_steps", "profile", "dry_run"))
+    return options.config, options
+
+
+def configured(
+    command: str, arguments: Sequence[str], parse: Callable[..., Any], kind: Callable[[Config], Any], own: Iterable[str]
+) -> Any:
+    """What a ``kind`` reads from a configuration file and the words after it: options of the names ``own``, and
+    overrides. UserError for a missing configuration or an unknown option, with the nearest one's name."""
     first = arguments[0] if arguments else ""
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
-        raise UserError("a configuration is missing: vito-fast train CONFIG.yaml, or the name of a preset")
+        raise UserError(f"a configuration is missing: vito-fast {command} CONFIG.yaml, or the name of a preset")
     config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
-    known = [*dotted_names(config), "resume", "max_steps", "profile", "dry_run"]
+    known = [*dotted_names(config), *own]
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
         if word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
             raise UserError(f"unknown option '{word}'{nearest(name, known)}")
-    options = parse(TrainOptions, rest, f"vito-fast train {first}", default=TrainOptions(config=config))
-    return options.config, options
+    return parse(kind, list(rest), f"vito-fast {command} {first}", default=kind(config))
 
 
 def train(config: Config, options: TrainOptions) -> int:
