@@ -1,6 +1,5 @@
 """The trained encoder as a state dict with torchvision's and timm's names, which coincide for ResNets."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from vito_fast.checkpoint import Checkpoint, find
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
+from vito_fast.files import whole
 from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
 
@@ -79,18 +79,12 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(state, partial, metadata=about)
-        else:
-            torch.save(state, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole(path) as partial:
+            if path.suffix == ".safetensors":
+                save_file(state, partial, metadata=about)
+            else:
+                torch.save(state, partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
