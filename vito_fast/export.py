@@ -18,18 +18,13 @@ Extension = Literal["safetensors", "pth"]
 
 def encoder_state(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> dict[str, Tensor]:
     """The backbone's state dict in a checkpoint: torchvision's names for ResNets, timm's for timm networks."""
-    prefix = f"model.{network}.backbone."
-    state = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-    return {name.removeprefix("body."): t for name, t in state.items()}
+    return {name.removeprefix("body."): t for name, t in checkpoint.part(f"model.{network}.backbone.").items()}
 
 
 def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> nn.Module:
     """The backbone of a checkpoint, on the CPU, in evaluation mode: (B,3,H,W) -> its last stages' features."""
     backbone = build_backbone(config_of(checkpoint).model)
-    prefix = f"model.{network}.backbone."
-    backbone.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-    )
+    backbone.load_state_dict(checkpoint.part(f"model.{network}.backbone."))
     return backbone.eval()
 
 

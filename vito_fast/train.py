@@ -21,10 +21,11 @@ import torch
 
 from vito_fast import __version__, monitor
 from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
-from vito_fast.config import Config, from_mapping, method_differences, save_config, to_mapping
+from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave
 from vito_fast.errors import UserError
+from vito_fast.export import config_of
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
@@ -201,8 +202,7 @@ def _open_run(run: Path, config: Config, resume: bool, world: World) -> Checkpoi
 
 
 def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) -> None:
-    saved = from_mapping(Config(), checkpoint.state["config"], str(checkpoint.path))
-    if different := method_differences(saved, config):
+    if different := method_differences(config_of(checkpoint), config):
         raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
     if checkpoint.state["clips"] != len(loader.store):
         raise UserError(
