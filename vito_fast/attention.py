@@ -109,7 +109,7 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
         raise UserError(f"--frames must be at least 1 and --size at least 32, got {count} and {size}")
     if out.suffix.lower() != ".png":
         raise UserError(f"the picture must be a .png, got {out}")
-    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    checkpoint = find(run)
     branch = load_online(checkpoint)
     if config_of(checkpoint).model.pooling != "attention":
         raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")

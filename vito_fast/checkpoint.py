@@ -87,7 +87,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, json.loads(header["state"]))
 
 
-def read_newest(folder: Path, refused: Callable[[str], None]) -> Checkpoint | None:
+def warn(message: str) -> None:
+    print(f"warning: {message}", flush=True)
+
+
+def read_newest(folder: Path, refused: Callable[[str], None] = warn) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole; ``refused`` is told each newer one that is not, by name."""
     for path in checkpoints(folder):
         try:
@@ -97,7 +101,7 @@ def read_newest(folder: Path, refused: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
-def find(run_or_file: str | Path, refused: Callable[[str], None]) -> Checkpoint:
+def find(run_or_file: str | Path, refused: Callable[[str], None] = warn) -> Checkpoint:
     """The checkpoint in a file, or the newest of a run's folder. UserError if there is none."""
     path = Path(run_or_file)
     if path.is_file():

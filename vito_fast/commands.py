@@ -163,11 +163,12 @@ def pack(
 
     logging.basicConfig(format="%(message)s")
     packing.log.setLevel(logging.INFO)
-    options: dict[str, Any] = {"short_side": short_side, "quality": quality, "crf": crf, "gop": gop, "encoder": encoder}
-    options |= {"clip_length": clip_length, "min_length": min_length, "shot_cuts": shot_cuts, "shard_mib": shard_mib}
-    options |= {"part": part, "processes": processes, "patience": patience}
     try:
-        report = packing.pack(src, dst, format=format, **options)
+        report = packing.pack(
+            src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
+            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, part=part,
+            processes=processes, patience=patience,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
     print("\n".join(report.lines()))

@@ -46,7 +46,7 @@ def export(
     contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
     """
     path = _with_extension(out, ext)
-    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    checkpoint = find(run)
     backbone = config_of(checkpoint).model.backbone
     name = backbone.removeprefix("timm:")
     if format == "torchvision" and backbone not in RESNETS:

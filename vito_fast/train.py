@@ -1,9 +1,8 @@
 """The training loop, in the order in which it runs; what one step does is in step.py.
 
 A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, attention/, tensorboard/, checkpoints/,
-summary.json.
-Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened, bit for bit
-on the CPU.
+summary.json. Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened,
+bit for bit on the CPU.
 """
 
 import gc
@@ -249,7 +248,7 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
 
 def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
     """Makes the run's folder, or finds where to continue."""
-    found = read_newest(run / "checkpoints", lambda message: print(f"warning: {message}", flush=True))
+    found = read_newest(run / "checkpoints")
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:
