@@ -34,13 +34,16 @@ size_t find_start_code(Bytes bytes) {
 }
 
 Bytes next_annexb(Bytes& rest) {
-  const size_t code = find_start_code(rest);
-  if (code == rest.size()) return rest = {};
-  rest.drop_front(code + 3);
-  Bytes nal = rest.sub(0, find_start_code(rest));
-  rest.drop_front(nal.size());
-  while (!nal.empty() && nal.back() == 0) nal.drop_back(1);  // trailing zeros belong to the next start code
-  return nal.empty() ? next_annexb(rest) : nal;
+  Bytes nal;
+  while (nal.empty()) {
+    const size_t code = find_start_code(rest);
+    if (code == rest.size()) return rest = {};
+    rest.drop_front(code + 3);
+    nal = rest.sub(0, find_start_code(rest));
+    rest.drop_front(nal.size());
+    while (!nal.empty() && nal.back() == 0) nal.drop_back(1);  // trailing zeros belong to the next start code
+  }
+  return nal;
 }
 
 // Payload of the recovery point message: 0 if the picture itself is the recovery point.

@@ -13,12 +13,11 @@ from vito_fast.checkpoint import Checkpoint, find
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.model.pair import Branch
+from vito_kernels.photometric import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, as in training."""
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -26,8 +25,7 @@ def load_online(checkpoint: Checkpoint) -> Branch:
     """The online branch of a checkpoint, on the CPU, in evaluation mode."""
     model = config_of(checkpoint).model
     branch = Branch(model, predictor=model.predictor)
-    prefix = "model.online."
-    branch.load_state_dict({k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)})
+    branch.load_state_dict(checkpoint.part("model.online."))
     return branch.eval()
 
 
@@ -78,7 +76,7 @@ def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
     """Pooling weights as maps (n,h,w) of each scale, finest first, each summing to 1, of uint8 frames (n,H,W,3):
     float32 on the CPU, wherever the branch is and in whichever mode."""
     images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    images = (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     maps = []
     for features, pool in zip(branch.backbone(images.to(next(branch.parameters()))), branch.pools, strict=True):
         maps.append(pool(features)[1].unflatten(1, features.shape[2:]).float().cpu())
@@ -111,7 +109,7 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
         raise UserError(f"--frames must be at least 1 and --size at least 32, got {count} and {size}")
     if out.suffix.lower() != ".png":
         raise UserError(f"the picture must be a .png, got {out}")
-    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    checkpoint = find(run)
     branch = load_online(checkpoint)
     if config_of(checkpoint).model.pooling != "attention":
         raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")

@@ -12,7 +12,6 @@ at all, and which is no pickle; a folder of parts would be neither one rename no
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vito_fast.errors import UserError
+from vito_fast.files import whole
 
 FORMAT = "vito-fast checkpoint"
 VERSION = "1"
@@ -35,6 +35,10 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -56,17 +60,11 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _checksum(tensors, text)}
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata=header)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata=header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -89,7 +87,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, json.loads(header["state"]))
 
 
-def read_newest(folder: Path, refused: Callable[[str], None]) -> Checkpoint | None:
+def warn(message: str) -> None:
+    print(f"warning: {message}", flush=True)
+
+
+def read_newest(folder: Path, refused: Callable[[str], None] = warn) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole; ``refused`` is told each newer one that is not, by name."""
     for path in checkpoints(folder):
         try:
@@ -99,7 +101,7 @@ def read_newest(folder: Path, refused: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
-def find(run_or_file: str | Path, refused: Callable[[str], None]) -> Checkpoint:
+def find(run_or_file: str | Path, refused: Callable[[str], None] = warn) -> Checkpoint:
     """The checkpoint in a file, or the newest of a run's folder. UserError if there is none."""
     path = Path(run_or_file)
     if path.is_file():
@@ -120,15 +122,6 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings a folder's own entries (a rename) to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Checkpointer:

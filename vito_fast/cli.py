@@ -6,6 +6,7 @@ Exit status: 0 done; 1 failed; 2 a mistake of the user's; 128 + n ended by signa
 
 import contextlib
 import difflib
+import functools
 import io
 import re
 import sys
@@ -93,33 +94,24 @@ def parse(function: Callable[..., Any], arguments: list[str], program: str, **op
     import tyro
 
     caught = io.StringIO()
-    ready: list[Any] = []
-
-    def call() -> None:
-        # Only the parsing is listened to: the command itself prints freely.
-        with contextlib.redirect_stderr(caught):
-            ready.append(
-                tyro.cli(
-                    function if isinstance(function, type) else _deferred(function),
-                    args=arguments,
-                    prog=program,
-                    config=(tyro.conf.FlagCreatePairsOff,),
-                    **options,
-                )
-            )
-
     try:
-        call()
+        with contextlib.redirect_stderr(caught):  # of the parsing alone: the command itself prints freely
+            ready: Any = tyro.cli(
+                function if isinstance(function, type) else _deferred(function),
+                args=arguments,
+                prog=program,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
     except SystemExit as stop:
         if stop.code:
             raise UserError(_first_sentence(caught.getvalue())) from None
         raise
-    return ready[0]() if callable(ready[0]) else ready[0]
+    return ready() if callable(ready) else ready
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, but called with its arguments only when the result is called."""
-    import functools
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ Each returns the exit status. Imports are inside, so that ``--help`` does not wa
 import dataclasses
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,17 +40,25 @@ class TrainOptions:
 
 def train_arguments(arguments: list[str], parse: Callable[..., Any]) -> tuple[Config, TrainOptions]:
     """Configuration file and overrides from the words after ``vito-fast train``."""
+    options = configured("train", arguments, parse, TrainOptions, ("resume", "max_steps", "profile", "dry_run"))
+    return options.config, options
+
+
+def configured(
+    command: str, arguments: Sequence[str], parse: Callable[..., Any], kind: Callable[[Config], Any], own: Iterable[str]
+) -> Any:
+    """What a ``kind`` reads from a configuration file and the words after it: options of the names ``own``, and
+    overrides. UserError for a missing configuration or an unknown option, with the nearest one's name."""
     first = arguments[0] if arguments else ""
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
-        raise UserError("a configuration is missing: vito-fast train CONFIG.yaml, or the name of a preset")
+        raise UserError(f"a configuration is missing: vito-fast {command} CONFIG.yaml, or the name of a preset")
     config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
-    known = [*dotted_names(config), "resume", "max_steps", "profile", "dry_run"]
+    known = [*dotted_names(config), *own]
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
         if word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
             raise UserError(f"unknown option '{word}'{nearest(name, known)}")
-    options = parse(TrainOptions, rest, f"vito-fast train {first}", default=TrainOptions(config=config))
-    return options.config, options
+    return parse(kind, list(rest), f"vito-fast {command} {first}", default=kind(config))
 
 
 def train(config: Config, options: TrainOptions) -> int:
@@ -155,11 +163,12 @@ def pack(
 
     logging.basicConfig(format="%(message)s")
     packing.log.setLevel(logging.INFO)
-    options: dict[str, Any] = {"short_side": short_side, "quality": quality, "crf": crf, "gop": gop, "encoder": encoder}
-    options |= {"clip_length": clip_length, "min_length": min_length, "shot_cuts": shot_cuts, "shard_mib": shard_mib}
-    options |= {"part": part, "processes": processes, "patience": patience}
     try:
-        report = packing.pack(src, dst, format=format, **options)
+        report = packing.pack(
+            src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
+            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, part=part,
+            processes=processes, patience=patience,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
     print("\n".join(report.lines()))

@@ -1,8 +1,7 @@
 """Configuration: frozen dataclasses, strict YAML, and where each default comes from.
 
 Provenance words in the field docstrings: *paper* (VITO, arXiv 2210.06433), *recalled* (the paper's, from memory:
-switchable),
-*ancestor* (exact, from the public BYOL and DetCon code of the same group), *ours* (this project's choice).
+switchable), *ancestor* (exact, from the public BYOL and DetCon code of the same group), *ours* (this project's choice).
 """
 
 import dataclasses
@@ -198,12 +197,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
-            "name",
-            self.name,
-            "a folder's name",
-        )
+        _require("/" not in self.name and self.name not in ("", ".", ".."), "name", self.name, "a folder's name")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vito_fast.errors import UserError
 from vito_fast.loss import Keys
-from vito_kernels.collectives import start_gather, without_padding
+from vito_kernels.distributed import gather_keys
 
 
 @dataclass(frozen=True)
@@ -102,26 +102,22 @@ class PendingKeys:
     """
 
     def __init__(self, embeddings: list[Tensor], video: Tensor, world: World, total: int | None = None) -> None:
-        self.world = world
         # Clips lead, so that ranks concatenate along rows; every (scale, view) is then a row-strided (N,D) view.
         self.local = torch.stack(embeddings).permute(2, 0, 1, 3).contiguous()
         self.video = video
-        self.shares = shares(total or world.size * len(video), world.size)
-        if (share := self.shares[world.rank]) != len(video):
+        sizes = shares(total or world.size * len(video), world.size)
+        if (share := sizes[world.rank]) != len(video):
             raise ValueError(f"rank {world.rank} has {len(video)} clips, its share of {total} is {share}")
-        if world.size > 1:
-            self.all, first = start_gather(self.local, self.shares)
-            self.all_video, second = start_gather(video, self.shares)
-            self.work = [first, second]
+        self.gathered = gather_keys(self.local.flatten(1), video, sizes=sizes) if world.size > 1 else None
 
     def wait(self) -> Keys:
         """The keys of all ranks in rank order, and where this rank's begin."""
-        if self.world.size == 1:
+        if self.gathered is None:
             return Keys(list(self.local.permute(1, 2, 0, 3)), self.video, 0)
-        for work in self.work:
-            work.wait()
-        every, video = (without_padding(x, self.shares) for x in (self.all, self.all_video))
-        return Keys(list(every.permute(1, 2, 0, 3)), video, sum(self.shares[: self.world.rank]))
+        rows, video = self.gathered.wait()
+        assert video is not None
+        every = rows.unflatten(1, self.local.shape[1:])
+        return Keys(list(every.permute(1, 2, 0, 3)), video, self.gathered.offset)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vito_fast import step
 from vito_fast.config import Config
 from vito_fast.distributed import World
-from vito_fast.ledger import Ledger, Op, Problem, fake_cuda, to_fake_cuda
+from vito_fast.ledger import Ledger, Op, Problem, fake_cuda, to_fake_cuda, total
 from vito_fast.loss import Keys
 from vito_fast.model import VitoModel
 
@@ -56,8 +56,7 @@ class DryRun:
 
     def total(self, phase: str = "", kind: str = "") -> tuple[float, float]:
         """(flops, bytes) of one phase and one kind of op (default: all)."""
-        chosen = [(op, n) for op, n in self.ops.items() if phase in ("", op.phase) and kind in ("", op.kind)]
-        return sum(n * op.flops for op, n in chosen), sum(n * op.bytes for op, n in chosen)
+        return total(self.ops, phase, kind)
 
 
 def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryRun:

@@ -1,6 +1,5 @@
 """The trained encoder as a state dict with torchvision's and timm's names, which coincide for ResNets."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from vito_fast.checkpoint import Checkpoint, find
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
+from vito_fast.files import whole
 from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
 
@@ -18,18 +18,13 @@ Extension = Literal["safetensors", "pth"]
 
 def encoder_state(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> dict[str, Tensor]:
     """The backbone's state dict in a checkpoint: torchvision's names for ResNets, timm's for timm networks."""
-    prefix = f"model.{network}.backbone."
-    state = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-    return {name.removeprefix("body."): t for name, t in state.items()}
+    return {name.removeprefix("body."): t for name, t in checkpoint.part(f"model.{network}.backbone.").items()}
 
 
 def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = "online") -> nn.Module:
     """The backbone of a checkpoint, on the CPU, in evaluation mode: (B,3,H,W) -> its last stages' features."""
     backbone = build_backbone(config_of(checkpoint).model)
-    prefix = f"model.{network}.backbone."
-    backbone.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-    )
+    backbone.load_state_dict(checkpoint.part(f"model.{network}.backbone."))
     return backbone.eval()
 
 
@@ -51,7 +46,7 @@ def export(
     contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
     """
     path = _with_extension(out, ext)
-    checkpoint = find(run, lambda message: print(f"warning: {message}"))
+    checkpoint = find(run)
     backbone = config_of(checkpoint).model.backbone
     name = backbone.removeprefix("timm:")
     if format == "torchvision" and backbone not in RESNETS:
@@ -79,18 +74,12 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(state, partial, metadata=about)
-        else:
-            torch.save(state, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole(path) as partial:
+            if path.suffix == ".safetensors":
+                save_file(state, partial, metadata=about)
+            else:
+                torch.save(state, partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)

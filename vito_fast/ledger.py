@@ -45,19 +45,11 @@ FREE = {
 """Move no data, beside views."""
 
 
-def _contrast(
-    q: Tensor, k: Tensor, scale: Tensor, q_group: Any, k_group: Any, positive: Any, diagonal: Any, bring_mean: bool,
-    *options: Any,
-) -> int:  # fmt: skip
-    """The dispatcher leaves out trailing options that have their defaults."""
+def _contrast(q: Tensor, k: Tensor, bring_mean: bool, **_: Any) -> int:
     return (4 if bring_mean else 2) * q.shape[0] * k.shape[0] * q.shape[1]
 
 
-def _contrast_backward(
-    g_lse2: Tensor, g_positive: Tensor, q: Tensor, k: Tensor | None, scale: Tensor, q_group: Any, k_group: Any,
-    positive: Any, diagonal: Any, lse2: Tensor, rest: Tensor, mean: Tensor, kept: Tensor, need_q: bool, need_k: bool,
-    *options: Any,
-) -> int:  # fmt: skip
+def _contrast_backward(q: Tensor, k: Tensor | None, need_k: bool, **_: Any) -> int:
     return 4 * q.shape[0] * k.shape[0] * q.shape[1] if need_k and k is not None else 0
 
 
@@ -65,7 +57,8 @@ CUSTOM_FLOPS: dict[str, Callable[..., int]] = {
     "vito_kernels::contrast": _contrast,
     "vito_kernels::contrast_backward": _contrast_backward,
 }
-"""Arithmetic of this project's ops; those that are not here are bound by memory and count by their bytes."""
+"""Arithmetic of this project's ops, from their arguments by name; those that are not here are bound by memory and count
+by their bytes."""
 
 
 class Problem(Exception):
@@ -82,6 +75,12 @@ class Op(NamedTuple):
     """Read and written, each tensor once, but for READ_TWICE."""
     width: int
     """Bytes of an element of its arithmetic: 2 for bfloat16, 4 for float32, 8 for float64."""
+
+
+def total(ops: Counter[Op], phase: str = "", kind: str = "") -> tuple[float, float]:
+    """(flops, bytes) of one phase and one kind of op (default: all)."""
+    chosen = [(op, n) for op, n in ops.items() if phase in ("", op.phase) and kind in ("", op.kind)]
+    return sum(n * op.flops for op, n in chosen), sum(n * op.bytes for op, n in chosen)
 
 
 class _Box:
@@ -133,11 +132,6 @@ class Ledger(TorchDispatchMode):
         for tensor in outputs:
             self.own(tensor)
         return out
-
-    def total(self, phase: str = "", kind: str = "") -> tuple[float, float]:
-        """(flops, bytes) of the phases that start with ``phase`` and the ops of one kind (default: all)."""
-        chosen = [(op, n) for op, n in self.ops.items() if op.phase.startswith(phase) and kind in ("", op.kind)]
-        return sum(n * op.flops for op, n in chosen), sum(n * op.bytes for op, n in chosen)
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
@@ -295,7 +289,9 @@ def _kind_and_flops(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, f
     packet = func.overloadpacket
     if func.namespace == "vito_kernels":
         formula = CUSTOM_FLOPS.get(func._schema.name)
-        return "fused", float(formula(*args)) if formula else 0.0
+        # By name: trailing arguments that have their default may be missing.
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        return "fused", float(formula(**named, **kwargs)) if formula else 0.0
     flops = float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
     return KINDS.get(packet, "pointwise"), flops
 

@@ -29,6 +29,10 @@ class Keys(NamedTuple):
     """(N,) int64: clips with equal numbers come from one video and are never each other's negatives."""
     first: int
 
+    def own(self, clips: int) -> slice:
+        """Rows of this rank's clips."""
+        return slice(self.first, self.first + clips)
+
 
 def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
     """(a,b) with a != b."""
@@ -49,18 +53,18 @@ def objective(queries: list[Tensor], keys: Keys, config: LossConfig) -> tuple[Te
     ``byol`` a term is 2 - 2 q_i.k_i. Gradient flows to the queries only.
     """
     views, clips, _ = queries[0].shape
-    own = torch.arange(keys.first, keys.first + clips, device=queries[0].device)
-    video = keys.video[keys.first : keys.first + clips]
+    own = keys.own(clips)
+    video, positive = keys.video[own], torch.arange(own.start, own.stop, device=queries[0].device)
     scales = []
     for q, k in zip(queries, keys.embeddings, strict=True):
         terms = []
         for a, b in ordered_pairs(views):
             if config.kind == "byol":
-                terms.append((2 - 2 * (q[a] * k[b, keys.first : keys.first + clips]).sum(-1)).mean())
+                terms.append((2 - 2 * (q[a] * k[b, own]).sum(-1)).mean())
                 continue
             rows, groups = _key_rows(k, keys.video, a, b, config)
             terms.append(
-                info_nce(q[a], rows, temperature=config.temperature, positive=own, q_group=video, k_group=groups)
+                info_nce(q[a], rows, temperature=config.temperature, positive=positive, q_group=video, k_group=groups)
             )
         scales.append(torch.stack(terms))
     by_scale = torch.stack(scales)
@@ -72,21 +76,20 @@ def chance(keys: Keys, clips: int, config: LossConfig) -> Tensor:
     """log(negatives + 1), averaged over this rank's queries (): the loss of a network that cannot tell clips apart."""
     if config.kind == "byol":
         return torch.tensor(2.0, device=keys.video.device)
-    video = keys.video[keys.first : keys.first + clips]
-    negatives = (video[:, None] != keys.video).sum(1)
+    negatives = (keys.video[keys.own(clips), None] != keys.video).sum(1)
     return torch.log1p(negatives * (2 if config.negatives == "both_views" else 1)).mean()
 
 
 @torch.no_grad()
 def accuracy(queries: list[Tensor], keys: Keys, config: LossConfig) -> Tensor:
     """Share of queries of view 0 that are nearer to their own key in view 1 than to every negative, by scale (S,)."""
-    clips = queries[0].shape[1]
-    video = keys.video[keys.first : keys.first + clips]
+    own = keys.own(queries[0].shape[1])
+    video = keys.video[own]
     result = []
     for q, k in zip(queries, keys.embeddings, strict=True):
         rows, groups = _key_rows(k, keys.video, 0, 1, config)
         similarity = q[0] @ rows.T
-        positive = (q[0] * k[1, keys.first : keys.first + clips]).sum(-1)
+        positive = (q[0] * k[1, own]).sum(-1)
         hardest = similarity.masked_fill(video[:, None] == groups, -torch.inf).amax(1)
         result.append((positive > hardest).float().mean())
     return torch.stack(result)
@@ -94,9 +97,8 @@ def accuracy(queries: list[Tensor], keys: Keys, config: LossConfig) -> Tensor:
 
 @torch.no_grad()
 def embedding_std(queries: list[Tensor]) -> Tensor:
-    """Collapse alarm, by scale (S,): sqrt(D) times the mean over dimensions of the unit rows' standard deviation
-    over clips
-    (view 0). 1 = spread evenly over the sphere, 0 = all alike."""
+    """Collapse alarm, by scale (S,): sqrt(D) times the mean over dimensions of the standard deviation over clips of
+    view 0's unit rows. 1 = spread evenly over the sphere, 0 = all alike."""
     return torch.stack([q[0].std(0, correction=0).mean() * q.shape[-1] ** 0.5 for q in queries])
 
 

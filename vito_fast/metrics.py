@@ -20,6 +20,7 @@ import torch
 from vito_fast.config import Config, to_mapping
 from vito_fast.distributed import World
 from vito_fast.errors import UserError
+from vito_fast.files import whole
 from vito_fast.hardware import arithmetic_peak
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
@@ -46,9 +47,8 @@ class RowFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
 
     def append(self, row: dict[str, Any]) -> None:

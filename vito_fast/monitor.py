@@ -24,10 +24,7 @@ from vito_fast.data.store import Store
 from vito_fast.model.pair import Branch, build_backbone
 
 SEED_OFFSET = 1_000_003
-"""The evaluation's frames come from the run's seed plus this:
-
-they are other frames, crops and colours than training's.
-"""
+"""The evaluation's frames come from the run's seed plus this: other frames, crops and colours than training's."""
 NEIGHBOURS = 20
 """That vote on a frame's class; DINO's choice for its tables."""
 SHOWN = 6

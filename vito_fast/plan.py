@@ -147,9 +147,9 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
     dry = counted_step(config, clips, options.gpus)
     if dry.problems:
         raise UserError(f"the step would not run: {dry.problems[0]}")
-    communication = _communication(config, options, m, dry)
     parts = _gpu_parts(config, options, m, dry)
-    hidden = sum(p.seconds for p in parts)
+    communication = _communication(config, options, m, dry, parts)
+    busy = sum(p.seconds for p in parts)
     exposed = sum(wait for _, wait in communication.values())
     parts += (Part("communication", 0.0, 0.0, exposed, "communication"),)
     frames = config.train.batch_size * config.sampler.views
@@ -160,7 +160,7 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
     read = frames * encoded * m[f"{options.format}_decoded"]
     uploaded = frames * (m["frame_width"] * m["frame_height"] * 3 if decoder_of(options) == "cpu" else encoded)
     resources = {
-        "gpu": hidden + exposed,
+        "gpu": busy + exposed,
         "decode": frames / capacity[chosen],
         "storage": read / (m["node_read"] * nodes),
         "link": uploaded / (m["host_link"] * options.gpus),
@@ -316,7 +316,9 @@ def collectives(config: Config, dry: DryRun) -> dict[str, int]:
     }
 
 
-def _communication(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> dict[str, tuple[float, float]]:
+def _communication(
+    config: Config, options: PlanOptions, m: Machine, dry: DryRun, parts: tuple[Part, ...]
+) -> dict[str, tuple[float, float]]:
     """Gradients (ring all-reduce), keys (ring all-gather), batch norm's statistics and the flag (too small for their
     bytes to count); compute hides the first two."""
     n, counts = options.gpus, collectives(config, dry)
@@ -325,9 +327,9 @@ def _communication(config: Config, options: PlanOptions, m: Machine, dry: DryRun
     nodes = node_count(options, m)
     bus = (m["link"] if nodes == 1 else min(m["link"], m["node_network"])) * m["link_efficiency"]
     latency = m["link_latency"] if nodes == 1 else m["network_latency"]
-    waits = {part.name: part.seconds for part in _gpu_parts(config, options, m, dry)}
+    computes = {part.name: part.seconds for part in parts}
     moved = {"gradients": 2 * (n - 1) / n * dry.gradient_bytes, "keys": (n - 1) * dry.key_bytes}
-    hidden = {"gradients": m["overlap"] * waits["backward"], "keys": waits["online forward"]}
+    hidden = {"gradients": m["overlap"] * computes["backward"], "keys": computes["online forward"]}
     times = {name: moved.get(name, 0.0) / bus + count * latency for name, count in counts.items()}
     return {name: (time, max(0.0, time - hidden.get(name, 0.0))) for name, time in times.items()}
 

@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vito_fast.config import Config, dotted_names, load_config, nearest
+from vito_fast.commands import configured
+from vito_fast.config import Config
 from vito_fast.data.index import Index
 from vito_fast.dryrun import DryRun, dry_run
 from vito_fast.errors import UserError
@@ -35,16 +36,8 @@ class PlanCommand:
 
 def run(arguments: Sequence[str], parse: Callable[..., Any]) -> int:
     """The command, from the words after ``vito-fast plan``; UserError for words that make no sense."""
-    first = arguments[0] if arguments else ""
-    if not first or (first.startswith("-") and first not in ("-h", "--help")):
-        raise UserError("a configuration is missing: vito-fast plan CONFIG.yaml, or the name of a preset")
-    config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
-    known = [*dotted_names(config), *PlanOptions.__dataclass_fields__, "json", "assumptions", "help"]
-    for word in rest:
-        name = word.removeprefix("--").split("=")[0].replace("-", "_")
-        if word.startswith("--") and name.replace(".no_", ".") not in known:
-            raise UserError(f"unknown option '{word}'{nearest(name, known)}")
-    command = parse(PlanCommand, list(rest), f"vito-fast plan {first}", default=PlanCommand(config))
+    own = (*PlanOptions.__dataclass_fields__, "json", "assumptions")
+    command: PlanCommand = configured("plan", arguments, parse, PlanCommand, own)
     options = from_store(command.options) if command.options.store else command.options
     constants = machine(options.gpu, options.calibrate or None)
     console = _console()

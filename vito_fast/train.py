@@ -1,9 +1,8 @@
 """The training loop, in the order in which it runs; what one step does is in step.py.
 
 A run lives in ``runs/NAME``: config.yaml, metrics.jsonl, evaluations.jsonl, attention/, tensorboard/, checkpoints/,
-summary.json.
-Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened, bit for bit
-on the CPU.
+summary.json. Killed at any moment it continues from its newest checkpoint with ``--resume`` as if nothing had happened,
+bit for bit on the CPU.
 """
 
 import gc
@@ -14,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import torch
 
 from vito_fast import __version__, monitor
 from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
-from vito_fast.config import Config, from_mapping, method_differences, save_config, to_mapping
+from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave
 from vito_fast.errors import UserError
+from vito_fast.export import config_of
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
@@ -53,104 +54,163 @@ def train(
 
 
 def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
-    if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
-        where = "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs, whose collectives would be captured"
-        raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
-    run = Path(config.train.runs) / config.name
-    loader = make_loader(config, world)
-    trainer = Trainer(config, world, len(loader))
-    checkpoint = _open_run(run, config, resume, world)
-    if checkpoint is not None:
-        _check_same_run(checkpoint, config, loader)
-        trainer.load(checkpoint)
-    loader.load_state_dict({"step": trainer.step_count})
-    start, total = trainer.step_count, trainer.schedule.total_steps
-    last = total if max_steps is None else min(total, max_steps)
-    if world.main and start:
-        print(f"{run} {'goes on after' if start < last else 'is finished at'} step {start} of {total}", flush=True)
+    run = _open(config, world, resume, max_steps)
+    trainer, loader, start, last = run.trainer, run.loader, run.trainer.step_count, run.last
+    with StopSignal() as stop:
+        clock = Clock(world.device, pairs_at_peak(config, world) if world.main else None)
+        alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
+        batches = _endless(loader)
+        tracer = Profile(run.folder / "profile", world.device) if profile and world.main else None
+        gc.collect()
+        gc.disable()  # collected on logged steps instead, on all ranks at once
+        try:
+            for step in range(start + 1, last + 1):
+                asked = time.perf_counter()
+                with part("data"):
+                    batch = next(batches)
+                waited = time.perf_counter() - asked
 
-    recorder = Recorder(run, start, config) if world.main else None
-    saver = Checkpointer(run / "checkpoints", config.train.keep_last, config.train.keep_every) if world.main else None
-    frames = monitor.draw(config, len(loader.store)) if world.main else None
-    backbone = trainer.model.online.backbone
-    if checkpoint is not None:
-        baselines = checkpoint.state["baselines"]
-    else:
-        baselines = monitor.baselines(backbone, frames, config, world.device) if frames else {}
-        if recorder:
-            recorder.evaluation({"step": 0, **baselines})
+                logged = step % config.train.log_every == 0 or step in (1, trainer.schedule.total_steps)
+                row = trainer.step(batch["views"], batch["video"].to(world.device), measure=logged)
+                clock.count(config.train.batch_size, waited)
 
-    def save() -> None:
-        if saver and recorder:
-            recorder.sync()
-            tensors, state = trainer.state()
-            saver.save(trainer.step_count, tensors, state | _origin(config, world, loader, baselines))
+                if logged:
+                    row = {"step": step, "epoch": step / len(loader)} | row | clock.timings(loader.stats.failures)
+                    if run.recorder:
+                        run.recorder.log(row | alarm(row))
+                    gc.collect(1)
+                    if row["skipped_in_a_row"] >= config.train.max_bad_steps:
+                        run.save()
+                        raise TrainingFailed(_evidence(run.folder, row, batch))
+                if tracer:
+                    tracer.step(step)
+                progress.update(step, row if logged else None)
 
-    def evaluate() -> None:
-        if recorder and frames:
-            step = trainer.step_count
-            recorder.evaluation({"step": step} | monitor.evaluate(backbone, frames, config, world.device))
-            monitor.picture(trainer.model.online, frames, run / "attention" / f"step-{step:08d}.png")
-
-    stop = StopSignal()
-    clock = Clock(world.device, pairs_at_peak(config, world) if recorder else None)
-    alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
-    batches = _endless(loader)
-    tracer = Profile(run / "profile", world.device) if profile and world.main else None
-    gc.collect()
-    gc.disable()  # collected on logged steps instead, on all ranks at once
-    try:
-        for step in range(start + 1, last + 1):
-            asked = time.perf_counter()
-            with part("data"):
-                batch = next(batches)
-            waited = time.perf_counter() - asked
-
-            logged = step % config.train.log_every == 0 or step in (1, total)
-            row = trainer.step(batch["views"], batch["video"].to(world.device), measure=logged)
-            clock.count(config.train.batch_size, waited)
-
-            if logged:
-                row = {"step": step, "epoch": step / len(loader)} | row | clock.timings(loader.stats.failures)
-                if recorder:
-                    recorder.log(row | alarm(row))
-                gc.collect(1)
-                if row["skipped_in_a_row"] >= config.train.max_bad_steps:
-                    save()
-                    raise TrainingFailed(_evidence(run, row, batch))
+                stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
+                due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
+                if due and world.main:
+                    with clock.paused():
+                        run.evaluate()
+                if step % config.train.checkpoint_every == 0 or step == last or stopping:
+                    run.save()
+                if stopping:
+                    break
+        finally:
+            gc.enable()
+            progress.close()
             if tracer:
-                tracer.step(step)
-            progress.update(step, row if logged else None)
+                tracer.close()
+            if run.saver:
+                run.saver.close()
 
-            stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
-            due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
-            if due and recorder:
-                with clock.paused():
-                    evaluate()
-            if step % config.train.checkpoint_every == 0 or step == last or stopping:
-                save()
-            if stopping:
-                break
-    finally:
-        gc.enable()
-        progress.close()
-        if tracer:
-            tracer.close()
-        if saver:
-            saver.close()
-        stop.restore()
-
-    summary: dict[str, Any] = {}
-    if recorder and frames:
-        evaluated = [row["step"] for row in recorder.evaluations.rows]
-        if trainer.step_count >= last and trainer.step_count not in evaluated:
-            evaluate()
-        summary = _summary(run, trainer.step_count, total, recorder, baselines, clock.rate)
-        recorder.close()
-        _print_summary(summary, stop.received)
+    summary = run.finish(clock.rate, stop.received)
     if tracer:
         print(tracer.line(), flush=True)
     return summary | {"signal": stop.received}
+
+
+@dataclass
+class _Run:
+    """A run in hand. Only the main process has a recorder, a saver and frames; elsewhere the methods do nothing."""
+
+    config: Config
+    world: World
+    folder: Path
+    loader: ClipLoader
+    trainer: Trainer
+    last: int
+    """The step that it ends after."""
+    recorder: Recorder | None = None
+    saver: Checkpointer | None = None
+    frames: monitor.Frames | None = None
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """Retrieval of the untrained network and of raw pixels."""
+
+    def save(self) -> None:
+        """Starts writing a checkpoint of the step at hand."""
+        if self.saver and self.recorder:
+            self.recorder.sync()
+            tensors, state = self.trainer.state()
+            self.saver.save(self.trainer.step_count, tensors, state | self._origin())
+
+    def evaluate(self) -> None:
+        """A row of retrieval and an attention picture."""
+        if self.recorder and self.frames:
+            step, online = self.trainer.step_count, self.trainer.model.online
+            scores = monitor.evaluate(online.backbone, self.frames, self.config, self.world.device)
+            self.recorder.evaluation({"step": step} | scores)
+            monitor.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
+
+    def finish(self, rate: float, stopped_by: str | None) -> dict[str, Any]:
+        """Evaluates the last step unless that is done, and tells the outcome, also in summary.json."""
+        if self.recorder is None:
+            return {}
+        step, total = self.trainer.step_count, self.trainer.schedule.total_steps
+        rows, evaluations = self.recorder.metrics.rows, self.recorder.evaluations.rows
+        if step >= self.last and step not in [row["step"] for row in evaluations]:
+            self.evaluate()
+        summary = {
+            "checkpoint": str(path_of(self.folder / "checkpoints", step)),
+            "step": step,
+            "steps": total,
+            "first_loss": rows[0]["loss"] if rows else None,
+            "last_loss": rows[-1]["loss"] if rows else None,
+            "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
+            "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
+            "retrieval": {"trained": evaluations[-1].get("retrieval") if evaluations else None, **self.baselines},
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self.recorder.close()
+        _print_summary(summary, stopped_by)
+        return summary
+
+    def _origin(self) -> dict[str, Any]:
+        """What a checkpoint tells beside the state: configuration, data position, versions."""
+        try:
+            command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+            git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            git = None
+        python = platform.python_version()
+        return {
+            "config": to_mapping(self.config),
+            "loader": self.loader.state_dict(),
+            "clips": len(self.loader.store),
+            "ranks": self.world.size,
+            "baselines": self.baselines,
+            "versions": {"vito_fast": __version__, "torch": torch.__version__, "python": python, "git": git},
+        }
+
+
+def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> _Run:
+    """A new run, evaluated once, or one at its newest whole checkpoint. All ranks read; only the main one writes."""
+    if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
+        where = "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs, whose collectives would be captured"
+        raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
+    folder = Path(config.train.runs) / config.name
+    loader = make_loader(config, world)
+    trainer = Trainer(config, world, len(loader))
+    checkpoint = _open_folder(folder, config, resume, world)
+    if checkpoint is not None:
+        _check_same_run(checkpoint, config, loader)
+        trainer.load(checkpoint)
+    start, total = trainer.step_count, trainer.schedule.total_steps
+    loader.load_state_dict({"step": start})
+    last = total if max_steps is None else min(total, max_steps)
+    run = _Run(config, world, folder, loader, trainer, last)
+    if world.main:
+        if start:
+            how = "goes on after" if start < last else "is finished at"
+            print(f"{folder} {how} step {start} of {total}", flush=True)
+        run.recorder = Recorder(folder, start, config)
+        run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every)
+        run.frames = monitor.draw(config, len(loader.store))
+    if checkpoint is not None:
+        run.baselines = checkpoint.state["baselines"]
+    elif run.recorder and run.frames:
+        run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
+        run.recorder.evaluation({"step": 0, **run.baselines})
+    return run
 
 
 def make_loader(config: Config, world: World) -> ClipLoader:
@@ -186,9 +246,9 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
         raise TrainingFailed(f"the data gave out: {error}") from None
 
 
-def _open_run(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Makes the run's folder, or finds where to continue. All ranks read; only the main one writes."""
-    found = read_newest(run / "checkpoints", lambda message: print(f"warning: {message}", flush=True))
+def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
+    """Makes the run's folder, or finds where to continue."""
+    found = read_newest(run / "checkpoints")
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:
@@ -201,32 +261,13 @@ def _open_run(run: Path, config: Config, resume: bool, world: World) -> Checkpoi
 
 
 def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) -> None:
-    saved = from_mapping(Config(), checkpoint.state["config"], str(checkpoint.path))
-    if different := method_differences(saved, config):
+    if different := method_differences(config_of(checkpoint), config):
         raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
     if checkpoint.state["clips"] != len(loader.store):
         raise UserError(
             f"{checkpoint.path} was made on {checkpoint.state['clips']} clips, "
             f"the store {config.data.store} has {len(loader.store)}"
         )
-
-
-def _origin(config: Config, world: World, loader: ClipLoader, baselines: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells beside the state: configuration, data position, versions."""
-    try:
-        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        git = None
-    versions = {"vito_fast": __version__, "torch": torch.__version__, "python": platform.python_version(), "git": git}
-    return {
-        "config": to_mapping(config),
-        "loader": loader.state_dict(),
-        "clips": len(loader.store),
-        "ranks": world.size,
-        "baselines": baselines,
-        "versions": versions,
-    }
 
 
 def _evidence(run: Path, row: dict[str, Any], batch: dict[str, Any]) -> str:
@@ -237,26 +278,6 @@ def _evidence(run: Path, row: dict[str, Any], batch: dict[str, Any]) -> str:
     path.write_text(json.dumps(evidence), encoding="utf-8")
     count = row["skipped_in_a_row"]
     return f"{count} steps in a row had a non-finite loss or gradient: see {path} and the last checkpoint"
-
-
-def _summary(
-    run: Path, step: int, total: int, recorder: Recorder, baselines: dict[str, Any], rate: float
-) -> dict[str, Any]:
-    """The run's outcome, also written to summary.json."""
-    rows = recorder.metrics.rows
-    evaluation = recorder.evaluations.rows[-1] if recorder.evaluations.rows else {}
-    summary = {
-        "checkpoint": str(path_of(run / "checkpoints", step)),
-        "step": step,
-        "steps": total,
-        "first_loss": rows[0]["loss"] if rows else None,
-        "last_loss": rows[-1]["loss"] if rows else None,
-        "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
-        "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
-        "retrieval": {"trained": evaluation.get("retrieval"), **baselines},
-    }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return summary
 
 
 def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
@@ -276,17 +297,19 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand."""
+    """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand."""
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    received: str | None = None
+
+    def __enter__(self) -> "StopSignal":
         wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self._before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
 
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
 
-    def restore(self) -> None:
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

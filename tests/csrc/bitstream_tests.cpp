@@ -43,6 +43,13 @@ TEST(bitstream, splits_nal_units) {
   rest = sized;
   CHECK_EQUAL(next_nal(rest, 4).size(), 2u);
   CHECK(next_nal(rest, 4).empty());
+  Raw hollow;  // a megabyte of start codes with nothing between them
+  for (int i = 0; i < 1 << 20; i += 4) hollow.insert(hollow.end(), {0, 0, 0, 1});
+  rest = hollow;
+  CHECK(next_nal(rest, 0).empty());
+  hollow.push_back(0x65);
+  rest = hollow;
+  CHECK_EQUAL(next_nal(rest, 0).size(), 1u);
 }
 
 TEST(bitstream, h264) {

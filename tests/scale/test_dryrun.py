@@ -14,7 +14,7 @@ from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, pres
 from vito_fast.data.sampler import SamplerConfig
 from vito_fast.distributed import World
 from vito_fast.dryrun import dry_run, graph_breaks
-from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda
+from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda, total
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch
@@ -131,24 +131,25 @@ def test_a_norm_with_its_residual_and_relu_moves_what_its_passes_do():
         with ledger.in_phase("backward"):
             ledger.backward((y, y.detach()))
     assert y.stride() == x.stride()
-    assert 4 * size <= ledger.total("forward", "fused")[1] <= 4 * size + 16 * small
-    assert 7 * size <= ledger.total("backward", "fused")[1] <= 7 * size + 32 * small
+    assert 4 * size <= total(ledger.ops, "forward", "fused")[1] <= 4 * size + 16 * small
+    assert 7 * size <= total(ledger.ops, "backward", "fused")[1] <= 7 * size + 32 * small
     assert ledger.saved["forward"] <= size + 4 * small, "y beside x, mean and deviation; no mask"
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(True, True), (True, False), (False, True)])
-def test_a_contrast_counts_what_its_gradients_need(queries, keys, autocast):
+@pytest.mark.parametrize(("query", "key", "passes"), [(0, 0, (2, 0)), (1, 0, (4, 0)), (0, 1, (2, 4)), (1, 1, (4, 4))])
+def test_a_loss_counts_the_products_of_its_passes(query, key, passes, autocast):
+    """Of 64 queries with 32 keys of 16 numbers, with gradient of the queries, the keys, both or neither."""
     with fake_cuda(), Ledger() as ledger:
-        q = torch.empty(64, 32, device="cuda", requires_grad=queries)
-        k = torch.empty(96, 32, device="cuda", requires_grad=keys)
-        with ledger.in_phase("forward"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = info_nce(q, k)
-        with ledger.in_phase("backward"):
-            ledger.backward((loss, torch.ones_like(loss)))
-    matrix = 64 * 96 * 32
-    assert ledger.total("forward", "fused")[0] == (4 if queries else 2) * matrix
-    assert ledger.total("backward", "fused")[0] == (4 if keys else 0) * matrix
+        q, k = (torch.empty(n, 16, device="cuda", requires_grad=bool(r)) for n, r in ((64, query), (32, key)))
+        own = torch.empty(64, dtype=torch.int64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), ledger.in_phase("forward"), ledger.saving():
+            loss = info_nce(q, k, positive=own)
+        if loss.requires_grad:
+            with ledger.in_phase("backward"):
+                ledger.backward((loss, torch.ones_like(loss)))
+    counted = [total(ledger.ops, phase, "fused")[0] / (64 * 32 * 16) for phase in ("forward", "backward")]
+    assert counted == list(passes)
 
 
 @pytest.mark.parametrize(

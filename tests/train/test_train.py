@@ -264,6 +264,17 @@ def test_signals_save_and_end(config, number):
     assert all(r["step"] <= last for r in rows(long))
 
 
+def test_signals_are_as_they_were_after_an_error_before_the_first_step(config, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("before the first step")
+
+    monkeypatch.setattr("vito_fast.train.pairs_at_peak", fails)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with pytest.raises(RuntimeError, match="before the first step"):
+        train(config)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
 def test_a_torn_newest_checkpoint_is_named_and_the_one_before_used(config, capsys):
     whole, torn = config, renamed(config, "torn")
     train(whole)

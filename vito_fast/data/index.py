@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vito_fast import _sampler
+from vito_fast.files import whole
 
 KEY = 1
 """Packet flag: decoding can start here."""
@@ -230,21 +231,11 @@ def write_index(
     sizes in bytes. Raises ``ValueError`` naming the clip and the field for a record that makes no sense, ``OSError`` if
     the file cannot be written; the old file, if any, then stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer = _sampler.IndexWriter(os.fspath(temporary), format, [(str(name), int(size)) for name, size in shards])
+    with whole(Path(path)) as partial:
+        writer = _sampler.IndexWriter(os.fspath(partial), format, [(str(name), int(size)) for name, size in shards])
         for number, clip in enumerate(clips):
             _add(writer, number, clip)
         count: int = writer.finish()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)  # the rename itself reaches the disk
-    finally:
-        os.close(directory)
     return count
 
 

@@ -4,7 +4,6 @@ Frames are told apart by *tokens*: each packet's place in decoding order, handed
 pts. So a frame is tied to the packet it came from even where a file's own times are missing, repeated or out of order.
 """
 
-import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,11 +202,6 @@ def fitted(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(h, w) with the short side at ``short_side``, both even, the shape kept; smaller pictures are not enlarged."""
     scale = min(1.0, short_side / min(height, width))
     return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
-
-
-def last_at(times: Sequence[float], when: float) -> int:
-    """Index of the last of ascending ``times`` that is not after ``when`` (0 if all are)."""
-    return max(0, bisect.bisect_right(times, when) - 1)
 
 
 def bare_packet(payload: Any, number: int) -> av.Packet:

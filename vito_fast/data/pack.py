@@ -27,6 +27,7 @@ from vito_fast.data.index import DISCARD, NO_PICTURE, ClipRecord, Index, plan_pa
 from vito_fast.data.journal import Entry, Journal, Rejected
 from vito_fast.data.listing import Listing, list_videos
 from vito_fast.errors import UserError
+from vito_fast.files import sync_folder, whole
 
 log = logging.getLogger("vito_fast.data")
 
@@ -177,7 +178,8 @@ def _same_options(path: Path, mine: dict[str, Any]) -> None:
                     "repeat that or pack into a new folder"
                 )
     else:
-        write_atomically(path, json.dumps(mine, indent=1))
+        with whole(path) as partial:
+            partial.write_text(json.dumps(mine, indent=1))
 
 
 def _finished(store: Path, options: PackOptions, listing: Listing) -> Report:
@@ -249,8 +251,10 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
         "sources": listing.fingerprint,
         "report": asdict(report),
     }
-    write_atomically(store / "store.json", json.dumps(description, indent=1))
+    with whole(store / "store.json") as partial:
+        partial.write_text(json.dumps(description, indent=1))
     os.replace(temporary, store / "index.bin")
+    sync_folder(store)
     shutil.rmtree(store / ".pack")
     return report
 
@@ -303,17 +307,5 @@ def expected_packets(index: Index, window: float = 2.56, draws: int = 512) -> fl
 
 def _write_quarantine(store: Path, rejected: dict[str, str]) -> None:
     lines = [json.dumps({"file": name, "reason": reason}) for name, reason in sorted(rejected.items())]
-    write_atomically(store / "quarantine.jsonl", "".join(line + "\n" for line in lines))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the whole new one, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(store / "quarantine.jsonl") as partial:
+        partial.write_text("".join(line + "\n" for line in lines))

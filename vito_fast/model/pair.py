@@ -104,10 +104,7 @@ class VitoModel(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau: float, finite: Tensor | None = None) -> None:
-        """target <- tau * target + (1 - tau) * online, over parameters;
-
-        nothing where ``finite`` (a bool ()) is false.
-        """
+        """target <- tau * target + (1 - tau) * online, over parameters; nothing where ``finite`` (bool ()) is false."""
         target, online = self.averaged_pairs()
         if finite is None:
             torch._foreach_lerp_(target, online, 1 - tau)

@@ -1,0 +1,43 @@
+"""A file is the old one or the whole new one."""
+
+import os
+
+import pytest
+
+from vito_fast.files import whole
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def interrupted():
+        with whole(path) as partial:
+            partial.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+    with whole(path) as partial:
+        partial.write_text("new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace(*names)))
+    with whole(tmp_path / "a") as partial:
+        partial.write_text("new")
+    assert done == [str(partial), "renamed", str(tmp_path)]
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path, monkeypatch):
+    with whole(tmp_path / "a") as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with whole(tmp_path / "a") as theirs:
+            theirs.write_text("theirs")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "mine")]
