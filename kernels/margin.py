@@ -67,7 +67,7 @@ def _margin_gradient_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse2 + row, mask=row < M, other=0.0)
     lost = tl.load(rest + row, mask=row < M, other=0.0)
-    g = tl.load(gradient + row * stride, mask=row < M, other=0.0) / (PAIRS * SIDES)
+    g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0) / (PAIRS * SIDES)
     total = tl.zeros((ROWS,), tl.float32)
     if SIDES == 2:
         other = tl.load(second + row, mask=row < M, other=0.0)

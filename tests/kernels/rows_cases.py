@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from contrastive_cases import assert_at_most_twice_torch
 from torch import Tensor
@@ -59,6 +61,21 @@ def check_margin(device: str, pairs: int, sides: int) -> None:
     draw = torch.Generator().manual_seed(pairs)
     lse2, logits = 30 * torch.randn(sides, 300, generator=draw), 20 * torch.randn(300, pairs, generator=draw)
     assert_at_most_twice_torch(fused_margin, plain_margin, [x.to(device) for x in (logits, *lse2)])
+
+
+def check_margin_gradient_of_a_wide_matrix(device: str, path: Path) -> None:
+    """One column of it, whose last row begins 2^31 elements after the first: more than 32 bits count."""
+    step = 1 << 30
+    if device == "cpu":  # a file with holes: three of its pages exist, and a wrong address lies below the first row
+        column = torch.from_file(str(path), shared=True, size=4 * step + 1)[2 * step :: step]
+        path.unlink()
+    else:
+        column = torch.zeros(2 * step + 1, device=device)[::step]
+    column.copy_(torch.tensor([0.5, 1.0, 2.0], device=device))
+    lse2 = torch.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
+    value = margin(lse2, torch.ones(3, 1, device=device))
+    (found,) = torch.autograd.grad(value, lse2, column, retain_graph=True)
+    assert torch.equal(found, torch.autograd.grad(value, lse2, column.contiguous())[0])
 
 
 def check_margin_at_its_ends(device: str) -> None:

@@ -30,3 +30,7 @@ def test_margin_is_as_exact_as_torch(device, pairs, sides):
 
 def test_margin_at_its_ends(device):
     cases.check_margin_at_its_ends(device)
+
+
+def test_margin_gradient_of_a_wide_matrix(device, tmp_path):
+    cases.check_margin_gradient_of_a_wide_matrix(device, tmp_path / "matrix")
