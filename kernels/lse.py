@@ -173,6 +173,7 @@ def launch_lse(
     online_only = _online_only(q.dtype, bring_mean)
     trusted = None if online_only else torch.empty(splits, M, dtype=torch.int8, device=q.device)
     fixed, online = ([(0, 0)] if not bring_mean else spans(D, tile) for tile in tiles)
+    assert online_only or {first for first, _ in fixed} <= {first for first, _ in online}
     for span in online:  # one launch of the fixed variant may bring the columns that take several of the online one
         for wider in fixed:
             if not online_only and wider[0] == span[0]:
@@ -193,8 +194,9 @@ def trusted_lse(
     if bring_mean:
         mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
         trusted.mul_(mean.sum(1).isfinite())
-    every_key = 1 << (k.shape[0] - 1).bit_length() + 8
-    for span in spans(D, lse_tile("online", D, q.dtype, exclusion, True)) if bring_mean else [(0, 0)]:
+    tile = lse_tile("online", D, q.dtype, exclusion, bring_mean)
+    every_key = cdiv(k.shape[0], tile.other) * tile.other  # one split, of whole tiles
+    for span in spans(D, tile) if bring_mean else [(0, 0)]:
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean[None], trusted, span, every_key)
     return lse2[0], rest[0]
 

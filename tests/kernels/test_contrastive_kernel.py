@@ -251,6 +251,15 @@ def test_a_wider_output_than_a_program_keeps(device):
     )
 
 
+def test_columns_that_no_launch_would_bring_are_an_error(device, monkeypatch):
+    """The fixed variant's launches go along with the online one's, which here begin at the first column only."""
+    spans = {"fixed": 32, "online": 128}
+    monkeypatch.setattr(lse, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=spans[kernel.split()[1]]))
+    x = embeddings(20, 80, torch.bfloat16, device, 0).requires_grad_()
+    with pytest.raises(AssertionError):
+        similarity_lse(x, x, 1.0)
+
+
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
 def test_the_online_variant_may_take_more_launches(device, monkeypatch, unit):
     """As on sm_80 at D = 512: the fixed variant brings all columns in one launch, the online one repairs in three."""
