@@ -356,19 +356,38 @@ def precision(dtype: torch.dtype, D: int) -> str:
     return wanted if wanted == "native" or max(TILES.get((_family(arch()), "float32"), [0])) >= D else "ieee"
 
 
+class Matrix:
+    """What launches read: rows whose elements are neighbours, and, once one of them asks, the parts of float32."""
+
+    def __init__(self, x: Tensor):
+        self.tensor = rows_contiguous(x)
+        self._parts: Tensor | None = None
+
+    def parts(self, width: int, count: int) -> Tensor:
+        """``split``, which the launches that follow find done."""
+        if self._parts is None or self._parts.shape[1] != count * width:
+            self._parts = split(self.tensor, width, count)
+        return self._parts
+
+
+def matrices(x: Tensor, y: Tensor) -> tuple[Matrix, Matrix]:
+    first = Matrix(x)
+    return first, first if y is x else Matrix(y)
+
+
 class Operand:
     """A matrix as a kernel reads it: how its columns are cut, in which parts, and by what (pointers or descriptors) it
     is addressed.
     """
 
-    def __init__(self, x: Tensor, rows: int, tile: Tile):
-        D = x.shape[1]
+    def __init__(self, source: Matrix, rows: int, tile: Tile):
+        x, D = source.tensor, source.tensor.shape[1]
         self.chunk = chunk_width(D, tile)
         rest = D % self.chunk
         self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
         self.precision = precision(x.dtype, D)
         if x.dtype == torch.float32 and self.precision in PARTS:
-            x = split(x, D - rest + self.tail, PARTS[self.precision])
+            x = source.parts(D - rest + self.tail, PARTS[self.precision])
         self.matrix, self.stride = x, x.stride(0)
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vito_kernels import rowwise, tiled, wide
 from vito_kernels._tiles import (
+    Matrix,
     Operand,
     add_product,
     cdiv,
@@ -28,9 +29,9 @@ from vito_kernels._tiles import (
     dot_rows,
     hide,
     load_rows,
+    matrices,
     plan_tiles,
     products,
-    rows_contiguous,
     spans,
     store_sums,
     zero_sums,
@@ -127,8 +128,8 @@ def _gradient_kernel(
 
 
 def launch_gradient(
-    x: Tensor,
-    y: Tensor,
+    x: Matrix,
+    y: Matrix,
     scale: Tensor,
     x_role: Role | None,
     y_role: Role | None,
@@ -138,11 +139,10 @@ def launch_gradient(
     """``W @ y`` (M, D) float32, not yet times ``scale``. ``hidden`` is seen from y: its queries are the rows of y.
     ``pull`` where y is x.
     """
-    x, y = rows_contiguous(x), rows_contiguous(y)
-    gain = _gain(x, x_role, y_role)
+    gain = _gain(x.tensor, x_role, y_role)
     x_role, y_role = _usable(x_role, gain), _usable(y_role, gain)
-    if pull is None and wide.serves("gradient", x.shape[1], x.dtype):
-        total = wide.gradient(x, y, scale, x_role, y_role, hidden)
+    if pull is None and wide.serves("gradient", x.tensor.shape[1], x.tensor.dtype):
+        total = wide.gradient(x.tensor, y.tensor, scale, x_role, y_role, hidden)
     else:
         pull = pull if pull is None or gain is None else Pull(pull.group, pull.weight * gain)
         total = _run_gradient(x, y, scale, x_role, y_role, hidden, pull)
@@ -150,8 +150,8 @@ def launch_gradient(
 
 
 def _run_gradient(
-    x: Tensor,
-    y: Tensor,
+    x: Matrix,
+    y: Matrix,
     scale: Tensor,
     x_role: Role | None,
     y_role: Role | None,
@@ -159,14 +159,14 @@ def _run_gradient(
     pull: Pull | None,
 ) -> Tensor:
     """By the kernel above."""
-    (M, D), N = x.shape, y.shape[0]
-    tile = choose_tile("gradient both" if x_role and y_role else "gradient one", D, x.dtype)
+    (M, D), N, device = x.tensor.shape, y.tensor.shape[0], x.tensor.device
+    tile = choose_tile("gradient both" if x_role and y_role else "gradient one", D, x.tensor.dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
-    split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))
+    split_tiles = cdiv(tiles, max(1, min(processors(device) // blocks, tiles // 4)))
     splits = cdiv(tiles, split_tiles)
     out = scale.new_empty(splits, M, D)
-    with on_device(x):
+    with on_device(x.tensor):
         for first, last in spans(D, tile):
             _gradient_kernel[(blocks, splits)](
                 left.wide, left.narrow, right.wide, right.narrow, scale, out, x_role and x_role.lse2,
@@ -215,11 +215,11 @@ def pair_gradient(
     """(W y, W^T x) as ``tiled.gradient``: on the CPU from one pass over s, by Triton in a pass for each side."""
     if not use_triton(x):
         return tiled.gradient(x, y, scale, x_role, y_role, exclusion, need_x, need_y, kept)
-    gx, gy = scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
+    (left, right), gx, gy = matrices(x, y), scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
     if need_x:  # seen from y, the other way round; lists of positives only ever come with need_y
-        gx = launch_gradient(x, y, scale, x_role, y_role, exclusion.flipped())
+        gx = launch_gradient(left, right, scale, x_role, y_role, exclusion.flipped())
     if need_y:
-        gy = launch_gradient(y, x, scale, y_role, x_role, exclusion)
+        gy = launch_gradient(right, left, scale, y_role, x_role, exclusion)
     return gx, gy
 
 
@@ -244,7 +244,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         hidden = Exclusion(group, group, positive, 0 if layout in ("diagonal", "pulled") else None)
         own_role = role if name == "two-role gradient" else None
         pull = Pull(ids.int(), role.weight) if layout == "pulled" else None
-        launch_gradient(x, x, torch.full((), 10.0, device=device), own_role, role, hidden, pull)
+        launch_gradient(*matrices(x, x), torch.full((), 10.0, device=device), own_role, role, hidden, pull)
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vito_kernels import rowwise, wide
 from vito_kernels._tiles import (
+    Matrix,
     Operand,
     Tile,
     add_product,
@@ -32,9 +33,9 @@ from vito_kernels._tiles import (
     dot_rows,
     hide,
     load_rows,
+    matrices,
     plan_tiles,
     products,
-    rows_contiguous,
     spans,
     store_sums,
     zero_sums,
@@ -158,11 +159,11 @@ def launch_lse(
     """(lse2 (M,), rest (M,), mean (M, D) or (0, D)) by the kernels above; keys are split among programs where queries
     are few.
     """
-    M, D = q.shape
-    q, k = rows_contiguous(q), rows_contiguous(k)
+    (M, D), (left, right) = q.shape, matrices(q, k)
     if wide.serves("mean" if bring_mean else "lse", D, q.dtype):
-        sums, _, mean = wide.exponentials(q, k, scale, exclusion, 100.0, gather=bring_mean, columns=False)
-        return *trusted_lse(q, k, scale, exclusion, sums, 100.0, mean), mean
+        dense = left.tensor, right.tensor
+        sums, _, mean = wide.exponentials(*dense, scale, exclusion, 100.0, gather=bring_mean, columns=False)
+        return *trusted_lse(left, right, scale, exclusion, sums, 100.0, mean), mean
     tiles = [lse_tile(variant, D, q.dtype, exclusion, bring_mean) for variant in VARIANTS]
     split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
     widest = max(tile.other for tile in tiles)  # powers of two: a split is whole tiles of both variants
@@ -177,25 +178,25 @@ def launch_lse(
     for span in online:  # one launch of the fixed variant may bring the columns that take several of the online one
         for wider in fixed:
             if not online_only and wider[0] == span[0]:
-                run_lse("fixed", q, k, scale, exclusion, lse2, rest, mean, trusted, wider, split_keys)
-        run_lse("online", q, k, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
+                run_lse("fixed", left, right, scale, exclusion, lse2, rest, mean, trusted, wider, split_keys)
+        run_lse("online", left, right, scale, exclusion, lse2, rest, mean, trusted, span, split_keys)
     return rowwise.merge_splits(lse2, rest, mean)
 
 
 def trusted_lse(
-    q: Tensor, k: Tensor, scale: Tensor, exclusion: Exclusion, sums: Tensor, headroom: float, mean: Tensor
+    q: Matrix, k: Matrix, scale: Tensor, exclusion: Exclusion, sums: Tensor, headroom: float, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(lse2 (M,), rest (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``, repeated by
     the online kernel where they are not to be trusted. So is ``mean`` (M, D) or (0, D), which is given as the sum of
     the keys with those exponentials and divided in place.
     """
     lse2, rest, trusted = rowwise.settle(sums, scale, headroom)
-    bring_mean, D = mean.shape[0] > 0, q.shape[1]
+    bring_mean, D = mean.shape[0] > 0, q.tensor.shape[1]
     if bring_mean:
         mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
         trusted.mul_(mean.sum(1).isfinite())
-    tile = lse_tile("online", D, q.dtype, exclusion, bring_mean)
-    every_key = cdiv(k.shape[0], tile.other) * tile.other  # one split, of whole tiles
+    tile = lse_tile("online", D, q.tensor.dtype, exclusion, bring_mean)
+    every_key = cdiv(k.tensor.shape[0], tile.other) * tile.other  # one split, of whole tiles
     for span in spans(D, tile) if bring_mean else [(0, 0)]:
         run_lse("online", q, k, scale, exclusion, lse2, rest, mean[None], trusted, span, every_key)
     return lse2[0], rest[0]
@@ -214,8 +215,8 @@ def _online_only(dtype: torch.dtype, bring_mean: bool) -> bool:
 
 def run_lse(
     variant: str,
-    q: Tensor,
-    k: Tensor,
+    q: Matrix,
+    k: Matrix,
     scale: Tensor,
     exclusion: Exclusion,
     lse2: Tensor,
@@ -228,12 +229,12 @@ def run_lse(
     """Fills lse2 (S, M) and the column chunks ``span`` of mean (S, M, D). ``trusted`` (S, M): written by the fixed
     variant, obeyed by the online one, which without it does every row.
     """
-    (M, D), N = q.shape, k.shape[0]
-    tile = lse_tile(variant, D, q.dtype, exclusion, mean.shape[1] > 0)
+    (M, D), N, dtype = q.tensor.shape, k.tensor.shape[0], q.tensor.dtype
+    tile = lse_tile(variant, D, dtype, exclusion, mean.shape[1] > 0)
     left, right = Operand(q, tile.own, tile), Operand(k, tile.other, tile)
     online = variant == "online"
-    headroom = 100.0 if not online else 14.0 if q.dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
-    with on_device(q):
+    headroom = 100.0 if not online else 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
+    with on_device(q.tensor):
         _lse_kernel[(cdiv(M, tile.own), lse2.shape[0])](
             left.wide, left.narrow, right.wide, right.narrow, scale, lse2, rest, mean, trusted, exclusion.q_group,
             exclusion.k_group, exclusion.positive, M, N, left.stride, right.stride, exclusion.diagonal or 0,

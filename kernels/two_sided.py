@@ -25,15 +25,16 @@ from torch import Tensor
 from vito_kernels import rowwise, tiled, wide
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
+    Matrix,
     Operand,
     cdiv,
     choose_tile,
     dot_rows,
     hide,
     load_rows,
+    matrices,
     plan_tiles,
     products,
-    rows_contiguous,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
@@ -122,30 +123,31 @@ def launch_two_sided(
     x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
-    x, y = rows_contiguous(x), rows_contiguous(y)
+    left, right = matrices(x, y)
     above, no_mean = headroom(x.dtype), scale.new_empty(0, x.shape[1])
     if wide.serves("two_sided", x.shape[1], x.dtype):
-        rows, columns, _ = wide.exponentials(x, y, scale, exclusion, above, gather=False, columns=True)
+        dense = left.tensor, right.tensor
+        rows, columns, _ = wide.exponentials(*dense, scale, exclusion, above, gather=False, columns=True)
     else:
-        rows, columns = _launch_sums(x, y, scale, exclusion)
-    side = trusted_lse(x, y, scale, exclusion, rows, above, no_mean)
-    return *side, *trusted_lse(y, x, scale, exclusion.flipped(), columns, above, no_mean)
+        rows, columns = _launch_sums(left, right, scale, exclusion)
+    side = trusted_lse(left, right, scale, exclusion, rows, above, no_mean)
+    return *side, *trusted_lse(right, left, scale, exclusion.flipped(), columns, above, no_mean)
 
 
-def _launch_sums(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
     """(row_sums (splits, M), column_sums (blocks of rows, N)) by the kernel above."""
-    (M, D), N = x.shape, y.shape[0]
-    tile = choose_tile("two_sided", D, x.dtype)
+    (M, D), N, dtype, device = x.tensor.shape, y.tensor.shape[0], x.tensor.dtype, x.tensor.device
+    tile = choose_tile("two_sided", D, dtype)
     left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
-    split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))
+    split_tiles = cdiv(tiles, max(1, min(processors(device) // blocks, tiles // 4)))
     row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
     column_sums = scale.new_empty(blocks, N)
-    with on_device(x):
+    with on_device(x.tensor):
         _two_sided_kernel[(blocks, row_sums.shape[0])](
             left.matrix, right.wide, right.narrow, scale, row_sums, column_sums, M, N, left.stride, right.stride,
             exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other, tile.stages,
-            DIAGONAL=exclusion.blocks, HEADROOM=headroom(x.dtype), TMA=right.tma, PRECISION=left.precision,
+            DIAGONAL=exclusion.blocks, HEADROOM=headroom(dtype), TMA=right.tma, PRECISION=left.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return row_sums, column_sums
@@ -371,7 +373,7 @@ def self_contrast_backward(
         pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1) * tiled.LOG2E)
     side, exclusion = narrowed(z, narrow), _others(group)
     if use_triton(z):
-        gz = launch_gradient(side, side, scale, role, role, exclusion, pull)
+        gz = launch_gradient(*matrices(side, side), scale, role, role, exclusion, pull)
         pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if group is None else {}
         dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
         return dz, dscale / 2 if need_scale else dscale

@@ -78,6 +78,21 @@ def test_float32_in_two_parts_keeps_sixteen_bits(device, products):
     assert 2**-24 < max(errors) < 2**-14, errors
 
 
+def test_a_matrix_is_split_once_in_each_pass(device, products, monkeypatch):
+    """Whatever launches read it, as rows or as columns."""
+    splits = Mock(wraps=_tiles.split)
+    monkeypatch.setattr(_tiles, "split", splits)
+    products("highest")
+    x, y = (embeddings(20, 48, torch.float32, device, i).requires_grad_() for i in range(2))
+    in_parts = _tiles.precision(torch.float32, 48) in _tiles.PARTS  # not on every GPU
+    for loss, matrices in ((info_nce, 2), (lambda x, y: clip_loss(x, y, 5.0), 2), (lambda x, y: ntxent(x, y, 0.2), 1)):
+        splits.reset_mock()
+        value = loss(x, y)
+        assert splits.call_count == matrices * in_parts
+        value.backward()
+        assert splits.call_count == 2 * matrices * in_parts
+
+
 def test_numbers_whose_small_parts_alone_would_overflow(device, products):
     products("highest")
     q = 1e22 * torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).to(device)
