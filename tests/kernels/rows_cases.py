@@ -73,7 +73,7 @@ def check_margin_gradient_of_a_wide_matrix(device: str, path: Path) -> None:
         column = torch.zeros(2 * step + 1, device=device)[::step]
     column.copy_(torch.tensor([0.5, 1.0, 2.0], device=device))
     lse2 = torch.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
-    value = margin(lse2, torch.ones(3, 1, device=device))
+    value = margin(lse2, torch.zeros_like(lse2), torch.ones(3, 1, device=device))
     (found,) = torch.autograd.grad(value, lse2, column, retain_graph=True)
     assert torch.equal(found, torch.autograd.grad(value, lse2, column.contiguous())[0])
 
