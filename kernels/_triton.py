@@ -58,8 +58,18 @@ def interpreting() -> bool:
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does."""
-    return tensor.dtype != torch.float64 and (tensor.is_cuda or interpreting())
+    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does, nor anything
+    on a GPU without bfloat16 tensor cores (before sm_80), where that path computes instead.
+    """
+    if interpreting():
+        return tensor.dtype != torch.float64
+    return tensor.dtype != torch.float64 and tensor.is_cuda and _recent(tensor.device.index)
+
+
+@cache
+def _recent(device: int | None) -> bool:
+    """Also where fake tensors are traced for a GPU that is not there."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def arch() -> int:
@@ -79,6 +89,14 @@ def _arch_of(device: int) -> int:
     import triton
 
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a program may take on the GPU that kernels compile for."""
+    import triton
+
+    driver = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"])
 
 
 def processors(device: torch.device) -> int:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._tiles import cdiv, columns_of, hide, product
-from vito_kernels._triton import arch, interpreting, jit, on_device, processors
+from vito_kernels._tiles import cdiv, columns_of, family, hide, product
+from vito_kernels._triton import interpreting, jit, on_device, processors
 from vito_kernels.tiled import Exclusion, Role
 
 if TYPE_CHECKING:
@@ -132,8 +132,9 @@ def serves(kernel: str, D: int, dtype: torch.dtype) -> bool:
     if dtype not in (torch.bfloat16, torch.float16) or (kernel == "mean" and dtype == torch.float16):
         return False
     narrowest = WIDER_THAN[kernel]
-    if kernel == "mean" and arch() >= 100:  # whose tensor memory holds half of a mean of 512 columns
-        narrowest = 256
+    # Of a mean of 512 columns, sm_100's tensor memory holds half; beside rows of 512, sm_89 has no room.
+    if (kernel == "mean" and family() == 100) or family() == 89:
+        narrowest = min(narrowest, 256)
     return narrowest < D
 
 
