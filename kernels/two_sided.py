@@ -8,7 +8,7 @@ against itself).
 Row and column sums come from one pass over the logits (2 M N D flops), the gradients from two more that share each
 logit between both softmaxes (8 M N D; for NT-Xent, whose matrix is symmetric, one: 4 M N D). A program owns a block
 of rows and keeps their sums; column sums leave it as one partial sum for each block of rows, and these are added in
-order: deterministic, no atomics, M N / 128 floats of memory.
+order, strip after strip of at most ``STRIP_BYTES`` of them: deterministic, no atomics, no memory of order M N.
 
 Exponents are relative to the fixed shift of ``lse``, so partial sums merge by addition. Rows and columns whose
 sum left the trusted range are repeated by the online kernel of ``lse``, blocks that hold none are left at once;
@@ -17,6 +17,7 @@ the host reads no value.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Operand,
     cdiv,
+    Tile,
     choose_tile,
     dot_rows,
     hide,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # ---- Triton kernel
+
+STRIP_BYTES = 1 << 29  # of sums by column, one for each block of rows and column, at a time
 
 
 @jit
@@ -133,10 +137,30 @@ def launch_two_sided(
 
 
 def _launch_sums(x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
-    """(row_sums (splits, M), column_sums (blocks of rows, N)) by the kernel above."""
+    """(row_sums (parts, M), column_sums (parts, N)) by the kernel above, of all blocks of rows, or of strips of them
+    one after the other.
+    """
     (M, D), N = x.shape, y.shape[0]
     tile = choose_tile("two_sided", D, x.dtype)
-    left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
+    right, strip = Operand(y, tile.other, tile), max(1, STRIP_BYTES // (4 * N)) * tile.own
+    if strip >= M:
+        return _strip_sums(x, right, N, scale, exclusion, tile)
+    row_sums, column_sums = [], scale.new_zeros(1, N)
+    for begin in range(0, M, strip):
+        diagonal = None if exclusion.diagonal is None else exclusion.diagonal + begin
+        seen = replace(exclusion, diagonal=diagonal)
+        rows, columns = (part.sum(0) for part in _strip_sums(x[begin : begin + strip], right, N, scale, seen, tile))
+        row_sums.append(rows)
+        column_sums += columns
+    return torch.cat(row_sums)[None], column_sums
+
+
+def _strip_sums(
+    x: Tensor, right: Operand, N: int, scale: Tensor, exclusion: Exclusion, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """(row_sums (splits, M), column_sums (blocks of rows, N))."""
+    M, D = x.shape
+    left = Operand(x, tile.own, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
     split_tiles = cdiv(tiles, max(1, min(processors(x.device) // blocks, tiles // 4)))
     row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
