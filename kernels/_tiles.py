@@ -460,6 +460,11 @@ def products(dtype: torch.dtype, D: int) -> int:
     return parts * (parts + 1) // 2
 
 
+def on_tensor_cores(dtype: torch.dtype, D: int) -> bool:
+    """For ``Spec.tensor_cores``."""
+    return precision(dtype, D) != "ieee"
+
+
 def spans(D: int, tile: Tile) -> list[tuple[int, int]]:
     """(first, last) column chunks of the output of each launch."""
     chunk = chunk_width(D, tile)

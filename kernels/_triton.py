@@ -128,13 +128,14 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 @dataclass(frozen=True)
 class Spec:
     """A shipped launch, for ``vito_kernels.inspect``: ``launch()`` calls the same launcher as the custom op, at a
-    nominal size. ``flops`` may depend on the GPU, whose tile decides in how many launches a wide output is computed:
-    then it is a function, called while Triton's driver answers for that GPU.
+    nominal size. ``flops`` may depend on the GPU, whose tile decides in how many launches a wide output is computed,
+    and ``tensor_cores`` on how it takes float32 products: then they are functions, called while Triton's driver answers
+    for that GPU.
     """
 
     name: str
     launch: Callable[[], object]
     flops: float | Callable[[], float]
     min_bytes: float
-    tensor_cores: bool = True
+    tensor_cores: bool | Callable[[], bool] = True
     rare: bool = False  # inspected only with ``--all``

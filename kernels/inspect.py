@@ -63,6 +63,8 @@ TARGETS = {
 }
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255
+MATRIX = {"_lse_kernel", "_gradient_kernel", "_two_sided_kernel", "_weights_kernel", "_gather_kernel"}
+"""Kernels that must use the tensor cores wherever a launch says that it does, be they its first or not."""
 ASSUMPTIONS = (
     "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
     "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for kernels that use "
@@ -220,7 +222,9 @@ def _record(arch: int, spec: Spec, kernel: Compiled, main_name: str, variant: in
     elif variant:
         record["name"] = f"{spec.name}, variant {variant + 1}"
     record["loop_instructions"] = binary.loop["all"]
-    record["problems"] = list(_problems(arch, spec.tensor_cores and main, kernel, binary))
+    with stand_in(arch):
+        products = spec.tensor_cores() if callable(spec.tensor_cores) else spec.tensor_cores
+    record["problems"] = list(_problems(arch, products and kernel.name in MATRIX, kernel, binary))
     return record
 
 

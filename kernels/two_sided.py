@@ -18,6 +18,7 @@ the host reads no value.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +28,13 @@ from vito_kernels import rowwise, tiled, wide
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Operand,
-    cdiv,
     Tile,
+    cdiv,
     choose_tile,
     dot_rows,
     hide,
     load_rows,
+    on_tensor_cores,
     plan_tiles,
     products,
     rows_contiguous,
@@ -49,9 +51,9 @@ from vito_kernels.tiled import Exclusion, Pull
 if TYPE_CHECKING:
     import triton.language as tl
 
-# ---- Triton kernel
-
 STRIP_BYTES = 1 << 29  # of sums by column, one for each block of rows and column, at a time
+
+# ---- Triton kernel
 
 
 @jit
@@ -197,7 +199,7 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
         launch,
         flops=lambda: 2.0 * products(dtype, width) * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=partial(on_tensor_cores, dtype, width),
         rare=dtype != torch.bfloat16 or width not in (128, 256, 512),
     )
 

@@ -166,6 +166,31 @@ def test_command_line_writes_records(tmp_path):
     assert subprocess.run(unknown, capture_output=True, env=environment).returncode == 2
 
 
+def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
+    """At D > 512 the first kernel is only one of three that multiply; what adds up need not."""
+    without = sass.Binary(40, 0, 0, 0, 100, 1, (), {"all": 10})
+    monkeypatch.setattr(sass, "read", lambda _: without)
+
+    def problems(kernel, spec, arch=90):
+        compiled = inspect.Compiled(kernel, 0, 4, 2, 0, b"")
+        return inspect._record(arch, spec, compiled, "_weights_kernel", 0)["problems"]
+
+    half = lse._spec(1024, torch.bfloat16, True, "none", rows=1)
+    for kernel in ("_weights_kernel", "_gather_kernel", "_lse_kernel"):
+        assert problems(kernel, half) == ["has no tensor-core instruction"]
+    assert problems("_settle_kernel", half) == []
+    in_parts, exact = (lse._spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
+    assert problems("_lse_kernel", in_parts) == ["has no tensor-core instruction"]
+    assert problems("_lse_kernel", exact) == problems("_lse_kernel", in_parts, arch=100) == []
+
+
+def test_the_kernels_that_multiply_are_known_by_name():
+    from vito_kernels import gradient, wide
+
+    found = {name for module in (lse, two_sided, gradient, wide) for name in vars(module) if name.endswith("_kernel")}
+    assert found == inspect.MATRIX
+
+
 @pytest.mark.parametrize(("arch", "width"), [(80, 128), (90, 256)])
 def test_float32_runs_on_the_tensor_cores(arch, width):
     """The default set holds no float32. In three parts, so at six times the flops."""
