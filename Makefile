@@ -73,7 +73,7 @@ readme-tables: setup
 clean:
 	rm -rf build dist *.egg-info
 
-# What every shipped kernel compiles to on sm_80, sm_90 and sm_100; needs no GPU. INSPECT='--only attention --arch 90'
+# What every shipped kernel compiles to on sm_80, sm_89, sm_90 and sm_100; needs no GPU. INSPECT='--only attention --arch 120'
 inspect: setup
 	@mkdir -p build
 	$(BIN)/python -m vito_kernels.inspect --json build/inspect.json $(INSPECT)

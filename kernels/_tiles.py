@@ -2,8 +2,8 @@
 pairs.
 
 D is cut into chunks of W columns and one narrower TAIL, each a power of two, so that D = 192 costs 128 + 64 and not
-256. A matrix is read through pointers or, from sm_90 on, through tensor descriptors, whose copies no thread has to
-address.
+256. A matrix is read through pointers or, on sm_90 and sm_100, through tensor descriptors, whose copies no thread has
+to address.
 
 Float32 matrices are split into bfloat16 parts, x = x1 + x2 + x3 to its last bit, which lie side by side in one matrix:
 tensor cores have no float32, and six products of parts (those beyond 2^-24 are left out) take a fraction of the time
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._triton import arch, interpreting, jit, on_device
+from vito_kernels._triton import arch, interpreting, jit, on_device, shared_limit
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -220,6 +220,7 @@ class Tile:
 # goes by ``vito_kernels.wide``; float32 in one part, the mean of float16, and what is repeated, do not.
 WIDE = {
     80: {1024: Tile(32, 32, 128, 4, 2, span=256)},
+    89: {512: Tile(32, 32, 128, 4, 2, span=256), 1024: Tile(32, 16, 128, 4, 2, span=256)},
     90: {1024: Tile(64, 16, 256, 4, 2, 8, span=256)},
     100: {1024: Tile(64, 16, 256, 8, 2, span=256)},
 }
@@ -236,7 +237,7 @@ MASKED_80 = {
 }
 
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
-# of the compiled kernels. Keys: architecture and pass; then the largest D that a tile serves. "mean" and "lse" are
+# of the compiled kernels. Keys: family of GPUs and pass; then the largest D that a tile serves. "mean" and "lse" are
 # the forward pass with and without the keys' mean. A pass has a row of its own for the online variant, or for the fixed
 # one with exclusions anywhere ("masked"), where that needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
@@ -259,6 +260,29 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         **WIDE[80],
     },
     (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
+    # 99 KB a block. Of the tiles that fit and spill nothing, those whose warps compute no product twice, as eight warps
+    # do with 64 x 32; beyond D = 256 none is left, and what ``wide`` leaves over (float16's mean, pulls, what is
+    # repeated) makes do. On sm_120 descriptors spill where pointers do not.
+    (89, "mean"): {
+        64: Tile(128, 64, 64, 8, 2, 8),
+        128: Tile(128, 64, 128, 8, 2, 8),
+        192: Tile(64, 64, 64, 8, 2),
+        256: Tile(64, 64, 128, 8, 2),
+        **WIDE[89],
+    },
+    (89, "lse"): {
+        128: Tile(128, 64, 128, 8, 3),
+        256: Tile(128, 64, 256, 8, 2),
+        **WIDE[89],
+        512: Tile(64, 16, 256, 8, 3),
+    },
+    (89, "gradient"): {
+        128: Tile(128, 64, 128, 8, 2),
+        192: Tile(64, 64, 64, 8, 2),
+        256: Tile(64, 64, 128, 8, 2),
+        **WIDE[89],
+    },
+    (89, "two_sided"): {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), **WIDE[89]},
     (90, "mean"): {
         128: Tile(64, 128, 128, 4, 3, 8),
         256: Tile(64, 64, 256, 4, 2, 8),
@@ -313,11 +337,15 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     # tensor memory for each of six products: there exact products run on the plain arithmetic units.
     (80, "float32"): {128: Tile(32, 32, 128, 8, 2)},
     (80, "float32 gradient"): {64: Tile(32, 32, 128, 4, 2), 128: Tile(32, 32, 128, 8, 2)},
+    (89, "float32"): {64: Tile(64, 32, 64, 4, 2), 128: Tile(32, 32, 128, 4, 2)},
+    (89, "float32 lse"): {128: Tile(64, 32, 128, 4, 2)},
+    (89, "float32 two_sided"): {128: Tile(64, 32, 128, 4, 2)},
     (90, "float32"): {128: Tile(64, 64, 128, 4, 2, 8), 256: Tile(64, 32, 256, 8, 2, 8)},
     (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
     (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
 EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
+EXACT_89 = {512: Tile(16, 32, 32, 4, 2, span=256), 1024: Tile(8, 16, 32, 4, 2, span=256)}
 EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, span=256)}
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
 
@@ -331,14 +359,29 @@ def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
 def _pinned(capability: int, kernel: str, D: int, precision: str) -> Tile:
     family, kind = _family(capability), kernel.split()[0]
     keys = (kernel, kind) if precision == "native" else (f"float32 {kind}", "float32")
-    exact = EXACT if family < 100 else EXACT_100
+    exact = {89: EXACT_89, 100: EXACT_100}.get(family, EXACT)
     table = exact if precision == "ieee" else next(TILES[family, key] for key in keys if (family, key) in TILES)
     return table[min((width for width in table if width >= D), default=max(table))]
 
 
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block, that a family's tiles may take
+ALIKE = {86: 89, 87: 80, 103: 100, 110: 100, 120: 89, 121: 89}  # no tensor memory on sm_120, nor products of sm_90
+
+
+def family() -> int:
+    """The GPUs whose tiles this one takes, as 80, 89, 90 or 100; 0 in the interpreter."""
+    return 0 if interpreting() else _family(arch())
+
+
+@cache
 def _family(capability: int) -> int:
-    """The row of the table for a GPU: the newest generation that is not newer than it."""
-    return max((known for known, _ in TILES if known <= capability), default=80)
+    """Of a GPU that is not known, the newest generation that is not newer, if it has as much shared memory."""
+    if capability in SHARED:
+        return capability
+    if capability in ALIKE:
+        return ALIKE[capability]
+    nearest = 89 if capability > 120 else max((known for known in SHARED if known <= capability), default=80)
+    return nearest if shared_limit() >= SHARED[nearest] else 89
 
 
 PARTS = {"bf16x6": 3, "bf16x3": 2, "native": 1}
@@ -353,7 +396,7 @@ def precision(dtype: torch.dtype, D: int) -> str:
     if dtype != torch.float32:
         return "native"
     wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[torch.get_float32_matmul_precision()]
-    return wanted if wanted == "native" or max(TILES.get((_family(arch()), "float32"), [0])) >= D else "ieee"
+    return wanted if wanted == "native" or max(TILES.get((family(), "float32"), [0])) >= D else "ieee"
 
 
 class Matrix:
@@ -391,7 +434,7 @@ class Operand:
         self.matrix, self.stride = x, x.stride(0)
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
-        self.tma = not interpreting() and arch() >= 90 and aligned and x.dtype != torch.float32
+        self.tma = family() >= 90 and aligned and x.dtype != torch.float32
         self.wide = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
         self.narrow = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.wide
 
@@ -434,6 +477,11 @@ def products(dtype: torch.dtype, D: int) -> int:
     """Products of parts for each product of numbers, for ``Spec.flops``."""
     parts = PARTS.get(precision(dtype, D), 1) if dtype == torch.float32 else 1
     return parts * (parts + 1) // 2
+
+
+def on_tensor_cores(dtype: torch.dtype, D: int) -> bool:
+    """For ``Spec.tensor_cores``."""
+    return precision(dtype, D) != "ieee"
 
 
 def spans(D: int, tile: Tile) -> list[tuple[int, int]]:

@@ -58,8 +58,18 @@ def interpreting() -> bool:
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does."""
-    return tensor.dtype != torch.float64 and (tensor.is_cuda or interpreting())
+    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does, nor anything
+    on a GPU without bfloat16 tensor cores (before sm_80), where that path computes instead.
+    """
+    if interpreting():
+        return tensor.dtype != torch.float64
+    return tensor.dtype != torch.float64 and tensor.is_cuda and _recent(tensor.device.index)
+
+
+@cache
+def _recent(device: int | None) -> bool:
+    """Also where fake tensors are traced for a GPU that is not there."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def arch() -> int:
@@ -79,6 +89,14 @@ def _arch_of(device: int) -> int:
     import triton
 
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a program may take on the GPU that kernels compile for."""
+    import triton
+
+    driver = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"])
 
 
 def processors(device: torch.device) -> int:
@@ -110,13 +128,14 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 @dataclass(frozen=True)
 class Spec:
     """A shipped launch, for ``vito_kernels.inspect``: ``launch()`` calls the same launcher as the custom op, at a
-    nominal size. ``flops`` may depend on the GPU, whose tile decides in how many launches a wide output is computed:
-    then it is a function, called while Triton's driver answers for that GPU.
+    nominal size. ``flops`` may depend on the GPU, whose tile decides in how many launches a wide output is computed,
+    and ``tensor_cores`` on how it takes float32 products: then they are functions, called while Triton's driver answers
+    for that GPU.
     """
 
     name: str
     launch: Callable[[], object]
     flops: float | Callable[[], float]
     min_bytes: float
-    tensor_cores: bool = True
+    tensor_cores: bool | Callable[[], bool] = True
     rare: bool = False  # inspected only with ``--all``

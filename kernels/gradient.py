@@ -13,6 +13,7 @@ Deterministic: rows are owned by programs, partial sums over splits are added in
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,7 @@ from vito_kernels._tiles import (
     hide,
     load_rows,
     matrices,
+    on_tensor_cores,
     plan_tiles,
     products,
     spans,
@@ -258,7 +260,7 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         launch,
         flops,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * width * 4 + rows * 16,
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=partial(on_tensor_cores, dtype, width),
         rare=dtype != torch.bfloat16
         or width not in (128, 256, 512)
         or layout not in (("none", "diagonal") if name == "key gradient" else ("diagonal", "pulled")),

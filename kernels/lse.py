@@ -16,6 +16,7 @@ leaves the others at once. No value is read by the host.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ from vito_kernels._tiles import (
     hide,
     load_rows,
     matrices,
+    on_tensor_cores,
     plan_tiles,
     products,
     spans,
@@ -281,7 +283,7 @@ def _spec(
         launch,
         flops,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 4 + (rows * width * 4 if bring_mean else 0),
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=partial(on_tensor_cores, dtype, width),
         rare=dtype != torch.bfloat16
         or width not in (128, 256, 512)
         or layout not in (("none", "diagonal", "groups") if bring_mean else ("none",)),

@@ -8,7 +8,7 @@ against itself).
 Row and column sums come from one pass over the logits (2 M N D flops), the gradients from two more that share each
 logit between both softmaxes (8 M N D; for NT-Xent, whose matrix is symmetric, one: 4 M N D). A program owns a block
 of rows and keeps their sums; column sums leave it as one partial sum for each block of rows, and these are added in
-order: deterministic, no atomics, M N / 128 floats of memory.
+order, strip after strip of at most ``STRIP_BYTES`` of them: deterministic, no atomics, no memory of order M N.
 
 Exponents are relative to the fixed shift of ``lse``, so partial sums merge by addition. Rows and columns whose
 sum left the trusted range are repeated by the online kernel of ``lse``, blocks that hold none are left at once;
@@ -17,6 +17,8 @@ the host reads no value.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +29,14 @@ from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import (
     Matrix,
     Operand,
+    Tile,
     cdiv,
     choose_tile,
     dot_rows,
     hide,
     load_rows,
     matrices,
+    on_tensor_cores,
     plan_tiles,
     products,
 )
@@ -47,6 +51,8 @@ from vito_kernels.tiled import Exclusion, Pull
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+STRIP_BYTES = 1 << 29  # of sums by column, one for each block of rows and column, at a time
 
 # ---- Triton kernel
 
@@ -135,10 +141,30 @@ def launch_two_sided(
 
 
 def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
-    """(row_sums (splits, M), column_sums (blocks of rows, N)) by the kernel above."""
-    (M, D), N, dtype, device = x.tensor.shape, y.tensor.shape[0], x.tensor.dtype, x.tensor.device
-    tile = choose_tile("two_sided", D, dtype)
-    left, right = Operand(x, tile.own, tile), Operand(y, tile.other, tile)
+    """(row_sums (parts, M), column_sums (parts, N)) by the kernel above, of all blocks of rows, or of strips of them
+    one after the other.
+    """
+    (M, D), N = x.tensor.shape, y.tensor.shape[0]
+    tile = choose_tile("two_sided", D, x.tensor.dtype)
+    right, strip = Operand(y, tile.other, tile), max(1, STRIP_BYTES // (4 * N)) * tile.own
+    if strip >= M:
+        return _strip_sums(x, right, N, scale, exclusion, tile)
+    row_sums, column_sums = [], scale.new_zeros(1, N)
+    for begin in range(0, M, strip):
+        diagonal = None if exclusion.diagonal is None else exclusion.diagonal + begin
+        seen, part = replace(exclusion, diagonal=diagonal), Matrix(x.tensor[begin : begin + strip])
+        rows, columns = (sums.sum(0) for sums in _strip_sums(part, right, N, scale, seen, tile))
+        row_sums.append(rows)
+        column_sums += columns
+    return torch.cat(row_sums)[None], column_sums
+
+
+def _strip_sums(
+    x: Matrix, right: Operand, N: int, scale: Tensor, exclusion: Exclusion, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """(row_sums (splits, M), column_sums (blocks of rows, N))."""
+    (M, D), dtype, device = x.tensor.shape, x.tensor.dtype, x.tensor.device
+    left = Operand(x, tile.own, tile)
     blocks, tiles = cdiv(M, tile.own), cdiv(N, tile.other)
     split_tiles = cdiv(tiles, max(1, min(processors(device) // blocks, tiles // 4)))
     row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
@@ -175,7 +201,7 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
         launch,
         flops=lambda: 2.0 * products(dtype, width) * rows * rows * width,
         min_bytes=2.0 * rows * width * dtype.itemsize + rows * 8,
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=partial(on_tensor_cores, dtype, width),
         rare=dtype != torch.bfloat16 or width not in (128, 256, 512),
     )
 

@@ -7,9 +7,9 @@ matrix products for each strip of C keys (and for each 32768 rows of x, if there
     P     = 2^(scale log2(e) x @ y.T - shift)   (M, C) in 16 bits, its sums by row and column in float32
     out  += P @ y                                (M, D) in float32
 
-of which P takes at most ``STRIP_BYTES`` whatever M and N are. The gradient is the same with weights in place of
-exponentials. Rows and columns are owned by programs, strips and partial sums are added in order: deterministic, no
-atomics.
+of which P takes at most ``STRIP_BYTES`` whatever M and N are, and so do the sums of a strip's tiles, which are added up
+behind it. The gradient is the same with weights in place of exponentials. Rows and columns are owned by programs,
+strips and partial sums are added in order: deterministic, no atomics.
 
 On an H200, info_nce at M = N = 4096, D = 1024 took 891 us before and 234 us so. At D = 512 the gradient of keys gains a
 tenth or two, a loss of two sides a seventh, and the forward pass nothing: hence ``WIDER_THAN``.
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._tiles import cdiv, columns_of, hide, product
-from vito_kernels._triton import arch, interpreting, jit, on_device, processors
+from vito_kernels._tiles import cdiv, columns_of, family, hide, product
+from vito_kernels._triton import interpreting, jit, on_device, processors
 from vito_kernels.tiled import Exclusion, Role
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def _weights_kernel(
     else:
         w = tl.exp2(s - (tl.abs(scale2) - HEADROOM))
         w = tl.where((own < M)[:, None], w, 0.0)
-        sums = row_sums + tl.cast(first // TILE + strip_tile, tl.int64) * M
+        sums = row_sums + tl.cast(strip_tile, tl.int64) * M
         tl.store(sums + own, tl.sum(w, 1), mask=own < M)
         if COLUMNS:
-            sums = column_sums + tl.cast(begin // TILE + row_tile, tl.int64) * N
+            sums = column_sums + tl.cast(row_tile, tl.int64) * N
             tl.store(sums + other, tl.sum(w, 0), mask=other < N)
     if STORE:
         column = strip_tile * TILE + tl.arange(0, TILE)
@@ -132,8 +132,9 @@ def serves(kernel: str, D: int, dtype: torch.dtype) -> bool:
     if dtype not in (torch.bfloat16, torch.float16) or (kernel == "mean" and dtype == torch.float16):
         return False
     narrowest = WIDER_THAN[kernel]
-    if kernel == "mean" and arch() >= 100:  # whose tensor memory holds half of a mean of 512 columns
-        narrowest = 256
+    # Of a mean of 512 columns, sm_100's tensor memory holds half; beside rows of 512, sm_89 has no room.
+    if (kernel == "mean" and family() == 100) or family() == 89:
+        narrowest = min(narrowest, 256)
     return narrowest < D
 
 
@@ -173,12 +174,17 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (M, D), N = x.shape, y.shape[0]
     tile, depth, precision = _sizes()
-    height, keys = min(M, STRIP_ROWS), cdiv(N, tile) * tile
-    strip = min(keys, max(tile, STRIP_BYTES // (2 * height) // tile * tile)) if gather else keys
+    keys = cdiv(N, tile) * tile
+    height = min(M, STRIP_ROWS, max(1, STRIP_BYTES // (4 * N)) * tile if columns else M)
+    widest = STRIP_BYTES // (2 * height) // tile if gather else STRIP_BYTES // (4 * M)
+    strip = min(keys, max(1, widest) * tile)
     splits = max(1, min(processors(x.device) // (cdiv(M, tile) * cdiv(D, tile)), strip // 1024))
     split_keys = cdiv(cdiv(strip, splits), depth) * depth
-    row_sums = scale.new_empty(0 if x_role or y_role else keys // tile, M)
-    column_sums = scale.new_empty(cdiv(M, tile) if columns else 0, N)
+    summed = not (x_role or y_role)
+    row_sums = scale.new_empty(strip // tile if summed else 0, M)
+    column_sums = scale.new_empty(cdiv(height, tile) if columns else 0, N)
+    row_total = scale.new_zeros(1, M if summed and strip < N else 0)  # where it takes several strips
+    column_total = scale.new_zeros(1, N if columns and height < M else 0)
     weights = x.new_empty(height, strip if gather else 0)
     out = scale.new_empty(cdiv(strip, split_keys), M if gather else 0, D)
     with on_device(x):
@@ -199,4 +205,10 @@ def _run(
                     weights, y, out, M, N, D, begin, end, first, last, y.stride(0), strip, split_keys, tile, depth,
                     STAGES, MORE=first > 0, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
                 )  # fmt: skip
+            if row_total.numel():
+                row_total[0, begin:end] += row_sums[: cdiv(last - first, tile), begin:end].sum(0)
+            if column_total.numel() and last == N:
+                column_total[0] += column_sums[:rows].sum(0)
+    row_sums = row_total if row_total.numel() else row_sums
+    column_sums = column_total if column_total.numel() else column_sums
     return row_sums, column_sums, out[0] if out.shape[0] == 1 else out.sum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unittest.mock import Mock
+from weakref import ref
 
 import pytest
 import torch
@@ -16,8 +17,24 @@ from contrastive_cases import (
     tight_classes,
     with_gradients,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from vito_kernels import _tiles, clip_loss, info_nce, lse, ntxent, reference, ring, similarity_lse, supcon_loss, tiled
+from vito_kernels import (
+    _tiles,
+    clip_loss,
+    info_nce,
+    lse,
+    ntxent,
+    reference,
+    ring,
+    rowwise,
+    similarity_lse,
+    supcon_loss,
+    tiled,
+    wide,
+)
+from vito_kernels import two_sided as two_sides
 from vito_kernels._tiles import Tile
 from vito_kernels._triton import use_triton
 from vito_kernels.info_nce import contrast
@@ -140,6 +157,71 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
     logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
     for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
         torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("diagonal", [0, 3, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_two_sided_sums_in_strips_of_rows(device, monkeypatch, dtype, diagonal):
+    """Each strip knows where on the diagonal it lies; the last one is ragged, and one strip is what it was."""
+    own = _tiles.choose_tile("two_sided", 40, dtype).own
+    x, y = embeddings(5 * own - 3, 40, dtype, device, 0), embeddings(5 * own + 2, 40, dtype, device, 1)
+    scale = torch.tensor(20.0, device=device)
+
+    def run(blocks):
+        monkeypatch.setattr(two_sides, "STRIP_BYTES", 4 * len(y) * blocks)
+        return launch_two_sided(x, y, scale, Exclusion(diagonal=diagonal))
+
+    strips = run(2)
+    for one, other in ((run(5), run(1000)), (strips, run(2))):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    logits = 20 * x.double() @ y.double().T
+    if diagonal is not None:
+        logits.diagonal(diagonal).fill_(-torch.inf)
+    for sums, rest, dim in ((*strips[:2], 1), (*strips[2:], 0)):
+        torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors created within it took at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.bytes = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.alive = [known for known in self.alive if known() is not None] + [ref(x) for x in tree_leaves(found)]
+        storages = [known().untyped_storage() for known in self.alive]
+        self.bytes = max(self.bytes, sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
+        return found
+
+
+class Silent:
+    """A kernel that does not run."""
+
+    launches = 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1 << 20, 128), (1 << 19, 1024)])
+def test_memory_of_two_sides_is_not_quadratic(monkeypatch, rows, width):
+    """On tensors without memory, of which only the sizes count."""
+    kernel = Silent()
+    for module, name in ((two_sides, "_two_sided_kernel"), (wide, "_weights_kernel"), (rowwise, "_settle_kernel")):
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(lse, "run_lse", lambda *_: None)
+    monkeypatch.setattr(_tiles, "interpreting", lambda: True)
+    monkeypatch.setattr(wide, "_sizes", lambda: (128, 64, "native"))
+    monkeypatch.setattr(wide, "serves", lambda *_: width == 1024)
+    monkeypatch.setattr(two_sides, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
+    x, scale = torch.empty(rows, width, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta")
+    with Peak() as peak:
+        launch_two_sided(x, x, scale, Exclusion(diagonal=0))
+    assert kernel.launches > 50
+    assert peak.bytes < 1 << 30  # of which x, where strips of it are seen, takes a quarter
 
 
 @pytest.mark.parametrize("p_positive", [0.9, 0.9999])

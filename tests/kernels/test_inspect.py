@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from vito_kernels import inspect, lse, sass
-from vito_kernels._triton import Spec, jit
+from vito_kernels import _tiles, _triton, inspect, lse, sass, two_sided
+from vito_kernels._triton import Spec, jit, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -130,10 +131,10 @@ def test_an_empty_kernel_is_a_problem():
     assert "to nothing" in record["problems"][0]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_tensor_core_kinds_by_target(arch):
     (record,) = inspect.inspect(arch, Spec("dot", launch(needs_much_memory, 1), 2.0 * 128**3, 1.0))
-    kind = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[arch]
+    kind = {90: "HGMMA", 100: "UTC"}.get(arch, "HMMA")
     assert all(mma.startswith(kind) for mma in record["mma"])
     assert record["mma"]
     assert record["registers"] > 0
@@ -155,7 +156,7 @@ def test_command_line_writes_records(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     records = json.loads(path.read_text())["kernels"]
-    assert [record["arch"] for record in records] == ["sm_80", "sm_90", "sm_100"]
+    assert [record["arch"] for record in records] == ["sm_80", "sm_89", "sm_90", "sm_100"]
     for record in records:
         assert record["spill_bytes"] == 0
         assert 0 < record["shared_limit"] < 1 << 18
@@ -163,6 +164,31 @@ def test_command_line_writes_records(tmp_path):
         assert record["loop"]["all"] > 0
     unknown = [*command[:4], "no such kernel"]
     assert subprocess.run(unknown, capture_output=True, env=environment).returncode == 2
+
+
+def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
+    """At D > 512 the first kernel is only one of three that multiply; what adds up need not."""
+    without = sass.Binary(40, 0, 0, 0, 100, 1, (), {"all": 10})
+    monkeypatch.setattr(sass, "read", lambda _: without)
+
+    def problems(kernel, spec, arch=90):
+        compiled = inspect.Compiled(kernel, 0, 4, 2, 0, b"")
+        return inspect._record(arch, spec, compiled, "_weights_kernel", 0)["problems"]
+
+    half = lse._spec(1024, torch.bfloat16, True, "none", rows=1)
+    for kernel in ("_weights_kernel", "_gather_kernel", "_lse_kernel"):
+        assert problems(kernel, half) == ["has no tensor-core instruction"]
+    assert problems("_settle_kernel", half) == []
+    in_parts, exact = (lse._spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
+    assert problems("_lse_kernel", in_parts) == ["has no tensor-core instruction"]
+    assert problems("_lse_kernel", exact) == problems("_lse_kernel", in_parts, arch=100) == []
+
+
+def test_the_kernels_that_multiply_are_known_by_name():
+    from vito_kernels import gradient, wide
+
+    found = {name for module in (lse, two_sided, gradient, wide) for name in vars(module) if name.endswith("_kernel")}
+    assert found == inspect.MATRIX
 
 
 @pytest.mark.parametrize(("arch", "width"), [(80, 128), (90, 256)])
@@ -200,3 +226,36 @@ def test_flops_count_the_launches_of_each_gpu():
                 flops[arch, layout] = lse._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
     assert flops.pop((80, "groups")) == 6
     assert set(flops.values()) == {4}
+
+
+@pytest.mark.parametrize("arch", [89, 120])
+def test_tiles_for_99_kilobytes(arch):
+    """Of GeForce and workstation cards, that of the tightest fit."""
+    records = inspect.inspect(arch, two_sided._spec(256, torch.bfloat16, 0))
+    assert [problem for record in records for problem in record["problems"]] == []
+    assert max(record["shared_bytes"] for record in records) > 90_000
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [(80, 80), (86, 89), (87, 80), (89, 89), (90, 90), (100, 100), (103, 100), (120, 89), (121, 89), (130, 89)],
+)
+def test_known_gpus_have_a_family(capability, family):
+    with inspect.stand_in(89):
+        assert _tiles._family.__wrapped__(capability) == family
+
+
+@pytest.mark.parametrize(("limit", "family"), [(101_376, 89), (166_912, 80), (232_448, 80)])
+def test_an_unknown_gpu_takes_tiles_that_fit_its_memory(monkeypatch, limit, family):
+    monkeypatch.setattr(_tiles, "shared_limit", lambda: limit)
+    assert _tiles._family.__wrapped__(88) == family
+
+
+def test_gpus_without_bfloat16_tensor_cores_take_the_cpu_path(monkeypatch):
+    tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        _triton._recent.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert use_triton(tensor) is expected
+    _triton._recent.cache_clear()

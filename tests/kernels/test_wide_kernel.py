@@ -109,3 +109,13 @@ def test_strided_rows_and_twice_the_same(device, width):
     dense = [x.detach().clone().requires_grad_() for x in (q, k)]
     for one, other in zip(first, torch.autograd.grad(info_nce(*dense), dense), strict=True):
         assert torch.equal(one, other)
+
+
+def test_sums_of_many_strips(device, width):
+    """Of rows and of keys, without a mean: what one strip leaves is added up before the next one takes its place."""
+    x, y = (rows(device, 150, width, i) for i in range(2))
+    assert_at_most_twice_torch(lambda a, b: clip_loss(a, b, 20.0), lambda a, b: reference.clip_loss(a, b, 20.0), [x, y])
+    with torch.no_grad():
+        lse = similarity_lse(x, y, 20.0)
+    truth = reference.similarity_lse(x.double(), y.double(), 20.0)
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-6)
