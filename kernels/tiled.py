@@ -248,9 +248,11 @@ class _Sums:
 
     def lse2(self) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and its rest."""
-        lse2, rest = self.total.log2(), torch.zeros_like(self.total)
-        if self.top is not None:
-            split_sum(self.total.log2(), self.top.masked_fill(self.top == -math.inf, 0), lse2, rest)
+        small = self.total.log2()
+        if self.top is None:
+            return small, torch.zeros_like(small)
+        lse2, rest = torch.empty_like(small), torch.empty_like(small)
+        split_sum(small, self.top.masked_fill(self.top == -math.inf, 0), lse2, rest)
         return lse2, rest
 
 

@@ -33,4 +33,6 @@ def test_margin_at_its_ends(device):
 
 
 def test_margin_gradient_of_a_wide_matrix(device, tmp_path):
+    if device != "cpu" and torch.cuda.mem_get_info()[0] < 9e9:
+        pytest.skip("its matrix takes 8.6 GB")
     cases.check_margin_gradient_of_a_wide_matrix(device, tmp_path / "matrix")
