@@ -166,7 +166,7 @@ def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]
         from vito_kernels.inspect import specs
     except ImportError as error:
         return [], [f"kernels: {error}"]
-    found = specs(rare=False) if counted else [spec for part in KERNELS for spec in specs(part)]
+    found = [spec for part in KERNELS for spec in specs(part)] + (specs(rare=False) if counted else [])
     chosen = dict.fromkeys((module, number) for module, number, _ in found)
     jobs = [(arch, *spec) for arch in ((90,) if quick and not counted else (80, 90, 100)) for spec in chosen]
     workers = len(os.sched_getaffinity(0))
