@@ -24,7 +24,7 @@ from bench.passes import skipped
 
 SCHEMA = 1
 QUICK = Budget(seconds=3.5, fewest=10, most=30)  # of one pass
-FULL = Budget(seconds=3.5, fewest=7, most=30)
+FULL = Budget(seconds=3.5, fewest=5, most=30)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 

@@ -81,8 +81,8 @@ def truth_of_rows(
 
 def log_sums(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """Each query's logarithm of its sum of exponentials over the keys, in float64."""
-    parts = queries.split(max(1, min(1024, 2**26 // len(keys))))
-    return torch.cat([(part @ keys.T / temperature).logsumexp(1).double() for part in parts])
+    parts = queries.split(max(1, min(1024, 2**22 // len(keys))))  # of 16 MiB, which stay in malloc's hands
+    return torch.cat([(part @ keys.T).div_(temperature).logsumexp(1).double() for part in parts])
 
 
 def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:
