@@ -24,7 +24,7 @@ from bench.passes import skipped
 
 SCHEMA = 1
 QUICK = Budget(seconds=3.5, fewest=10, most=30)  # of one pass
-FULL = Budget(seconds=3.5, fewest=5, most=30)
+FULL = Budget(seconds=3.0, fewest=4, most=30)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config.stash[CORES] = Cores(patience=15.0 if config.getoption("--quick") else 50.0)
+    config.stash[CORES] = Cores(patience=15.0 if config.getoption("--quick") else 25.0)
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 

@@ -40,7 +40,7 @@ SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
 FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
-FEW_ROUNDS = 3
+FEW_ROUNDS = 2
 SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
 FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
 
