@@ -20,23 +20,17 @@ import torch
 from torch import Tensor
 
 from vito_kernels import rowwise, tiled, wide
+from vito_kernels._device import add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
 from vito_kernels._tiles import (
     Matrix,
     Operand,
-    add_product,
     cdiv,
     choose_tile,
     columns_of,
-    dot_rows,
-    hide,
-    load_rows,
     matrices,
     on_tensor_cores,
-    plan_tiles,
     products,
     spans,
-    store_sums,
-    zero_sums,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.tiled import Exclusion, Pull, Role

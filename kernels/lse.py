@@ -23,24 +23,18 @@ import torch
 from torch import Tensor
 
 from vito_kernels import rowwise, wide
+from vito_kernels._device import add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
 from vito_kernels._tiles import (
     Matrix,
     Operand,
     Tile,
-    add_product,
     cdiv,
     choose_tile,
     columns_of,
-    dot_rows,
-    hide,
-    load_rows,
     matrices,
     on_tensor_cores,
-    plan_tiles,
     products,
     spans,
-    store_sums,
-    zero_sums,
 )
 from vito_kernels._triton import Spec, jit, on_device, processors
 from vito_kernels.tiled import Exclusion

@@ -25,21 +25,9 @@ import torch
 from torch import Tensor
 
 from vito_kernels import rowwise, tiled, wide
+from vito_kernels._device import dot_rows, hide, load_rows, plan_tiles
 from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._tiles import (
-    Matrix,
-    Operand,
-    Tile,
-    cdiv,
-    choose_tile,
-    dot_rows,
-    hide,
-    load_rows,
-    matrices,
-    on_tensor_cores,
-    plan_tiles,
-    products,
-)
+from vito_kernels._tiles import Matrix, Operand, Tile, cdiv, choose_tile, matrices, on_tensor_cores, products
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
 from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
 from vito_kernels.gradient import launch_gradient, pair_gradient, role_of

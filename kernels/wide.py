@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._tiles import cdiv, columns_of, family, hide, product
+from vito_kernels._device import hide, product
+from vito_kernels._tiles import cdiv, columns_of, family
 from vito_kernels._triton import interpreting, jit, on_device, processors
 from vito_kernels.tiled import Exclusion, Role
 
