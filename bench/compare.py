@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.tables import ours_of
 from bench.text import significant
 
 Record = dict[str, Any]
@@ -126,12 +127,8 @@ def _cases(results: Record) -> dict[str, Record]:
     return {record["id"]: record for record in results["cases"]}
 
 
-def _ours(record: Record) -> Record:
-    return next(row for row in record["candidates"] if row["role"] == "ours")
-
-
 def _compare_case(found: Found, old: Record, new: Record, slack: float, counted: bool) -> None:
-    name, mine, yours = old["id"], _ours(old), _ours(new)
+    name, mine, yours = old["id"], ours_of(old), ours_of(new)
     if not counted:
         found.figure(name, "time ratio", slowdown(old, old), slowdown(old, new), TIME, slack)
     found.figure(name, "flops", mine.get("flops"), yours.get("flops"), COUNTED["flops"])
