@@ -57,7 +57,7 @@ COUNTED = {
     "registers": Rule(1.10, "registers a thread"),
     "spill_bytes": Rule(1.0, "bytes spilled"),
     "shared_bytes": Rule(1.0, "shared memory of a block"),
-    "loop_instructions": Rule(1.05, "instructions in the kernel's main loop"),
+    "loop_instructions": Rule(1.05, "instructions in the kernel's main loop, or of a kernel without one"),
     "min_bytes": Rule(1.0, "bytes that the kernel must move"),
 }
 KERNEL_FIGURES = ("registers", "spill_bytes", "shared_bytes", "loop_instructions", "min_bytes")

@@ -193,6 +193,8 @@ def _compile(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     )
     found = []
     for record in inspection.inspect(arch, spec):
-        counted = {"loop_instructions": record["loop"].get("all", 0), "mma": " + ".join(record["mma"])}
-        found.append({name: record[name] for name in kept} | counted)
+        counted = record["loop_instructions"] or record["instructions"]  # without a loop: of the kernel
+        found.append(
+            {name: record[name] for name in kept} | {"loop_instructions": counted, "mma": " + ".join(record["mma"])}
+        )
     return found

@@ -61,7 +61,7 @@ def read(cubin: bytes) -> Binary:
         stack_bytes=int(found[2]),
         spill_bytes=_spilled(code),
         loop_spill_bytes=_spilled(body),
-        instructions=len(code),
+        instructions=sum(i.name != "NOP" for i in code),  # which pad the end
         stores=sum(bool(re.match(r"^(STG|ST|RED|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKRED)\b", i.name)) for i in code),
         mma=tuple(sorted({_mma_kind(i) for i in code if MMA.match(i.name)})),
         loop={**_count(body), "all": len(body)},
