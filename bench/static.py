@@ -4,7 +4,6 @@ compiler made them.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -26,6 +25,8 @@ TIMES = (200, 1200)
 GOPS = (1, 8, 12, 50, 250)
 KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=196", "photometric")
 """Parts of the names of what a timed run compiles; a counted one has the time for all but the rare ones."""
+
+KEPT = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "shared_limit", "flops", "min_bytes", "roofline_ms")
 
 
 def add(results: Path) -> None:
@@ -176,25 +177,12 @@ def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]
 
 def _compile(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     """Compiles one launch for one target; only what the report and the gate need."""
-    from vito_kernels import inspect as inspection
+    from vito_kernels.inspect import inspect_job
 
-    arch, module, number = job
-    spec = list(importlib.import_module(f"vito_kernels.{module}").specs())[number]
-    kept = (
-        "name",
-        "arch",
-        "registers",
-        "spill_bytes",
-        "shared_bytes",
-        "shared_limit",
-        "flops",
-        "min_bytes",
-        "roofline_ms",
-    )
     found = []
-    for record in inspection.inspect(arch, spec):
-        counted = record["loop_instructions"] or record["instructions"]  # without a loop: of the kernel
+    for record in inspect_job(job):
+        code = record["loop_instructions"] or record["instructions"]  # all of them where there is no loop
         found.append(
-            {name: record[name] for name in kept} | {"loop_instructions": counted, "mma": " + ".join(record["mma"])}
+            {name: record[name] for name in KEPT} | {"loop_instructions": code, "mma": " + ".join(record["mma"])}
         )
     return found

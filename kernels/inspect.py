@@ -246,7 +246,8 @@ def _problems(arch: int, needs_mma: bool, kernel: Compiled, binary: sass.Binary)
         yield f"misses HGMMA: uses {', '.join(binary.mma)}"
 
 
-def _job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
+def inspect_job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
+    """``inspect`` of (arch, module, number of its spec), which another process can be asked for."""
     arch, module, index = job
     return inspect(arch, list(importlib.import_module(f"vito_kernels.{module}").specs())[index])
 
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     records: list[dict[str, Any]] = []
     workers = min(options.jobs or os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext() as pool:
-        for result in (pool.map if pool else map)(_job, jobs):
+        for result in (pool.map if pool else map)(inspect_job, jobs):
             for record in result:
                 print(_line(record), flush=True)
             records += result

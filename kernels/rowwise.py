@@ -33,7 +33,7 @@ def _merge_kernel(
     inside = (row < M)[:, None] & (column < D)[None]
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     for s in range(splits):
-        top = tl.maximum(top, tl.load(lse2 + s * M + row, mask=row < M, other=-float("inf")))
+        top = tl.maximum(top, tl.load(lse2 + tl.cast(s, tl.int64) * M + row, mask=row < M, other=-float("inf")))
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
