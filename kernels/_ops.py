@@ -13,7 +13,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def past_dispatcher(op: Any) -> Callable[..., Any]:
     """``op`` to call where no gradient is asked of it: plain eager code goes to its implementation directly."""
-    implementation = op._init_fn
+    implementation = getattr(op, "_init_fn", op)  # a private name: where PyTorch drops it, as the dispatcher does
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
