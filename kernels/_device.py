@@ -12,6 +12,8 @@ from vito_kernels._triton import jit
 if TYPE_CHECKING:
     import triton.language as tl
 
+LISTED = {"positive": 1, "many positives": 32}  # keys a query, of the layouts that ``inspect`` compiles
+
 
 @jit
 def load_rows(
@@ -157,14 +159,24 @@ def hide(
         own_id = tl.load(own_group + own, mask=own < owns, other=0)
         other_id = tl.load(other_group + other, mask=other < others, other=0)
         seen = seen & (own_id[:, None] != other_id[None])
-    for p in tl.static_range(POSITIVES):
-        if FLIPPED:
-            key = tl.load(positive + tl.cast(other, tl.int64) * POSITIVES + p, mask=other < others, other=-1)
-            seen = seen & (key[None] != own[:, None])
-        else:
-            key = tl.load(positive + tl.cast(own, tl.int64) * POSITIVES + p, mask=own < owns, other=-1)
-            seen = seen & (key[:, None] != other[None])
-    return tl.where(seen, s, -float("inf"))
+    for p in tl.static_range(POSITIVES if POSITIVES <= 8 else 0):
+        seen = seen & _no_positive(own, other, owns, others, positive, p, POSITIVES, FLIPPED)
+    s = tl.where(seen, s, -float("inf"))
+    if POSITIVES > 8:  # unrolled they spill
+        for p in tl.range(0, POSITIVES, num_stages=1):
+            s = tl.where(_no_positive(own, other, owns, others, positive, p, POSITIVES, FLIPPED), s, -float("inf"))
+    return s
+
+
+@jit
+def _no_positive(own, other, owns, others, positive, p, POSITIVES: tl.constexpr, FLIPPED: tl.constexpr):
+    """Whether a pair is another one than a query and its p-th positive."""
+    if FLIPPED:
+        key = tl.load(positive + tl.cast(other, tl.int64) * POSITIVES + p, mask=other < others, other=-1)
+        return key[None] != own[:, None]
+    else:
+        key = tl.load(positive + tl.cast(own, tl.int64) * POSITIVES + p, mask=own < owns, other=-1)
+        return key[:, None] != other[None]
 
 
 @jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+ONCE = "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
 
 
 def past_dispatcher(op: Any) -> Callable[..., Any]:
@@ -18,7 +20,7 @@ def past_dispatcher(op: Any) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return op(*args)
-        plain = all(type(x) in PLAIN for x in args if isinstance(x, torch.Tensor))
+        plain = all(type(x) in PLAIN and not x.is_meta for x in args if isinstance(x, torch.Tensor))
         return (implementation if plain else op)(*args)
 
     return call
@@ -42,7 +44,8 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
 
     backward = staticmethod(backward)
     transformed = {"forward": staticmethod(lambda *args: op(*args)), "setup_context": staticmethod(setup_context)}
-    for_func: Any = type(op._name, (torch.autograd.Function,), transformed | {"backward": backward})
+    batched = {"vmap": staticmethod(functools.partial(_refuse_vmap, op._name))}
+    for_func: Any = type(op._name, (torch.autograd.Function,), transformed | batched | {"backward": backward})
     eager: Any = type(
         op._name, (torch.autograd.Function,), {"forward": staticmethod(eager_forward), "backward": backward}
     )
@@ -55,14 +58,16 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
     return call
 
 
+def _refuse_vmap(name: str, *_: Any) -> None:
+    raise RuntimeError(f"vito_kernels is fused ({name}) and has no vmap; loop over the batch, or use its reference")
+
+
 def refuse_double_backward(op: Any) -> Callable[..., Any]:
     """Gives a backward op a derivative that raises: fused gradients keep what one derivative needs and no more."""
     name = op._name.removesuffix("_backward")
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{name} is fused and has no second derivative; for double backward use vito_kernels.reference"
-        )
+        raise RuntimeError(ONCE.format(name))
 
     guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), past_dispatcher(op)
 
@@ -71,6 +76,36 @@ def refuse_double_backward(op: Any) -> Callable[..., Any]:
         return (guarded if differentiable else direct)(*args)
 
     return call
+
+
+class _Once(torch.autograd.Function):
+    """Gradients whose own derivative, in whatever they were made of (the first ``sources`` tensors), is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, sources: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.name = name
+        return tensors[sources:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(ONCE.format(ctx.name))
+
+
+def once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    """For the backward of a Function. PyTorch's ``once_differentiable`` says nothing to ``autograd.grad``, which then
+    takes the second derivative for zero.
+    """
+    name = backward.__qualname__.split(".")[0].strip("_")
+
+    def refusing(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        sources = [x for x in (*ctx.saved_tensors, *grads) if isinstance(x, torch.Tensor)]
+        return _Once.apply(name, len(sources), *sources, *found)
+
+    return refusing
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

@@ -261,7 +261,7 @@ class Operand:
         if x.dtype == torch.float32 and self.precision in PARTS:
             x = source.parts(D - rest + self.tail, PARTS[self.precision])
         self.matrix, self.stride = x, x.stride(0)
-        aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
+        aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) >= x.shape[1]
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
         self.tma = family() >= 90 and aligned and x.dtype != torch.float32
         self.wide = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.checks import FLOATS, check_whole
+from vito_kernels.checks import FLOATS, check_whole, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,7 +191,7 @@ def _(
 
 def _row_products(vectors: Tensor, matrices: Tensor) -> Tensor:
     """(B, M) times (B, M, N) in the vectors' dtype. With the vector on the right, a CPU takes four times as long."""
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices):
         return torch.bmm(vectors[:, None], matrices.to(vectors.dtype))[:, 0]
 
 

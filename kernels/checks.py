@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any
 
@@ -38,7 +39,16 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
 
 
 def _mixed_by_autocast(q: Tensor, k: Tensor) -> bool:
-    return torch.is_autocast_enabled(q.device.type) and torch.float64 not in (q.dtype, k.dtype)
+    return autocasts(q) and torch.float64 not in (q.dtype, k.dtype)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; of meta tensors PyTorch does not say."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
@@ -106,22 +116,25 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
 def check_finite(scale: Tensor) -> None:
     """The value of a scale, looked at where looking is free: on a GPU it would stop the host."""
     if scale.is_cpu and not math.isfinite(value := scale.item()):
-        raise ValueError(f"scale, or 1 / temperature, must be finite, got {value}")
+        raise ValueError(f"temperature must be positive, and scale, or 1 / temperature, finite, got {value}")
 
 
 def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
     """1 / temperature, of a positive number or of a (learnable) tensor of one element.
 
-    The value of a tensor is looked at in eager code on the CPU; elsewhere it stays unknown to the host.
+    The value of a tensor is looked at in eager code on the CPU; elsewhere it stays unknown to the host, and one that is
+    not positive makes the loss NaN.
     """
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature must be a number or one element, got shape {tuple(temperature.shape)}")
         if not temperature.dtype.is_floating_point:
             raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+        inverse = temperature.reshape(()).double().reciprocal()  # in its own type it would be rounded
         if _is_readable(temperature):
             _check_temperature(temperature.item())
-        return temperature.reshape(()).reciprocal()
+            return inverse
+        return torch.where(inverse > 0, inverse, torch.nan)
     if not is_number(temperature):
         raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
     temperature = float(temperature)  # NumPy's would round the quotient

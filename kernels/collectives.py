@@ -5,6 +5,7 @@ Where ranks hold different numbers of rows, each is padded to the largest: one c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ def checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]
     if sizes is None:
         return exchange_sizes(x.shape[0], x.device, group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts = len(sizes) == ranks and all(isinstance(size, int) and size > 0 for size in sizes)
+    counts = (
+        isinstance(sizes, Sequence)
+        and len(sizes) == ranks
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+    )
     if not counts or sizes[rank] != x.shape[0]:
         raise ValueError(f"sizes must hold the rows of each of {ranks} ranks, here {x.shape[0]} at {rank}, got {sizes}")
     return sizes
@@ -70,18 +75,30 @@ class _Gather(torch.autograd.Function):
         return without_padding(everyone, sizes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        sizes, rank = ctx.sizes, dist.get_rank(ctx.group)
-        if grad.device.type == "cpu":  # gloo's own reduce-scatter is young, and half of little traffic is saved there
-            total = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total, group=ctx.group)
-            return total.split(sizes)[rank], None, None
-        padded = _padded(grad, sizes, max(sizes))
+        return _Scatter.apply(grad, ctx.sizes, ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """The sum over ranks of what each holds for this rank's rows: the adjoint of ``_Gather``, as that is of this."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        rank = dist.get_rank(group)
+        if x.device.type == "cpu":  # gloo's own reduce-scatter is young, and half of little traffic is saved there
+            total = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=group)
+            return total.split(sizes)[rank]
+        padded = _padded(x, sizes, max(sizes))
         mine = padded.new_empty(max(sizes), *padded.shape[1:])
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(mine, padded, group=ctx.group)
-        return mine[: sizes[rank]], None, None
+        reduce_scatter(mine, padded, group=group)
+        return mine[: sizes[rank]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Gather.apply(grad, ctx.sizes, ctx.group), None, None
 
 
 def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:

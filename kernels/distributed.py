@@ -15,6 +15,9 @@ the online network; every rank then holds all N keys, N D numbers. ``"ring"``: b
 while the previous block is worked on (``vito_kernels.ring``); a rank holds two blocks beside its own, 2 B D, and runs
 many small passes in place of one. Forward traffic is the same; for keys with gradient the ring sends them again in the
 backward pass. Choose the ring where gathered keys do not fit.
+
+Dtypes, errors and autocast as for ``info_nce``, ``clip_loss`` and ``ntxent``. Deterministic where the collectives are:
+sums are in the order of the ranks. No second derivative: double backward raises RuntimeError.
 """
 
 from __future__ import annotations

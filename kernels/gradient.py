@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels import rowwise, tiled, wide
-from vito_kernels._device import add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
+from vito_kernels._device import LISTED, add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
 from vito_kernels._tiles import (
     Matrix,
     Operand,
@@ -228,7 +228,7 @@ def specs(device: str = "meta") -> list[Spec]:
         for width in (64, 128, 192, 256, 512, 1024)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for name, layout in cases
-    ]
+    ] + [_spec("key gradient", "many positives", width, torch.bfloat16, device) for width in (128, 256)]
 
 
 def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = "meta", rows: int = 32768) -> Spec:
@@ -236,7 +236,8 @@ def _spec(name: str, layout: str, width: int, dtype: torch.dtype, device: str = 
         x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
         ids = torch.arange(rows, device=device)
         role = Role(torch.full((rows,), 10.0, device=device), torch.full((rows,), 1 / rows, device=device))
-        group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
+        group = ids if layout == "groups" else None
+        positive = ids[:, None].repeat(1, LISTED[layout]) if layout in LISTED else None
         hidden = Exclusion(group, group, positive, 0 if layout in ("diagonal", "pulled") else None)
         own_role = role if name == "two-role gradient" else None
         pull = Pull(ids.int(), role.weight) if layout == "pulled" else None

@@ -24,6 +24,7 @@ from vito_kernels import options, rowwise, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import (
+    autocasts,
     check_finite,
     check_groups,
     check_options,
@@ -196,10 +197,10 @@ def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
 
     All are float32 tensors then, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
     """
-    kind, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
-    if not torch.is_autocast_enabled(kind) or (len(dtypes) == 1 and torch.float32 not in dtypes):
+    dtypes = {x.dtype for x in tensors}
+    if not autocasts(tensors[0]) or (len(dtypes) == 1 and torch.float32 not in dtypes):
         return list(tensors), None
-    dtype, wide = torch.get_autocast_dtype(kind), [x.float() for x in tensors]
+    dtype, wide = torch.get_autocast_dtype(tensors[0].device.type), [x.float() for x in tensors]
     return [x + (x.to(dtype) - x).detach() for x in wide], dtype
 
 

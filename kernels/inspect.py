@@ -63,6 +63,7 @@ TARGETS = {
 }
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255
+COMPILING = "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect"
 MATRIX = {"_lse_kernel", "_gradient_kernel", "_two_sided_kernel", "_weights_kernel", "_gather_kernel"}
 """Kernels that must use the tensor cores wherever a launch says that it does, be they its first or not."""
 ASSUMPTIONS = (
@@ -153,7 +154,7 @@ def stand_in(arch: int) -> Iterator[StandInDriver]:
     from triton.runtime import driver
 
     if interpreting():
-        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect")
+        raise RuntimeError(COMPILING)
     previous, fake = driver._active, StandInDriver(arch)
     driver.set_active(fake)
     try:
@@ -258,6 +259,9 @@ def inspect_job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     options = _parse(arguments)
+    if interpreting():
+        print(COMPILING, file=sys.stderr)
+        return 2
     jobs = [(arch, module, i) for module, i, _ in specs(options.only, options.all) for arch in options.arch]
     if not jobs:
         print(f"no shipped kernel's name contains {options.only!r}", file=sys.stderr)
@@ -285,7 +289,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--jobs", type=int, default=None, help="processes that compile; by default one per core")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.json:
+        try:
+            options.json.open("a").close()  # now, and not after an hour's work
+        except OSError as error:
+            parser.error(f"--json: {error}")
+    return options
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ def moco_loss(
     """MoCo: query i (M, D) finds its key k_i (M, D) among the keys of a queue (N, D). Keys and queue are locked.
 
     Equivalent: ``cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature, zeros(M))``.
-    Raises ValueError where k or the queue requires grad.
+    Nothing is normalised here. float32, or (M,) with ``reduction="none"``; dtypes, errors and determinism as for
+    ``similarity_lse``, and ValueError where k or the queue requires grad.
     """
     check_paired(q, k, ("q", "k"))
     check_pair(q, queue, ("q", "queue"))
@@ -49,9 +50,9 @@ def moco_loss(
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-    """LiT: ``clip_loss(locked, y, scale)`` whose first tower is locked and gets no gradient: 4 M M D flops less.
+    """LiT: ``clip_loss`` of locked (M, D) and y (M, D) whose first tower gets no gradient: 4 M M D flops less.
 
-    Raises ValueError where ``locked`` requires grad.
+    As ``clip_loss``, and ValueError where ``locked`` requires grad.
     """
     check_locked("locked", locked)
     return clip_loss(locked, y, scale)
@@ -66,7 +67,8 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     ``-(s.log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1))``. The mean is over the rows that have a
     positive; the others have loss 0. The logits of all positives of a row sum to one product with the sum of their
     embeddings, so they cost O(M D) however many there are. In the gradient they are taken off the softmax before either
-    is rounded: what likely positives leave of it is as exact as a softmax in float32, in 16 bits too.
+    is rounded: what likely positives leave of it is as exact as a softmax in float32, in 16 bits too. Labels are int64
+    or int32; dtypes, errors, autocast and determinism as for ``similarity_lse``.
     """
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
@@ -128,8 +130,8 @@ class InfoNCELoss(nn.Module):
 
 class MoCoLoss(nn.Module):
     """``moco_loss`` with its queue, a buffer (``queue_size``, ``width``) of unit vectors. In training mode
-    ``forward(q, k)`` puts the keys (already normalised, at most ``queue_size`` of them) in place of the oldest ones,
-    after the loss.
+    ``forward(q (M, width), k (M, width))`` puts the keys (already normalised, at most ``queue_size`` of them) in place
+    of the oldest ones, after the loss.
     """
 
     queue: Tensor

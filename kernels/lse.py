@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels import rowwise, wide
-from vito_kernels._device import add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
+from vito_kernels._device import LISTED, add_product, dot_rows, hide, load_rows, plan_tiles, store_sums, zero_sums
 from vito_kernels._tiles import (
     Matrix,
     Operand,
@@ -250,14 +250,15 @@ def specs(device: str = "meta") -> list[Spec]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for bring_mean in (True, False)
         for layout in ("none", "diagonal", "groups", "positive")
-    ]
+    ] + [_spec(width, torch.bfloat16, True, "many positives", device) for width in (128, 256)]
 
 
 def _spec(
     width: int, dtype: torch.dtype, bring_mean: bool, layout: str, device: str = "meta", rows: int = 32768
 ) -> Spec:
     ids = torch.arange(rows, device=device)
-    group, positive = ids if layout == "groups" else None, ids[:, None] if layout == "positive" else None
+    group = ids if layout == "groups" else None
+    positive = ids[:, None].repeat(1, LISTED[layout]) if layout in LISTED else None
     exclusion = Exclusion(group, group, positive, 0 if layout == "diagonal" else None)
 
     def launch() -> None:

@@ -79,7 +79,7 @@ def normalize_op(x: Tensor) -> Tensor:
     """x (M, D) with rows of unit length."""
     if use_triton(x):
         return launch_normalize(x)
-    return torch.nn.functional.normalize(_wide(x), dim=1).to(x.dtype)
+    return torch.nn.functional.normalize(_wide(x), dim=1).to(x.dtype).contiguous()
 
 
 @normalize_op.register_fake
@@ -96,7 +96,7 @@ def normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
     short = length < SHORTEST
     unit = wide / length.clamp_(min=SHORTEST)
     along = (unit * g).sum(1, keepdim=True).masked_fill_(short, 0)
-    return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype)
+    return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype).contiguous()
 
 
 @normalize_backward.register_fake

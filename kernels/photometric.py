@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vito_kernels import photometric_cpu
 from vito_kernels._triton import Spec, jit, on_device, use_triton
+from vito_kernels.checks import without_autocast
 from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def photometric_op(
     if images.shape[0] and use_triton(images):
         with on_device(images):
             return launch(images, params, radius, mean, std, dtype)
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         return photometric_cpu.photometric(images, params, radius, mean, std, dtype)
 
 
@@ -348,7 +349,7 @@ def photometric(
 
     Args:
         images: (B, H, W, 3) uint8, on a GPU or CPU.
-        params: (B, 8) float32 on the same device; the columns are named by :data:`PARAMS`.
+        params: (B, 8) float32 on the same device; columns as in ``from vito_kernels.photometric import PARAMS``.
         kernel_size: odd number of taps of the blur, at most 4095; by default ``2 * int(H / 10 / 2) + 1``, 23 for
             224 rows.
         mean, std: per-channel normalisation, in units of [0, 1] intensities.

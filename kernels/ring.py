@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels import rowwise, tiled
+from vito_kernels._ops import once
 from vito_kernels._triton import use_triton
 from vito_kernels.checks import check_finite, scale_tensor
 from vito_kernels.collectives import Group
@@ -147,7 +148,7 @@ class _OneSided(torch.autograd.Function):
         return sums[0], logits, sums[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, scale, q_group, k_group, lse2, rest, mean = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
@@ -214,7 +215,7 @@ class _TwoSided(torch.autograd.Function):
         return rows[0], columns[0], pairs, rows[1], columns[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, row, row_rest, column, column_rest = ctx.saved_tensors
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]

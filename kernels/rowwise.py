@@ -93,7 +93,7 @@ def _logits_kernel(
     inside = (row < M)[:, None] & (column < D)[None]
     own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(scale) * 1.4426950408889634
-    for p in tl.static_range(PAIRS):
+    for p in range(PAIRS):
         key = (row ^ TWINS).to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
@@ -120,7 +120,7 @@ def _pull_kernel(
     acc = tl.load(base + place * D + column[None], mask=inside, other=0.0)
     if WEIGHTED:
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
-    for p in tl.static_range(PAIRS):
+    for p in range(PAIRS):
         key = (row ^ TWINS).to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)

@@ -439,7 +439,7 @@ def self_gradient(
 ) -> Tensor:
     """W z (M, D) of ``gradient(z, z)`` with one role on both sides, which makes W symmetric: 3 M M D flops."""
     z = _computed(z)
-    gz = torch.zeros_like(z)
+    gz = z.new_zeros(z.shape)
     tiles = _Tiles(z, z, scale, exclusion, kept, _upper, find=True)
     second, gain = torch.empty_like(tiles.buffer), _gain(role)
     both, pull = _prepared(role, tiles.direct, gain), pull and Pull(pull.group, pull.weight * gain)

@@ -29,7 +29,14 @@ from vito_kernels._device import dot_rows, hide, load_rows, plan_tiles
 from vito_kernels._ops import autograd_op, refuse_double_backward
 from vito_kernels._tiles import Matrix, Operand, Tile, cdiv, choose_tile, matrices, on_tensor_cores, products
 from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.checks import check_finite, check_paired, inverse_temperature, reduce, scale_tensor
+from vito_kernels.checks import (
+    check_finite,
+    check_paired,
+    inverse_temperature,
+    reduce,
+    scale_tensor,
+    without_autocast,
+)
 from vito_kernels.gradient import launch_gradient, pair_gradient, role_of
 from vito_kernels.info_nce import autocast, differentiable, narrowed
 from vito_kernels.lse import launch_lse, trusted_lse
@@ -455,7 +462,7 @@ def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int 
 
 def interleaved(z1: Tensor, z2: Tensor) -> Tensor:
     """Rows of both in turns (2B, D), in a dtype that holds either: under autocast ``stack`` refuses some."""
-    with torch.autocast(z1.device.type, enabled=False):
+    with without_autocast(z1):
         return torch.stack([z1, z2], 1).flatten(0, 1)
 
 

@@ -20,8 +20,9 @@ class NTXentLoss(nn.Module):
 
     SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``; 0, or 0 keys, for none. As
     lightly's, the bank holds random unit vectors at first, takes the normalised ``out1`` in place of its oldest keys
-    when ``out0`` requires grad, and leaves the keys that pass its end. With ``gather_distributed`` all ranks of the
-    default process group are seen, and under ``DistributedDataParallel`` gradients are those of the whole batch.
+    when ``out0`` requires grad, and leaves the keys that pass its end; it may stay on the CPU. With
+    ``gather_distributed`` all ranks of the default process group are seen, whose batches must be equal, and under
+    ``DistributedDataParallel`` gradients are those of the whole batch.
     """
 
     bank: Tensor
@@ -57,19 +58,19 @@ class NTXentLoss(nn.Module):
 
     def _against_bank(self, out0: Tensor, out1: Tensor, across: bool) -> Tensor:
         check_paired(out0, out1, ("out0", "out1"))
-        update = out0.requires_grad
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
-        negatives = similarity_lse(out0, self.bank.to(out0.dtype), 1 / self.temperature)
+        negatives = similarity_lse(out0, self.bank.to(out0), 1 / self.temperature)
         positives = (out0.to(negatives.dtype) * out1).sum(1) / self.temperature
-        if update:
+        if out0.requires_grad:
             self._replace_oldest(out1.detach(), across)
         return softplus(negatives - positives).mean()
 
     def _replace_oldest(self, keys: Tensor, across: bool) -> None:
         if across:
             keys, _ = gather_keys(keys, sizes=[keys.shape[0]] * dist.get_world_size()).wait()
-        first = int(self.bank_ptr)
-        fitting = keys[: self.bank.shape[0] - first]
-        self.bank[first : first + fitting.shape[0]] = fitting.to(self.bank.dtype)
-        end = first + keys.shape[0]
-        self.bank_ptr.fill_(0 if end >= self.bank.shape[0] else end)
+        size, end = self.bank.shape[0], self.bank_ptr + keys.shape[0]
+        keys = keys[:size].to(self.bank)
+        place = self.bank_ptr + torch.arange(keys.shape[0], device=self.bank.device)  # the host does not ask where
+        rows = place % size  # those past the end write what is there
+        self.bank.index_copy_(0, rows, torch.where((place < size)[:, None], keys, self.bank[rows]))
+        self.bank_ptr.copy_(torch.where(end >= size, 0, end))

@@ -18,8 +18,9 @@ class ClipLoss(nn.Module):
     open_clip gives with ``gather_with_grad=True`` and a part of otherwise. ``local_loss`` chooses the value: the
     rank's own rows and columns, or the loss of the whole batch. There are no labels to cache, so ``cache_labels``
     changes nothing; a ``logit_bias`` shifts every logit alike, so it changes nothing either and gets a gradient of
-    zero. ``rank`` and ``world_size`` must be those of the process group; with ``world_size=1`` a rank is alone,
-    whatever its number. Raises ValueError for ``use_horovod``.
+    zero. ``rank`` and ``world_size`` must be those of the process group, and its ranks' batches equal, as open_clip's
+    must (others: ``vito_kernels.distributed``); with ``world_size=1`` a rank is alone, whatever its number. Raises
+    ValueError for ``use_horovod``.
     """
 
     def __init__(

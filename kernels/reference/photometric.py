@@ -38,7 +38,7 @@ def photometric(
 
     Args:
         images: (B, H, W, 3) uint8.
-        params: (B, 8), columns as in ``vito_kernels.photometric.PARAMS``.
+        params: (B, 8), columns as in ``from vito_kernels.photometric import PARAMS``.
         kernel_size: odd number of taps of the blur; by default ``2 * int(H / 10 / 2) + 1``.
         mean, std: per-channel normalisation, in units of [0, 1] intensities.
         dtype: of the result. Arithmetic is in float64 if it is float64, else in float32.

@@ -29,6 +29,8 @@ def layout(name: str, queries: int, keys: int, device: str) -> dict[str, Tensor]
         return {"positive": torch.randint(0, keys, (queries,), generator=draw).to(device)}
     if name == "many":
         return {"positive": torch.randint(0, keys, (queries, 3), generator=draw).to(device)}
+    if name == "dozen":  # more than kernels unroll
+        return {"positive": torch.randint(0, keys, (queries, 12), generator=draw).to(device)}
     return {} if queries <= keys else {"positive": torch.arange(queries, device=device) % keys}
 
 

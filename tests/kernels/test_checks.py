@@ -176,6 +176,47 @@ def test_sizes_of_numpy_are_sizes():
     assert LightlyAdapter(0.3, (np.int64(8), 16)).bank.shape == (8, 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_temperature_is_inverted_in_float64(dtype):
+    q, k = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    temperature = torch.tensor(0.07, dtype=dtype)
+    expected = vk.reference.info_nce(q.double(), k.double(), temperature=temperature.double())
+    torch.testing.assert_close(vk.info_nce(q, k, temperature=temperature).double(), expected, rtol=2e-6, atol=0)
+    assert vk.info_nce(q / 1e3, k / 1e3, temperature=torch.tensor(1e-5, dtype=torch.float16)).isfinite()
+
+
+def test_a_temperature_that_nobody_looks_at_must_be_positive():
+    """In a traced graph a negative one makes the scale NaN; on a CPU the op, which looks at it, says so."""
+    wrong = torch.tensor(-0.5)
+    traced = torch.compile(lambda t: vk.info_nce(X, X, temperature=t), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"temperature must be positive.*got nan"):
+        traced(wrong)
+    with pytest.raises(ValueError, match=r"temperature must be positive.*got nan"):
+        torch.func.grad(lambda t: vk.info_nce(X, X, temperature=t))(wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        vk.info_nce,
+        lambda x, y: vk.info_nce(x, y, hard_negatives=0.5, debias=0.1),
+        lambda x, y: vk.similarity_lse(x, y, 10.0),
+        lambda x, y: vk.clip_loss(x, y, 10.0),
+        lambda x, y: vk.ntxent(x, y, 0.5),
+        lambda x, y: vk.moco_loss(x, y.detach(), y.detach()),
+        lambda x, y: vk.supcon_loss(x, torch.zeros(4, dtype=torch.long, device="meta")),
+        lambda x, y: vk.normalize(x),
+        lambda x, y: vk.attention_pool(x[None], y[None, :, 0])[0],
+    ],
+)
+def test_meta_tensors_have_shapes(call):
+    x, y = (torch.empty(4, 16, device="meta", requires_grad=True) for _ in range(2))
+    out = call(x, y)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert out.is_meta
+    assert grad.shape == x.shape
+
+
 X = torch.ones(4, 16)
 WRONG = [
     (ValueError, "width and queue_size must be positive, got 0 and 8", lambda: vk.MoCoLoss(0, 8)),

@@ -212,6 +212,8 @@ def test_under_every_transform_of_pytorch(loss):
     first = torch.autograd.grad(loss(q, k), q, create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"no second derivative.*vito_kernels\.reference"):
         first.sum().backward()
+    with pytest.raises(RuntimeError, match="has no vmap; loop over the batch"):
+        torch.vmap(loss, (0, None))(q[None], k)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

@@ -49,7 +49,7 @@ def test_these_tests_run_triton(device):
     assert use_triton(torch.ones(1, device=device))
 
 
-@pytest.mark.parametrize("kind", ["none", "groups", "positive", "many"])
+@pytest.mark.parametrize("kind", ["none", "groups", "positive", "many", "dozen"])
 @pytest.mark.parametrize("shape", [(5, 9, 16), (35, 70, 48), (18, 33, 100)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_info_nce_is_as_exact_as_torch(device, dtype, shape, kind):

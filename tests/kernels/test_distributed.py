@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -102,8 +103,8 @@ def compare(rank, sizes, store):
         for key, grad in truth.items():
             found = dict(model.named_parameters())[key].grad
             torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-15, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
-    for wrong in ([99] * len(sizes), [*sizes, 1], [float(size) for size in sizes]):
-        with pytest.raises(ValueError, match=r"sizes must hold.*, got \["):
+    for wrong in ([99] * len(sizes), [*sizes, 1], [float(size) for size in sizes], 7):
+        with pytest.raises(ValueError, match=r"sizes must hold.*, got [\[7]"):
             gather_keys(b[rows], sizes=wrong)
     pending = gather_keys(b[rows], video[rows])
     with pytest.raises(ValueError, match=r"exchange='ring'.*give it k"):
@@ -139,6 +140,31 @@ def with_gradients(name, exchange, x, y, video, **options):
             loss = global_info_nce(leaves[0], keys, temperature=1 / leaves[2], **groups, exchange=exchange, **options)
         loss.backward()
     return seen.rows, [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def refuse_twice(rank, ranks, store):
+    """Of each gradient with respect to either side, alone and through ``backward``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    losses = [partial(global_ntxent, temperature=0.5)]
+    for exchange in ("gather", "ring"):
+        losses += [partial(global_info_nce, exchange=exchange), partial(global_clip_loss, scale=1.0, exchange=exchange)]
+    for loss in losses:
+        for side in (0, 1):
+            sides = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(2)]
+            value = loss(*sides)
+            (first,) = torch.autograd.grad(value, sides[side], create_graph=True)
+            total = value + first.square().sum()
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(total, sides[side], retain_graph=True)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                total.backward()
+    dist.destroy_process_group()
+
+
+def test_double_backward_is_refused_across_ranks(tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(refuse_twice, args=(2, tmp_path / "store"), nprocs=2, join=True)
 
 
 def ring_within_a_group(rank, sizes, store):

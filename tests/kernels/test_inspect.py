@@ -166,6 +166,15 @@ def test_command_line_writes_records(tmp_path):
     assert subprocess.run(unknown, capture_output=True, env=environment).returncode == 2
 
 
+def test_what_is_in_the_way_is_said_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        inspect.main(["--json", str(tmp_path / "nowhere" / "kernels.json")])
+    assert "--json: [Errno 2] No such file" in capsys.readouterr().err
+    monkeypatch.setattr(inspect, "interpreting", lambda: True)
+    assert inspect.main([]) == 2
+    assert "unset it to inspect" in capsys.readouterr().err
+
+
 def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
     """At D > 512 the first kernel is only one of three that multiply; what adds up need not."""
     without = sass.Binary(40, 0, 0, 0, 100, 1, (), {"all": 10})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from unittest.mock import Mock
 
@@ -10,6 +11,7 @@ import torch
 from contrastive_cases import assert_at_most_twice_torch, embeddings, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
 
 import vito_kernels as vk
@@ -135,8 +137,28 @@ def test_lightly():
     for make in (LightlyAdapter, peer.NTXentLoss):
         torch.manual_seed(0)
         loss = make(0.3, (2 * B + 5, D))
-        losses.append([loss(inputs[0].clone().requires_grad_(), inputs[1].roll(i, 0)).detach() for i in range(5)])
+        values = []
+        for i in range(6):
+            with torch.set_grad_enabled(i != 2):  # which leaves the bank as it is
+                values.append(loss(inputs[0].clone().requires_grad_(), inputs[1].roll(i, 0)).detach())
+        losses.append(values)
     torch.testing.assert_close(*losses)
+
+
+def test_the_bank_of_lightly_may_stay_on_the_cpu_and_compiles():
+    """lightly's scripts do not move the loss; a GPU's tensors have shapes here."""
+    with FakeTensorMode():
+        x = torch.empty(8, D, device="cuda", requires_grad=True)
+        assert LightlyAdapter(0.3, (20, D))(x, x).device.type == "cuda"
+    torch.manual_seed(0)
+    eager = LightlyAdapter(0.3, (20, D))
+    loss = copy.deepcopy(eager)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for i in range(4):  # past the bank's end
+        x, y = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(i))
+        torch.testing.assert_close(compiled(x.requires_grad_(), y), eager(x, y))
+        assert torch.equal(loss.bank, eager.bank)
+        assert torch.equal(loss.bank_ptr, eager.bank_ptr)
 
 
 def test_pytorch_metric_learning():

@@ -53,7 +53,8 @@ def test_gradcheck_in_float64():
 )
 def test_under_every_transform_of_pytorch(loss):
     x = torch.randn(4, 16, requires_grad=True)
-    torch.library.opcheck(torch.ops.vito_kernels.normalize.default, (x,))
+    for rows in (x, torch.randn(16, 4).T.requires_grad_()):
+        torch.library.opcheck(torch.ops.vito_kernels.normalize.default, (rows,))
     rest = torch.zeros(4)
     for second in ((None, None), (x[:, 1], rest)):
         torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], rest, *second, x))
