@@ -264,7 +264,8 @@ def info_nce(
 
     q (M, D), k (N, D): as for ``similarity_lse``; nothing is normalised here. ``positive`` (M,) or (M, P) holds key
     indices, default ``arange(M)``; with P positives the loss of a query is the mean over them, each against the same
-    negatives. The negatives are the keys that are no positive of the query and, given groups, whose ``k_group``
+    negatives (on a GPU each logit is compared with P indices, which beyond some 8 costs more than its product). The
+    negatives are the keys that are no positive of the query and, given groups, whose ``k_group``
     differs from its ``q_group``. ``temperature`` is a positive number or a tensor of one element, which may require
     grad.
 
