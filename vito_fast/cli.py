@@ -107,6 +107,8 @@ def parse(function: Callable[..., Any], arguments: list[str], program: str, **op
         if stop.code:
             raise UserError(_first_sentence(caught.getvalue())) from None
         raise
+    except ValueError as error:  # of the configuration as a whole: tyro brings those of its sections
+        raise UserError(str(error)) from None
     return ready() if callable(ready) else ready
 
 

@@ -7,6 +7,7 @@ switchable), *ancestor* (exact, from the public BYOL and DetCon code of the same
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -31,6 +32,11 @@ class DataConfig:
     """Batches prepared ahead of the step (ours)."""
     max_bad_share: float = 0.05
     """Share of samples that may fail to decode, and be replaced, before the run stops (ours)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.threads <= 1024, "data.threads", self.threads, "0 to 1024")
+        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more")
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class LossConfig:
     """Keys of the other view only (MoCLR, recalled), or of both views: 2B-1 logits (DetCon-B, ancestor)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.temperature < math.inf, "loss.temperature", self.temperature, "above 0")
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "above 0")
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,8 @@ class ScheduleConfig:
     epochs)."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "schedule.epochs", self.epochs, "above 0")
-        _require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 < self.epochs <= 1e9, "schedule.epochs", self.epochs, "above 0, and at most 1e9")
+        _require(0 <= self.warmup_epochs <= 1e9, "schedule.warmup_epochs", self.warmup_epochs, "0 to 1e9")
         _require(0 <= self.base_ema <= 1, "schedule.base_ema", self.base_ema, "in [0, 1]")
 
 
@@ -179,6 +185,15 @@ class TrainConfig:
         for name in ("keep_every", "evaluate_every", "collapse_rank"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
+    def clips(self, ranks: int) -> int:
+        """Clips of one of ``ranks`` processes in a step. UserError if the batch cannot be shared out evenly."""
+        if self.batch_size % (ranks * self.micro_batches):
+            raise UserError(
+                f"train.batch_size {self.batch_size} does not divide among {ranks} processes x {self.micro_batches} "
+                f"micro-batches: take a multiple of {ranks * self.micro_batches}"
+            )
+        return self.batch_size // ranks
+
 
 @dataclass(frozen=True)
 class Config:
@@ -197,11 +212,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require("/" not in self.name and self.name not in ("", ".", ".."), "name", self.name, "a folder's name")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        named = "/" not in self.name and self.name not in ("", ".", "..") and self.name.isprintable()
+        _require(named, "name", self.name, "a folder's name")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        alone = self.loss.kind == "contrastive" and self.train.batch_size == 1
+        _require(not alone, "train.batch_size", 1, "at least 2 with the contrastive loss: negatives are other clips")
 
 
 def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        holds, wanted = False, "a finite number"
     if not holds:
         raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
@@ -216,13 +236,15 @@ def load_config(path: str | Path) -> Config:
     return _load(find_preset(path), ())
 
 
-def _load(path: Path, seen: tuple[Path, ...]) -> Config:
+def _load(path: Path, seen: tuple[str, ...]) -> Config:
     import yaml
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of the file, its encoding, or a date or number that is none
         raise UserError(f"cannot read the configuration {path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a configuration: nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     mapping = {} if loaded is None else loaded
@@ -231,10 +253,10 @@ def _load(path: Path, seen: tuple[Path, ...]) -> Config:
     base = Config()
     parent = mapping.pop("extends", None)
     if parent is not None:
-        parent_path = path.parent / str(parent)
-        if parent_path in (*seen, path):
-            raise UserError(f"{path}: 'extends' goes in a circle through {parent_path}")
-        base = _load(parent_path, (*seen, path))
+        here = os.path.realpath(path)
+        if here in seen:
+            raise UserError(f"{path}: 'extends' goes in a circle")
+        base = _load(path.parent / str(parent), (*seen, here))
     return from_mapping(base, mapping, str(path))
 
 
@@ -326,7 +348,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             raise UserError(f"{where} must be a number, got {value!r}") from None
     if hint is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if hint is str and "\0" in str(value):
+        raise UserError(f"{where} must be text without NUL, got {value!r}")
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise UserError(f"{where} must be {_TYPE_NAMES[hint]}, got {value!r} ({type(value).__name__})")
     return value

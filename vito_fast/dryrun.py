@@ -63,9 +63,10 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
     """One CUDA step of ``config`` on one of ``world`` ranks, with ``clips`` clips (default: its share of the batch).
 
     Ends at the first problem, and the books go as far as the step went; ``train.compile`` adds the search for graph
-    breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built.
+    breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built, or a batch
+    that cannot be shared out evenly.
     """
-    clips = clips or max(1, config.train.batch_size // world)
+    clips = clips or config.train.clips(world)
     eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
     breaks = graph_breaks(config) if config.train.compile else []
     ledger, problems = Ledger(), []

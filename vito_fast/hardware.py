@@ -7,8 +7,8 @@ a measured one.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,7 @@ class Machine:
 def machine(gpu: str, calibration: str | Path | None = None) -> Machine:
     """The constants for ``gpu``, with those of a calibration file in their place.
 
-    The file is JSON: ``{"machine": "what was measured", "constants": {"name": number, ...}}``. Raises UserError for an
+    The file is JSON like ``CALIBRATION``, with any of the table's constants. Raises UserError for an
     unknown GPU or constant, a file that cannot be read, or ``cpu`` without measured values.
     """
     if gpu not in GPUS:
@@ -200,12 +200,18 @@ def machine(gpu: str, calibration: str | Path | None = None) -> Machine:
     return Machine(gpu, constants)
 
 
+CALIBRATION = '{"machine": "what was measured", "constants": {"bandwidth_efficiency": 0.6}}'
+"""What a calibration file looks like."""
+
+
 def _measured(path: Path, known: Mapping[str, Constant]) -> dict[str, Constant]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        given, where = content["constants"], content["machine"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the calibration {path}: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the calibration {path}: {error}") from None
+    given, where = (content.get(k) if isinstance(content, dict) else None for k in ("constants", "machine"))
+    if not isinstance(given, dict) or not isinstance(where, str):
+        raise UserError(f"cannot read the calibration {path}: it must be like {CALIBRATION}")
     wrong = [name for name, value in given.items() if name not in known or not _usable(value)]
     if wrong:
         raise UserError(f"{path}: {wrong[0]!r} is no constant of the plan or not a number above 0; see --assumptions")
@@ -213,4 +219,4 @@ def _measured(path: Path, known: Mapping[str, Constant]) -> dict[str, Constant]:
 
 
 def _usable(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -55,8 +55,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("gpus", 1), ("clips", 1), ("cores", 0), ("frame_bytes", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+            if not least <= getattr(self, name) < math.inf:
+                wanted = f"finite and at least {least}" if name == "frame_bytes" else f"at least {least}"
+                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,7 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
     Raises UserError for a machine that is not known, a batch that does not divide, or a step that would not run.
     """
     m = constants or machine(options.gpu, options.calibrate or None)
-    if config.train.batch_size < options.gpus:
-        raise UserError(f"a batch of {config.train.batch_size} clips leaves some of {options.gpus} GPUs without any")
-    clips = math.ceil(config.train.batch_size / options.gpus)
-    dry = counted_step(config, clips, options.gpus)
+    dry = counted_step(config, config.train.clips(options.gpus), options.gpus)
     if dry.problems:
         raise UserError(f"the step would not run: {dry.problems[0]}")
     parts = _gpu_parts(config, options, m, dry)

@@ -46,6 +46,8 @@ def train(
     ``profile`` traces a few steps of the main process into the run's folder (profiling.py).
     UserError for what the user can mend; TrainingFailed if the loss stays non-finite.
     """
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"--max-steps must be at least 1, got {max_steps}")
     world = join(config.train.device)
     try:
         return _train(config, world, resume, max_steps, profile)
@@ -215,22 +217,17 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
 
 def make_loader(config: Config, world: World) -> ClipLoader:
     """This rank's loader. UserError if the store is unusable or the batch cannot be shared out evenly."""
-    c = config.train
-    if c.batch_size % (world.size * c.micro_batches):
-        raise UserError(
-            f"train.batch_size {c.batch_size} does not divide among {world.size} processes "
-            f"x {c.micro_batches} micro-batches"
-        )
+    clips = config.train.clips(world.size)
     threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     return ClipLoader(
         config.data.store,
-        c.batch_size // world.size,
+        clips,
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
         sampler=config.sampler,
         device=world.device.type,
-        dtype=torch.bfloat16 if c.dtype == "bfloat16" else torch.float32,
+        dtype=torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32,
         threads=threads,
         prefetch=config.data.prefetch,
         max_bad_share=config.data.max_bad_share,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from vito_fast.cli import parse
 from vito_fast.config import load_config, preset_files
 from vito_fast.data.index import ClipRecord, write_index
 from vito_fast.errors import UserError
-from vito_fast.hardware import COMMON, GPUS, Constant, Machine, machine
+from vito_fast.hardware import CALIBRATION, COMMON, GPUS, Constant, Machine, machine
 from vito_fast.ledger import Ledger, fake_cuda, to_fake_cuda
 from vito_fast.model.resnet import resnet50
 from vito_fast.plan import PlanOptions, collectives, predict
 from vito_fast.plan_report import run
 
 PAPER = "vito_r50_8xh100"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/scaling.md"
 
 
 def replaced(gpu, **values):
@@ -180,12 +182,19 @@ def test_calibration_replaces_constants_and_says_so(tmp_path, small, capsys):
         ('{"machine": "x", "constants": {"speed": 1}}', "'speed' is no constant"),
         ('{"machine": "x", "constants": {"bf16": -1}}', "'bf16' is no constant of the plan or not a number above 0"),
         ('{"machine": "x", "constants": {"bf16": NaN}}', "'bf16' is no constant of the plan or not a number above 0"),
-        ("[]", "cannot read the calibration"),
+        ("[]", "cannot read the calibration .* must be like .*bandwidth_efficiency"),
+        ("[" * 100_000, "cannot read the calibration"),
+        ('{"bf16": 4e14}', "must be like .*constants"),
+        ('{"machine": "x", "constants": [1]}', "must be like .*constants"),
+        (f'{{"machine": "x", "constants": {{"bf16": 1{"0" * 400}}}}}', "'bf16' is no constant"),
         ("{", "cannot read the calibration"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=says):
             machine("h100", file)
+    file.write_text(CALIBRATION)
+    assert machine("h100", file)["bandwidth_efficiency"] == 0.6
+    assert f"    {CALIBRATION}" in DOCUMENT.read_text(encoding="utf-8").splitlines()
 
 
 def test_every_constant_has_a_source_that_says_what_kind_it_is(small, capsys):
@@ -215,7 +224,10 @@ def test_every_constant_has_a_source_that_says_what_kind_it_is(small, capsys):
         (["--gpu", "tpu"], "--gpu must be one of h100"),
         (["--gpu", "cpu"], "needs --calibrate"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--gpus", "5000"], "leaves some of 5000 GPUs without any"),
+        (["--gpus", "5000"], "1024 does not divide among 5000 processes x 1 micro-batches"),
+        (["--gpus", "7"], "1024 does not divide among 7 processes"),
+        (["--train.micro_batches", "7"], "does not divide among 8 processes x 7 micro-batches: take a multiple of 56"),
+        (["--frame-bytes", "inf"], "--frame-bytes must be finite"),
         (["--gppu", "h100"], "did you mean"),
         (["--store", "/nowhere"], "cannot plan for the store /nowhere"),
         (["--calibrate", "/nowhere.json"], "cannot read the calibration"),

@@ -1,12 +1,17 @@
 """Presets, YAML loading and its one-line errors."""
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import pytest
 
 from vito_fast.config import (
     Config,
+    DataConfig,
     LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
     dotted_names,
     load_config,
     method_differences,
@@ -43,8 +48,8 @@ def test_ablations_differ_from_the_demo_in_one_field_each():
         "ablation_byol": {"loss.kind"},
     }
     base = load_config("demo")
-    for name, fields in changed.items():
-        assert set(method_differences(base, load_config(name))) == fields
+    for name, changes in changed.items():
+        assert set(method_differences(base, load_config(name))) == changes
 
 
 def test_detcon_b_and_the_paper_scale_presets_state_the_method():
@@ -92,6 +97,19 @@ def test_defaults_are_the_methods():
         ("sampler:\n  area: 0.4\n", "'sampler.area' must be a list of 2 numbers"),
         ("sampler:\n  views: 9\n", "views"),
         ("name: a/b\n", "name must be a folder's name, got 'a/b'"),
+        ('name: "a\\nb"\n', "name must be a folder's name, got 'a\\nb'"),
+        ('data: {store: "a\\0b"}\n', "'data.store' must be text without NUL"),
+        ("seed: 18446744073709551616\n", "seed must be 0 to 2^63 - 1, got 18446744073709551616"),
+        ("data: {prefetch: -1}\n", "data.prefetch must be 0 or more, got -1"),
+        ("data: {threads: -1}\n", "data.threads must be 0 to 1024, got -1"),
+        ("data: {threads: 100000}\n", "data.threads must be 0 to 1024, got 100000"),
+        ("data: {max_bad_share: 5}\n", "data.max_bad_share must be in [0, 1], got 5.0"),
+        (f"schedule: {{epochs: 1{'0' * 400}}}\n", "'schedule.epochs' must be a finite number"),
+        ("schedule: {epochs: 1e300}\n", "schedule.epochs must be above 0, and at most 1e9, got 1e+300"),
+        ("train: {batch_size: 1}\n", "train.batch_size must be at least 2 with the contrastive loss"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: 2001-99-99\n", "cannot read the configuration"),
+        ('extends: "a\\0b"\n', "cannot read the configuration"),
         ("- 1\n", "a configuration is a mapping"),
         ("a: [\n", "not valid YAML"),
         ("1: 2\n", "unknown key '1'"),
@@ -108,11 +126,35 @@ def test_mistakes_name_key_and_file_in_one_line(write, text, says):
     assert str(path.parent) in message
 
 
+def test_one_clip_is_a_batch_without_negatives(write):
+    assert load_config(write("loss: {kind: byol}\ntrain: {batch_size: 1}\n")).train.batch_size == 1
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_are_finite_wherever_they_come_from(value):
+    for section in (DataConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig):
+        for field in fields(section):
+            if field.type in (float, "float"):
+                with pytest.raises(ValueError, match=f"{field.name} must be a finite number, got {value}"):
+                    section(**{field.name: value})
+
+
+def test_a_batch_is_shared_out_evenly_or_refused():
+    assert TrainConfig(batch_size=32, micro_batches=2).clips(4) == 8
+    with pytest.raises(UserError, match=r"32 does not divide among 4 processes x 3 .*: take a multiple of 12"):
+        TrainConfig(batch_size=32, micro_batches=3).clips(4)
+
+
 def test_a_circle_of_extends_is_refused(write):
     write("extends: b.yaml\n", "a.yaml")
     write("extends: a.yaml\n", "b.yaml")
     with pytest.raises(UserError, match="circle"):
         load_config(write("extends: a.yaml\n"))
+    path = write("", "itself.yaml")
+    path.write_text(f"extends: ../{path.parent.name}/itself.yaml\n")
+    with pytest.raises(UserError, match=r"itself\.yaml: 'extends' goes in a circle") as error:
+        load_config(path)
+    assert len(str(error.value)) < 1000
 
 
 def test_extends_changes_only_what_it_names(write):
