@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vito_kernels import batch_norm
+from vito_kernels._ops import once
 from vito_kernels.batch_norm import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
 from vito_kernels.collectives import start_gather
 
@@ -141,7 +142,7 @@ class _RanksNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, count, y = ctx.saved_tensors
         sums, g_weight, g_bias, masked = gradient_sums(grad, x, y, weight, bias, mean, invstd, ctx.relu)
