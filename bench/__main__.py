@@ -2,7 +2,7 @@
 
 The results file is replaced when the run is over: one that is stopped leaves its cases beside it, in
 ``<machine>.partial.json``, and one without cases writes nothing. A selection (``--suite``, ``-k``, ``--only``) goes to
-``build/bench/<machine>.json``, as the machine's file holds all cases.
+``build/bench/<machine>.json`` and ``build/bench/report.html``, as the machine's file and page hold all cases.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
+STOPPED = 130  # by Ctrl-C, as shells say it
 
 
 def main() -> int:
-    """Exit status: pytest's; non-zero when a result of ours was wrong, a case failed, or no case ran."""
+    """Exit status: pytest's; non-zero when a result of ours was wrong, a case failed, or no case ran; 2 for what cannot
+    be written, 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,12 +33,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
     parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
-    parser.add_argument("--rounds", type=int, help="exactly so many rounds a case and pass, instead of a time budget")
-    parser.add_argument("--passes", type=int, help="runs over the cases, merged (bench/passes.py): 2 on a CPU")
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help="exactly so many rounds a case and pass, instead of a time budget"
+    )
+    parser.add_argument(
+        "--passes", type=positive, metavar="N", help="runs over the cases, merged (bench/passes.py): 2 on a CPU"
+    )
     parser.add_argument(
         "--results", type=Path, help="default: bench/results/MACHINE.json (-quick), of a selection in build/bench"
     )
-    parser.add_argument("--report", type=Path, default=ROOT / "bench/report.html")
+    parser.add_argument("--report", type=Path, help="default: bench/report.html, of a selection in build/bench")
     parser.add_argument("--suite", action="append", metavar="NAME", help="only bench/bench_NAME.py; may be repeated")
     parser.add_argument("-k", dest="keyword", help="only the cases that match, as pytest's -k")
     parser.add_argument("--only", metavar="ID,ID", help="only the cases of these ids")
@@ -53,24 +60,54 @@ def main() -> int:
     name = machine(options.device)["name"] + kind
     selected = options.suite or options.keyword or options.only
     results = options.results or ROOT / ("build/bench" if selected else "bench/results") / f"{name}.json"
+    page = options.report or ROOT / ("build/bench" if selected else "bench") / "report.html"
+    for path in (results,) if options.counted else (results, page):
+        if reason := unwritable(path):
+            print(f"cannot write {path}: {reason}", file=sys.stderr)
+            return 2
     if selected and not options.results:
         print(f"a selection of the cases: results go to {os.path.relpath(results)}")
     running = partial(results)
-    status = _run(options, running)
+    try:
+        status = _run(options, running)
+        if options.static and status in OVER and running.exists():
+            static.add(running)
+    except KeyboardInterrupt:
+        status = STOPPED
     if not running.exists():
         print(f"no case ran, or none gave a right result: {os.path.relpath(results)} is not written", file=sys.stderr)
         return status or 1
     if status not in OVER:
         print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
         return status
-    if options.static:
-        static.add(running)
     running.replace(results)
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
-        report.write(results, options.report)
-        print(f"report:  {os.path.relpath(options.report)}")
+        report.write(results, page)
+        print(f"report:  {os.path.relpath(page)}")
     return status
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def unwritable(path: Path) -> str | None:
+    """Why this file cannot be written, found before the races and not after them; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            return "it is no file"
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _run(options: argparse.Namespace, results: Path) -> int:
@@ -88,13 +125,24 @@ def _run(options: argparse.Namespace, results: Path) -> int:
             target = Path(folder) / f"{number}.json" if number else results
             command = [sys.executable, "-m", "pytest", *_arguments(options, target), *["--later-pass"] * bool(number)]
             print(f"pass {number + 1} of {passes}", flush=True)
-            statuses.append(subprocess.run(command, check=False).returncode)
+            statuses.append(_wait(subprocess.Popen(command)))
             if statuses[-1] not in OVER or not target.exists():
                 break
             found.append(json.loads(target.read_text()))
             if number:
                 results.write_text(json.dumps(merge(found), indent=1) + "\n")
     return next((status for status in statuses if status), 0)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process that Ctrl-C reaches as it does this one, and that saves its cases before it ends."""
+    stopped = False
+    while True:
+        try:
+            status = process.wait()
+            return STOPPED if stopped else status
+        except KeyboardInterrupt:
+            stopped = True
 
 
 def _arguments(options: argparse.Namespace, results: Path) -> list[str]:

@@ -368,12 +368,13 @@ def test_the_command_of_another_run_is_one_that_bench_takes(results, gate, bench
     gate(results, new, "--confirm", "1")
     asked = []
 
-    def refuse(command, check):
+    def refuse(command):
         asked.append(command)
-        return subprocess.CompletedProcess(command, pytest.ExitCode.USAGE_ERROR)
+        return pytest.ExitCode.USAGE_ERROR
 
     monkeypatch.setattr(sys, "argv", bench.commands[0][2:])
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(program, "_wait", lambda status: status)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.chdir(ROOT)
     program.main()  # argparse stops at an option that it does not know
     assert asked[0][asked[0].index("--only") + 1] == "info_nce[N=1]"

@@ -19,18 +19,33 @@ OLD = {"cases": ["from before"]}
 ENDS = {"over": 0, "some wrong": 1, "stopped": 2, "nothing found": 5}
 
 
+class Ended:
+    """A process that is over, after so many interrupts."""
+
+    interrupts = 0
+
+    def __init__(self, status):
+        self.status = status
+
+    def wait(self):
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        return self.status
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """``bench(status, cases, *arguments)``: ``python -m bench`` whose pytest ends so; (exit status, results file)."""
 
     def run(status, cases, *arguments):
-        def instead_of_pytest(given, check):
+        def instead_of_pytest(given):
             target = Path(given[given.index("--results") + 1])
             if cases:
                 target.write_text(json.dumps({"cases": cases}))
-            return subprocess.CompletedProcess(given, status)
+            return Ended(status)
 
-        monkeypatch.setattr(subprocess, "run", instead_of_pytest)
+        monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
         options = ["--no-static", "--passes", "1", "--results", str(results)]
         monkeypatch.setattr(sys, "argv", ["bench", *options, *arguments])
         return command.main(), results
@@ -58,6 +73,35 @@ def test_a_run_that_is_stopped_keeps_its_cases_beside_the_results(bench, capsys)
     assert "here.partial.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("status", [0, ENDS["stopped"]])
+def test_ctrl_c_waits_for_the_cases_and_says_where_they_are(bench, capsys, monkeypatch, status):
+    monkeypatch.setattr(Ended, "interrupts", 2)
+    ended, results = bench(status, ["a"])
+    assert ended == command.STOPPED
+    assert json.loads(results.read_text()) == OLD
+    assert json.loads(partial(results).read_text()) == {"cases": ["a"]}
+    assert "stopped; results so far: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--results", "--report"])
+@pytest.mark.parametrize("place", ["/proc/x.json", ".", "here.json/x", "/dev/null"])
+def test_what_cannot_be_written_is_said_before_the_races(bench, capsys, monkeypatch, tmp_path, option, place):
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("raced"))
+    status, results = bench(0, ["a"], option, str(tmp_path / place))
+    assert status == 2
+    assert json.loads(results.read_text()) == OLD
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cannot write {tmp_path / place}: ")
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--passes"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+def test_rounds_and_passes_are_at_least_one(bench, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        bench(0, ["a"], f"{option}={value}")
+    assert f"argument {option}: '{value}' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
     _, results = bench(ENDS["stopped"], ["a stopped run, long ago"])
@@ -69,20 +113,21 @@ def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
 
 @pytest.mark.parametrize("selection", [[], ["-k", "a"], ["--suite", "a"], ["--only", "a[b=1]"]], ids=str)
 def test_a_selection_leaves_the_machine_s_file_alone(tmp_path, monkeypatch, capsys, selection):
-    def instead_of_pytest(given, check):
-        target = Path(given[given.index("--results") + 1])
-        target.parent.mkdir(parents=True)
-        target.write_text("{}")
-        return subprocess.CompletedProcess(given, 0)
+    def instead_of_pytest(given):
+        Path(given[given.index("--results") + 1]).write_text("{}")
+        return Ended(0)
 
     monkeypatch.setattr(command, "ROOT", tmp_path)
-    monkeypatch.setattr(subprocess, "run", instead_of_pytest)
+    monkeypatch.setattr(command, "_arguments", lambda options, results: ["--results", str(results)])
+    monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
     monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--passes", "1", *selection])
-    monkeypatch.setattr(report, "write", lambda *paths: None)
+    monkeypatch.setattr(report, "write", lambda _, page: page.write_text("a page"))
     monkeypatch.chdir(tmp_path)
     assert command.main() == 0
     (written,) = tmp_path.rglob("*.json")
     assert written.parent == tmp_path / ("build/bench" if selection else "bench/results")
+    (page,) = tmp_path.rglob("report.html")
+    assert page.parent == tmp_path / ("build/bench" if selection else "bench")
     assert ("a selection" in capsys.readouterr().out) == bool(selection)
 
 
