@@ -36,6 +36,7 @@ from bench.text import significant
 
 Record = dict[str, Any]
 ANCHORS = ("limit", "reference", "peer", "context")
+UNUSABLE = (OSError, ValueError, RecursionError)  # of a file that is none of results
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _run_again(new: Record) -> Callable[[list[str]], Record]:
             subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # a case that failed is not in the file
             try:
                 return _read(results)
-            except (OSError, ValueError) as error:
+            except UNUSABLE as error:
                 print(f"no results of the other run: {error}")
                 return {"cases": []}
 
@@ -241,6 +242,9 @@ def _read(path: Path, *, finite: bool = False) -> Record:
         roles = [(_part(row, "name", str, f"{name}: "), _part(row, "role", str, f"{name}: "))[1] for row in rows]
         if roles.count("ours") != 1:
             raise ValueError(f"{name}: {roles.count('ours')} candidates are ours, expected 1")
+    ids = Counter(record["id"] for record in results["cases"])
+    if twice := [name for name, times in ids.items() if times > 1]:
+        raise ValueError(f"{twice[0]}: {ids[twice[0]]} cases of this id")
     static = _part({"static": {}} | results, "static", dict)
     for key, kind in {"counts": dict, "kernels": list, "missing": list}.items():
         _part({key: kind()} | static, key, kind, "static: ")
@@ -249,6 +253,7 @@ def _read(path: Path, *, finite: bool = False) -> Record:
             _part(kernel, key, object, "static: a kernel: ")
     for where, value in _figures(results):
         number = type(value) in (int, float) and not value < 0  # NaN is one, and named as a regression
+        number = number and not (type(value) is int and value > sys.float_info.max)
         if not number or (value == 0 and where.endswith("speedup")) or (finite and not math.isfinite(value)):
             raise ValueError(f"{where} is {json.dumps(value)[:40]}")
     return results
@@ -277,7 +282,7 @@ def _figures(results: Record) -> Iterator[tuple[str, Any]]:
 def _load(path: Path, *, finite: bool = False) -> Record:
     try:
         return _read(path, finite=finite)
-    except (OSError, ValueError) as error:
+    except UNUSABLE as error:
         print(f"{path} is not a results file: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

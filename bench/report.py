@@ -36,8 +36,15 @@ STYLES = {"ours": "ours", "reference": "reference", "limit": "limit", "context":
 
 
 def write(results: Path, page: Path) -> None:
-    """Reads ``results`` (JSON of ``python -m bench``) and writes ``page``."""
-    page.write_text(render(json.loads(results.read_text())), encoding="utf-8")
+    """Reads ``results`` (JSON of ``python -m bench``) and writes ``page``. ValueError names the one that is of no use."""
+    try:
+        made = render(json.loads(results.read_text()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{results}: no results of a race: {error}") from None
+    try:
+        page.write_text(made, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {page}: {error.strerror}") from None
 
 
 def render(results: Record) -> str:
@@ -50,9 +57,8 @@ def render(results: Record) -> str:
             plots = "".join(_plots(suite, mine))
             tables = "".join(map(_case, mine))
             sections.append(_section(suite, title, note, f'<div class="plots">{plots}</div>{tables}'))
-    sections.append(
-        _section("roofline", "Roofline", "Each case of ours between this machine's measured limits.", _roofline(cases))
-    )
+    between = "Our cases with both flops and bytes to count, between this machine's measured limits."
+    sections.append(_section("roofline", "Roofline", between, _roofline(cases)))
     sections.append(_static(results.get("static", {})))
     sections.append(_skipped(results))
     menu = [("summary", "Summary")] + [
@@ -328,5 +334,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m bench.report RESULTS.json REPORT.html")
     try:
         write(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"{sys.argv[1]}: no results of a race: {error}")
+    except ValueError as error:
+        sys.exit(str(error))

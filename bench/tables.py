@@ -32,7 +32,10 @@ def load(machine: str) -> Record:
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """The table. ValueError for one without rows, which nobody asks for."""
+    if not (cells := list(rows)):
+        raise ValueError("the results hold none of its rows")
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -142,9 +145,9 @@ def value(results: Record, case: str, path: str) -> str:
     """One figure. ValueError if the results do not hold it."""
     node: Any = next((record | {"ours": ours_of(record)} for record in results["cases"] if record["id"] == case), {})
     for part in path.split("."):
-        if part not in node:
-            raise ValueError(f"no {path} of {case} in the results")
-        node = node[part]
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, int | float):
+        raise ValueError(f"no {path} of {case} in the results")
     if path.endswith("_bytes"):
         return bytes_text(node)
     if path.endswith("_s"):
@@ -165,25 +168,38 @@ def at(results: Record, path: str) -> str:
 
 
 def fill(text: str) -> str:
-    """``text`` with everything between markers made anew."""
+    """``text`` with everything between markers made anew. ValueError names the marker that cannot be filled."""
 
     def make(match: re.Match[str]) -> str:
         start, name, arguments, _, end = match.groups()
-        words = arguments.split()
-        if name == "value":
-            return f"{start}{value(load(words[0]), ' '.join(words[1:-1]), words[-1])}{end}"
-        if name == "at":
-            return f"{start}{at(load(words[0]), ' '.join(words[1:]))}{end}"
-        if name not in TABLES:
-            raise ValueError(f"unknown table {name!r}, known: value, at, {', '.join(TABLES)}")
-        results = load(words[0])
-        made = TABLES[name](selection(results, words[1:]) if words[1:] else results)
-        return f"{start}\n{made}\n{end}" if "\n" in made or made.startswith("|") else f"{start}{made}{end}"
+        try:
+            made = _filling(name, *arguments.split())
+        except KeyError as error:
+            raise ValueError(f"{start}: no {error} in the results") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{start}: {error}") from None
+        return f"{start}\n{made}\n{end}" if "\n" in made else f"{start}{made}{end}"
 
     made, marks = MARK.subn(make, text)
     if marks != len(re.findall(r"<!--\s*bench:", text)):
         raise ValueError("a mark <!-- bench:... --> has no <!-- /bench --> of its own")
     return made
+
+
+def _filling(name: str, machine: str = "", *words: str) -> str:
+    """What belongs between markers."""
+    if name not in ("value", "at", *TABLES):
+        raise ValueError(f"unknown table {name!r}, known: value, at, {', '.join(TABLES)}")
+    if not machine:
+        raise ValueError("no machine is named")
+    results = load(machine)
+    if name == "value":
+        if len(words) < 2:
+            raise ValueError("a case and a path are not both named")
+        return value(results, " ".join(words[:-1]), words[-1])
+    if name == "at":
+        return at(results, " ".join(words))
+    return TABLES[name](selection(results, list(words)) if words else results)
 
 
 def main() -> int:

@@ -416,6 +416,11 @@ BROKEN = {
         lambda bad: bad["cases"][0]["candidates"][0].update(flops="many"),
         'info_nce[N=1]: vito_kernels: flops is "many"',
     ),
+    "flops beyond any number": (
+        lambda bad: bad["cases"][0]["candidates"][0].update(flops=10**400),
+        "info_nce[N=1]: vito_kernels: flops is 1000",
+    ),
+    "a case twice": (lambda bad: bad["cases"].append(bad["cases"][0]), "info_nce[N=1]: 2 cases of this id"),
     "negative memory": (
         lambda bad: bad["cases"][0]["candidates"][0].update(peak_bytes=-1),
         "info_nce[N=1]: vito_kernels: peak_bytes is -1",
@@ -435,6 +440,13 @@ def test_an_unusable_file_is_named_in_one_line(results, gate, what):
         status, (line,) = gate(*files)
         assert status == 2
         assert f"{place} is not a results file: {BROKEN[what][1]}" in line
+
+
+def test_a_file_nested_without_end_is_unusable(tmp_path, capsys):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(tmp_path / "deep.json")] * 2)
+    assert "deep.json is not a results file: " in capsys.readouterr().err
 
 
 def test_a_baseline_with_nan_is_unusable(results, gate):

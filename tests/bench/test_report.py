@@ -160,6 +160,40 @@ def test_an_unknown_table_or_machine_is_an_error():
             tables.fill(f"<!-- bench:at nvidia-h200 {path} --><!-- /bench -->")
 
 
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        ("losses ", "no machine is named"),
+        ("value nvidia-h200 vs.limit", "a case and a path are not both named"),
+        ("value nvidia-h200 {case} vs.limit.x", "no vs.limit.x of"),
+        ("value nvidia-h200 {case} vs", "no vs of"),
+        ("step nvidia-h200-steps", "the results hold none of its rows"),
+        ("modes nvidia-h200", "no 'steps' in the results"),
+        ("step nvidia-h200 {case}", "the results hold none of its rows"),
+    ],
+)
+def test_a_mark_that_cannot_be_filled_is_named(mark, says):
+    start = f"<!-- bench:{mark.format(case=tables.load('nvidia-h200')['cases'][0]['id'])} -->"
+    with pytest.raises(ValueError, match=re.escape(start)) as error:
+        tables.fill(f"{start}<!-- /bench -->")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "page", "says"),
+    [
+        ("[]", "page.html", "results.json: no results of a race: "),
+        ("[" * 100_000, "page.html", "results.json: no results of a race: "),
+        (None, "no/page.html", "cannot write .*page.html: No such file"),
+        (None, ".", "cannot write .*: Is a directory"),
+    ],
+)
+def test_a_report_names_the_file_of_no_use(tmp_path, results, content, page, says):
+    (tmp_path / "results.json").write_text(content or json.dumps(results))
+    with pytest.raises(ValueError, match=says):
+        report.write(tmp_path / "results.json", tmp_path / page)
+
+
 def test_a_table_may_be_of_some_cases_and_a_figure_from_anywhere(results):
     name = results["machine"]["name"]
     losses = [record["id"] for record in results["cases"] if record["suite"] == "losses"]
