@@ -36,7 +36,7 @@ STYLES = {"ours": "ours", "reference": "reference", "limit": "limit", "context":
 
 
 def write(results: Path, page: Path) -> None:
-    """Reads ``results`` (JSON of ``python -m bench``) and writes ``page``. ValueError names the one that is of no use."""
+    """Reads ``results`` (JSON of ``python -m bench``) and writes ``page``. ValueError names which is unusable."""
     try:
         made = render(json.loads(results.read_text()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
