@@ -43,11 +43,12 @@ bool valid_shard_name(std::string_view name) {
 }
 
 Index::Index(std::string path) : path_(std::move(path)) {
-  const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make it wait
   if (fd < 0) throw std::system_error(errno, std::generic_category(), path_);
   struct stat status {};
   int error = fstat(fd, &status) ? errno : S_ISDIR(status.st_mode) ? EISDIR : 0;
-  if (!error && status.st_size > 0) {
+  const bool regular = S_ISREG(status.st_mode);
+  if (!error && regular && status.st_size > 0) {
     size_ = static_cast<uint64_t>(status.st_size);
     void* mapping = mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
     if (mapping == MAP_FAILED) error = errno;
@@ -55,6 +56,7 @@ Index::Index(std::string path) : path_(std::move(path)) {
   }
   close(fd);
   if (error) throw std::system_error(error, std::generic_category(), path_);
+  if (!regular) corrupt("it is no regular file");
   try {
     read_header();
     read_shards();
@@ -69,17 +71,17 @@ Index::Index(std::string path) : path_(std::move(path)) {
 Index::~Index() { munmap(const_cast<unsigned char*>(data_), size_); }
 
 void Index::corrupt(const std::string& what) const {
-  throw std::invalid_argument("index " + path_ + ": " + what + "; the file is corrupt, pack the store again");
+  throw std::invalid_argument(path_ + " is damaged: " + what + "; delete the store and pack again");
 }
 
 void Index::read_header() {
   if (size_ < sizeof header_ || std::memcmp(data_, kIndexMagic, sizeof kIndexMagic) != 0)
-    throw std::invalid_argument(path_ + " is not the index of a vito-fast store");
+    corrupt("it is not the index of a vito-fast store");
   std::memcpy(&header_, data_, sizeof header_);
   if (header_.version != kIndexVersion)
     throw std::invalid_argument(path_ + " is a store index of version " + std::to_string(header_.version) +
                                 ", but this vito-fast reads version " + std::to_string(kIndexVersion) +
-                                "; pack the store again or install the vito-fast that wrote it");
+                                "; delete the store and pack again, or install the vito-fast that wrote it");
   if (header_.checksum != xxh64(data_, offsetof(Header, checksum), 0)) corrupt("the header's checksum is wrong");
   if (header_.file_size != size_)
     corrupt("the file has " + std::to_string(size_) + " bytes, its header says " + std::to_string(header_.file_size));

@@ -81,7 +81,7 @@ Reader::FilePtr Reader::open_shard(uint32_t shard) {
     return open_.front().second;
   }
   const std::string path = directory_ + "/" + index_.shards()[shard].name;
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make it wait
   if (fd < 0) throw Failure{errno == ENOENT ? ReadCode::missing : ReadCode::io, path + ": " + std::strerror(errno)};
   struct stat status {};
   if (fstat(fd, &status)) {

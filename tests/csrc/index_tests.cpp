@@ -1,3 +1,5 @@
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -109,6 +111,9 @@ TEST(index, files_that_are_none) {
     write_file(path, bytes);
     CHECK_THROWS(Index{path}, std::invalid_argument, "is not the index");
   }
+  const std::string pipe = directory.file("pipe");
+  CHECK_EQUAL(mkfifo(pipe.c_str(), 0600), 0);
+  CHECK_THROWS(Index{pipe}, std::invalid_argument, "no regular file");
 }
 
 TEST(index, another_version_names_both) {

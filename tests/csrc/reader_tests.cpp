@@ -1,5 +1,7 @@
 #include "reader.hpp"
 
+#include <sys/stat.h>
+
 #include <filesystem>
 #include <stdexcept>
 #include <thread>
@@ -78,6 +80,11 @@ TEST(reader, faults_are_told_apart_and_stay_with_their_sample) {
   CHECK_EQUAL(code(gone, 0, 0), std::string("missing"));
   write_file(shard, store.shard);  // it is back
   CHECK_EQUAL(code(gone, 0, 0), std::string("ok"));
+
+  std::filesystem::remove(shard);
+  CHECK_EQUAL(mkfifo(shard.c_str(), 0600), 0);
+  Reader piped(index, store.directory.path, 2);
+  CHECK(code(piped, 0, 0) != "ok");  // and does not wait for who would write into it
 
   std::filesystem::remove(shard);
   std::filesystem::create_directory(shard);

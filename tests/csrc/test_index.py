@@ -130,8 +130,11 @@ def test_files_that_are_no_index(tmp_path: Path) -> None:
         Index(tmp_path)
     for content in (b"", b"hello", b"x" * 10_000):
         (tmp_path / "text").write_bytes(content)
-        with pytest.raises(ValueError, match="text is not the index of a vito-fast store"):
+        with pytest.raises(ValueError, match="text is damaged: it is not the index of a vito-fast store; delete"):
             Index(tmp_path / "text")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is damaged: it is no regular file; delete the store and pack again"):
+        Index(tmp_path / "pipe")
 
 
 def test_another_version_gives_one_line_with_both(tmp_path: Path) -> None:
