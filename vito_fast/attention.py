@@ -38,17 +38,19 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
     import av
     from av import VideoFrame
 
+    from vito_fast.data.media import for_ffmpeg
+
     if (path / "store.json").is_file():
         return _resized([VideoFrame.from_ndarray(f, format="rgb24") for f in _store_frames(path, count)], size)
     if not path.is_file():
         raise UserError(f"no video or store {path}")
     try:
-        with av.open(str(path)) as container:
+        with av.open(for_ffmpeg(path)) as container:
             total = sum(1 for _ in container.decode(video=0))
         if total == 0:
             raise UserError(f"{path} has no frames")
         wanted = {round(i) for i in np.linspace(0, total - 1, min(count, total))}
-        with av.open(str(path)) as container:
+        with av.open(for_ffmpeg(path)) as container:
             pictures = [f for i, f in enumerate(container.decode(video=0)) if i in wanted]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a video that can be read: {' '.join(str(error).split())}") from None

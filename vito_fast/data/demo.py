@@ -27,6 +27,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from vito_fast.data.media import for_ffmpeg
 from vito_fast.errors import UserError
 
 PHOTOGRAPHS = (
@@ -111,7 +112,7 @@ def render(scene: Scene, out: Path) -> None:
     masks.mkdir(parents=True, exist_ok=True)
     path = out / "videos" / f"{scene.name}.mp4"
     temporary = path.with_suffix(".part")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with av.open(for_ffmpeg(temporary), "w", format="mp4") as container:
         options = {"crf": "20", "preset": "superfast", "threads": "1"}
         stream = container.add_stream("libx264", rate=Fraction(scene.rate), options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"

@@ -56,6 +56,12 @@ PLAYLISTS = frozenset(["concat", "dash", "hls", "image2", "imf", "sdp"])
 """FFmpeg's formats of files that name other files, wherever those may lie."""
 
 
+def for_ffmpeg(path: Path) -> str:
+    """The only form in which FFmpeg, or a reader that uses it, is given a path: absolute. It takes a relative one for a
+    URL where there is a colon in it: a folder ``http:``, a file ``10:00.mp4``."""
+    return str(path.absolute())
+
+
 class BadVideo(Exception):
     """A file that cannot be used; the message is the reason that goes to the quarantine list."""
 
@@ -64,7 +70,7 @@ class BadVideo(Exception):
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file's container and first video stream; what FFmpeg or the file system says against it becomes BadVideo."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(for_ffmpeg(path), metadata_errors="ignore") as container:
             if container.format.name in PLAYLISTS:
                 raise BadVideo("a playlist, not a video")
             stream = container.streams.best("video")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vito_fast.data.media import for_ffmpeg
+
 Frames = list[npt.NDArray[np.uint8]]
 PairReader = Callable[[Path, list[int]], Frames]
 
@@ -20,7 +22,7 @@ def torchcodec() -> PairReader:
     decoder = import_module("torchcodec.decoders").VideoDecoder
 
     def read(path: Path, frames: list[int]) -> Frames:
-        opened = decoder(str(path), num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="approximate")
+        opened = decoder(for_ffmpeg(path), num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="approximate")
         return list(opened.get_frames_at(frames).data.numpy())
 
     return read
@@ -30,7 +32,7 @@ def decord2() -> PairReader:
     module = import_module("decord")
 
     def read(path: Path, frames: list[int]) -> Frames:
-        opened = module.VideoReader(str(path), ctx=module.cpu(0), num_threads=1)
+        opened = module.VideoReader(for_ffmpeg(path), ctx=module.cpu(0), num_threads=1)
         return list(opened.get_batch(frames).asnumpy())
 
     return read
@@ -40,7 +42,7 @@ def opencv() -> PairReader:
     cv2 = import_module("cv2")
 
     def read(path: Path, frames: list[int]) -> Frames:
-        opened = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        opened = cv2.VideoCapture(for_ffmpeg(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         found = []
         for number in frames:
             opened.set(cv2.CAP_PROP_POS_FRAMES, number)
@@ -59,7 +61,7 @@ def pyav() -> PairReader:
     av = import_module("av")
 
     def read(path: Path, frames: list[int]) -> Frames:
-        with av.open(str(path)) as container:
+        with av.open(for_ffmpeg(path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             start, step = stream.start_time or 0, 1 / (stream.average_rate * stream.time_base)
