@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,67 @@ def test_corrupt_index_entry(store):
         if len(lost) == 3:
             return
     raise AssertionError("no byte spoilt a single clip's entry")
+
+
+def xxh64(data: bytes, seed: int) -> int:
+    """The index's checksum, whole: to write what no packer writes."""
+    p1, p2, p3, p4, p5 = (
+        0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+    )  # fmt: skip
+    mask = 2**64 - 1
+
+    def turn(value: int, bits: int) -> int:
+        value &= mask
+        return (value << bits | value >> 64 - bits) & mask
+
+    def stir(state: int, word: int) -> int:
+        return turn(state + word * p2, 31) * p1 & mask
+
+    words = struct.unpack(f"<{len(data) // 8}Q", data[: len(data) // 8 * 8])
+    striped = len(words) // 4 * 4 if len(data) >= 32 else 0
+    result = seed + p5
+    if striped:
+        states = [seed + p1 + p2, seed + p2, seed, seed - p1]
+        for place in range(striped):
+            states[place % 4] = stir(states[place % 4], words[place])
+        result = sum(turn(state, bits) for state, bits in zip(states, (1, 7, 12, 18), strict=True))
+        for state in states:
+            result = (result ^ stir(0, state)) * p1 + p4 & mask
+    result = result + len(data) & mask
+    for word in words[striped:]:
+        result = turn(result ^ stir(0, word), 27) * p1 + p4 & mask
+    rest = data[len(words) * 8 :]
+    if len(rest) >= 4:
+        result = turn(result ^ int.from_bytes(rest[:4], "little") * p1, 23) * p2 + p3 & mask
+        rest = rest[4:]
+    for byte in rest:
+        result = turn(result ^ byte * p5, 11) * p1 & mask
+    result = (result ^ result >> 33) * p2 & mask
+    result = (result ^ result >> 29) * p3 & mask
+    return result ^ result >> 32
+
+
+def retable(store: Path, clip: int, change) -> None:
+    """``change(bytearray)`` of the clip's tables in the index; their checksums are right again afterwards."""
+    data = bytearray((store / "index.bin").read_bytes())
+    record = struct.unpack_from("<Q", data, 48)[0] + 128 * clip  # Header.records_offset (see csrc/index.hpp)
+    begin, size = struct.unpack_from("<QQ", data, record + 8)
+    block = bytearray(data[begin : begin + size])
+    change(block)
+    data[begin : begin + size] = block
+    struct.pack_into("<I", data, record + 116, xxh64(bytes(block), clip) & 0xFFFFFFFF)
+    struct.pack_into("<Q", data, record + 120, xxh64(bytes(data[record : record + 120]), clip))
+    (store / "index.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize("store", ["h264", "copy"], indirect=True)
+def test_packet_tables_that_make_no_sense_though_their_checksum_is_right(store):
+    """Packet 39 lies outside the clip's data: a sample that needs it, or not, is replaced."""
+    retable(store, 2, lambda block: struct.pack_into("<I", block, 24 * 39 + 16, 2**32 - 1))
+    assert Index(store / "index.bin").clip(2).num_packets == 40
+    with pytest.raises(ValueError, match="clip 2: a packet lies outside the clip's data"):
+        Index(store / "index.bin").packets(2)
+    check_replaced(store, {2}, None)
 
 
 NO_JPEG = {

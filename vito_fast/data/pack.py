@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -113,6 +114,10 @@ def pack(
         clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
     )  # fmt: skip
     number, parts = _parse_part(part)
+    if processes < 0:
+        raise ValueError(f"processes is {processes}, must be at least 0 (0 = one per core)")
+    if not 0 < patience < math.inf:
+        raise ValueError(f"patience is {patience}, must be above 0 and finite")
     listing = list_videos(Path(src))
     if (store / "index.bin").exists():
         return _finished(store, options, listing)
@@ -132,7 +137,7 @@ def _encoder(store: Path) -> str:
     """Of the store if it has been begun, so that all its clips are of one kind; else the best that works here."""
     begun = store / ".pack" / "options.json"
     if begun.exists():
-        return str(json.loads(begun.read_text())["encoder"])
+        return str(_options(begun, _read_json(begun))["encoder"])
     if (store / "index.bin").exists():
         return str(read_description(store)["options"]["encoder"])
     encoder, line = choose_encoder()
@@ -170,7 +175,7 @@ def _locked(path: Path, store: Path) -> Iterator[None]:
 
 def _same_options(path: Path, mine: dict[str, Any]) -> None:
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = _read_json(path)
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise UserError(
@@ -194,22 +199,85 @@ def _finished(store: Path, options: PackOptions, listing: Listing) -> Report:
         raise UserError(
             f"{store} is a finished store of other files than those now in {listing.root}: pack into a new folder"
         )
+    for name, size in open_index(store).shards:
+        path = store / name
+        if not path.is_file():
+            raise damaged(path, "it is missing")
+        if path.stat().st_size != size:
+            raise damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
     return Report(**described["report"])
 
 
-def read_description(store: Path) -> dict:
-    """``store.json``; UserError if ``store`` is no finished store or one of another version."""
-    if not (store / "index.bin").exists() or not (store / "store.json").exists():
+def damaged(path: Path, what: str) -> UserError:
+    """For a file of a store that is not as packing left it; the index says the same of itself."""
+    return UserError(f"{path} is damaged: {what}; delete the store and pack again")
+
+
+def open_index(store: Path) -> Index:
+    """UserError if it cannot be used."""
+    try:
+        return Index(store / "index.bin")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot read {store / 'index.bin'}: {error.strerror or error}") from None
+
+
+def read_description(store: Path) -> dict[str, Any]:
+    """``store.json``; UserError if ``store`` is no finished store, one of another version or damaged."""
+    path = store / "store.json"
+    if not (store / "index.bin").exists():
         unfinished = (store / ".pack").exists()
         raise UserError(f"{store} is no {'finished ' if unfinished else ''}store: run `vito-fast pack SRC {store}`")
-    try:
-        described = json.loads((store / "store.json").read_text())
-        version = described["version"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{store / 'store.json'} is damaged: pack the store again") from None
+    described = _read_json(path)
+    version = described.get("version")
+    if type(version) is not int:
+        raise damaged(path, "it has no version")
     if version != VERSION:
-        raise UserError(f"{store} is a store of version {version}, this program reads version {VERSION}: pack it again")
-    return described
+        raise UserError(
+            f"{store} is a store of version {version}, this program reads version {VERSION}: "
+            "delete the store and pack again"
+        )
+    if not isinstance(described.get("sources"), str):
+        raise damaged(path, "it has no sources")
+    return {
+        **described,
+        "options": _options(path, described.get("options")),
+        "report": _report(path, described.get("report")),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError if the file does not hold one."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise damaged(path, "it is missing or holds no JSON object")
+    return found
+
+
+def _options(path: Path, values: Any) -> dict[str, Any]:
+    """``PackOptions`` read from ``path``, where ``parts`` may stand beside them."""
+    try:
+        return asdict(PackOptions(**{name: value for name, value in values.items() if name != "parts"}))
+    except (AttributeError, TypeError, ValueError):
+        raise damaged(path, "its options make no sense") from None
+
+
+def _report(path: Path, values: Any) -> dict[str, Any]:
+    try:
+        report = asdict(Report(**values))
+    except TypeError:
+        raise damaged(path, "its report makes no sense") from None
+    for name, example in asdict(Report()).items():
+        value = report[name]
+        counts = value.values() if isinstance(value, dict) else []
+        kinds = (int, float) if isinstance(example, float) else (type(example),)
+        if type(value) not in kinds or any(type(count) is not int for count in counts):
+            raise damaged(path, f"its report's {name} makes no sense")
+    return report
 
 
 def _run(
@@ -221,6 +289,8 @@ def _run(
     todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
     crew = Crew(listing, journal, options, min(processes, max(1, len(todo))), patience)
     crew.run(todo, progress)
+    if forgotten := [name for name in todo if name not in journal.entries]:
+        raise RuntimeError(f"{len(forgotten)} files are neither packed nor rejected, {forgotten[0]!r} for one")
     journal.mark_done()
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vito_fast.data.decode import BadPackets, Decoder, Picture, decode_jpeg
-from vito_fast.data.index import ClipInfo, Index, Read, Reader
-from vito_fast.data.pack import read_description
-from vito_fast.errors import UserError
+from vito_fast.data.index import ClipInfo, Read, Reader
+from vito_fast.data.pack import open_index, read_description
 
 Numbers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -21,16 +20,13 @@ AT_ONCE = 64
 class Store:
     """``path`` opened for reading; ``threads`` read from its shards. Thread-safe.
 
-    Raises UserError if it is no finished store, or one of another version.
+    Raises UserError if it is no finished store, one of another version or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 4):
         self.path = Path(path)
         self.description = read_description(self.path)
-        try:
-            self.index = Index(self.path / "index.bin")
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path / 'index.bin'} cannot be used: {error}; pack the store again") from None
+        self.index = open_index(self.path)
         self.format = self.index.format
         self.reader = Reader(self.index, self.path, threads=threads)
 
@@ -45,7 +41,11 @@ class Store:
         if self.format == "jpeg":
             packets = read.split()
             return [decode_jpeg(info, packets[picture]) for picture in read.pictures]
-        return decoder.decode(info, read, self.index.packets(clip).order[frames])
+        try:
+            order = self.index.packets(clip).order
+        except ValueError as error:  # the reader has looked at the packets of these frames only
+            raise BadPackets(str(error)) from None
+        return decoder.decode(info, read, order[frames])
 
 
 def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Picture:
