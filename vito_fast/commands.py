@@ -197,11 +197,13 @@ def inspect_store(
     sheet = sheet or store / "contact-sheet.png"
     try:
         found = inspect(store, verify=verify, sheet=sheet, pictures=pictures, threads=threads)
-    except OSError as error:
-        raise UserError(f"cannot write {sheet}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     print("\n".join(found.lines()))
     if found.damaged:
-        raise UserError(f"{len(found.damaged)} of {found.clips} clips of {store} are damaged: pack it again")
+        raise UserError(
+            f"{len(found.damaged)} of {found.clips} clips of {store} are damaged; delete the store and pack again"
+        )
     return 0
 
 
@@ -232,7 +234,10 @@ def bench_data(
     import json
 
     from vito_fast.data import bench_data as bench
+    from vito_fast.data.inspect_store import check_writable
 
+    if output is not None:
+        check_writable(output)
     try:
         result = bench.bench_data(
             store, originals=originals, batch_size=batch, seconds=seconds, size=size, threads=threads, pairs=pairs,

@@ -1,15 +1,18 @@
 """The benchmark of a store: that its figures are those of what it read, and that its readers read the right frames."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data.bench_data import _files, bench_data, decoding, lines
+from vito_fast import commands
+from vito_fast.attention import video_frames
+from vito_fast.data.bench_data import _files, _times, bench_data, decoding, lines
 from vito_fast.data.media import Source, rgb
 from vito_fast.data.pack import pack
-from vito_fast.data.peers import installed
+from vito_fast.data.peers import READERS, installed
 from vito_fast.data.store import Store, frames
 from vito_fast.errors import UserError
 
@@ -81,6 +84,27 @@ def test_an_original_that_is_not_there(stores, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs", "rounds", "seconds"])
-def test_senseless_numbers(stores, name):
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        bench_data(stores / "jpeg", **{name: 0})
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf")])
+def test_senseless_numbers(stores, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        bench_data(stores / "jpeg", **{name: value})
+
+
+@pytest.mark.parametrize("output", ["/nope/x.json", "/"])
+def test_an_output_that_cannot_be_written(stores, output, monkeypatch):
+    monkeypatch.setattr("vito_fast.data.bench_data.bench_data", lambda *_, **__: pytest.fail("measured first"))
+    with pytest.raises(UserError, match=f"cannot write {output}: "):
+        commands.bench_data(stores / "jpeg", output=Path(output))
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_readers_take_no_name_for_a_url(tmp_path, monkeypatch, name):
+    readers, missing = installed()
+    if name in missing:
+        pytest.skip(missing[name])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "http:").mkdir()
+    path = write(tmp_path / "http:" / "video.mp4", pictures(10)).relative_to(tmp_path)
+    assert len(readers[name](path, [0, 5])) == 2
+    assert len(_times(path)) == 10
+    assert len(video_frames(path, 2, 32)) == 2

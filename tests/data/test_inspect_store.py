@@ -1,6 +1,8 @@
 """inspect-store finds every planted fault and says what a store holds."""
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_planted_faults(format, stores, tmp_path):
     (bad,) = inspect_store(store, progress=False).damaged
     assert (bad.clip, bad.source) == (3, clip.source)
     assert bad.reason.startswith("checksum: ")
-    with pytest.raises(UserError, match=r"1 of 7 clips of .* are damaged: pack it again"):
+    with pytest.raises(UserError, match=r"1 of 7 clips of .* are damaged; delete the store and pack again"):
         commands.inspect_store(store, pictures=2)
     assert (store / "contact-sheet.png").exists()
     shard.write_bytes(data[: int(packets.offsets[20]) + 7])
@@ -65,5 +67,35 @@ def test_no_store(tmp_path, stores):
         inspect_store(other, progress=False)
     (other / "store.json").write_text(text)
     (other / "index.bin").write_bytes(b"no index")
-    with pytest.raises(UserError, match=r"index\.bin cannot be used"):
+    with pytest.raises(UserError, match=r"index\.bin is damaged: it is not the index of a vito-fast store; delete"):
         inspect_store(other, progress=False)
+    (other / "index.bin").unlink()
+    os.mkfifo(other / "index.bin")
+    with pytest.raises(UserError, match=r"index\.bin is damaged: it is no regular file"):
+        inspect_store(other, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pictures": 0}, "pictures is 0, must be at least 1"),
+        ({"pictures": -3}, "pictures is -3, must be at least 1"),
+        ({"threads": -1}, "threads is -1, must be at least 0"),
+        ({"sheet": Path("x.foo")}, r"must be a \.png, got x\.foo"),
+        ({"sheet": Path("x")}, r"must be a \.png, got x"),
+        ({"sheet": Path("/nope/x.png")}, r"cannot write /nope/x\.png: there is no folder /nope"),
+    ],
+)
+def test_mistakes_are_told_before_the_work(stores, options, message, monkeypatch):
+    monkeypatch.setattr("vito_fast.data.inspect_store._verify", lambda *_: pytest.fail("verified first"))
+    with pytest.raises(UserError, match=message):
+        commands.inspect_store(stores / "jpeg", **options)
+
+
+def test_an_error_of_reading_is_not_one_of_the_sheet(stores, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error", "shard-00000.bin")
+
+    monkeypatch.setattr("vito_fast.data.inspect_store._verify", fail)
+    with pytest.raises(OSError, match=r"Input/output error: 'shard-00000\.bin'"):
+        commands.inspect_store(stores / "jpeg", sheet=tmp_path / "sheet.png")

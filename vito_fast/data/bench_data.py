@@ -7,6 +7,7 @@ delivers another frame than the one asked for is named.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import tempfile
@@ -21,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vito_fast.data.decode import Decoder
+from vito_fast.data.decode import BadPackets, Decoder
 from vito_fast.data.index import Read
 from vito_fast.data.loader import ClipLoader
+from vito_fast.data.media import for_ffmpeg
 from vito_fast.data.peers import Frames, PairReader, installed
 from vito_fast.data.pipeline import Geometry
 from vito_fast.data.sampler import Sampler, SamplerConfig
@@ -69,8 +71,8 @@ def bench_data(
     ``machine``.
     """
     for name, value in (("pairs", pairs), ("rounds", rounds), ("seconds", seconds)):
-        if value <= 0:
-            raise ValueError(f"{name} is {value}, must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, must be above 0 and finite")
     config = SamplerConfig(size=size)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
@@ -90,8 +92,10 @@ def _loader(loader: ClipLoader, seconds: float) -> dict[str, Any]:
     endless = batches()
     next(endless)
     before, start = dataclasses.replace(loader.stats), time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while True:
         next(endless)
+        if time.perf_counter() - start >= seconds:
+            break
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     span = time.perf_counter() - start
@@ -197,7 +201,10 @@ def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Cal
         if read.code != "ok":
             raise OSError(read.error)
         if not jpeg:
-            return store.decode(decoder, int(clips[row]), infos[row], read, numbers[row])
+            try:
+                return store.decode(decoder, int(clips[row]), infos[row], read, numbers[row])
+            except BadPackets as error:
+                raise OSError(f"{store.path}: clip {clips[row]}: {error}") from None
         packets = read.split()
         return [packets[picture] for picture in read.pictures]
 
@@ -250,7 +257,7 @@ def _files(
 def _times(path: Path) -> npt.NDArray[np.float64]:
     """When the file's frames are shown, in seconds, ascending."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(for_ffmpeg(path)) as container:
             stream = container.streams.video[0]
             pts = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             return np.sort(np.array(pts, np.float64)) * float(stream.time_base or 1)
@@ -267,7 +274,7 @@ def _written(store: Store, clip: int, folder: Path) -> tuple[Path, npt.NDArray[n
         raise UserError(f"clip {clip} of {store.path} cannot be written to a file: {read.error}")
     small, path = folder / f"{clip}.mini.mkv", folder / f"{clip}.mkv"
     small.write_bytes(read.data.tobytes())
-    with av.open(str(small)) as source, av.open(str(path), "w") as target:  # now with an index to seek by
+    with av.open(for_ffmpeg(small)) as source, av.open(for_ffmpeg(path), "w") as target:  # now with an index to seek by
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vito_fast.data.pack import Report
 from vito_fast.data.store import Store, frames
+from vito_fast.errors import UserError
 
 CELL = (192, 108)
 """Width and height in pixels that a frame of the contact sheet fits into."""
@@ -86,10 +87,17 @@ def inspect_store(
     over the store, each by its first, middle and last frame. threads: 0 = one per core.
 
     Damage does not raise: it is in ``Inspection.damaged``. Raises UserError if ``store`` is no finished store of this
-    version.
+    version or ``sheet`` cannot be written, ValueError for senseless numbers.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    for name, value, least in (("pictures", pictures, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, must be at least {least}")
     opened = Store(store, threads=1)
+    if sheet is not None:
+        if Path(sheet).suffix.lower() != ".png":
+            raise UserError(f"the contact sheet must be a .png, got {sheet}")
+        check_writable(Path(sheet))
+    threads = threads or len(os.sched_getaffinity(0))
     index = opened.index
     infos, damaged = [], []
     for number in range(index.num_clips):
@@ -111,8 +119,22 @@ def inspect_store(
         damaged += [bad for bad in _verify(opened, threads, progress) if bad.clip not in known]
     if sheet is not None:
         result.sheet = Path(sheet)
-        _draw(opened, pictures).save(result.sheet)
+        drawn = _draw(opened, pictures)
+        try:
+            drawn.save(result.sheet)
+        except OSError as error:
+            raise UserError(f"cannot write {sheet}: {error.strerror or error}") from None
     return result
+
+
+def check_writable(path: Path) -> None:
+    """UserError if a file cannot be written there: to be known before long work, not after it."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not path.exists() and not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission")
 
 
 def _table(counts: dict[str, int], most: int = 6) -> str:
