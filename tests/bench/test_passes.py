@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,14 +72,14 @@ def test_a_case_that_failed_in_a_later_pass_is_left_out_and_a_single_one_is_not(
 def test_the_command_runs_two_passes_of_which_the_second_counts_nothing(tmp_path, monkeypatch, capsys):
     given, results = [], tmp_path / "here.json"
 
-    def instead_of_pytest(command, check):
+    def instead_of_pytest(command):
         target = command[command.index("--results") + 1]
         given.append("--later-pass" in command)
         with open(target, "w") as file:
             json.dump(one_pass(case(other=2.0 * len(given))), file)
-        return subprocess.CompletedProcess(command, 0 if len(given) < 3 else 2)
+        return Mock(wait=lambda status=0 if len(given) < 3 else 2: status)
 
-    monkeypatch.setattr(subprocess, "run", instead_of_pytest)
+    monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
     monkeypatch.setattr(report, "write", lambda *paths: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--results", str(results)])
