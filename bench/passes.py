@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.harness import rates, summary
@@ -20,8 +20,9 @@ Record = dict[str, Any]
 def merge(passes: Sequence[Record]) -> Record:
     """Results of the same run's passes as one, in the order of the first.
 
-    Ratios and times are geometric means, ``speedups`` keeps a ratio's parts. A case that a later pass does not have
-    went wrong there and is left out, unless it is ``single``: raced in the first pass alone.
+    Ratios and times are geometric means, ``speedups`` keeps a ratio's parts. A pass whose cores were mostly apart (see
+    bench/cores.py) counts for a case only if none had them together. A case that a later pass does not have went wrong
+    there and is left out, unless it is ``single``: raced in the first pass alone.
     """
     later = [{record["id"]: record for record in each["cases"]} for each in passes[1:]]
     cases = []
@@ -34,16 +35,21 @@ def merge(passes: Sequence[Record]) -> Record:
 
 
 def _merge_case(records: Sequence[Record]) -> Record:
-    rows = [_merge_rows(list(each)) for each in zip(*(record["candidates"] for record in records), strict=True)]
-    totals = {name: sum(record[name] for record in records) for name in ("rounds", "apart")}
+    counted = [record for record in records if 2 * record["apart"] < record["rounds"]] or records
+    rows = [_merge_rows(*each) for each in zip(_by_candidate(records), _by_candidate(counted), strict=True)]
+    totals = {name: sum(record[name] for record in counted) for name in ("rounds", "apart")}
     seconds = next(row["median_s"] for row in rows if row["role"] == "ours")
     merged = records[0] | totals | {"seconds": round(sum(record["seconds"] for record in records), 1)}
     return merged | {"rates": rates(merged["work"], seconds), "vs": summary(rows), "candidates": rows}
 
 
-def _merge_rows(rows: Sequence[Record]) -> Record:
-    """One candidate: as it was in the pass in which it went wrong, if it did in any."""
-    first = next((row for row in rows if row["status"] != "ok"), rows[0])
+def _by_candidate(records: Sequence[Record]) -> Iterator[tuple[Record, ...]]:
+    return zip(*(record["candidates"] for record in records), strict=True)
+
+
+def _merge_rows(every: Sequence[Record], rows: Sequence[Record]) -> Record:
+    """One candidate with the times of ``rows``: as it was in the pass in which it went wrong, if it did in any."""
+    first = next((row for row in every if row["status"] != "ok"), every[0])
     if first["status"] != "ok" or "median_s" not in first:
         return first
     merged = first | {
@@ -53,7 +59,7 @@ def _merge_rows(rows: Sequence[Record]) -> Record:
         "rounds": sum(row["rounds"] for row in rows),
     }
     if "error" in first:
-        merged["error"] = max(row["error"] for row in rows)
+        merged["error"] = max(row["error"] for row in every)
     if "speedup" in first:
         merged["speedups"] = [row["speedup"] for row in rows]
         merged["speedup"] = statistics.geometric_mean(merged["speedups"])

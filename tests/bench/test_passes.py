@@ -51,6 +51,18 @@ def test_ratios_and_times_are_means_and_counts_are_sums():
     assert disagreement([case()]) is None
 
 
+def test_a_pass_whose_cores_were_apart_counts_only_beside_others_of_its_kind():
+    together, apart = case(other=2.0, peak_bytes=7), case(other=9.0) | {"apart": 2}
+    (only,) = merge([one_pass(apart), one_pass(together)])["cases"]
+    assert only["candidates"][1]["speedups"] == [2.0]
+    assert (only["rounds"], only["apart"]) == (3, 1)
+    (only,) = merge([one_pass(together), one_pass(apart)])["cases"]
+    assert only["candidates"][1]["speedups"] == [2.0]
+    assert only["candidates"][1]["peak_bytes"] == 7, "counted in the first pass alone"
+    (only,) = merge([one_pass(apart), one_pass(apart)])["cases"]
+    assert only["candidates"][1]["speedups"] == [9.0, 9.0]
+
+
 def test_what_went_wrong_in_one_pass_is_wrong():
     wrong = {"status": "wrong", "reason": "differs from the float64 truth"}
     second = case(**wrong)
