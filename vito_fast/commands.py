@@ -234,7 +234,7 @@ def bench_data(
     import json
 
     from vito_fast.data import bench_data as bench
-    from vito_fast.data.inspect_store import check_writable
+    from vito_fast.files import check_writable
 
     if output is not None:
         check_writable(output)

@@ -1,9 +1,13 @@
-"""Files that are the old one or the whole new one at any moment: when the process is killed, when the power goes."""
+"""Files that are the old one or the whole new one at any moment: when the process is killed, when the power goes; and
+whether they can be written at all.
+"""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vito_fast.errors import UserError
 
 
 @contextmanager
@@ -29,3 +33,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(path: Path) -> None:
+    """UserError if a file cannot be written there: to be known before long work, not after it."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not path.exists() and not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission")

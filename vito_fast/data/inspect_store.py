@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vito_fast.data.pack import Report
 from vito_fast.data.store import Store, frames
 from vito_fast.errors import UserError
+from vito_fast.files import check_writable
 
 CELL = (192, 108)
 """Width and height in pixels that a frame of the contact sheet fits into."""
@@ -125,16 +126,6 @@ def inspect_store(
         except OSError as error:
             raise UserError(f"cannot write {sheet}: {error.strerror or error}") from None
     return result
-
-
-def check_writable(path: Path) -> None:
-    """UserError if a file cannot be written there: to be known before long work, not after it."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not path.exists() and not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: no permission")
 
 
 def _table(counts: dict[str, int], most: int = 6) -> str:
