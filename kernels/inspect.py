@@ -63,7 +63,7 @@ TARGETS = {
 }
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255
-COMPILING = "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect"
+INTERPRETED = "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect"
 MATRIX = {"_lse_kernel", "_gradient_kernel", "_two_sided_kernel", "_weights_kernel", "_gather_kernel"}
 """Kernels that must use the tensor cores wherever a launch says that it does, be they its first or not."""
 ASSUMPTIONS = (
@@ -154,7 +154,7 @@ def stand_in(arch: int) -> Iterator[StandInDriver]:
     from triton.runtime import driver
 
     if interpreting():
-        raise RuntimeError(COMPILING)
+        raise RuntimeError(INTERPRETED)
     previous, fake = driver._active, StandInDriver(arch)
     driver.set_active(fake)
     try:
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     options = _parse(arguments)
     if interpreting():
-        print(COMPILING, file=sys.stderr)
+        print(INTERPRETED, file=sys.stderr)
         return 2
     jobs = [(arch, module, i) for module, i, _ in specs(options.only, options.all) for arch in options.arch]
     if not jobs:
