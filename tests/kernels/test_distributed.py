@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -79,9 +78,7 @@ def share(name, x, y, scale, video, sizes):
     return ClipLoss(local_loss=name.endswith("local"), rank=dist.get_rank(), world_size=len(sizes))(x, y, scale)
 
 
-def compare(rank, sizes, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
+def compare(rank, sizes):
     names = ["info_nce locked", "info_nce", "clip", "ntxent", "info_nce locked ring", "info_nce ring", "clip ring"]
     if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
         names += ["lightly", "open_clip", "open_clip local"]
@@ -112,7 +109,6 @@ def compare(rank, sizes, store):
     with pytest.raises(ValueError, match="k_group belongs to gather_keys"):
         global_info_nce(b[rows], pending, q_group=video[rows], k_group=video[rows])
     pending.wait()
-    dist.destroy_process_group()
 
 
 class Widest(TorchDispatchMode):
@@ -142,10 +138,8 @@ def with_gradients(name, exchange, x, y, video, **options):
     return seen.rows, [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def refuse_twice(rank, ranks, store):
+def refuse_twice(rank):
     """Of each gradient with respect to either side, alone and through ``backward``."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     losses = [partial(global_ntxent, temperature=0.5)]
     for exchange in ("gather", "ring"):
         losses += [partial(global_info_nce, exchange=exchange), partial(global_clip_loss, scale=1.0, exchange=exchange)]
@@ -159,17 +153,13 @@ def refuse_twice(rank, ranks, store):
                 torch.autograd.grad(total, sides[side], retain_graph=True)
             with pytest.raises(RuntimeError, match="no second derivative"):
                 total.backward()
-    dist.destroy_process_group()
 
 
-def test_double_backward_is_refused_across_ranks(tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(refuse_twice, args=(2, tmp_path / "store"), nprocs=2, join=True)
+def test_double_backward_is_refused_across_ranks():
+    spawn(refuse_twice, 2)
 
 
-def ring_within_a_group(rank, sizes, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
+def ring_within_a_group(rank, sizes):
     members = [0, 2]
     group = dist.new_group(members)
     sizes = [sizes[member] for member in members]
@@ -186,18 +176,15 @@ def ring_within_a_group(rank, sizes, store):
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
                 assert gathered >= sum(sizes)  # padded rows of all ranks
                 assert visiting == max(sizes)
-    dist.destroy_process_group()
 
 
-def test_the_ring_stays_in_its_group_and_never_holds_all_keys(tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(ring_within_a_group, args=(SIZES[3], tmp_path / "store"), nprocs=3, join=True)
+def test_the_ring_stays_in_its_group_and_never_holds_all_keys():
+    spawn(ring_within_a_group, 3, SIZES[3])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks, tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(compare, args=(SIZES[ranks], tmp_path / "store"), nprocs=ranks, join=True)
+def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks):
+    spawn(compare, ranks, SIZES[ranks])
 
 
 @pytest.mark.parametrize("loss", [global_info_nce, lambda x, y, **options: global_clip_loss(x, y, 1.0, **options)])

@@ -1,18 +1,17 @@
 """What the plan assumes to travel between ranks is what travels: the collectives of one step of two, counted."""
 
 import dataclasses
-import os
 from collections import Counter
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
 from vito_fast.data.sampler import SamplerConfig
-from vito_fast.distributed import join, leave
+from vito_fast.distributed import join
 from vito_fast.dryrun import dry_run
 from vito_fast.model import VitoModel
 from vito_fast.plan import collectives
@@ -30,10 +29,7 @@ CASES = {
 }
 
 
-def _rank(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _rank(rank, folder):
     world = join("cpu")
     found = {}
     for name, config in CASES.items():
@@ -46,14 +42,13 @@ def _rank(rank, port, folder):
         found[name] = [(e.name, tuple(e.input_shapes[0])) for e in profiler.events() if e.name.startswith("gloo:")]
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    leave()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """(operation, shape of what this rank sends) of each collective of a step, by case."""
     folder = tmp_path_factory.mktemp("collectives")
-    mp.spawn(_rank, (24000 + os.getpid() % 20000, folder), nprocs=2)
+    spawn(_rank, 2, folder)
     return torch.load(folder / "found.pt")
 
 

@@ -1,11 +1,9 @@
 """Batch norm over ranks as on CUDA: how its steps are put together, with their formulas in place of the kernels."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import nn
 
 from vito_fast.model.norm import _RanksNorm
@@ -23,9 +21,7 @@ def run(norm, x, residual, slope):
     return y.detach(), gradients, running
 
 
-def rank_equals_whole(rank, store, joined, relu):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def rank_equals_whole(rank, joined, relu):
     generator = torch.Generator().manual_seed(0)
     x, residual, slope = torch.randn(3, sum(SIZES), 6, 4, 2, generator=generator, dtype=torch.float64)
     x = x * 3 + 5
@@ -45,10 +41,8 @@ def rank_equals_whole(rank, store, joined, relu):
         dist.all_reduce(parameter)
     expected = {name: g[mine] if name in "xr" else g for name, g in expected.items()}
     torch.testing.assert_close((found, gradients, moved), (y[mine], expected, running), rtol=1e-9, atol=1e-10)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("joined", "relu"), [(False, False), (False, True), (True, True), (True, False)])
-def test_unequal_ranks_on_cuda_equal_one_batch(joined, relu, tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(rank_equals_whole, (tmp_path / "store", joined, relu), nprocs=2)
+def test_unequal_ranks_on_cuda_equal_one_batch(joined, relu):
+    spawn(rank_equals_whole, 2, joined, relu)

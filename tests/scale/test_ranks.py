@@ -1,14 +1,13 @@
 """Ranks with unequal shares of the batch make the step of one process with all of it, gradient by gradient."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 
 from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
-from vito_fast.distributed import PendingKeys, World, join, leave, shares
+from vito_fast.distributed import PendingKeys, World, join, shares
 from vito_fast.step import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -50,18 +49,14 @@ def gradients(name, world, clips):
     return row, found, dict(trainer.model.named_buffers())
 
 
-def _rank(rank, ranks, clips, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _rank(rank, clips, folder):
     world = join("cpu")
     torch.save({name: gradients(name, world, clips) for name in CASES}, folder / f"{rank}.pt")
-    leave()
 
 
 @pytest.mark.parametrize(("ranks", "clips"), [(2, 9), (3, 8)])
 def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
-    mp.spawn(_rank, (ranks, clips, 21000 + os.getpid() % 20000 + ranks, tmp_path), nprocs=ranks)
+    spawn(_rank, ranks, clips, tmp_path)
     everyone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for name in CASES:
         row, whole, buffers = gradients(name, ALONE, clips)

@@ -1,16 +1,15 @@
 """The step: cached gradients, several ranks, and the guard against non-finite numbers."""
 
 import dataclasses
-import os
 import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 
 from vito_fast.checkpoint import read, write
 from vito_fast.config import Config, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vito_fast.distributed import World, join, leave
+from vito_fast.distributed import World, join
 from vito_fast.errors import UserError
 from vito_fast.step import Trainer
 
@@ -136,10 +135,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
         Trainer(other, ALONE, 5).load(read(tmp_path / "c.safetensors"))
 
 
-def _rank(rank, port, config, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
+def _rank(rank, config, folder):
     warnings.filterwarnings("error", ".*broadcast_buffers")  # which torch is about to take away
     world = join("cpu")
     trainer = Trainer(config, world, 5)
@@ -149,7 +145,6 @@ def _rank(rank, port, config, folder):
         views, video = batch(seed=seed)
         rows.append(trainer.step(tuple(v[half] for v in views), video[half], measure=True))
     torch.save((tensors_of(trainer), rows), folder / f"{rank}.pt")
-    leave()
 
 
 @pytest.mark.parametrize("case", ["plain", "parts"])
@@ -157,8 +152,7 @@ def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(case, tmp_path):
     config = CONFIG
     if case == "parts":
         config = dataclasses.replace(with_train(micro_batches=2), loss=LossConfig(negatives="both_views"))
-    port = 20000 + os.getpid() % 20000 + ["plain", "parts"].index(case)
-    mp.spawn(_rank, (port, config, tmp_path), nprocs=2)
+    spawn(_rank, 2, config, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(results[0][0], results[1][0])
     whole = Trainer(config, ALONE, 5)
