@@ -36,11 +36,13 @@ class World:
 def join(device: Literal["auto", "cpu", "cuda"]) -> World:
     """Joins the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone.
 
-    UserError if CUDA is asked for and absent, or if there are more local ranks than GPUs.
+    UserError if CUDA is asked for and absent, if there are more local ranks than GPUs, or if what the environment says
+    makes no sense or the others are not to be found there.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    size = environment_number("WORLD_SIZE", 1, least=1)
+    rank = environment_number("RANK", 0 if size == 1 else None, most=size - 1)
+    local_size = environment_number("LOCAL_WORLD_SIZE", size, least=1, most=size)
+    local_rank = environment_number("LOCAL_RANK", 0, most=local_size - 1)
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("train.device is cuda, and this machine has no usable GPU: see `vito-fast doctor`")
@@ -51,10 +53,29 @@ def join(device: Literal["auto", "cpu", "cuda"]) -> World:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         backend, device_id = "nccl" if cuda else "gloo", chosen if cuda else None
-        dist.init_process_group(
-            backend, store=_store_of_this_attempt(), rank=rank, world_size=size, device_id=device_id
-        )
+        try:
+            store = _store_of_this_attempt()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        except (ValueError, dist.DistError) as error:
+            place = ":".join(os.environ.get(name, f"({name} not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"rank {rank} of {size} cannot join the others at {place}: {str(error).splitlines()[0]}"
+            ) from error
     return World(rank, size, local_size, chosen)
+
+
+def environment_number(name: str, default: int | None, *, least: int = 0, most: int | None = None) -> int:
+    """The whole number that the launcher has put there; without a ``default`` it must have."""
+    text = os.environ.get(name, default)
+    try:
+        number = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        found = "not set" if text is None else repr(text)
+        raise UserError(f"{name} must be a whole number, {bounds}, and is {found}: start the ranks with torchrun")
+    return number
 
 
 def _store_of_this_attempt() -> dist.Store:

@@ -1,7 +1,6 @@
 """``vito-fast plan``: its arguments, and the prediction as tables for people or JSON for programs."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from vito_fast.commands import configured
 from vito_fast.config import Config
 from vito_fast.data.index import Index
+from vito_fast.distributed import environment_number
 from vito_fast.dryrun import DryRun, dry_run
 from vito_fast.errors import UserError
 from vito_fast.hardware import Machine, machine
@@ -215,8 +215,7 @@ _TOLD = ("step_seconds", "hours", "kwh", "gpu_bytes", "bottleneck")
 
 def report_dry_run(config: Config) -> int:
     """``vito-fast train CONFIG --dry-run``: the step of one of the ranks that the launcher's environment names."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    dry = dry_run(config, world=world)
+    dry = dry_run(config, world=environment_number("WORLD_SIZE", 1, least=1))
     show_dry_run(dry, _console())
     return 1 if dry.problems else 0
 

@@ -8,6 +8,7 @@ from ranks import spawn
 
 from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
 from vito_fast.distributed import PendingKeys, World, join, shares
+from vito_fast.errors import UserError
 from vito_fast.step import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -81,3 +82,25 @@ def test_shares():
         shares(2, 3)
     with pytest.raises(ValueError, match="rank 0 has 3 clips, its share of 9 is 9"):
         PendingKeys([torch.zeros(2, 3, 4)], torch.arange(3), ALONE, 9)
+
+
+@pytest.mark.parametrize(
+    ("launched", "message"),
+    [
+        ("WORLD_SIZE=two", "WORLD_SIZE must be a whole number, 1 or more, and is 'two': start the ranks with torchrun"),
+        ("WORLD_SIZE=0", "WORLD_SIZE .* is '0'"),
+        ("WORLD_SIZE=2", "RANK must be a whole number, 0 to 1, and is not set"),
+        ("WORLD_SIZE=2 RANK=2", "RANK .* is '2'"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=2", "LOCAL_RANK .* is '2'"),
+        ("WORLD_SIZE=2 RANK=1 LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE must be a whole number, 1 to 2, and is '3'"),
+        ("WORLD_SIZE=2 RANK=1", r"rank 1 of 2 cannot join the others at \(MASTER_ADDR not set\)"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "cannot join the others at localhost:x: invalid"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_named(launched, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for pair in launched.split():
+        monkeypatch.setenv(*pair.split("="))
+    with pytest.raises(UserError, match=message):
+        join("cpu")
