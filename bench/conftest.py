@@ -105,8 +105,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         later = config.getoption("--later-pass")
         if later and contest.single:
             pytest.skip("raced in the first pass alone")
-        only = config.getoption("--only")
-        if only and contest.id not in _split_ids(only):
+        only = _asked_for(config)
+        if only is not None and contest.id not in only:
             pytest.skip("not asked for")
         if config.getoption("--counted"):
             if not options.get("memory", True):
@@ -139,9 +139,10 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def _split_ids(text: str) -> set[str]:
-    """``a[x=1,y=2],b[x=1]``: a comma separates cases only outside brackets."""
-    return {part.rstrip(",") for part in text.replace("],", "]\n").split("\n")}
+def _asked_for(config: pytest.Config) -> list[str] | None:
+    """``--only a[x=1,y=2],b[x=1]``: a comma separates cases only outside brackets."""
+    text = config.getoption("--only")
+    return [part.rstrip(",") for part in text.replace("],", "]\n").split("\n")] if text else None
 
 
 def _say(config: pytest.Config, record: dict[str, Any]) -> None:
@@ -181,6 +182,7 @@ def _save(config: pytest.Config) -> None:
         "device": config.getoption("--device"),
         "quick": config.getoption("--quick"),
         "counted": config.getoption("--counted"),
+        "only": _asked_for(config),
         "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
         "waited": round(config.stash[CORES].waited, 1),
         "threads": torch.get_num_threads(),

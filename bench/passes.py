@@ -2,7 +2,8 @@
 
 What makes two runs of a case differ is less the noise of a round than the minute it ran in and where its memory came to
 lie, which more rounds in a row do not average out, and a pass some minutes later does: over 14 cases beside other work,
-ratios of two passes differed by 8.4 %, of two such pairs by 5.8 % (root mean square).
+ratios of two passes differed by 8.4 %, of two such pairs by 5.8 % (root mean square). Where a pass was in vain for some
+cases, since the host kept the cores apart, they race once more.
 """
 
 from __future__ import annotations
@@ -20,22 +21,43 @@ Record = dict[str, Any]
 def merge(passes: Sequence[Record]) -> Record:
     """Results of the same run's passes as one, in the order of the first.
 
-    Ratios and times are geometric means, ``speedups`` keeps a ratio's parts. A pass whose cores were mostly apart (see
-    bench/cores.py) counts for a case only if none had them together. A case that a later pass does not have went wrong
-    there and is left out, unless it is ``single``: raced in the first pass alone.
+    Ratios and times are geometric means, ``speedups`` keeps a ratio's parts. A pass whose cores were apart counts for a
+    case only if none had them together. A case that a later pass does not have went wrong there and is left out, unless
+    it was not asked for: ``single`` cases race in the first pass alone, others once more (:func:`lost`).
     """
-    later = [{record["id"]: record for record in each["cases"]} for each in passes[1:]]
+    later = [(each["only"], {record["id"]: record for record in each["cases"]}) for each in passes[1:]]
     cases = []
     for record in passes[0]["cases"]:
-        found = [by_id[record["id"]] for by_id in later if record["id"] in by_id]
-        if record["single"] or len(found) == len(later):
-            cases.append(_merge_case([record, *found]))
+        name = record["id"]
+        found = [by_id.get(name) for only, by_id in later if not record["single"] and (only is None or name in only)]
+        if None not in found:
+            cases.append(_merge_case([record, *filter(None, found)]))
     whole = {name: round(sum(each[name] for each in passes), 1) for name in ("seconds", "waited")}
     return passes[0] | whole | {"passes": len(passes), "skipped": skipped(cases), "cases": cases}
 
 
+def lost(passes: Sequence[Record], seconds: float) -> list[str]:
+    """The cases of which a pass does not count, as its cores were apart; the shortest of them, as many as another pass
+    races in these ``seconds``.
+    """
+    found = []
+    records = [record for each in passes[1:] for record in each["cases"] if not record["single"]]
+    apart = {record["id"] for each in passes for record in each["cases"] if not _together(record)}
+    for record in sorted(records, key=lambda record: float(record["seconds"])):
+        if record["id"] in apart and record["id"] not in found:
+            seconds -= record["seconds"]
+            if seconds > 0:
+                found.append(record["id"])
+    return found
+
+
+def _together(record: Record) -> bool:
+    """Whether the cores shared a cache (see bench/cores.py) in most of a case's rounds."""
+    return bool(2 * record["apart"] < record["rounds"])
+
+
 def _merge_case(records: Sequence[Record]) -> Record:
-    counted = [record for record in records if 2 * record["apart"] < record["rounds"]] or records
+    counted = [record for record in records if _together(record)] or records
     rows = [_merge_rows(*each) for each in zip(_by_candidate(records), _by_candidate(counted), strict=True)]
     totals = {name: sum(record[name] for record in counted) for name in ("rounds", "apart")}
     seconds = next(row["median_s"] for row in rows if row["role"] == "ours")

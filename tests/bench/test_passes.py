@@ -14,11 +14,11 @@ import torch
 from bench import __main__ as command
 from bench import memory, report
 from bench.harness import Candidate, Race, Work, partial
-from bench.passes import disagreement, merge
+from bench.passes import disagreement, lost, merge
 
 
-def one_pass(*cases):
-    return {"seconds": 10.0, "waited": 1.0, "cases": list(cases)}
+def one_pass(*cases, only=None):
+    return {"seconds": 10.0, "waited": 1.0, "only": only, "cases": list(cases)}
 
 
 def case(name="a", ours=1.0, other=2.0, single=False, **changes):
@@ -63,6 +63,24 @@ def test_a_pass_whose_cores_were_apart_counts_only_beside_others_of_its_kind():
     assert only["candidates"][1]["speedups"] == [9.0, 9.0]
 
 
+def test_cases_that_lost_a_pass_race_once_more_while_there_is_time():
+    together, apart = [case(name, single=name == "single") for name in ("a", "b", "c", "single")], {"apart": 2}
+    passes = [
+        one_pass(*(each | apart for each in together[:2]), *together[2:]),
+        one_pass(together[0] | {"seconds": 9.0}, together[1], together[2] | apart | {"seconds": 2.0}),
+    ]
+    assert lost(passes, 100.0) == ["c", "b", "a"]
+    assert lost(passes, 16.0) == ["c", "b"]
+    assert lost(passes, 1.0) == []
+    assert lost([one_pass(*together), one_pass(*together[:3])], 100.0) == []
+    merged = merge([*passes, one_pass(case("b", other=8.0), case("c") | apart, only=["b", "c"])])
+    speedups = [each["candidates"][1]["speedups"] for each in merged["cases"]]
+    assert speedups == [[2.0], [2.0, 8.0], [2.0], [2.0]]
+    assert merged["seconds"] == 30.0
+    merged = merge([*passes, one_pass(case("b"), only=["b", "c"])])
+    assert [each["id"] for each in merged["cases"]] == ["a", "b", "single"], "c went wrong"
+
+
 def test_what_went_wrong_in_one_pass_is_wrong():
     wrong = {"status": "wrong", "reason": "differs from the float64 truth"}
     second = case(**wrong)
@@ -82,26 +100,34 @@ def test_a_case_that_failed_in_a_later_pass_is_left_out_and_a_single_one_is_not(
 
 
 def test_the_command_runs_two_passes_of_which_the_second_counts_nothing(tmp_path, monkeypatch, capsys):
-    given, results = [], tmp_path / "here.json"
+    given, results, apart = [], tmp_path / "here.json", 1
 
     def instead_of_pytest(command):
         target = command[command.index("--results") + 1]
-        given.append("--later-pass" in command)
+        only = command[command.index("--only") + 1] if "--only" in command else None
+        given.append(("--later-pass" in command, only))
         with open(target, "w") as file:
-            json.dump(one_pass(case(other=2.0 * len(given))), file)
-        return Mock(wait=lambda status=0 if len(given) < 3 else 2: status)
+            json.dump(one_pass(case(other=2.0 * len(given)) | {"apart": apart}), file)
+        return Mock(wait=lambda status=0 if len(given) < 6 else 2: status)
+
+    def speedups():
+        return json.loads(results.read_text())["cases"][0]["candidates"][1]["speedups"]
 
     monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
     monkeypatch.setattr(report, "write", lambda *paths: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--results", str(results)])
     assert command.main() == 0
-    assert given == [False, True]
-    assert json.loads(results.read_text())["cases"][0]["candidates"][1]["speedups"] == [2.0, 4.0]
+    assert given == [(False, None), (True, None)]
+    assert speedups() == [2.0, 4.0]
+    apart = 2
+    assert command.main() == 0
+    assert given[2:] == [(False, None), (True, None), (True, "a")]
+    assert speedups() == [6.0, 8.0, 10.0]
     monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--passes", "3", "--results", str(results)])
-    assert command.main() == 2  # the third run, the first of these passes, is stopped
-    assert given == [False, True, False]
-    assert json.loads(results.read_text())["passes"] == 2
+    assert command.main() == 2  # the first of these passes is stopped
+    assert given[5:] == [(False, None)]
+    assert json.loads(results.read_text())["passes"] == 3, "of the run before"
     assert partial(results).exists()
     assert "stopped" in capsys.readouterr().err
 
