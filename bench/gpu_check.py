@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,15 +60,17 @@ def run_benches(results: Path, seconds: float) -> int | str:
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.Popen(command, env=environment, cwd=ROOT)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, process_group=0)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
-    """Exit status, or what kept the process from one."""
+    """Exit status, or what kept the process from one: then all that it started ends with it."""
     try:
         return process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
-        process.kill()
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return "stopped: its time was over"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -20,7 +21,10 @@ def past_dispatcher(op: Any) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return op(*args)
-        plain = all(type(x) in PLAIN and not x.is_meta for x in args if isinstance(x, torch.Tensor))
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, by a vmap of autograd's own
+            _refuse_vmap(op._name)
+        plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
         return (implementation if plain else op)(*args)
 
     return call
@@ -59,6 +63,7 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
 
 
 def _refuse_vmap(name: str, *_: Any) -> None:
+    name = name.removesuffix("_backward")
     raise RuntimeError(f"vito_kernels is fused ({name}) and has no vmap; loop over the batch, or use its reference")
 
 

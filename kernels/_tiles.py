@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._triton import arch, interpreting, jit, on_device, shared_limit
+from vito_kernels._triton import arch, interpreting, jit, on_device, shared_limit, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -177,6 +177,13 @@ EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, spa
 EXACT_89 = {512: Tile(16, 32, 32, 4, 2, span=256), 1024: Tile(8, 16, 32, 4, 2, span=256)}
 EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, span=256)}
 INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
+
+
+def in_tiles(x: Tensor) -> bool:
+    """Whether the contrastive ops run Triton's kernels on these rows (M, D). Of D > 1024, what must stay in shared
+    memory does not fit every GPU: there the CPU path computes, on the GPU.
+    """
+    return use_triton(x) and x.shape[1] <= max(EXACT)
 
 
 def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:

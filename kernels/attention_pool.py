@@ -121,13 +121,13 @@ def launch_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     wanted = -(-2 * processors(features.device) // (batch * channel_blocks))
     split_rows = BLOCK_L * max(2, -(-locations // (wanted * BLOCK_L)))
     splits = -(-locations // split_rows)
-    parts = features.new_empty((splits, batch, channels), dtype=torch.float32)
+    parts = features.new_empty((batch, channels) if splits == 1 else (splits, batch, channels), dtype=torch.float32)
     weights = features.new_empty((batch, locations), dtype=torch.float32)
     pool_forward[(batch * channel_blocks, splits)](
-        features, logits, parts, weights, locations, channels, split_rows, *features.stride(), parts.stride(0),
+        features, logits, parts, weights, locations, channels, split_rows, *features.stride(), batch * channels,
         BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
     )  # fmt: skip
-    return (parts[0] if splits == 1 else parts.sum(0)), weights
+    return (parts if splits == 1 else parts.sum(0)), weights
 
 
 def launch_backward(
@@ -191,8 +191,10 @@ def _(
 
 def _row_products(vectors: Tensor, matrices: Tensor) -> Tensor:
     """(B, M) times (B, M, N) in the vectors' dtype. With the vector on the right, a CPU takes four times as long."""
+    products = vectors.new_empty(len(vectors), matrices.shape[2])  # itself and not a view, which none may write into
     with without_autocast(matrices):
-        return torch.bmm(vectors[:, None], matrices.to(vectors.dtype))[:, 0]
+        torch.bmm(vectors[:, None], matrices.to(vectors.dtype), out=products[:, None])
+    return products
 
 
 def _compute_dtype(features: Tensor, logits: Tensor) -> torch.dtype:
@@ -203,14 +205,16 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     features, logits = inputs
     pooled, weights = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, logits.new_empty(0), weights, pooled)
+    # The kernel wants what it pooled, whatever the caller writes into it.
+    kept = pooled.clone() if pooled.dtype == torch.float32 and use_triton(features) else pooled.new_empty(0)
+    ctx.save_for_backward(features, logits.new_empty(0), weights, kept)
 
 
 def _backward(ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if g_pooled is None and g_weights is None:
         return None, None
     features, logits_like, weights, pooled = ctx.saved_tensors
-    g_pooled = torch.zeros_like(pooled) if g_pooled is None else g_pooled
+    g_pooled = weights.new_zeros(features.shape[0], features.shape[2]) if g_pooled is None else g_pooled
     return _apply_backward(g_pooled, g_weights, features, logits_like, weights, pooled)
 
 

@@ -110,6 +110,8 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     scale, most = float(scale), torch.finfo(dtype).max
     if not -most <= scale <= most:
         raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
+    if torch.compiler.is_compiling():  # to fill with a number makes it a constant of the graph, and a schedule many
+        return torch.ones((), dtype=dtype, device=like.device) * scale
     return torch.full((), scale, dtype=dtype, device=like.device)
 
 

@@ -27,6 +27,7 @@ from vito_kernels._tiles import (
     cdiv,
     choose_tile,
     columns_of,
+    in_tiles,
     matrices,
     on_tensor_cores,
     products,
@@ -209,7 +210,7 @@ def pair_gradient(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(W y, W^T x) as ``tiled.gradient``: on the CPU from one pass over s, by Triton in a pass for each side."""
-    if not use_triton(x):
+    if not in_tiles(x):
         return tiled.gradient(x, y, scale, x_role, y_role, exclusion, need_x, need_y, kept)
     (left, right), gx, gy = matrices(x, y), scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
     if need_x:  # seen from y, the other way round; lists of positives only ever come with need_y

@@ -15,6 +15,7 @@ output row is owned by one program and summed in a fixed order: deterministic, n
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vito_kernels import options, rowwise, tiled
 from vito_kernels._ops import autograd_op, refuse_double_backward, softplus
-from vito_kernels._triton import use_triton
+from vito_kernels._tiles import in_tiles
 from vito_kernels.checks import (
     autocasts,
     check_finite,
@@ -68,8 +69,8 @@ def contrast(
         check_positive_range(positive, k.shape[0])
     check_finite(scale)
     exclusion = Exclusion(q_group, k_group, positive, diagonal)
-    kept = tiled.room(q, k, scale, keep and not use_triton(q))
-    if use_triton(q):
+    kept = tiled.room(q, k, scale, keep and not in_tiles(q))
+    if in_tiles(q):
         lse2, rest, mean = launch_lse(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
         logits = rowwise.positive_logits(q, k, scale, positive, diagonal)
     else:
@@ -82,7 +83,7 @@ def contrast(
 def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None, keep=False):
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
-    kept = tiled.room(q, k, scale, keep and not use_triton(q))
+    kept = tiled.room(q, k, scale, keep and not in_tiles(q))
     return new(rows), new(rows, _count(positive, diagonal)), new(rows if bring_mean else 0, width), new(rows), kept
 
 
@@ -109,7 +110,9 @@ def contrast_backward(
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
     pairs: dict[str, Any] = {"pair_weight": g_positive, "positive": positive} if g_positive.shape[1] else {}
-    fused = use_triton(q)
+    fused = in_tiles(q)
+    if not pairs:  # lse itself was asked for, and anything may arrive at the -inf of a query that sees no key
+        g_lse2 = g_lse2.masked_fill(lse2 == -math.inf, 0)
     if fused and (need_q or need_scale):
         own = pairs | {"k": k, "diagonal": diagonal or 0} if pairs else {}
         other = q if need_scale else None
@@ -206,7 +209,7 @@ def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
 
 def narrowed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x in ``dtype`` for the Triton kernels; the CPU path computes in float32 anyway."""
-    return x if dtype is None or not use_triton(x) else x.to(dtype)
+    return x if dtype is None or not in_tiles(x) else x.to(dtype)
 
 
 def differentiable(*tensors: Tensor) -> bool:

@@ -94,7 +94,7 @@ class InfoNCELoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         *,
         label_smoothing: float = 0.0,
         hard_negatives: float = 0.0,
@@ -137,7 +137,9 @@ class MoCoLoss(nn.Module):
     queue: Tensor
     oldest: Tensor
 
-    def __init__(self, width: int, queue_size: int = 65536, temperature: float = 0.07, *, reduction: str = "mean"):
+    def __init__(
+        self, width: int, queue_size: int = 65536, temperature: float | Tensor = 0.07, *, reduction: str = "mean"
+    ):
         super().__init__()
         check_whole(width=width, queue_size=queue_size)
         if width < 1 or queue_size < 1:
@@ -184,7 +186,7 @@ class LiTLoss(nn.Module):
 class NTXentLoss(nn.Module):
     """``ntxent``: ``forward(z1 (B, D), z2 (B, D))``."""
 
-    def __init__(self, temperature: float = 0.5, *, reduction: str = "mean"):
+    def __init__(self, temperature: float | Tensor = 0.5, *, reduction: str = "mean"):
         super().__init__()
         inverse_temperature(temperature)
         check_reduction(reduction)
@@ -197,7 +199,7 @@ class NTXentLoss(nn.Module):
 class SupConLoss(nn.Module):
     """``supcon_loss``: ``forward(z (M, D), labels (M,))``."""
 
-    def __init__(self, temperature: float = 0.1, *, reduction: str = "mean"):
+    def __init__(self, temperature: float | Tensor = 0.1, *, reduction: str = "mean"):
         super().__init__()
         inverse_temperature(temperature)
         check_reduction(reduction)

@@ -51,7 +51,7 @@ def _margin_kernel(
         other = tl.load(second + row, mask=row < M, other=0.0)
         other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
-    for p in tl.static_range(PAIRS):
+    for p in range(PAIRS):
         logit = tl.load(logits + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0.0)
         total += _softplus((lse - logit + lost) * 0.6931471805599453)
         if SIDES == 2:
@@ -73,7 +73,7 @@ def _margin_gradient_kernel(
         other = tl.load(second + row, mask=row < M, other=0.0)
         other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
         other_total = total
-    for p in tl.static_range(PAIRS):
+    for p in range(PAIRS):
         place = row.to(tl.int64) * PAIRS + p
         logit = tl.load(logits + place, mask=row < M, other=0.0)
         share = g * _sigmoid((lse - logit + lost) * 0.6931471805599453)

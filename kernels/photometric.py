@@ -321,7 +321,8 @@ def photometric_op(
         with on_device(images):
             return launch(images, params, radius, mean, std, dtype)
     with without_autocast(images):
-        return photometric_cpu.photometric(images, params, radius, mean, std, dtype)
+        done = photometric_cpu.photometric(images.cpu(), params.cpu(), radius, mean, std, dtype)
+    return done.to(images.device)  # of a GPU that Triton's kernels do not serve
 
 
 @photometric_op.register_fake

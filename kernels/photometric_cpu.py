@@ -82,7 +82,9 @@ def _augment(height: int, width: int, radius: int) -> _Augment:
 
 
 class _Colour:
-    """Jitter and grey. Every operation's result lies in [0, 1], as the planes do; only the first two need a clip."""
+    """Jitter and grey. Every operation's result lies in [0, 1], as the planes do, but for rounding; only the first two
+    need a clip.
+    """
 
     def __init__(self, height: int, width: int):
         self.planes = torch.empty(3, height, width, **FLOAT)
@@ -154,7 +156,7 @@ def _hues(turns: Tensor) -> Tensor:
 
 
 def _solarise(x: Tensor, threshold: float) -> None:
-    over = x.clone().ge_(threshold)
+    over = x.clone().ge_(threshold if threshold > 0 else -1.0)  # rounding leaves some of x below 0
     x.addcmul_(x, over, value=-2).add_(over)
 
 

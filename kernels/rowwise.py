@@ -120,17 +120,18 @@ def _pull_kernel(
     acc = tl.load(base + place * D + column[None], mask=inside, other=0.0)
     if WEIGHTED:
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
-    for p in range(PAIRS):
-        key = (row ^ TWINS).to(tl.int64) + diagonal
-        if LISTED:
-            key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
-        known = (row < M) & (key >= 0) & (key < N)
-        pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
-        share = tl.load(pair_weight + pair, mask=known, other=0.0)
-        if TWINS:
-            share += tl.load(pair_weight + key, mask=known, other=0.0)
-        keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
-        acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
+    if PAIRS > 0:  # a loop of no turns is compiled all the same, and has no pairs to load
+        for p in range(PAIRS):
+            key = (row ^ TWINS).to(tl.int64) + diagonal
+            if LISTED:
+                key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
+            known = (row < M) & (key >= 0) & (key < N)
+            pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
+            share = tl.load(pair_weight + pair, mask=known, other=0.0)
+            if TWINS:
+                share += tl.load(pair_weight + key, mask=known, other=0.0)
+            keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
+            acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
     if DOTS:
         theirs = tl.load(other + place * other_stride + column[None], mask=inside, other=0.0)
         tl.store(dots + row, tl.sum(acc * theirs.to(tl.float32), 1), mask=row < M)
@@ -254,6 +255,10 @@ def specs() -> list[Spec]:
         q = matrix(rows, D, dtype=torch.bfloat16)
         pull(matrix(rows, D), matrix(), q.dtype, weight=matrix(rows), pair_weight=matrix(rows), k=q, other=q)
 
+    def unpaired() -> None:
+        pull(matrix(rows, D), matrix(), torch.bfloat16, weight=matrix(rows))
+        pull(matrix(rows, D), matrix(), torch.bfloat16)
+
     def logits() -> None:
         q = matrix(rows, D, dtype=torch.bfloat16)
         positive_logits(q, q, matrix(), None, 0)
@@ -263,6 +268,7 @@ def specs() -> list[Spec]:
         role(matrix(rows), matrix(rows), matrix(rows))
 
     work = {"merge": (merge, 20.0 * rows * D), "gradient": (gradient, 10.0 * rows * D)}
+    work |= {"gradient without pairs": (unpaired, 12.0 * rows * D)}
     work |= {"logits": (logits, 4.0 * rows * D), "sums": (sums, 64.0 * rows)}
     return [
         Spec(f"rowwise {name} D={D}", launch, flops=0.0, min_bytes=least, tensor_cores=False)

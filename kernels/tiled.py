@@ -360,10 +360,11 @@ def gradient(
 
 def _gain(*roles: Role | None) -> float:
     """The power of two that brings the largest weight to 1, which may be the share of one row in a mean over millions:
-    2^-lse of it shall not fall below the smallest float.
+    2^-lse of it shall not fall below the smallest float. Or as close to 1 as a float can bring it.
     """
-    largest = max(float(role.weight.abs().max()) for role in roles if role is not None)
-    return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+    weights = [role.weight for role in roles if role is not None]
+    largest, most = max(float(weight.abs().max()) for weight in weights), torch.finfo(weights[0].dtype).max
+    return 2.0 ** min(-math.frexp(largest)[1], math.frexp(most)[1] - 2) if 0 < largest < math.inf else 1.0
 
 
 def _prepared(role: Role | None, direct: bool, gain: float) -> Role | None:

@@ -27,8 +27,8 @@ from torch import Tensor
 from vito_kernels import rowwise, tiled, wide
 from vito_kernels._device import dot_rows, hide, load_rows, plan_tiles
 from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._tiles import Matrix, Operand, Tile, cdiv, choose_tile, matrices, on_tensor_cores, products
-from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels._tiles import Matrix, Operand, Tile, cdiv, choose_tile, in_tiles, matrices, on_tensor_cores, products
+from vito_kernels._triton import Spec, jit, on_device, processors
 from vito_kernels.checks import (
     check_finite,
     check_paired,
@@ -211,7 +211,7 @@ def sums_and_pairs(
     diagonal.
     """
     hidden = Exclusion(diagonal=diagonal)
-    if use_triton(x):
+    if in_tiles(x):
         sums = launch_two_sided(narrowed(x, narrow), narrowed(y, narrow), scale, hidden)
         return sums, rowwise.positive_logits(x, y, scale, None, diagonal)
     pairs = scale.new_empty(x.shape[0], int(diagonal is not None))
@@ -226,7 +226,7 @@ def two_sided(
     diagonal are a pair, and do not see each other. ``narrow`` and ``keep`` as for ``contrast``.
     """
     check_finite(scale)
-    kept = tiled.room(x, y, scale, keep and not use_triton(x))
+    kept = tiled.room(x, y, scale, keep and not in_tiles(x))
     (row, row_rest, column, column_rest), pairs = sums_and_pairs(x, y, scale, diagonal, narrow, kept)
     return row, column, pairs, row_rest, column_rest, kept
 
@@ -234,7 +234,7 @@ def two_sided(
 @two_sided.register_fake
 def _(x, y, scale, diagonal, narrow=None, keep=False):
     m, n = x.shape[0], y.shape[0]
-    kept = tiled.room(x, y, scale, keep and not use_triton(x))
+    kept = tiled.room(x, y, scale, keep and not in_tiles(x))
     return *(scale.new_empty(shape) for shape in (m, n, (m, 1), m, n)), kept
 
 
@@ -264,7 +264,7 @@ def two_sided_backward(
     sides = narrowed(x, narrow), narrowed(y, narrow)
     gx, gy = pair_gradient(*sides, scale, x_role, y_role, hidden, side, need_y, kept)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
-    if use_triton(x):
+    if in_tiles(x):
         if side:
             other = x if need_scale else None
             dx, dscale = rowwise.pull(
@@ -337,8 +337,8 @@ def self_contrast(
     """
     check_finite(scale)
     side, exclusion = narrowed(z, narrow), _others(group)
-    kept = tiled.room(z, z, scale, keep and not use_triton(z), half=True)
-    if use_triton(z):
+    kept = tiled.room(z, z, scale, keep and not in_tiles(z), half=True)
+    if in_tiles(z):
         lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
         logits = rowwise.positive_logits(z, z, scale, None, 0 if group is None else None, twins=True)
     else:
@@ -367,7 +367,7 @@ def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Ten
 
 @self_contrast.register_fake
 def _(z, scale, group, count, narrow=None, keep=False):
-    kept, rows = tiled.room(z, z, scale, keep and not use_triton(z), half=True), z.shape[0]
+    kept, rows = tiled.room(z, z, scale, keep and not in_tiles(z), half=True), z.shape[0]
     return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), kept
 
 
@@ -393,7 +393,7 @@ def self_contrast_backward(
     if group is not None and count is not None:
         pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1) * tiled.LOG2E)
     side, exclusion = narrowed(z, narrow), _others(group)
-    if use_triton(z):
+    if in_tiles(z):
         gz = launch_gradient(*matrices(side, side), scale, role, role, exclusion, pull)
         pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if group is None else {}
         dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)

@@ -226,7 +226,7 @@ def make_loader(config: Config, world: World) -> ClipLoader:
         rank=world.rank,
         world_size=world.size,
         sampler=config.sampler,
-        device=world.device.type,
+        device=world.device,
         dtype=torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32,
         threads=threads,
         prefetch=config.data.prefetch,

@@ -15,7 +15,7 @@ from videos import pictures, rotate, write
 import vito_kernels
 from vito_fast.data.decode import Decoder, decode_jpeg
 from vito_fast.data.geometry import view
-from vito_fast.data.loader import ClipLoader
+from vito_fast.data.loader import ClipLoader, _numbered
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import Sampler, SamplerConfig
 from vito_fast.data.store import Store, frames
@@ -286,7 +286,7 @@ ENDINGS = {
 def test_the_process_ends_however_it_ends(stores, ending):
     """Prefetching much, so that plenty is under way."""
     script = f"""
-        from vito_fast.data.loader import ClipLoader
+        from vito_fast.data.loader import ClipLoader, _numbered
         loader = ClipLoader({str(stores / "jpeg")!r}, 1, prefetch=50, threads=2)
         batches = iter(loader)
         next(batches)
@@ -316,3 +316,11 @@ def test_dali_is_asked_for_by_name(stores, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with loader(stores / "jpeg") as data, pytest.raises(UserError, match=r"pip install 'vito-fast\[train\]'"):
         next(iter(data))
+
+
+def test_a_gpu_has_its_number_before_other_threads_ask(monkeypatch):
+    """Which GPU is the current one each thread knows for itself, and workers know of the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    found = [str(_numbered(torch.device(name))) for name in ("cuda", "cuda:1", "cpu")]
+    assert found == ["cuda:3", "cuda:1", "cpu"]

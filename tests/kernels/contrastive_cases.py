@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vito_kernels import clip_loss, info_nce, reference, supcon_loss
+from vito_kernels import clip_loss, info_nce, reference, similarity_lse, supcon_loss
 
 SHAPES = [(1, 1, 16), (5, 9, 16), (33, 70, 48), (64, 64, 64), (17, 130, 100), (130, 17, 192)]
 LAYOUTS = ["none", "groups", "positive", "many"]
@@ -124,3 +124,15 @@ def tight_classes(rows, width, classes, noise):
     labels = torch.randint(0, classes, (rows,), generator=draw)
     centres = normalize(torch.randn(classes, width, generator=draw), dim=1)
     return normalize(centres[labels] + noise * torch.randn(rows, width, generator=draw) / width**0.5, dim=1), labels
+
+
+def assert_unseen_gets_nothing(device):
+    """Of a query that sees no key, at whose lse autograd brings 0 times infinity."""
+    q, k = (embeddings(n, 16, torch.float32, device, n).requires_grad_() for n in (3, 5))
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+    groups = {"q_group": torch.tensor([1, 0, 2], device=device), "k_group": torch.ones_like(k[:, 0]).long()}
+    lse = similarity_lse(q, k, scale, **groups)
+    assert (lse == -torch.inf).tolist() == [True, False, False]
+    found = torch.autograd.grad(torch.where(lse.isinf(), 0, lse.square()).sum(), (q, k, scale))
+    expected = torch.autograd.grad(reference.similarity_lse(q[1:], k, scale).square().sum(), (q, k, scale))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

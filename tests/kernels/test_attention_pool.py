@@ -160,3 +160,13 @@ def test_threads_may_share_the_op():
     for thread in threads:
         thread.join()
     assert all(torch.equal(result[0], expected[0]) for result in results)
+
+
+def test_the_caller_may_write_into_what_was_pooled():
+    torch.manual_seed(3)
+    features, logits = (torch.randn(2, 9, *rest).requires_grad_() for rest in ((5,), ()))
+    found, expected = (
+        torch.autograd.grad(relu(attention_pool(features, logits)[0]).square().sum(), (features, logits))
+        for relu in (torch.relu_, torch.relu)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

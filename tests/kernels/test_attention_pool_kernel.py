@@ -136,3 +136,13 @@ if torch.cuda.is_available():
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_the_caller_may_write_into_what_was_pooled(device):
+    torch.manual_seed(3)
+    features, logits = (torch.randn(2, 9, *rest, device=device).requires_grad_() for rest in ((5,), ()))
+    found, expected = (
+        torch.autograd.grad(relu(attention_pool(features, logits)[0]).square().sum(), (features, logits))
+        for relu in (torch.relu_, torch.relu)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

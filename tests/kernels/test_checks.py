@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contrastive_cases import embeddings
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vito_kernels as vk
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
@@ -52,6 +53,22 @@ def test_numbers_may_be_symbols_of_a_compiler(dynamic):
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for scale, share in [(9.0, 0.1), (7.5, 0.2), (5.25, 0.3)]:
         torch.testing.assert_close(compiled(scale, share), losses(scale, share))
+
+
+@pytest.mark.parametrize("options", [{}, {"hard_negatives": 0.5}, {"debias": 0.03}], ids=str)
+def test_a_schedule_of_temperatures_is_compiled_once(options):
+    """After its first value, which is a constant."""
+    q, k = pair()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def losses(t):
+        found = vk.info_nce(q, k, temperature=t, **options) + vk.clip_loss(q, k, 1 / t) + vk.ntxent(q, k, t)
+        return found + vk.moco_loss(q, k, k, temperature=t) + vk.similarity_lse(q, k, t).sum()
+
+    compiled = torch.compile(losses, fullgraph=True, backend=counter)
+    for temperature in (0.5, 0.4, 0.3, 0.2, 0.1):
+        torch.testing.assert_close(compiled(temperature), losses(temperature))
+    assert counter.frame_count <= 2
 
 
 PAIR_LOSSES = {

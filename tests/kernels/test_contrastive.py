@@ -12,6 +12,7 @@ from contrastive_cases import (
     LAYOUTS,
     SHAPES,
     assert_at_most_twice_torch,
+    assert_unseen_gets_nothing,
     embeddings,
     error,
     gradient_errors_under_autocast,
@@ -112,6 +113,29 @@ def test_the_gradient_survives_a_confident_positive(p):
         assert error(found, exact) < max(1e-3, 2**-8)  # half a unit in the last place of bfloat16
 
 
+@pytest.mark.parametrize("scale", [86.0, 88.0, 90.0, 92.0, 94.0, 100.0])
+@pytest.mark.parametrize("loss", [clip_loss, ntxent, lambda q, k, t: info_nce(q, k, temperature=t)])
+def test_rows_far_from_all_others_have_the_little_gradient_that_is_left(loss, scale):
+    """Softmaxes of 1e-37 and less, which neither underflow nor, brought to 1, overflow."""
+    rows = torch.linalg.cholesky(torch.full((8, 8), 0.02, dtype=torch.float64).fill_diagonal_(1.0))
+    number = scale if loss is clip_loss else 1 / scale
+    mine, exact = (
+        with_gradients(lambda q, k: loss(q, k, number), [rows.to(dtype), rows.to(dtype)])
+        for dtype in (torch.float32, torch.float64)
+    )
+    for found, expected in zip(mine[1:], exact[1:], strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-38)  # the smallest with all bits
+
+
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-39), (torch.float64, 1e-310)], ids=str)
+def test_a_gradient_that_is_hardly_a_number(dtype, small):
+    q, k = (embeddings(8, 16, torch.float32, "cpu", i).to(dtype).requires_grad_() for i in (0, 1))
+    whole = torch.autograd.grad(info_nce(q, k), (q, k))
+    share = torch.autograd.grad(info_nce(q, k), (q, k), torch.tensor(small, dtype=dtype))
+    torch.testing.assert_close(list(share), [small * x for x in whole], rtol=1e-3, atol=small / 1e4)
+
+
 def test_all_keys_excluded():
     q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (3, 5))
     same = {"q_group": torch.zeros(3, dtype=torch.long), "k_group": torch.zeros(5, dtype=torch.long)}
@@ -122,6 +146,10 @@ def test_all_keys_excluded():
     assert loss == 0
     assert not q.grad.any()
     assert not k.grad.any()
+
+
+def test_whatever_arrives_at_a_query_that_sees_no_key_is_lost():
+    assert_unseen_gets_nothing("cpu")
 
 
 def test_identical_keys_count_as_many():
@@ -214,6 +242,8 @@ def test_under_every_transform_of_pytorch(loss):
         first.sum().backward()
     with pytest.raises(RuntimeError, match="has no vmap; loop over the batch"):
         torch.vmap(loss, (0, None))(q[None], k)
+    with pytest.raises(RuntimeError, match="has no vmap; loop over the batch"):
+        torch.autograd.grad(loss(q, k), q, torch.ones(3), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

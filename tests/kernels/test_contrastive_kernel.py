@@ -9,6 +9,7 @@ import pytest
 import torch
 from contrastive_cases import (
     assert_at_most_twice_torch,
+    assert_unseen_gets_nothing,
     embeddings,
     error,
     gradient_errors_under_autocast,
@@ -313,6 +314,10 @@ def test_what_a_visiting_block_adds_is_merged_by_one_kernel(device, monkeypatch,
     assert (found[0][ids == 0] == -torch.inf).all() == (second == 0)
     for mine, expected in zip(ring._merged_sums(*(block[:2] for block in blocks)), found, strict=False):
         assert torch.equal(mine, expected)
+
+
+def test_whatever_arrives_at_a_query_that_sees_no_key_is_lost(device):
+    assert_unseen_gets_nothing(device)
 
 
 def test_identical_keys_count_as_many(device):

@@ -124,6 +124,13 @@ def test_equals_reference(height, width, seed, kernel_size):
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_threshold_of_zero_inverts_every_pixel():
+    """Also those that saturation's rounding has left below zero."""
+    images = photographs(24, 64, 64)
+    params = torch.tensor([[0.1, 0.7, 1.4, 0.13, order, 0, 0, 0.0] for order in range(24)])
+    assert grey_levels(photometric(images, params), reference.photometric(images, params, dtype=torch.float64)) < 1e-2
+
+
 @given(seed=st.integers(0, 999))
 @settings(max_examples=15, deadline=None)
 def test_rows_do_not_touch_each_other(seed):

@@ -138,7 +138,7 @@ class ClipLoader:
         self._recipe = Recipe(
             self.store,
             Sampler(self.store.index, sampler, seed),
-            torch.device(device),
+            _numbered(torch.device(device)),
             dtype,
             augment,
             threads,
@@ -275,3 +275,10 @@ class ClipLoader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """This thread's GPU by its number: to the workers' threads, a mere ``cuda`` is the first one."""
+    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
