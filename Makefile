@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect gpu-check clean
+.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -77,6 +77,12 @@ clean:
 inspect: setup
 	@mkdir -p build
 	$(BIN)/python -m vito_kernels.inspect --json build/inspect.json $(INSPECT)
+
+# What the kernel tests launch, compiled for a GPU that is not there (80, 89, 90, 100 or 120): some seven minutes.
+ARCH = 90
+rehearse: setup
+	ARCH=$(ARCH) PYTHONPATH=tests/kernels PYTHONOPTIMIZE=1 $(BIN)/python -W ignore -m pytest --assert=plain -p rehearsal -n 2 $(wildcard tests/kernels/test_*_kernel.py) \
+	  --deselect tests/kernels/test_contrastive_kernel.py::test_columns_that_no_launch_would_bring_are_an_error
 
 # Tests and times the kernels on this machine's GPU. Needs PYTHON with torch, triton, numpy and pytest, and nothing installed.
 ifneq ($(wildcard $(BIN)/python),)

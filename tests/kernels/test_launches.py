@@ -4,12 +4,12 @@ interpreter, which runs Python, takes code that Triton's compiler refuses.
 
 import importlib
 import itertools
-import sys
 
 import pytest
 import torch
+from rehearsal import no_gpu
 
-from vito_kernels import _triton, inspect, two_sided
+from vito_kernels import _triton, two_sided
 
 if _triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
@@ -27,12 +27,8 @@ def empty(*shape, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """Ops take meta tensors for a GPU's, and Triton believes in an H100."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vito_kernels") and hasattr(module, "use_triton"):
-            monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(info_nce, "check_positive_range", lambda positive, keys: None)
-    with inspect.stand_in(90) as driver:
+    with no_gpu(90) as driver:
         yield
     assert driver.launched
 
