@@ -179,13 +179,13 @@ def _run_gradient(
 
 
 def _gain(x: Tensor, *roles: Role | None) -> Tensor | None:
-    """For float16, what brings the largest weight to 2^14: its W would lose the small gradients of a mean over a
-    batch.
+    """For float16, what brings the largest weight to 2^14, or as close as a float can: its W would lose the small
+    gradients of a mean over a batch.
     """
     if x.dtype != torch.float16:
         return None
     largest = torch.stack([role.weight.abs().max() for role in roles if role is not None]).max()
-    return torch.where(largest > 0, 2.0**14 / largest, 1.0)
+    return torch.where(largest > 0, (2.0**14 / largest).clamp(max=2.0**126), 1.0)
 
 
 def _usable(role: Role | None, gain: Tensor | None) -> Role | None:

@@ -266,6 +266,18 @@ def test_supcon(device):
     assert_at_most_twice_torch(*pair, [z], floor=32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_far_from_all_others_have_a_gradient(device, dtype):
+    """Softmaxes of 1e-37 and less, which brought to 1 would overflow."""
+    rows = torch.linalg.cholesky(torch.full((8, 8), 0.02, dtype=torch.float64).fill_diagonal_(1.0))
+    x, y = (rows.to(device, dtype).repeat(1, 2).requires_grad_() for _ in range(2))
+    for scale in (44.0, 45.0, 46.0, 50.0):
+        for loss in (clip_loss(x, y, scale), info_nce(x, y, temperature=1 / scale), ntxent(x, y, 1 / scale)):
+            for gradient in torch.autograd.grad(loss, (x, y)):
+                assert gradient.isfinite().all()
+                assert gradient.any() or dtype == torch.float16 or scale == 50.0
+
+
 def test_all_keys_excluded_and_one_of_each(device):
     q, k = (embeddings(n, 16, torch.float32, device, n).requires_grad_() for n in (3, 20))
     ids = {"q_group": torch.zeros(3, dtype=torch.long, device=device)}
