@@ -46,6 +46,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.safetensors"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The files with a checkpoint's name in ``folder``, newest first."""
     found = [p for p in folder.glob("step-*.safetensors") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
@@ -92,12 +97,22 @@ def warn(message: str) -> None:
 
 
 def read_newest(folder: Path, refused: Callable[[str], None] = warn) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that is whole; ``refused`` is told each newer one that is not, by name."""
-    for path in checkpoints(folder):
+    """The newest checkpoint in ``folder`` that is whole, or None if there is no file of that kind; ``refused`` is told
+    each newer one that is not, by name. UserError if there are files and none is whole: they are not nothing.
+    """
+    reasons: list[str] = []
+    found = checkpoints(folder)
+    for path in found:
         try:
-            return read(path)
+            checkpoint = read(path)
         except UserError as error:
-            refused(f"{error}; trying the one before")
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            refused(f"{reason}; trying the one before")
+        return checkpoint
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {folder} can be used; the newest: {reasons[0]}")
     return None
 
 
@@ -129,11 +144,14 @@ class Checkpointer:
 
     ``save`` copies the state and returns; one write at a time. ``wait`` returns once the last one is on the disk and
     raises what it raised. The newest ``keep_last`` stay, and every one whose step is a multiple of ``keep_every``.
+    Files of later steps than ``start``, which the run goes on after, are those that were refused: they take nobody's
+    place.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, start: int | None = None) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         folder.mkdir(parents=True, exist_ok=True)
+        self._refused = {path for path in checkpoints(folder) if start is not None and step_of(path) > start}
         for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".tmp??????")]:  # the second are safetensors'
             leftover.unlink()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -162,7 +180,9 @@ class Checkpointer:
 
     def _write(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         write(path, tensors, state)
-        for old in checkpoints(self.folder)[self.keep_last :]:
-            step = int(old.stem.removeprefix("step-"))
-            if not (self.keep_every and step % self.keep_every == 0):
+        self._refused.discard(path)
+        so_far = [old for old in checkpoints(self.folder) if old <= path]
+        kept = [old for old in so_far if old not in self._refused][: self.keep_last]
+        for old in so_far:
+            if old < kept[-1] and not (self.keep_every and step_of(old) % self.keep_every == 0):
                 old.unlink(missing_ok=True)

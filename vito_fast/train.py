@@ -205,7 +205,7 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
             how = "goes on after" if start < last else "is finished at"
             print(f"{folder} {how} step {start} of {total}", flush=True)
         run.recorder = Recorder(folder, start, config)
-        run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every)
+        run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
         run.frames = monitor.draw(config, len(loader.store))
     if checkpoint is not None:
         run.baselines = checkpoint.state["baselines"]
@@ -244,8 +244,11 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
 
 
 def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Makes the run's folder, or finds where to continue."""
-    found = read_newest(run / "checkpoints")
+    """Makes the run's folder, or finds where to continue. UserError if what is there must not be written over."""
+    try:
+        found = read_newest(run / "checkpoints")
+    except UserError as error:
+        raise UserError(f"{error}: move {run} away, give another --name, or take the program that wrote it") from None
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vito_fast import checkpoint
-from vito_fast.checkpoint import Checkpointer, checkpoints, find, path_of, read, read_newest, write
+from vito_fast.checkpoint import Checkpointer, checkpoints, find, path_of, read, read_newest, step_of, write
 from vito_fast.errors import UserError
 
 TENSORS = {
@@ -75,6 +75,15 @@ def test_the_previous_checkpoint_is_used_and_the_torn_one_named(tmp_path):
     assert find(tmp_path, told.append).state["step"] == 20
 
 
+def test_checkpoints_of_which_none_is_whole_are_not_no_checkpoints(tmp_path):
+    for step in (10, 20):
+        path_of(tmp_path, step).write_bytes(b"torn")
+    told = []
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*the newest: .*step-00000020\.safetensors is torn"):
+        read_newest(tmp_path, told.append)
+    assert told == []  # all is in the error, and nothing is tried next
+
+
 def test_runs_without_checkpoints(tmp_path):
     assert read_newest(tmp_path / "none", lambda _: None) is None
     with pytest.raises(UserError, match="no run or checkpoint"):
@@ -89,6 +98,21 @@ def test_the_newest_and_every_kth_are_kept(tmp_path):
         saver.save(step, {"a": torch.full((2,), float(step))}, {"step": step})
     saver.close()
     assert [int(p.stem[5:]) for p in checkpoints(tmp_path)] == [10, 9, 8, 4]
+
+
+def test_files_that_were_refused_take_no_place_of_good_ones(tmp_path):
+    for step in (6, 9, 12, 15):
+        write(path_of(tmp_path, step), TENSORS, {"step": step})
+    for step in (12, 15):
+        path_of(tmp_path, step).write_bytes(b"torn")
+    saver = Checkpointer(tmp_path, keep_last=2, start=9)
+    left = []
+    for step in (11, 12, 14):
+        saver.save(step, TENSORS, {"step": step})
+        saver.wait()
+        left.append([step_of(path) for path in checkpoints(tmp_path)])
+    saver.close()
+    assert left == [[15, 12, 11, 9], [15, 12, 11], [15, 14, 12]]
 
 
 def test_saving_copies_before_it_returns(tmp_path):

@@ -286,6 +286,24 @@ def test_a_torn_newest_checkpoint_is_named_and_the_one_before_used(config, capsy
     assert rows(whole) == rows(torn)
 
 
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("damage", ["cut short", "of a newer program"])
+def test_a_run_without_a_usable_checkpoint_is_not_written_over(config, damage, resume):
+    train(config, max_steps=7)
+    for path in checkpoints(run_of(config) / "checkpoints"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-100] if damage == "cut short" else whole.replace(b'"version":"1"', b'"version":"2"'))
+    before = files(run_of(config))
+    reason = "is torn" if damage == "cut short" else "is a checkpoint of version 2"
+    with pytest.raises(UserError, match=rf"step-00000007\.safetensors {reason}.*another --name"):
+        train(config, resume=resume)
+    assert files(run_of(config)) == before
+
+
 def test_runs_are_not_overwritten_or_continued_as_others(config, tmp_path):
     train(config, max_steps=3)
     with pytest.raises(UserError, match="already holds a run"):
