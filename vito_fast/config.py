@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from vito_fast.data.sampler import SamplerConfig
 from vito_fast.errors import UserError
+from vito_fast.files import whole
 
 T = TypeVar("T")
 
@@ -379,7 +380,8 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the whole configuration as YAML that ``load_config`` reads back to an equal object."""
     import yaml
 
-    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    with whole(path) as partial:
+        partial.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
 
 
 def method_differences(a: Config, b: Config) -> list[str]:

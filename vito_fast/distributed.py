@@ -1,4 +1,4 @@
-"""Which process of how many this is, and the gathering of keys from all of them.
+"""Which process of how many this is, the gathering of keys from all of them, and that they alone write their run.
 
 One process needs no launcher. Under ``torchrun`` the same program reads its rank from the environment and joins the
 group: NCCL on CUDA, gloo on CPU.
@@ -6,7 +6,10 @@ group: NCCL on CUDA, gloo on CPU.
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_fast.errors import UserError
+from vito_fast.files import locked
 from vito_fast.loss import Keys
 from vito_kernels.distributed import gather_keys
+
+PATIENCE = 10.0
+"""Seconds to wait for a run's lock on one machine; ten times as long on several."""
 
 
 @dataclass(frozen=True)
@@ -156,3 +163,28 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+@contextmanager
+def sole_writer(folder: Path, world: World) -> Iterator[None]:
+    """Inside, no other processes than these ranks write ``folder``, which is made if need be. UserError if others do,
+    on every rank, or if it cannot be made.
+
+    A predecessor that was killed may take a moment to end. One on another machine may be dead with it: a network file
+    system then takes back its lock after a minute and a half.
+    """
+    lock, patience = folder / ".lock", PATIENCE if world.size == world.local_size else 10 * PATIENCE
+    with ExitStack() as held:
+        mine = True
+        if world.main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                mine = held.enter_context(locked(lock, patience))
+            except OSError as error:
+                raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+        if any_rank(not mine, world.device):  # nor do the other ranks read there before
+            raise UserError(
+                f"another process is writing the run {folder}: wait for it or stop it, or give this one another --name "
+                f"(if it died with its machine, delete {lock})"
+            )
+        yield

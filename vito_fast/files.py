@@ -1,11 +1,15 @@
 """Files that are the old one or the whole new one at any moment: when the process is killed, when the power goes; and
-whether they can be written at all.
+whether they can be written at all, and by whom.
 """
 
+import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from vito_fast.errors import UserError
 
@@ -33,6 +37,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Whether ``path``, an empty file, is this process's alone inside: False if another still has it after ``patience``
+    seconds. The system lets go of it however the process ends. True where the file system knows no locks.
+    """
+    with open(path, "ab") as file:
+        until = time.monotonic() + patience
+        while not (mine := _lock(file)) and time.monotonic() < until:
+            time.sleep(0.1)
+        yield mine
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def check_writable(path: Path) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vito_fast import __version__, monitor
 from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.loader import ClipLoader
-from vito_fast.distributed import World, any_rank, join, leave
+from vito_fast.distributed import World, any_rank, join, leave, sole_writer
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
@@ -50,14 +51,15 @@ def train(
         raise UserError(f"--max-steps must be at least 1, got {max_steps}")
     world = join(config.train.device)
     try:
-        return _train(config, world, resume, max_steps, profile)
+        with _open(config, world, resume, max_steps) as run:
+            return _train(run, profile)
     finally:
         leave()
 
 
-def _train(config: Config, world: World, resume: bool, max_steps: int | None, profile: bool) -> dict[str, Any]:
-    run = _open(config, world, resume, max_steps)
-    trainer, loader, start, last = run.trainer, run.loader, run.trainer.step_count, run.last
+def _train(run: "_Run", profile: bool) -> dict[str, Any]:
+    config, world, trainer, loader = run.config, run.world, run.trainer, run.loader
+    start, last = trainer.step_count, run.last
     with StopSignal() as stop:
         clock = Clock(world.device, pairs_at_peak(config, world) if world.main else None)
         alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
@@ -184,7 +186,8 @@ class _Run:
         }
 
 
-def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> _Run:
+@contextmanager
+def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> Iterator[_Run]:
     """A new run, evaluated once, or one at its newest whole checkpoint. All ranks read; only the main one writes."""
     if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
         where = "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs, whose collectives would be captured"
@@ -192,27 +195,28 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
     folder = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     trainer = Trainer(config, world, len(loader))
-    checkpoint = _open_folder(folder, config, resume, world)
-    if checkpoint is not None:
-        _check_same_run(checkpoint, config, loader)
-        trainer.load(checkpoint)
-    start, total = trainer.step_count, trainer.schedule.total_steps
-    loader.load_state_dict({"step": start})
-    last = total if max_steps is None else min(total, max_steps)
-    run = _Run(config, world, folder, loader, trainer, last)
-    if world.main:
-        if start:
-            how = "goes on after" if start < last else "is finished at"
-            print(f"{folder} {how} step {start} of {total}", flush=True)
-        run.recorder = Recorder(folder, start, config)
-        run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
-        run.frames = monitor.draw(config, len(loader.store))
-    if checkpoint is not None:
-        run.baselines = checkpoint.state["baselines"]
-    elif run.recorder and run.frames:
-        run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
-        run.recorder.evaluation({"step": 0, **run.baselines})
-    return run
+    with sole_writer(folder, world):
+        checkpoint = _open_folder(folder, config, resume, world)
+        if checkpoint is not None:
+            _check_same_run(checkpoint, config, loader)
+            trainer.load(checkpoint)
+        start, total = trainer.step_count, trainer.schedule.total_steps
+        loader.load_state_dict({"step": start})
+        last = total if max_steps is None else min(total, max_steps)
+        run = _Run(config, world, folder, loader, trainer, last)
+        if world.main:
+            if start:
+                how = "goes on after" if start < last else "is finished at"
+                print(f"{folder} {how} step {start} of {total}", flush=True)
+            run.recorder = Recorder(folder, start, config)
+            run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
+            run.frames = monitor.draw(config, len(loader.store))
+        if checkpoint is not None:
+            run.baselines = checkpoint.state["baselines"]
+        elif run.recorder and run.frames:
+            run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
+            run.recorder.evaluation({"step": 0, **run.baselines})
+        yield run
 
 
 def make_loader(config: Config, world: World) -> ClipLoader:
@@ -244,7 +248,7 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
 
 
 def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Makes the run's folder, or finds where to continue. UserError if what is there must not be written over."""
+    """Begins the run's folder, or finds where to continue. UserError if what is there must not be written over."""
     try:
         found = read_newest(run / "checkpoints")
     except UserError as error:
@@ -252,11 +256,7 @@ def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Check
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            save_config(config, run / "config.yaml")
-        except OSError as error:
-            raise UserError(f"cannot write the run's folder {run}: {error.strerror}") from None
+        save_config(config, run / "config.yaml")
     return found
 
 

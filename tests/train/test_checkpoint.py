@@ -79,7 +79,9 @@ def test_checkpoints_of_which_none_is_whole_are_not_no_checkpoints(tmp_path):
     for step in (10, 20):
         path_of(tmp_path, step).write_bytes(b"torn")
     told = []
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*the newest: .*step-00000020\.safetensors is torn"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 checkpoints .*the newest: .*step-00000020\.safetensors is torn"
+    ):
         read_newest(tmp_path, told.append)
     assert told == []  # all is in the error, and nothing is tried next
 

@@ -1,10 +1,11 @@
 """A file is the old one or the whole new one."""
 
+import errno
 import os
 
 import pytest
 
-from vito_fast.files import whole
+from vito_fast.files import locked, whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -41,3 +42,20 @@ def test_two_that_write_one_file_do_not_meet(tmp_path, monkeypatch):
         with whole(tmp_path / "a") as theirs:
             theirs.write_text("theirs")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "mine")]
+
+
+def test_a_lock_is_had_once_and_waited_for(tmp_path):
+    with locked(tmp_path / "lock") as mine, locked(tmp_path / "lock", patience=0.15) as theirs:
+        assert (mine, theirs) == (True, False)
+    with locked(tmp_path / "lock") as again:
+        assert again
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_the_file_system_has_no_locks_everyone_goes_on(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / "lock") as mine:
+        assert mine

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -311,6 +312,20 @@ def test_runs_are_not_overwritten_or_continued_as_others(config, tmp_path):
     other = dataclasses.replace(config, loss=dataclasses.replace(config.loss, temperature=0.2))
     with pytest.raises(UserError, match=r"other values of loss\.temperature"):
         train(other, resume=True)
+
+
+def test_two_runs_of_one_name_are_not_written_at_once(config, monkeypatch):
+    long = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, epochs=5000))
+    process = start(long)
+    wait_for_step(long, 4, process)
+    with monkeypatch.context() as patch:
+        patch.setattr("vito_fast.distributed.PATIENCE", 0.2)
+        with pytest.raises(UserError, match=rf"another process is writing the run {run_of(long)}: .*another --name"):
+            train(long, resume=True)
+    threading.Timer(0.5, process.kill).start()  # as a launcher that starts the ranks again while the old ones end
+    begun = read(checkpoints(run_of(long) / "checkpoints")[0]).state["step"]
+    train(long, resume=True, max_steps=begun + 20)
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_user_mistakes_are_user_errors(config, tmp_path):

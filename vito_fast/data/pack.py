@@ -6,9 +6,7 @@ While packing, finished files are recorded in ``DST/.pack``; after a crash or a 
 there.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import math
@@ -28,7 +26,7 @@ from vito_fast.data.index import DISCARD, NO_PICTURE, ClipRecord, Index, plan_pa
 from vito_fast.data.journal import Entry, Journal, Rejected
 from vito_fast.data.listing import Listing, list_videos
 from vito_fast.errors import UserError
-from vito_fast.files import sync_folder, whole
+from vito_fast.files import locked, sync_folder, whole
 
 log = logging.getLogger("vito_fast.data")
 
@@ -124,7 +122,9 @@ def pack(
     try:
         _same_place(store)
         (store / ".pack").mkdir(parents=True, exist_ok=True)
-        with _locked(store / ".pack" / f"part-{number}.lock", store):
+        with locked(store / ".pack" / f"part-{number}.lock") as mine:
+            if not mine:
+                raise UserError(f"another process is packing into {store}; wait for it or stop it")
             _same_options(store / ".pack" / "options.json", {**asdict(options), "parts": parts})
             journal = Journal(store, number, parts)
             _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), patience, progress)
@@ -161,16 +161,6 @@ def _parse_part(part: str) -> tuple[int, int]:
     if not 1 <= number <= parts:
         raise ValueError(f"part is {part!r}, must be i/n with 1 <= i <= n, as 2/8")
     return number, parts
-
-
-@contextlib.contextmanager
-def _locked(path: Path, store: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is packing into {store}; wait for it or stop it") from None
-        yield
 
 
 def _same_options(path: Path, mine: dict[str, Any]) -> None:
