@@ -5,6 +5,7 @@ whether they can be written at all, and by whom.
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,15 @@ from vito_fast.errors import UserError
 def whole(path: Path) -> Iterator[Path]:
     """What is written inside to the path that this yields becomes ``path`` at the end, on the disk; after an exception
     ``path`` is as it was. Processes that write one file at the same time do not meet: what the last one wrote stays.
+    Its mode is the old file's, or a new file's here, also if what writes inside puts one of its own into the place.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = stat.S_IMODE((path if path.exists() else partial).stat().st_mode)
         yield partial
         with open(partial, "rb+") as file:
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)

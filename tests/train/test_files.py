@@ -2,9 +2,13 @@
 
 import errno
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from vito_fast.checkpoint import write
 from vito_fast.files import locked, whole
 
 
@@ -23,6 +27,27 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with whole(path) as partial:
         partial.write_text("new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_modes_are_those_of_any_new_file_or_the_old_ones(tmp_path):
+    def written(name):
+        with whole(tmp_path / name) as partial:
+            save_file({}, partial)  # which puts a file of mode 0600 there
+        return mode_of(tmp_path / name)
+
+    before = os.umask(0o027)
+    try:
+        assert written("a") == 0o640
+        (tmp_path / "a").chmod(0o604)
+        assert written("a") == 0o604
+        write(tmp_path / "step-00000001.safetensors", {"a": torch.zeros(1)}, {})
+        assert mode_of(tmp_path / "step-00000001.safetensors") == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, monkeypatch):
