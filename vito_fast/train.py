@@ -180,6 +180,7 @@ class _Run:
             "config": to_mapping(self.config),
             "loader": self.loader.state_dict(),
             "clips": len(self.loader.store),
+            "store": self.loader.store.identity,
             "ranks": self.world.size,
             "baselines": self.baselines,
             "versions": {"vito_fast": __version__, "torch": torch.__version__, "python": python, "git": git},
@@ -267,6 +268,12 @@ def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) 
         raise UserError(
             f"{checkpoint.path} was made on {checkpoint.state['clips']} clips, "
             f"the store {config.data.store} has {len(loader.store)}"
+        )
+    was, now = checkpoint.state.get("store", {}), loader.store.identity  # checkpoints did not always say
+    if different := [name for name, value in was.items() if value != now.get(name)]:
+        raise UserError(
+            f"{checkpoint.path} was made on another store than {config.data.store}, packed with other "
+            f"{', '.join(different)}: resume on the same"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
-from vito_fast.checkpoint import checkpoints, find, read
+from vito_fast.checkpoint import checkpoints, find, read, write
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
@@ -312,6 +312,29 @@ def test_runs_are_not_overwritten_or_continued_as_others(config, tmp_path):
     other = dataclasses.replace(config, loss=dataclasses.replace(config.loss, temperature=0.2))
     with pytest.raises(UserError, match=r"other values of loss\.temperature"):
         train(other, resume=True)
+
+
+def test_a_run_goes_on_with_its_own_data_only(config, tmp_path, make_clip):
+    """Equal files packed again with equal options are its own; as many clips of others are not."""
+
+    def packed(name, seeds, **options):
+        (tmp_path / name).mkdir()
+        for i, seed in enumerate(seeds):
+            make_clip(tmp_path / name / f"{i}.mp4", seed)
+        pack(tmp_path / name, tmp_path / f"{name} store", progress=False, processes=1, **options)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path / f"{name} store")))
+
+    train(config, max_steps=1)
+    other = packed("other files", range(20, 29))
+    with pytest.raises(UserError, match=rf"on another store than {other.data.store}, packed with other sources: "):
+        train(other, resume=True)
+    with pytest.raises(UserError, match="packed with other format, short_side: "):
+        train(packed("other options", range(9), format="h264", short_side=32), resume=True)
+    assert train(packed("again", range(9), shard_mib=1), resume=True, max_steps=2)["step"] == 2
+    path = checkpoints(run_of(config) / "checkpoints")[0]
+    found = read(path)
+    write(path, found.tensors, {k: v for k, v in found.state.items() if k != "store"})  # as they once were
+    assert train(other, resume=True, max_steps=3)["step"] == 3
 
 
 def test_two_runs_of_one_name_are_not_written_at_once(config, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,14 @@ class Store:
 
     def __len__(self) -> int:
         return self.index.num_clips
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its clips and their pixels: equal for stores packed from equal files with equal options. How the
+        packets are spread over shards is no part of it.
+        """
+        options = {name: value for name, value in self.description["options"].items() if name != "shard_mib"}
+        return {"sources": self.description["sources"], **options}
 
     def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: Numbers) -> list[Picture]:
         """The frames that ``read`` was made for (``single_stream=False``), decoded in software, not turned.
