@@ -46,6 +46,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.safetensors"
 
 
+def named_as_one(path: Path) -> bool:
+    """Whether a file of this name would be taken for a checkpoint."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("step-"))
@@ -53,7 +58,7 @@ def step_of(path: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The files with a checkpoint's name in ``folder``, newest first."""
-    found = [p for p in folder.glob("step-*.safetensors") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    found = [p for p in folder.glob("step-*.safetensors") if named_as_one(p)] if folder.is_dir() else []
     return sorted(found, reverse=True)
 
 

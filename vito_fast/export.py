@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vito_fast.checkpoint import Checkpoint, find
+from vito_fast.checkpoint import Checkpoint, find, named_as_one
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
-from vito_fast.files import whole
+from vito_fast.files import check_outside_stores, whole
 from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
 
@@ -43,10 +43,14 @@ def export(
     """Writes the encoder of a run or checkpoint; returns the file's path and a line of Python that loads it.
 
     The file holds no classifier. It appears whole or not at all. UserError for an unusable run, an extension that
-    contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written.
+    contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written or belongs
+    to a checkpoint or a store.
     """
     path = _with_extension(out, ext)
+    check_outside_stores(path)
     checkpoint = find(run)
+    if named_as_one(path) or (path.exists() and path.samefile(checkpoint.path)):
+        raise UserError(f"{path} is a checkpoint or has a checkpoint's name: export to another file")
     backbone = config_of(checkpoint).model.backbone
     name = backbone.removeprefix("timm:")
     if format == "torchvision" and backbone not in RESNETS:

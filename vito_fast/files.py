@@ -69,9 +69,18 @@ def _lock(file: IO[bytes]) -> bool:
 
 def check_writable(path: Path) -> None:
     """UserError if a file cannot be written there: to be known before long work, not after it."""
+    check_outside_stores(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
     if not path.exists() and not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"cannot write {path}: no permission")
+
+
+def check_outside_stores(path: Path) -> None:
+    """UserError if the file would lie in a store, where it might take the place of one of the store's own. Pictures
+    may."""
+    folder = path.resolve().parent
+    if (folder / "store.json").exists() and path.suffix.lower() != ".png":
+        raise UserError(f"cannot write {path}: {folder} is a store, choose another folder")

@@ -135,6 +135,11 @@ def test_pack_inspect_and_bench_say_what_they_made(run, make_clip, tmp_path):
     status, out, _ = run("bench-data", tmp_path / "s", "--batch", "2", "--seconds", "0.2", "--size", "32")
     assert status == 0
     assert "pairs/s" in out.splitlines()[-1]
+    before = (tmp_path / "s" / "store.json").read_bytes()
+    for words in (["bench-data", tmp_path / "s", "--output"], ["export", "nowhere"]):
+        status, _, err = run(*words, tmp_path / "s" / "store.json")
+        assert_one_line(status, err, "store.json", f"{tmp_path / 's'} is a store")
+    assert (tmp_path / "s" / "store.json").read_bytes() == before
     (tmp_path / "s" / "store.json").write_text('{"version": 99}')
     status, _, err = run("inspect-store", tmp_path / "s")
     assert_one_line(status, err, "99")

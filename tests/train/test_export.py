@@ -111,6 +111,19 @@ def test_places_that_cannot_be_written_and_contradictions(run, tmp_path):
             export(run[0], out, "torchvision", ext)
 
 
+def test_a_checkpoint_is_not_exported_over(tmp_path):
+    make_run(tmp_path / "r", "resnet18")
+    checkpoint, mine = tmp_path / "r" / "checkpoints" / "step-00000001.safetensors", tmp_path / "mine.safetensors"
+    mine.write_bytes(checkpoint.read_bytes())
+    cases = [(tmp_path / "r", checkpoint), (tmp_path / "r", checkpoint.with_suffix("")), (mine, mine)]
+    cases.append((tmp_path / "r", checkpoint.with_name("step-00000002.safetensors")))
+    for source, out in cases:
+        with pytest.raises(UserError, match=r"checkpoint's name: export to another file"):
+            export(source, out)
+    assert mine.read_bytes() == checkpoint.read_bytes()
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
 def test_attention_picture_of_a_video(run, tmp_path, make_clip, capsys):
     video, out = make_clip(tmp_path / "v.mp4", 1), tmp_path / "a.png"
     assert main(["attention", str(run[0]), str(video), str(out), "--frames", "3", "--size", "64"]) == 0
