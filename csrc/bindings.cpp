@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <stdexcept>
+#include <string_view>
 #include <system_error>
 
 #include "bitstream.hpp"
@@ -49,10 +50,16 @@ uint64_t checked_clip(int64_t clip, const Index& index) {
   return static_cast<uint64_t>(clip);
 }
 
+// Text with a file's name in it, which need not be UTF-8, as Python writes such names.
+py::object file_name(std::string_view text) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "surrogateescape"));
+}
+
 void bind_index(py::module_& m) {
   py::class_<Index>(m, "Index")
       .def(py::init<std::string>(), py::arg("path"))
-      .def_property_readonly("path", &Index::path)
+      .def_property_readonly("path", [](const Index& self) { return file_name(self.path()); })
       .def_property_readonly("format", &Index::format)
       .def_property_readonly("num_clips", &Index::num_clips)
       .def_property_readonly("num_frames", &Index::num_frames)
@@ -70,8 +77,7 @@ void bind_index(py::module_& m) {
              const Record& r = clip.record();
              py::dict out;
              out["video"] = r.video;
-             out["source"] = py::str(py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
-                 clip.source().data(), static_cast<py::ssize_t>(clip.source().size()), "surrogateescape")));
+             out["source"] = file_name(clip.source());
              out["codec"] = std::string(r.codec);
              out["width"] = r.width;
              out["height"] = r.height;
@@ -357,8 +363,10 @@ PYBIND11_MODULE(_sampler, m) {
       // what() is "PATH: message"; OSError wants (errno, message, path) and chooses its subclass by errno.
       const std::string what = e.what(), message = e.code().message();
       const size_t path = what.size() > message.size() + 2 ? what.size() - message.size() - 2 : 0;
-      const py::object args = py::make_tuple(e.code().value(), message, what.substr(0, path));
+      const py::object args = py::make_tuple(e.code().value(), message, file_name(what.substr(0, path)));
       PyErr_SetObject(PyExc_OSError, args.ptr());
+    } catch (const std::invalid_argument& e) {
+      PyErr_SetObject(PyExc_ValueError, file_name(e.what()).ptr());
     }
   });
   m.def(

@@ -182,6 +182,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for wanted, holds in (("train.compile", self.compile), ("a GPU", self.device != "cpu")):
             _require(holds or not self.cuda_graphs, "train.cuda_graphs", True, f"false without {wanted}")
+        known = not any("\ud800" <= letter <= "\udfff" for letter in self.runs)
+        _require(known, "train.runs", self.runs, "UTF-8, which TensorBoard takes alone")
         _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
         for name in ("keep_every", "evaluate_every", "collapse_rank"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")

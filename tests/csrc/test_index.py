@@ -93,6 +93,16 @@ def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.mp4")
     write_index(tmp_path / "index.bin", [constant_clip(source=name)], format="jpeg", shards=SHARDS)
     assert Index(tmp_path / "index.bin").clip(0).source == name
+    odd = tmp_path / name
+    write_index(odd, [constant_clip()], format="jpeg", shards=SHARDS)
+    assert Index(odd).native.path == str(odd)
+    odd.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        Index(odd)
+    odd.unlink()
+    with pytest.raises(FileNotFoundError) as missing:
+        Index(odd)
+    assert missing.value.filename == str(odd)
 
 
 def test_open_takes_no_time_whatever_the_size(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line: help, exit status, and one line for every mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -143,6 +144,25 @@ def test_pack_inspect_and_bench_say_what_they_made(run, make_clip, tmp_path):
     (tmp_path / "s" / "store.json").write_text('{"version": 99}')
     status, _, err = run("inspect-store", tmp_path / "s")
     assert_one_line(status, err, "99")
+
+
+def test_folders_that_are_not_utf_8(make_clip, tmp_path):
+    """They are read and written, and printed as they are; runs, whose TensorBoard cannot be there, are refused."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    make_clip(odd / "0.mp4", 0)
+
+    def run(*words):
+        done = subprocess.run([sys.executable, "-m", "vito_fast", *words], capture_output=True, check=False)
+        return done.returncode, os.fsdecode(done.stdout), os.fsdecode(done.stderr)
+
+    status, out, err = run("pack", odd / "0.mp4", odd / "store", "--processes", "1")
+    assert (status, out.splitlines()[-1]) == (0, f"packed: {odd / 'store'}"), err
+    status, out, err = run("inspect-store", odd / "store")
+    assert (status, out.splitlines()[-1]) == (0, f"contact sheet: {odd / 'store' / 'contact-sheet.png'}"), err
+    status, _, err = run("train", "demo", "--train.runs", odd / "runs")
+    assert_one_line(status, err, "train.runs must be UTF-8", r"caf\udce9")
+    assert not (odd / "runs").exists()
 
 
 def test_doctor_ends_with_a_verdict(run):

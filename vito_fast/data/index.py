@@ -111,7 +111,7 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.native = _sampler.Index(os.fspath(path))
+        self.native = _sampler.Index(os.fsencode(path))
         self.path = Path(path)
         self.format: str = self.native.format
         self.num_clips: int = self.native.num_clips
@@ -200,7 +200,7 @@ class Reader:
     """
 
     def __init__(self, index: Index, directory: str | os.PathLike[str], *, threads: int = 4):
-        self._native = _sampler.Reader(index.native, os.fspath(directory), threads)
+        self._native = _sampler.Reader(index.native, os.fsencode(directory), threads)
 
     def read(
         self, clips: npt.ArrayLike, frames: npt.ArrayLike, *, miniclip: bool = False, single_stream: bool = True
@@ -232,7 +232,7 @@ def write_index(
     the file cannot be written; the old file, if any, then stays.
     """
     with whole(Path(path)) as partial:
-        writer = _sampler.IndexWriter(os.fspath(partial), format, [(str(name), int(size)) for name, size in shards])
+        writer = _sampler.IndexWriter(os.fsencode(partial), format, [(str(name), int(size)) for name, size in shards])
         for number, clip in enumerate(clips):
             _add(writer, number, clip)
         count: int = writer.finish()
