@@ -67,10 +67,19 @@ def _store_frames(store: Path, count: int) -> list[Pixels]:
 
 
 def _resized(pictures: "list[VideoFrame]", size: int) -> Pixels:
-    """All to the first one's shape at short side ``size``, rounded to 32."""
+    """All to the first one's shape at short side ``size``, rounded to 32. UserError if that is more than FFmpeg scales
+    to."""
+    from av import FFmpegError
+
     scale = size / min(pictures[0].width, pictures[0].height)
     width, height = (max(32, round(side * scale / 32) * 32) for side in (pictures[0].width, pictures[0].height))
-    return np.stack([p.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA") for p in pictures])
+    to = {"format": "rgb24", "width": width, "height": height, "interpolation": "AREA"}
+    try:
+        return np.stack([picture.to_ndarray(**to) for picture in pictures])
+    except FFmpegError:
+        raise UserError(
+            f"--size {size} makes frames of {width}x{height}, too large to draw: take a smaller one"
+        ) from None
 
 
 @torch.no_grad()
@@ -107,8 +116,8 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
 
     UserError if the run has no attention pooling, or run, video or output cannot be used.
     """
-    if count < 1 or size < 32:
-        raise UserError(f"--frames must be at least 1 and --size at least 32, got {count} and {size}")
+    if count < 1 or not 32 <= size <= 4096:
+        raise UserError(f"--frames must be at least 1 and --size 32 to 4096, got {count} and {size}")
     if out.suffix.lower() != ".png":
         raise UserError(f"the picture must be a .png, got {out}")
     checkpoint = find(run)

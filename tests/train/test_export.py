@@ -2,6 +2,8 @@
 
 import warnings
 
+import av
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from vito_fast import attention
 from vito_fast.attention import attention_maps, load_online, overlay, video_frames
 from vito_fast.checkpoint import find, write
 from vito_fast.cli import main
@@ -138,13 +141,24 @@ def test_attention_picture_of_a_video(run, tmp_path, make_clip, capsys):
         torch.testing.assert_close(m.sum((1, 2)), torch.ones(3))
 
 
+@pytest.mark.parametrize("size", ["16", "4097", "16384"])
+def test_sizes_that_cannot_be_drawn(run, tmp_path, make_clip, capsys, size):
+    video = make_clip(tmp_path / "v.mp4", 1)
+    assert main(["attention", str(run[0]), str(video), str(tmp_path / "a.png"), "--size", size]) == 2
+    assert f"--size 32 to 4096, got 6 and {size}" in capsys.readouterr().err
+
+
+def test_a_long_narrow_video_may_be_too_large_at_a_size(tmp_path):
+    long = av.VideoFrame.from_ndarray(np.zeros((16, 2048, 3), np.uint8), format="rgb24")
+    with pytest.raises(UserError, match="--size 4096 makes frames of 524288x4096, too large"):
+        attention._resized([long], 4096)
+
+
 def load_online_of(folder):
     return load_online(find(folder, pytest.fail))
 
 
 def test_overlay_is_red_where_the_weight_is():
-    import numpy as np
-
     maps = torch.zeros(1, 2, 2)
     maps[0, 0, 0] = 1
     picture = overlay(np.full((1, 64, 64, 3), 128, np.uint8), maps)[0].astype(int)
@@ -153,8 +167,6 @@ def test_overlay_is_red_where_the_weight_is():
 
 
 def test_a_map_that_is_not_finite_leaves_its_frame_grey():
-    import numpy as np
-
     maps = torch.ones(3, 2, 2).cumsum(2)
     maps[1, 0, 1], maps[2] = torch.nan, torch.inf
     frames = np.full((3, 64, 64, 3), (90, 120, 150), np.uint8)
