@@ -13,6 +13,7 @@ at all, and which is no pickle; a folder of parts would be neither one rename no
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -148,7 +149,8 @@ class Checkpointer:
     """Writes checkpoints of one run behind the training's back, and deletes those that are no longer wanted.
 
     ``save`` copies the state and returns; one write at a time. ``wait`` returns once the last one is on the disk and
-    raises what it raised. The newest ``keep_last`` stay, and every one whose step is a multiple of ``keep_every``.
+    raises what it raised. After a write that failed, as on a disk that is full for a moment, ``save`` warns, and waits
+    for its own of a newer state. The newest ``keep_last`` stay, and each whose step is a multiple of ``keep_every``.
     Files of later steps than ``start``, which the run goes on after, are those that were refused: they take nobody's
     place.
     """
@@ -163,11 +165,18 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Starts writing the state after ``step`` steps; returns the path it will have."""
-        self.wait()
+        """Starts writing the state after ``step`` steps; returns the path it will have. OSError after two failures."""
+        try:
+            self.wait()
+            failed = None
+        except OSError as error:
+            failed = error
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         path = path_of(self.folder, step)
         self._pending = self._pool.submit(self._write, path, copies, state)
+        if failed:
+            print(f"warning: {failed}; trying again after step {step}", file=sys.stderr, flush=True)
+            self.wait()
         return path
 
     def wait(self) -> None:

@@ -1,5 +1,6 @@
 """The trained encoder as a state dict with torchvision's and timm's names, which coincide for ResNets."""
 
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +85,8 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
             if path.suffix == ".safetensors":
                 save_file(state, partial, metadata=about)
             else:
-                torch.save(state, partial)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+                buffer = io.BytesIO()  # torch tells a full disk as a failed check of its own
+                torch.save(state, buffer)
+                partial.write_bytes(buffer.getbuffer())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None

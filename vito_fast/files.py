@@ -16,6 +16,17 @@ from vito_fast.errors import UserError
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """What is written inside to the path that this yields becomes ``path`` at the end, on the disk; after an exception
     ``path`` is as it was. Processes that write one file at the same time do not meet: what the last one wrote stays.
@@ -23,14 +34,15 @@ def whole(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        mode = stat.S_IMODE((path if path.exists() else partial).stat().st_mode)
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        with named(path):
+            partial.touch()
+            mode = stat.S_IMODE((path if path.exists() else partial).stat().st_mode)
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

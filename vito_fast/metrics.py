@@ -20,7 +20,7 @@ import torch
 from vito_fast.config import Config, to_mapping
 from vito_fast.distributed import World
 from vito_fast.errors import UserError
-from vito_fast.files import whole
+from vito_fast.files import named, whole
 from vito_fast.hardware import arithmetic_peak
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
@@ -47,6 +47,7 @@ class RowFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        self.path = path
         with whole(path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
@@ -55,8 +56,9 @@ class RowFile:
         """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with named(self.path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Brings the rows to the disk: before a checkpoint that counts on them."""

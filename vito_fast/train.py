@@ -27,6 +27,7 @@ from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave, sole_writer
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
+from vito_fast.files import whole
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
@@ -163,7 +164,8 @@ class _Run:
             "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
             "retrieval": {"trained": evaluations[-1].get("retrieval") if evaluations else None, **self.baselines},
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        with whole(self.folder / "summary.json") as partial:
+            partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.recorder.close()
         _print_summary(summary, stopped_by)
         return summary

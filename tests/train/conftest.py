@@ -1,5 +1,8 @@
 """What the trainer's tests share."""
 
+import resource
+from contextlib import contextmanager
+
 import av
 import numpy as np
 import pytest
@@ -29,3 +32,19 @@ def make_clip():
         return path
 
     return _make
+
+
+@pytest.fixture
+def full_disk():
+    """Inside ``with full_disk(size):`` no file grows beyond ``size`` bytes, as on a disk that has no more."""
+
+    @contextmanager
+    def _full(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return _full

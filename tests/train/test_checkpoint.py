@@ -152,6 +152,27 @@ def test_a_failed_write_is_raised_and_leaves_nothing(tmp_path):
         saver.wait()
 
 
+def test_after_a_failed_write_the_newer_state_is_tried(tmp_path, full_disk, capsys):
+    saver = Checkpointer(tmp_path, keep_last=2)
+    with full_disk(100):
+        saver.save(1, TENSORS, {"step": 1})
+        assert saver._pending is not None
+        saver._pending.exception()
+    saver.save(2, TENSORS, {"step": 2})
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert "step-00000001.safetensors" in warning
+    assert warning.endswith("; trying again after step 2\n")
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2]
+    with full_disk(100):
+        saver.save(3, TENSORS, {"step": 3})
+        with pytest.raises(OSError, match="step-00000004"):
+            saver.save(4, TENSORS, {"step": 4})
+        saver.save(5, TENSORS, {"step": 5})
+        with pytest.raises(OSError, match="step-00000005"):
+            saver.close()
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path

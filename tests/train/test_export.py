@@ -114,6 +114,17 @@ def test_places_that_cannot_be_written_and_contradictions(run, tmp_path):
             export(run[0], out, "torchvision", ext)
 
 
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_full_disk_is_one_line(run, tmp_path, full_disk, name):
+    with (
+        full_disk(5000),
+        pytest.raises(UserError, match=rf"^cannot write {tmp_path / name}: .*File too large") as error,
+    ):
+        export(run[0], tmp_path / name)
+    assert "enforce" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_is_not_exported_over(tmp_path):
     make_run(tmp_path / "r", "resnet18")
     checkpoint, mine = tmp_path / "r" / "checkpoints" / "step-00000001.safetensors", tmp_path / "mine.safetensors"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from vito_fast.checkpoint import write
 from vito_fast.files import locked, whole
+from vito_fast.metrics import RowFile
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -48,6 +49,18 @@ def test_modes_are_those_of_any_new_file_or_the_old_ones(tmp_path):
         assert mode_of(tmp_path / "step-00000001.safetensors") == 0o640
     finally:
         os.umask(before)
+
+
+def test_a_full_disk_is_named(tmp_path, full_disk):
+    with full_disk(10):
+        with pytest.raises(OSError, match="File too large") as full, whole(tmp_path / "a") as partial:
+            partial.write_text("more than ten bytes")
+        rows = RowFile(tmp_path / "rows", 0)
+        with pytest.raises(OSError, match="File too large") as row:
+            rows.append({"step": 1})
+    rows.close()
+    assert (full.value.filename, row.value.filename) == (str(tmp_path / "a"), str(tmp_path / "rows"))
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 
 def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, monkeypatch):
