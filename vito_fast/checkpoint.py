@@ -37,6 +37,12 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
+    def value(self, name: str) -> Any:
+        """A value of the state. UserError if it has none of that name."""
+        if name not in self.state:
+            raise UserError(f"{self.path} has no {name}: it may come from another version of this program")
+        return self.state[name]
+
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix``, by the rest of their names."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}

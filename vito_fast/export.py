@@ -30,8 +30,12 @@ def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = 
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was made with."""
-    return from_mapping(Config(), checkpoint.state["config"], str(checkpoint.path))
+    """The configuration that a checkpoint was made with. UserError if it has none, or one that makes no sense here."""
+    mapping = checkpoint.value("config")
+    try:
+        return from_mapping(Config(), mapping, str(checkpoint.path))
+    except UserError as error:
+        raise UserError(f"{error} (the checkpoint may come from a newer version of this program)") from None
 
 
 def export(
@@ -57,7 +61,7 @@ def export(
     if format == "torchvision" and backbone not in RESNETS:
         raise UserError(f"{backbone} is no torchvision network: use --format timm")
     state = {k: t.clone().contiguous() for k, t in encoder_state(checkpoint, network).items()}
-    _write(path, state, {"architecture": name, "format": format, "step": str(checkpoint.state["step"])})
+    _write(path, state, {"architecture": name, "format": format, "step": str(checkpoint.value("step"))})
     loaded = f"safetensors.torch.load_file('{path}')" if path.suffix == ".safetensors" else f"torch.load('{path}')"
     if format == "timm":
         return path, f"timm.create_model('{name}', num_classes=0, checkpoint_path='{path}')"

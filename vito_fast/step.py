@@ -208,4 +208,4 @@ class Trainer:
         torch.set_rng_state(groups["rng"]["cpu"])
         if self.world.device.type == "cuda" and "cuda" in groups["rng"]:
             torch.cuda.set_rng_state(groups["rng"]["cuda"], self.world.device)
-        self.step_count = checkpoint.state["step"]
+        self.step_count = checkpoint.value("step")

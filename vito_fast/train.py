@@ -215,7 +215,7 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
             run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
             run.frames = monitor.draw(config, len(loader.store))
         if checkpoint is not None:
-            run.baselines = checkpoint.state["baselines"]
+            run.baselines = checkpoint.value("baselines")
         elif run.recorder and run.frames:
             run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
             run.recorder.evaluation({"step": 0, **run.baselines})
@@ -266,10 +266,9 @@ def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Check
 def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) -> None:
     if different := method_differences(config_of(checkpoint), config):
         raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
-    if checkpoint.state["clips"] != len(loader.store):
+    if (clips := checkpoint.value("clips")) != len(loader.store):
         raise UserError(
-            f"{checkpoint.path} was made on {checkpoint.state['clips']} clips, "
-            f"the store {config.data.store} has {len(loader.store)}"
+            f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {len(loader.store)}"
         )
     was, now = checkpoint.state.get("store", {}), loader.store.identity  # checkpoints did not always say
     if different := [name for name, value in was.items() if value != now.get(name)]:

@@ -114,6 +114,20 @@ def test_places_that_cannot_be_written_and_contradictions(run, tmp_path):
             export(run[0], out, "torchvision", ext)
 
 
+def test_checkpoints_of_other_versions_are_one_line(tmp_path):
+    make_run(tmp_path / "r", "resnet18")
+    found = find(tmp_path / "r", pytest.fail)
+    newer = found.state["config"] | {"lookahead": 1}
+    for state, says in (
+        ({"step": 1}, "has no config: it may come from another version"),
+        ({"config": found.state["config"]}, "has no step: it may come from another version"),
+        ({"step": 1, "config": newer}, r"unknown key 'lookahead'.* \(the checkpoint may come from a newer version"),
+    ):
+        write(found.path, found.tensors, state)
+        with pytest.raises(UserError, match=rf"step-00000001\.safetensors.*{says}"):
+            export(tmp_path / "r", tmp_path / "e")
+
+
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_full_disk_is_one_line(run, tmp_path, full_disk, name):
     with (
