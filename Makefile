@@ -22,23 +22,25 @@ test: setup
 test-timed: setup
 	$(BIN)/python -m pytest -m timed -s
 
-# The demo's videos are made here; with VIDEOS=dir, and CONFIG=file, the same on your own.
+# The demo's videos are made here; with VIDEOS=dir, and CONFIG=file, the same on your own. Store and run are named after the
+# folder: NAME=other keeps apart those of two folders of one name.
 ifeq ($(strip $(VIDEOS)),)
+NAME   = demo
 RUN    = $(notdir $(basename $(CONFIG)))
 SOURCE = data/demo/videos
-STORE  = data/demo/store
 else
-RUN    = $(notdir $(basename $(CONFIG)))_$(notdir $(abspath $(VIDEOS)))
+NAME  := $(shell basename "$$(realpath -m "$(VIDEOS)")" | tr ' ' _)
+RUN    = $(notdir $(basename $(CONFIG)))_$(NAME)
 SOURCE = $(VIDEOS)
-STORE  = data/$(notdir $(abspath $(VIDEOS)))/store
 endif
+STORE  = data/$(NAME)/store
 
 pretrain: setup
 	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
-	$(BIN)/vito-fast pack $(SOURCE) $(STORE)
-	$(BIN)/vito-fast train $(CONFIG) --name $(RUN) --data.store $(STORE) --resume
-	$(BIN)/vito-fast attention runs/$(RUN) $(STORE) runs/$(RUN)/attention.png
-	$(BIN)/vito-fast export runs/$(RUN) runs/$(RUN)/encoder.safetensors
+	$(BIN)/vito-fast pack "$(SOURCE)" "$(STORE)"
+	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume
+	$(BIN)/vito-fast attention "runs/$(RUN)" "$(STORE)" "runs/$(RUN)/attention.png"
+	$(BIN)/vito-fast export "runs/$(RUN)" "runs/$(RUN)/encoder.safetensors"
 
 lint: setup
 	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels && ln -sfn ../../vito_fast build/typing/vito_fast

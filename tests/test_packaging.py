@@ -1,6 +1,8 @@
 """The wheel, built from the sdist, works outside the checkout: right files, both packages import, light kernels."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -66,3 +68,14 @@ def test_kernels_import_needs_torch_alone(tmp_path: Path) -> None:
         "print({'triton', 'nvidia.dali', 'av', 'vito_fast', 'torchvision', 'timm'} & set(sys.modules) or 'light')"
     )
     assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "light"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("more", "name"), [([], "my_videos"), (["NAME=other"], "other")])
+def test_make_pretrain_takes_a_folder_with_a_space(more: list[str], name: str, tmp_path: Path) -> None:
+    said = run("make", "-n", "pretrain", "VIDEOS=/tmp/my videos", f"VENV={tmp_path}", *more, cwd=ROOT)
+    words = [shlex.split(line)[1:] for line in said.splitlines() if "/bin/vito-fast " in line]
+    store, at = f"data/{name}/store", f"runs/demo_{name}"
+    assert words[0] == ["pack", "/tmp/my videos", store]
+    assert words[1] == ["train", "configs/demo.yaml", "--name", f"demo_{name}", "--data.store", store, "--resume"]
+    assert words[2:] == [["attention", at, store, f"{at}/attention.png"], ["export", at, f"{at}/encoder.safetensors"]]
