@@ -116,8 +116,8 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
 
     UserError if the run has no attention pooling, or run, video or output cannot be used.
     """
-    if count < 1 or not 32 <= size <= 4096:
-        raise UserError(f"--frames must be at least 1 and --size 32 to 4096, got {count} and {size}")
+    if count < 1 or not 32 <= size <= 2048:
+        raise UserError(f"--frames must be at least 1 and --size 32 to 2048, got {count} and {size}")
     if out.suffix.lower() != ".png":
         raise UserError(f"the picture must be a .png, got {out}")
     checkpoint = find(run)
