@@ -37,7 +37,7 @@ from vito_kernels import (
 )
 from vito_kernels import two_sided as two_sides
 from vito_kernels._tiles import Tile
-from vito_kernels._triton import use_triton
+from vito_kernels._triton import interpreting, use_triton
 from vito_kernels.info_nce import contrast
 from vito_kernels.tiled import LOG2E, Exclusion
 from vito_kernels.two_sided import launch_two_sided
@@ -68,7 +68,7 @@ def products(device, monkeypatch):
 
     def choose(precision):
         torch.set_float32_matmul_precision(precision)
-        if device == "cpu":
+        if interpreting():
             monkeypatch.setattr(_tiles, "precision", lambda dtype, D: chosen[precision])
 
     yield choose
