@@ -15,6 +15,10 @@ from torch import Tensor
 Group = Any  # torch.distributed.ProcessGroup, or None for the default one
 
 
+# Newer torch warns of the name that torch 2.11 knows.
+gather_rows: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
 def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
     """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
     mine = torch.tensor([rows], device=device)
@@ -42,9 +46,7 @@ def start_gather(x: Tensor, sizes: list[int], group: Group = None) -> tuple[Tens
     """Where x (B, ...) of all ranks will be, (ranks, largest size, ...) padded rows, and the transfer under way."""
     padded = _padded(x, [len(x)], max(sizes))
     out = x.new_empty(len(sizes) * max(sizes), *x.shape[1:])
-    # Newer torch warns of the name that torch 2.11 knows.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return out.unflatten(0, (len(sizes), -1)), gather(out, padded, group=group, async_op=True)
+    return out.unflatten(0, (len(sizes), -1)), gather_rows(out, padded, group=group, async_op=True)
 
 
 def without_padding(x: Tensor, sizes: list[int]) -> Tensor:

@@ -98,9 +98,11 @@ def _store_of_this_attempt() -> dist.Store:
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def leave() -> None:
-    """Leaves the process group if there is one."""
-    if dist.is_available() and dist.is_initialized():
+def leave(*, failed: bool = False) -> None:
+    """Leaves the process group if there is one. Not NCCL's if this rank ``failed``: that would wait for the others, who
+    wait for it in a collective, and keep what it has to say until their watchdogs end them.
+    """
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 

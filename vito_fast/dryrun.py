@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_fast import step
@@ -23,6 +24,7 @@ from vito_fast.distributed import World
 from vito_fast.ledger import Ledger, Op, Problem, fake_cuda, to_fake_cuda, total
 from vito_fast.loss import Keys
 from vito_fast.model import VitoModel
+from vito_fast.model.norm import convert_sync_batchnorm
 
 GPU = World(rank=0, size=1, local_size=1, device=torch.device("cuda", 0))
 
@@ -68,7 +70,7 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
     """
     clips = clips or config.train.clips(world)
     eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
-    breaks = graph_breaks(config) if config.train.compile else []
+    breaks = graph_breaks(config, world) if config.train.compile else []
     ledger, problems = Ledger(), []
     with torch.device("meta"):
         model = _Fake(config.model)
@@ -118,11 +120,26 @@ def model_flops(config: Config, clips: int, world: int) -> float | None:
     return None if dry.problems else dry.total()[0]
 
 
-def graph_breaks(config: Config) -> list[str]:
+def graph_breaks(config: Config, world: int = 1) -> list[str]:
     """The first place in each compiled part of the step (both branches' forwards, the optimiser's step, the target's
-    average) where ``torch.compile`` would have to leave the graph; one line each."""
+    average) where ``torch.compile`` would have to leave the graph; one line each. Of several ranks, the batch norms'
+    collectives are in it.
+    """
     with torch.device("meta"):
         model = VitoModel(config.model)
+    alone = world > 1 and not dist.is_initialized()
+    if world > 1:
+        convert_sync_batchnorm(model)
+    if alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return _graph_breaks(config, model)
+    finally:
+        if alone:
+            dist.destroy_process_group()
+
+
+def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
     found = []
     dtype, size = step.WEIGHTS[config.train.dtype], config.sampler.size
     with fake_cuda():

@@ -23,6 +23,7 @@ import torch
 from vito_fast import __version__, monitor
 from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.config import Config, method_differences, save_config, to_mapping
+from vito_fast.data.batch import sent
 from vito_fast.data.loader import ClipLoader
 from vito_fast.distributed import World, any_rank, join, leave, sole_writer
 from vito_fast.errors import UserError
@@ -53,9 +54,12 @@ def train(
     world = join(config.train.device)
     try:
         with _open(config, world, resume, max_steps) as run:
-            return _train(run, profile)
-    finally:
-        leave()
+            summary = _train(run, profile)
+    except BaseException:
+        leave(failed=True)
+        raise
+    leave()
+    return summary
 
 
 def _train(run: "_Run", profile: bool) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
                 waited = time.perf_counter() - asked
 
                 logged = step % config.train.log_every == 0 or step in (1, trainer.schedule.total_steps)
-                row = trainer.step(batch["views"], batch["video"].to(world.device), measure=logged)
+                row = trainer.step(batch["views"], sent(batch["video"], world.device), measure=logged)
                 clock.count(config.train.batch_size, waited)
 
                 if logged:

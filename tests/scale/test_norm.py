@@ -6,7 +6,8 @@ import torch.distributed as dist
 from ranks import spawn
 from torch import nn
 
-from vito_fast.model.norm import _RanksNorm
+from vito_fast.errors import UserError
+from vito_fast.model.norm import _RanksNorm, convert_sync_batchnorm
 
 EPS, MOMENTUM, SIZES = 1e-5, 0.1, (3, 5)
 
@@ -46,3 +47,23 @@ def rank_equals_whole(rank, joined, relu):
 @pytest.mark.parametrize(("joined", "relu"), [(False, False), (False, True), (True, True), (True, False)])
 def test_unequal_ranks_on_cuda_equal_one_batch(joined, relu):
     spawn(rank_equals_whole, 2, joined, relu)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_timm_s_norms_keep_their_activation(training):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model("test_efficientnet", num_classes=0).double().train(training)
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert "BatchNormAct2d" in kinds
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    expected = network(x)
+    torch.testing.assert_close(convert_sync_batchnorm(network)(x), expected)
+
+
+def test_a_norm_that_does_more_is_refused():
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match="Mine of this network takes no statistics over ranks"):
+        convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 2), Mine(2)))

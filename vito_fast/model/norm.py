@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vito_fast.errors import UserError
 from vito_kernels import batch_norm
 from vito_kernels._ops import once
 from vito_kernels.batch_norm import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
-from vito_kernels.collectives import start_gather
+from vito_kernels.collectives import gather_rows
 
 
 @contextmanager
@@ -40,9 +41,19 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` with each BatchNorm taking its statistics over all ranks (``SyncBatchNorm``)."""
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        module.__class__ = SyncBatchNorm  # type: ignore[assignment]  # same parameters, buffers and names; only forward differs
+    """``module`` with each BatchNorm taking its statistics over all ranks (``SyncBatchNorm``). UserError for one that
+    does more than torch's, but for timm's with its activation.
+    """
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):  # same parameters, buffers and names; only forward differs
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNorm2d):
+            module.__class__ = SyncBatchNorm  # type: ignore[assignment]
+        elif hasattr(module, "act") and hasattr(module, "drop"):
+            module.__class__ = _SyncBatchNormAct  # type: ignore[assignment]
+        else:
+            raise UserError(
+                f"{type(module).__name__} of this network takes no statistics over ranks: train on one GPU, or choose "
+                "another model.backbone"
+            )
     for child in module.children():
         convert_sync_batchnorm(child)
     return module
@@ -114,6 +125,17 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
 
 
+class _SyncBatchNormAct(SyncBatchNorm):
+    """timm's ``BatchNormAct2d``, which many of its networks have, over ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nobody hands it a residual
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
 class _RanksNorm(torch.autograd.Function):
     """``vito_kernels.batch_norm`` in its steps: between them the ranks gather their statistics (R, 2 C + 1), and back
     go two sums of C numbers. Moves ``running_mean`` and ``running_var``.
@@ -133,9 +155,10 @@ class _RanksNorm(torch.autograd.Function):
         relu: bool,
     ) -> Tensor:
         x, residual = as_rows(x), None if residual is None else as_rows(residual)
-        everyone, transfer = start_gather(part_of(x), [1] * dist.get_world_size())
-        transfer.wait()
-        statistics = merge_parts(everyone[:, 0], running_mean, running_var, momentum, eps)
+        part = part_of(x)
+        everyone = part.new_empty(dist.get_world_size(), part.shape[1])
+        gather_rows(everyone, part)  # waited for: of a transfer under way torch.compile cannot make a graph
+        statistics = merge_parts(everyone, running_mean, running_var, momentum, eps)
         y: Tensor = normalise(x, weight, bias, residual, *statistics, relu)
         ctx.relu, ctx.has_residual = relu, residual is not None
         ctx.save_for_backward(x, weight, bias, *statistics, y if relu and ctx.has_residual else None)
