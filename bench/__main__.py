@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
 STOPPED = 130  # by Ctrl-C, as shells say it
-RACES = 800, 150  # seconds, of the full and the quick set: what is left of them is for cases once more
+RACES = 800, 140  # seconds, of the full and the quick set: what is left of them is for cases once more
 
 
 def main() -> int:

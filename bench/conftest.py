@@ -23,7 +23,7 @@ from bench.memory import settle_malloc
 from bench.passes import skipped
 
 SCHEMA = 1
-QUICK = Budget(seconds=2.0, fewest=7, most=30)  # of one pass
+QUICK = Budget(seconds=1.7, fewest=7, most=30)  # of one pass
 FULL = Budget(seconds=3.0, fewest=4, most=30)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
