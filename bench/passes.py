@@ -28,8 +28,8 @@ def merge(passes: Sequence[Record]) -> Record:
     later = [(each["only"], {record["id"]: record for record in each["cases"]}) for each in passes[1:]]
     cases = []
     for record in passes[0]["cases"]:
-        name = record["id"]
-        found = [by_id.get(name) for only, by_id in later if not record["single"] and (only is None or name in only)]
+        case = record["id"]
+        found = [by_id.get(case) for only, by_id in later if not record["single"] and (only is None or case in only)]
         if None not in found:
             cases.append(_merge_case([record, *filter(None, found)]))
     whole = {name: round(sum(each[name] for each in passes), 1) for name in ("seconds", "waited")}
@@ -40,14 +40,13 @@ def lost(passes: Sequence[Record], seconds: float) -> list[str]:
     """The cases of which a pass does not count, as its cores were apart; the shortest of them, as many as another pass
     races in these ``seconds``.
     """
-    found = []
-    records = [record for each in passes[1:] for record in each["cases"] if not record["single"]]
     apart = {record["id"] for each in passes for record in each["cases"] if not _together(record)}
-    for record in sorted(records, key=lambda record: float(record["seconds"])):
-        if record["id"] in apart and record["id"] not in found:
-            seconds -= record["seconds"]
-            if seconds > 0:
-                found.append(record["id"])
+    taken = {record["id"]: record["seconds"] for each in passes[1:] for record in each["cases"] if not record["single"]}
+    found = []
+    for case in sorted(apart & taken.keys(), key=lambda case: (taken[case], case)):
+        seconds -= taken[case]
+        if seconds > 0:
+            found.append(case)
     return found
 
 

@@ -127,15 +127,15 @@ def graph_breaks(config: Config, world: int = 1) -> list[str]:
     """
     with torch.device("meta"):
         model = VitoModel(config.model)
-    alone = world > 1 and not dist.is_initialized()
     if world > 1:
         convert_sync_batchnorm(model)
-    if alone:
+    makeshift = world > 1 and not dist.is_initialized()  # a collective cannot be traced without a group
+    if makeshift:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         return _graph_breaks(config, model)
     finally:
-        if alone:
+        if makeshift:
             dist.destroy_process_group()
 
 
