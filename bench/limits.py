@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Candidate, Result
+from vito_kernels.matmul_cpu import add_product, product
 
 TILE = 1024  # rows and columns: on CPUs the fastest of 64..8192
 CUDA_TILE = 16384  # a GPU's library wants the whole matrix, as far as it fits
@@ -15,7 +16,7 @@ CUDA_TILE = 16384  # a GPU's library wants the whole matrix, as far as it fits
 
 def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
     """``products`` matrix products of 2 M N D flops each, tile by tile into buffers that are reused: no softmax, no
-    loss.
+    loss. By the faster of the libraries that PyTorch has.
 
     They alternate between q-tile x k^T and its mate, logits-tile x k, the two shapes that the losses are made of.
     """
@@ -25,16 +26,17 @@ def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
     buffer, out = rows.new_zeros(tall * wide), torch.zeros_like(rows)
 
     def call() -> Result:
+        out.zero_()
         for row in range(0, m, tall):
             part, sums = rows[row : row + tall], out[row : row + tall]
             for column in range(0, n, wide):
                 keys = columns[column : column + wide]
                 logits = buffer[: len(part) * len(keys)].view(len(part), len(keys))
-                for product in range(products):
-                    if product % 2 == 0:
-                        torch.mm(part, keys.T, out=logits)
+                for index in range(products):
+                    if index % 2 == 0:
+                        logits = product(part, keys, out=logits)
                     else:
-                        torch.addmm(sums, logits, keys, beta=float(column > 0), out=sums)
+                        add_product(sums, logits, keys.T)
         return (out,)
 
     return Candidate("bare matmuls", call, "limit", f"{products} x 2MND flops in tiles of {tall} x {wide}")

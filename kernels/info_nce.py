@@ -234,9 +234,9 @@ def similarity_lse(
     to its dtype, their gradients are not, and stay exact to about 5e-4 however likely the positive; a bfloat16 tensor
     has a bfloat16 gradient, which that one rounding moves by 1.7e-3 (Frobenius norms).
     The gradient of q comes with the forward pass: 4 M N D flops for both together, 2 M N D without a gradient; keys
-    that require grad cost 4 M N D more (on the CPU, which keeps the first logits for them, half of that up to 4096 x
-    4096; there a loss takes up to 256 MiB, or 64 MiB beside larger embeddings). Of 16-bit embeddings wider than 512
-    (256 where keys require grad, or in a loss of two sides) a GPU keeps up to 256 MiB of exponentials at a time.
+    that require grad cost 4 M N D more (on the CPU, which keeps the first 31 MiB of logits for them, half of that up
+    to 2850 x 2850). Of 16-bit embeddings wider than 512 (256 where keys require grad, or in a loss of two sides) a GPU
+    keeps up to 256 MiB of exponentials at a time.
     Deterministic. No second derivative: double backward raises RuntimeError.
 
     Raises ValueError or TypeError for a wrong shape, dtype, device, number of groups or a scale that is not finite.

@@ -1,10 +1,9 @@
 """The CPU path: the same passes as the Triton kernels, in PyTorch, over tiles that stay in the cache.
 
-A tile of logits is one matmul into a buffer that is reused, an exponential in place, and a second matmul that takes
-it away. The first tiles are kept for the gradient, which computes the others again: how many depends on the size of
-the embeddings and not on M N, and up to 4096 x 4096 logits are computed once. They are in units of log 2 throughout
-(``exp2`` costs less than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are computed in
-float32, float64 in float64.
+A tile of logits is one matmul, an exponential in place, and a second matmul that takes it away. The first tiles are
+kept for the gradient, which computes the others again: up to 31 MiB, 2850 x 2850 logits. They are in units of log 2
+throughout (``exp2`` costs less than ``exp``), so ``scale2`` is scale * log2(e). float32, bfloat16 and float16 are
+computed in float32, float64 in float64.
 
 Two variants, chosen by ``max |q| max |k| scale2``, a bound on every logit that costs O((M + N) D) to know:
 *direct*, where no exponential can leave the range of float32 and none is shifted, and *online*, with a running maximum.
@@ -20,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vito_kernels.matmul_cpu import add_product, product
+
 LOG2E = math.log2(math.e)
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
-KEPT_MOST, KEPT_LEAST = 1 << 28, 1 << 26  # bytes that a forward pass leaves for its gradient: see ``room`` ...
-HEADER = 16  # ... after the first, which says how it went, and what aligns the others
+KEPT = 31 << 20  # bytes that a forward pass leaves for its gradient: see ``room`` ...
+HEADER = 16  # ... after the first elements, of which one says how it went, and the others align what follows
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
 
@@ -88,7 +89,7 @@ def _exclude(tile: Tensor, columns: Tensor, found: Tensor | None) -> None:
 
 
 def _computed(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
 
 
 def _is_direct(q: Tensor, k: Tensor, scale: Tensor) -> bool:
@@ -107,14 +108,13 @@ def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool, half: bool = False) ->
     """Memory in which a pass may keep tiles for another, or none; its size depends on shapes alone. ``half`` of the
     matrix is enough where it is symmetric.
 
-    256 MiB hold it and all else that a loss takes: up to four times its embeddings, for normalised ones, the mean and
-    gradients. What it keeps is no less than 64 MiB.
+    What glibc gives beyond 32 MiB are fresh pages each time, and to touch those of a tile for the first time takes more
+    than half as long as its product (D = 256): keeping more gained nothing at D <= 256, and 10 % at D = 1024.
     """
     if not keep:
         return scale.new_empty(0)
-    left = KEPT_MOST // scale.itemsize - 4 * (q.shape[0] + k.shape[0]) * q.shape[1]
     tiles = q.shape[0] * (torch.sym_min(k.shape[0], k.shape[0] // 2 + COLUMNS) if half else k.shape[0])
-    kept = scale.new_empty(HEADER + torch.sym_min(tiles, torch.sym_max(left, KEPT_LEAST // scale.itemsize)))
+    kept = scale.new_empty(HEADER + torch.sym_min(tiles, KEPT // scale.itemsize))
     kept[:HEADER] = 0  # nothing is kept yet
     return kept
 
@@ -182,12 +182,13 @@ class _Tiles:
                 tile = self.kept[used : used + size].view(shape) if kept else out
                 if not (kept and self.found):
                     if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
-                        torch.mm(self.x[own], self.y[other].T, out=tile).mul_(self.scale2)
+                        made = product(self.x[own], self.y[other], out=tile).mul_(self.scale2)
                     else:
-                        torch.mm(scaled, self.y[other].T, out=tile)
-                    self.exclusion.apply(tile, own.start, other.start, self.positives)
+                        made = product(scaled, self.y[other], out=tile)
+                    self.exclusion.apply(made, own.start, other.start, self.positives)
                     if self.direct:
-                        tile.exp2_()
+                        made = torch.exp2(made, out=tile if kept else made)
+                    tile = tile.copy_(made) if kept else made
                 used += size if kept else 0
                 yield own, other, tile, out
         if not self.find:
@@ -208,7 +209,7 @@ def forward(
     products as the others, from which they may differ by little.
     """
     q, k = _computed(q), _computed(k)
-    mean = q.new_empty(q.shape if bring_mean else (0, q.shape[1]))
+    mean = q.new_zeros(q.shape if bring_mean else (0, q.shape[1]))
     tiles = _Tiles(q, k, scale, exclusion, kept, positives=positives)
     sums = _Sums(q, tiles.direct)
     for own, other, tile, out in tiles:
@@ -216,7 +217,7 @@ def forward(
         if bring_mean:
             if old is not None:
                 mean[own].mul_(old[:, None])
-            torch.addmm(mean[own], tile, k[other], beta=float(other.start > 0), out=mean[own])
+            add_product(mean[own], tile, k[other].T)
     if bring_mean:
         mean.div_(sums.total.masked_fill(sums.total == 0, 1)[:, None])
     return *sums.lse2(), mean
@@ -344,7 +345,7 @@ def gradient(
     """
     x, y = _computed(x), _computed(y)
     gx = x.new_zeros(x.shape if need_x else (0, x.shape[1]))
-    gy = y.new_zeros(y.shape if need_y else (0, y.shape[1]))
+    gy = y.new_zeros(y.T.shape if need_y else (y.shape[1], 0))
     tiles = _Tiles(x, y, scale, exclusion, kept, find=True)
     second, gain = torch.empty_like(tiles.buffer), _gain(x_role, y_role)
     rows, columns = (_prepared(role, tiles.direct, gain) for role in (x_role, y_role))
@@ -352,10 +353,12 @@ def gradient(
         roles = rows and rows.part((own, None)), columns and columns.part((None, other))
         weights = _weights(tile, out, second, tiles.direct, *roles)
         if need_x:
-            gx[own].addmm_(weights, y[other])
+            add_product(gx[own], weights, y[other].T)
         if need_y:
-            gy[other].addmm_(weights.T, x[own])
-    return gx.div_(gain), gy.div_(gain)
+            if other.start == 0:
+                across = x[own].T.contiguous()
+            add_product(gy[:, other], across, weights.T)
+    return gx.div_(gain), gy.div_(gain).T.contiguous()
 
 
 def _gain(*roles: Role | None) -> float:
@@ -449,7 +452,9 @@ def self_gradient(
         weights = _weights(tile, out, second, tiles.direct, both.part((own, None)), both.part((None, other)))
         if pull:
             pull.add_to(weights, own, other)
-        gz[own].addmm_(weights, z[other])
-        if own != other:
-            gz[other].addmm_(weights.T, z[own])
+        add_product(gz[own], weights, z[other].T)
+        if own == other:
+            across = z[own].T.contiguous()
+        else:
+            add_product(gz[other].T, across, weights.T)
     return gz.div_(gain)

@@ -40,8 +40,7 @@ def tile_rows(request, monkeypatch):
 def small_tiles(monkeypatch, rows, kept):
     monkeypatch.setattr(tiled, "tile_rows", lambda: rows)
     monkeypatch.setattr(tiled, "COLUMNS", rows + 8)
-    monkeypatch.setattr(tiled, "KEPT_MOST", kept)  # bytes
-    monkeypatch.setattr(tiled, "KEPT_LEAST", kept)
+    monkeypatch.setattr(tiled, "KEPT", kept)  # bytes
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
