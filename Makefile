@@ -53,13 +53,12 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(if $(QUICK),--quick) $(BENCH)
 
 # Has anything become slower than the committed results of this kind of machine? Non-zero exit, naming the case.
-BASELINE ?= bench/results/cpu-amd-epyc-2-cores-quick.json
 bench-gate: $(VENV)/.bench
 	$(BIN)/python -m bench --quick --results build/bench/gate.json --report build/bench/gate.html
-	$(BIN)/python -m bench.compare $(BASELINE) build/bench/gate.json --confirm 2
+	$(BIN)/python -m bench.compare $(or $(BASELINE),"$$($(BIN)/python -m bench.machine)") build/bench/gate.json --confirm 2
 
 # The same without a clock, for CI: flops, peak memory, instructions, packets a frame, kernels as compiled. Needs no peers.
-COUNTED ?= bench/results/cpu-amd-epyc-2-cores-counted.json
+COUNTED ?= bench/results/counted.json
 bench-counted: setup
 	$(BIN)/python -m bench --quick --counted --results build/bench/counted.json
 	$(BIN)/python -m bench.compare $(COUNTED) build/bench/counted.json --all

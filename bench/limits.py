@@ -23,7 +23,7 @@ def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
     m, n = rows.shape[0], columns.shape[0]
     tall, wide = (min(side, CUDA_TILE if rows.is_cuda else TILE) for side in (m, n))
     rows, columns = rows.detach(), columns.detach()
-    buffer, out = rows.new_zeros(tall * wide), torch.zeros_like(rows)
+    out = torch.zeros_like(rows)
 
     def call() -> Result:
         out.zero_()
@@ -31,10 +31,9 @@ def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
             part, sums = rows[row : row + tall], out[row : row + tall]
             for column in range(0, n, wide):
                 keys = columns[column : column + wide]
-                logits = buffer[: len(part) * len(keys)].view(len(part), len(keys))
                 for index in range(products):
                     if index % 2 == 0:
-                        logits = product(part, keys, out=logits)
+                        logits = product(part, keys)
                     else:
                         add_product(sums, logits, keys.T)
         return (out,)

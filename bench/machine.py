@@ -55,10 +55,11 @@ def _gpu() -> dict[str, Any] | None:
 def machine(device: str = "cpu") -> dict[str, Any]:
     """``{"name", "cpu", "cores", "memory_gib", "os", "gpu"}``;
 
-    ``name`` names the results file: the GPU, or CPU and cores.
+    ``name`` names the results file: the GPU, or CPU and cores. A virtual machine's CPU has one name for generations
+    whose ratios differ by a factor of two, so its family and model belong to it.
     """
     cpu, cores, gpu = _cpu_name(), len(os.sched_getaffinity(0)), _gpu()
-    label = gpu["name"] if device == "cuda" and gpu else f"cpu {cpu.split('(family')[0]} {cores} cores"
+    label = gpu["name"] if device == "cuda" and gpu else f"cpu {cpu} {cores} cores"
     name = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     os_name = f"{platform.system()} {platform.machine()}"
     return {"name": name, "cpu": cpu, "cores": cores, "memory_gib": _memory_gib(), "os": os_name, "gpu": gpu}
@@ -89,3 +90,14 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def baseline() -> Path:
+    """The committed quick results of this machine, or of another, with which it is compared more loosely."""
+    results = Path(__file__).resolve().parent / "results"
+    own = results / f"{machine()['name']}-quick.json"
+    return own if own.exists() else max(results.glob("cpu-*-quick.json"))
+
+
+if __name__ == "__main__":
+    print(baseline())

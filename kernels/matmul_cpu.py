@@ -39,9 +39,9 @@ def _linear(x: Tensor, y: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y, None, "none", [], "")
 
 
-def product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """``x @ y.T`` (M, N) of x (M, K) and y (N, K): in ``out`` where the library can write there, else elsewhere."""
-    return _linear(x, y) if _by_onednn(x) else torch.mm(x, y.T, out=out)
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y.T`` (M, N) of x (M, K) and y (N, K)."""
+    return _linear(x, y) if _by_onednn(x) else torch.mm(x, y.T)
 
 
 def add_product(onto: Tensor, x: Tensor, y: Tensor) -> None:

@@ -100,8 +100,10 @@ def _is_direct(q: Tensor, k: Tensor, scale: Tensor) -> bool:
 
 
 def tile_rows() -> int:
-    """On two cores with busy neighbours, 2048 rows took up to 10 % longer, on quiet ones 3 % less."""
-    return ROWS * torch.get_num_threads()
+    """On two cores with busy neighbours, 2048 rows took up to 10 % longer, on quiet ones 3 % less. No tile takes more
+    than 16 MiB: see ``room``.
+    """
+    return ROWS * min(torch.get_num_threads(), 20)
 
 
 def room(q: Tensor, k: Tensor, scale: Tensor, keep: bool, half: bool = False) -> Tensor:
@@ -140,8 +142,8 @@ def _upper(rows: int, columns: int, step: int) -> Grid:
 
 class _Tiles:
     """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where excluded; where ``direct``, of its
-    exponentials. ``out`` is where to write what is made of the tile: over it, unless it is kept. ``positives`` (M, P)
-    takes their logits.
+    exponentials. ``out`` is where to write what is made of the tile: over it, or None if it is kept. ``positives``
+    (M, P) takes their logits.
 
     While there is room in ``kept``, tiles stay there, and a pass with ``find`` over the same grid takes them as it
     finds them. They come first, and a header tells the later pass how the earlier one went about it.
@@ -168,31 +170,35 @@ class _Tiles:
         self.kept = kept[HEADER:] if self.found or not find else kept[:0]
         if not find and len(kept):
             kept[0] = self.step if self.direct else -self.step
-        self.buffer = x.new_empty(min(self.step, x.shape[0]) * min(COLUMNS, y.shape[0]))
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
         used, capacity = 0, self.kept.shape[0]
         for own, others in self.grid(self.x.shape[0], self.y.shape[0], self.step):
             scaled = self.x[own] * self.scale2
             for other in others:
                 shape = own.stop - own.start, other.stop - other.start
                 size = shape[0] * shape[1]
-                out = self.buffer[:size].view(shape)
-                kept = used + size <= capacity
-                tile = self.kept[used : used + size].view(shape) if kept else out
-                if not (kept and self.found):
-                    if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
-                        made = product(self.x[own], self.y[other], out=tile).mul_(self.scale2)
-                    else:
-                        made = product(scaled, self.y[other], out=tile)
-                    self.exclusion.apply(made, own.start, other.start, self.positives)
-                    if self.direct:
-                        made = torch.exp2(made, out=tile if kept else made)
-                    tile = tile.copy_(made) if kept else made
-                used += size if kept else 0
-                yield own, other, tile, out
+                if used + size > capacity:
+                    tile = self._made(scaled, own, other)
+                    yield own, other, tile, tile
+                    continue
+                kept = self.kept[used : used + size].view(shape)
+                used += size
+                if not self.found:
+                    self._made(scaled, own, other, kept)
+                yield own, other, kept, None
         if not self.find:
             self.kept[used:].zero_()  # an op's outputs are the same every time
+
+    def _made(self, scaled: Tensor, own: slice, other: slice, out: Tensor | None = None) -> Tensor:
+        if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
+            tile = product(self.x[own], self.y[other]).mul_(self.scale2)
+        else:
+            tile = product(scaled, self.y[other])
+        self.exclusion.apply(tile, own.start, other.start, self.positives)
+        if self.direct:
+            return torch.exp2(tile, out=tile if out is None else out)
+        return tile if out is None else out.copy_(tile)
 
 
 def forward(
@@ -232,9 +238,9 @@ class _Sums:
         self.total = like.new_zeros(len(like))
         self.top = None if direct else like.new_full((len(like),), -math.inf)
 
-    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Adds a tile over its ``dim``. Returns its exponentials, in ``out`` where they are new, and by what earlier
-        sums were multiplied.
+    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Adds a tile over its ``dim``. Returns its exponentials, in ``out`` if given where they are new, and by what
+        earlier sums were multiplied.
         """
         old = None
         if self.top is not None:
@@ -347,11 +353,11 @@ def gradient(
     gx = x.new_zeros(x.shape if need_x else (0, x.shape[1]))
     gy = y.new_zeros(y.T.shape if need_y else (y.shape[1], 0))
     tiles = _Tiles(x, y, scale, exclusion, kept, find=True)
-    second, gain = torch.empty_like(tiles.buffer), _gain(x_role, y_role)
+    gain = _gain(x_role, y_role)
     rows, columns = (_prepared(role, tiles.direct, gain) for role in (x_role, y_role))
     for own, other, tile, out in tiles:
         roles = rows and rows.part((own, None)), columns and columns.part((None, other))
-        weights = _weights(tile, out, second, tiles.direct, *roles)
+        weights = _weights(tile, out, tiles.direct, *roles)
         if need_x:
             add_product(gx[own], weights, y[other].T)
         if need_y:
@@ -379,20 +385,12 @@ def _prepared(role: Role | None, direct: bool, gain: float) -> Role | None:
     return Role(role.lse2, weight * torch.exp2(-role.lse2) if direct else weight)
 
 
-def _weights(
-    tile: Tensor, out: Tensor, buffer: Tensor, direct: bool, rows: Role | None, columns: Role | None
-) -> Tensor:
-    """The tile of W in ``out``, of roles that broadcast to it; what else it takes goes to ``buffer``."""
-    second = buffer[: tile.numel()].view(tile.shape)
+def _weights(tile: Tensor, out: Tensor | None, direct: bool, rows: Role | None, columns: Role | None) -> Tensor:
+    """The tile of W, of one role or two that broadcast to it; in ``out`` if given."""
     if direct:  # exp2(s) * (row_i + column_j): one exponential serves both roles
-        factors = [role.weight for role in (rows, columns) if role is not None]
-        factor = torch.add(*factors, out=second) if len(factors) == 2 else factors[0] if factors else 0
-        return torch.mul(tile, factor, out=out)
-    if columns:
-        torch.sub(tile, columns.lse2, out=second).exp2_().mul_(columns.weight)
-    if rows:
-        torch.sub(tile, rows.lse2, out=out).exp2_().mul_(rows.weight)
-    return second if not rows else out.add_(second) if columns else out
+        return torch.mul(tile, sum(role.weight for role in (rows, columns) if role), out=out)
+    parts = [torch.sub(tile, role.lse2).exp2_().mul_(role.weight) for role in (rows, columns) if role]
+    return parts[0].add_(parts[1]) if len(parts) == 2 else parts[0]
 
 
 def two_sided(
@@ -409,17 +407,11 @@ def two_sided(
     """
     x, y = _computed(x), _computed(y)
     tiles = _Tiles(x, y, scale, exclusion, kept, positives=positives)
-    rows, columns, spare = _Sums(x, tiles.direct), _Sums(y, tiles.direct), _spare(tiles)
+    rows, columns = _Sums(x, tiles.direct), _Sums(y, tiles.direct)
     for own, other, tile, out in tiles:
-        columns.add(other, tile, 0, spare(tile))
+        columns.add(other, tile, 0, None)
         rows.add(own, tile, 1, out)
     return *rows.lse2(), *columns.lse2()
-
-
-def _spare(tiles: _Tiles) -> Callable[[Tensor], Tensor]:
-    """Where to write what is made of a tile that is still needed."""
-    buffer = torch.empty_like(tiles.buffer)
-    return lambda tile: buffer[: tile.numel()].view(tile.shape)
 
 
 def self_forward(
@@ -430,10 +422,10 @@ def self_forward(
     """
     z = _computed(z)
     tiles = _Tiles(z, z, scale, exclusion, kept, _upper, positives=positives)
-    sums, spare = _Sums(z, tiles.direct), _spare(tiles)
+    sums = _Sums(z, tiles.direct)
     for own, other, tile, out in tiles:
         if own != other:
-            sums.add(other, tile, 0, spare(tile))
+            sums.add(other, tile, 0, None)
         sums.add(own, tile, 1, out)
     return sums.lse2()
 
@@ -445,11 +437,11 @@ def self_gradient(
     z = _computed(z)
     gz = z.new_zeros(z.shape)
     tiles = _Tiles(z, z, scale, exclusion, kept, _upper, find=True)
-    second, gain = torch.empty_like(tiles.buffer), _gain(role)
+    gain = _gain(role)
     both, pull = _prepared(role, tiles.direct, gain), pull and Pull(pull.group, pull.weight * gain)
     assert both is not None
     for own, other, tile, out in tiles:
-        weights = _weights(tile, out, second, tiles.direct, both.part((own, None)), both.part((None, other)))
+        weights = _weights(tile, out, tiles.direct, both.part((own, None)), both.part((None, other)))
         if pull:
             pull.add_to(weights, own, other)
         add_product(gz[own], weights, z[other].T)
