@@ -10,6 +10,8 @@ import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from vito_kernels._triton import on_device
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 ONCE = "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
 
@@ -25,7 +27,8 @@ def past_dispatcher(op: Any) -> Callable[..., Any]:
         if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, by a vmap of autograd's own
             _refuse_vmap(op._name)
         plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
-        return (implementation if plain else op)(*args)
+        with on_device(tensors[0]):  # whose tiles are chosen, too
+            return (implementation if plain else op)(*args)
 
     return call
 

@@ -223,15 +223,23 @@ def _family(capability: int) -> int:
 PARTS = {"bf16x6": 3, "bf16x3": 2, "native": 1}
 
 
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was chosen by PyTorch's later way, of which the earlier has no name
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def precision(dtype: torch.dtype, D: int) -> str:
     """How products are taken. Float32 ones by ``torch.get_float32_matmul_precision``: "highest" in three bfloat16 parts
-    (six products, to float32's last bit), "high" in two (three products, 16 bits), "medium" in one.
+    (six products, to float32's last bit), "high" (or ``torch.backends.cuda.matmul.fp32_precision = "tf32"``) in two
+    (three products, 16 bits), "medium" in one.
     """
     if interpreting():
         return "widened"
     if dtype != torch.float32:
         return "native"
-    wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[torch.get_float32_matmul_precision()]
+    wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[_matmul_precision()]
     return wanted if wanted == "native" or max(TILES.get((family(), "float32"), [0])) >= D else "ieee"
 
 

@@ -268,12 +268,13 @@ def fuses(
         return False
     if not use_triton(x) or x.dtype not in FLOATS or not _has_rows(x) or not x.numel() > x.shape[1]:
         return False
-    ours = all(
-        t is not None and t.dtype == torch.float32 and t.device == x.device
+    channels = all(
+        t is not None and (t.dtype, t.device, t.shape) == (torch.float32, x.device, x.shape[1:2]) and t.is_contiguous()
         for t in (weight, bias, running_mean, running_var)
     )
-    return ours and (
-        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype and _has_rows(residual))
+    return channels and (
+        residual is None
+        or ((residual.dtype, residual.device, residual.shape) == (x.dtype, x.device, x.shape) and _has_rows(residual))
     )
 
 

@@ -74,7 +74,7 @@ def contrast(
         lse2, rest, mean = launch_lse(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
         logits = rowwise.positive_logits(q, k, scale, positive, diagonal)
     else:
-        logits = scale.new_empty(q.shape[0], _count(positive, diagonal))
+        logits = scale.new_full((q.shape[0], _count(positive, diagonal)), math.nan)  # of a positive that is no key
         lse2, rest, mean = tiled.forward(q, k, scale, exclusion, bring_mean, kept, logits)
     return lse2, logits, mean, rest, kept
 
@@ -119,7 +119,7 @@ def contrast_backward(
         dq, dscale = rowwise.pull(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **own)
     elif need_q or need_scale:
         pull = mean * (g_lse2 * tiled.LOG2E)[:, None]
-        for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
+        for p, keys in enumerate(_positive_keys(q, k, positive, diagonal)):
             assert k is not None
             pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None], value=tiled.LOG2E)
         if need_scale:
@@ -134,7 +134,7 @@ def contrast_backward(
         if fused and positive is None:
             theirs = pairs | {"k": q, "diagonal": -(diagonal or 0), "by_key": True} if pairs else {}
             return dq, rowwise.pull(push, scale, k.dtype, **theirs)[0], dscale
-        for p, keys in enumerate(_positive_keys(len(q), positive, diagonal)):
+        for p, keys in enumerate(_positive_keys(q, k, positive, diagonal)):
             part = q.to(push.dtype) * (g_positive[:, p, None] * tiled.LOG2E)
             if isinstance(keys, slice):
                 push[keys] += part
@@ -162,10 +162,12 @@ def _count(positive: Tensor | None, diagonal: int | None) -> int:
     return int(diagonal is not None) if positive is None else positive.shape[1]
 
 
-def _positive_keys(queries: int, positive: Tensor | None, diagonal: int | None) -> list[slice | Tensor]:
+def _positive_keys(q: Tensor, k: Tensor | None, positive: Tensor | None, diagonal: int | None) -> list[slice | Tensor]:
     """The positive keys of all queries, one entry for each column of positives."""
     if diagonal is not None:
-        return [slice(diagonal, diagonal + queries)]
+        return [slice(diagonal, diagonal + len(q))]
+    if positive is not None and k is not None and positive.is_cuda:  # unchecked; one that is no key made the loss NaN
+        positive = positive.clamp(0, len(k) - 1)
     return [] if positive is None else list(positive.unbind(1))
 
 

@@ -130,7 +130,8 @@ def _lse_kernel(
     else:
         safe = (z > 2.0**-64) & (z < 2.0**120)
         for c in tl.static_range(FIRST, LAST):
-            safe &= tl.max(tl.abs(accs[c - FIRST]), 1) < float("inf")
+            finite = tl.abs(accs[c - FIRST]) < float("inf")  # false of a NaN, which a maximum would pass over
+            safe &= tl.min(finite.to(tl.int32), 1) > 0
         tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
     log_z = tl.log2(z)
     whole = log_z + shift

@@ -40,8 +40,8 @@ def _linear(x: Tensor, y: Tensor) -> Tensor:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T`` (M, N) of x (M, K) and y (N, K)."""
-    return _linear(x, y) if _by_onednn(x) else torch.mm(x, y.T)
+    """``x @ y.T`` (M, N) of x (M, K) and y (N, K), which autocast does not round: it leaves ops with ``out`` alone."""
+    return _linear(x, y) if _by_onednn(x) else torch.mm(x, y.T, out=x.new_empty(len(x), len(y)))
 
 
 def add_product(onto: Tensor, x: Tensor, y: Tensor) -> None:

@@ -102,6 +102,9 @@ def test_what_the_kernels_take():
         assert not module.fuses(fit, c, c, c, c, map_)
         assert not module.fuses(fit, c, c, c, c, fit.bfloat16())
         assert not module.fuses(fit, half, c, c, c)
+        for other in (c[:4], torch.empty(8, 2, device="cuda")[:, 0], c[:1].expand(8), torch.empty(8)):
+            assert not any(module.fuses(fit, *(other if i == j else c for j in range(4))) for i in range(4))
+        assert not module.fuses(fit, c, c, c, c, torch.empty_like(fit, device="cpu"))
         assert not module.fuses(fit, c, c, None, None)
         assert not module.fuses(fit.double(), c, c, c, c)
         assert not module.fuses(rows[:1], c, c, c, c)

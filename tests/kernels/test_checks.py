@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from contrastive_cases import embeddings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vito_kernels as vk
+from vito_kernels import _ops, collectives
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
 from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
 
@@ -267,3 +271,48 @@ def under_autocast(x, y):
 def test_wrong_input_is_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_positive_that_is_no_key_makes_the_loss_nan(monkeypatch):
+    """Where positives are not checked, as on a GPU, for which the host would have to wait."""
+    module = sys.modules["vito_kernels.info_nce"]  # by its package's name it is the function
+    monkeypatch.setattr(module, "check_positive_range", lambda *given: None)
+    q, k = pair()
+    positive = torch.arange(6)
+    positive[3] = 99
+    losses = vk.info_nce(q, k, positive=positive, reduction="none")
+    assert losses.isnan().tolist() == [i == 3 for i in range(6)]
+
+
+def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Tiles are chosen for it, whichever GPU is current."""
+    entered = []
+    monkeypatch.setattr(_ops, "on_device", lambda tensor: entered.append(tensor.shape) or nullcontext())
+    q, k = pair()
+    vk.info_nce(q.requires_grad_(), k, temperature=0.1).backward()
+    assert {q.shape} <= set(entered)
+    assert len(entered) == 4  # contrast, margin, and their gradients
+
+
+@pytest.mark.parametrize(("chosen", "precision"), [("tf32", "high"), ("ieee", "highest")])
+def test_float32_precision_by_either_of_torchs_ways(chosen, precision):
+    """In a process of its own: PyTorch has no way back from the later to the earlier."""
+    code = (
+        f"import torch; from vito_kernels import _tiles; torch.backends.cuda.matmul.fp32_precision = {chosen!r}\n"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; print(_tiles._matmul_precision())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == precision
+
+
+def test_sixteen_bits_are_rounded_once_over_ranks(monkeypatch):
+    summed = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: summed.append(x.dtype))
+    for dtype, wide in [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        assert collectives._Scatter.apply(torch.ones(4, 2, dtype=dtype), [2, 2], None).dtype == dtype
+        assert summed.pop() == wide

@@ -382,3 +382,16 @@ def test_the_online_variant_may_take_more_launches(device, monkeypatch, unit):
     q, k = (embeddings(rows, 80, torch.bfloat16, device, rows, unit) for rows in (20, 40))
     scale = torch.tensor(100.0, device=device)
     assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_products_that_cancel_to_nan_are_taken_again(device, width):
+    """Two keys of 800 and -800 times e^13.9 in one column: at a fixed shift inf - inf, nothing else is."""
+    q, k = torch.zeros(3, width, device=device), torch.zeros(4, width, device=device)
+    q[:, 1] = 1
+    k[:2, 1], k[0, 0], k[1, 0] = 13.9, 800, -800
+    q, k = q.bfloat16().requires_grad_(), k.bfloat16()
+    (found,) = torch.autograd.grad(similarity_lse(q, k, 1.0).sum(), q)
+    expected = torch.zeros_like(found)
+    expected[:, 1] = 13.875
+    torch.testing.assert_close(found, expected)

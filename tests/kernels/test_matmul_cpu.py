@@ -8,7 +8,7 @@ from contrastive_cases import embeddings
 from torch.nn.functional import normalize
 
 import vito_kernels
-from vito_kernels import matmul_cpu, reference
+from vito_kernels import matmul_cpu, reference, tiled
 from vito_kernels.matmul_cpu import add_product, product
 
 SHAPES = [(1, 1, 1), (1, 7, 16), (7, 1, 100), (33, 65, 17), (96, 512, 256), (40, 24, 1000)]
@@ -60,4 +60,24 @@ def test_losses_by_either_library(loss, temperature):
     ours = torch.autograd.grad(call(vito_kernels, *sides), sides)
     wide = [x.detach().double().requires_grad_() for x in sides]
     for gradient, true in zip(ours, torch.autograd.grad(call(reference, *wide), wide), strict=True):
+        assert (gradient - true).norm() <= 2e-5 * true.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005], ids=["direct", "online"])
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss"])
+def test_autocast_rounds_embeddings_and_nothing_else(loss, temperature, monkeypatch):
+    """Nor in a backward pass within its block, of tiles that are not kept."""
+    monkeypatch.setattr(tiled, "KEPT", 4000)
+    q, k = (normalize(embeddings(600, 48, torch.float32, "cpu", i), dim=1).requires_grad_() for i in range(2))
+
+    def gradients(of, *sides):
+        value = getattr(of, loss)(
+            *sides, **{"temperature": temperature} if loss == "info_nce" else {"scale": 1 / temperature}
+        )
+        return torch.autograd.grad(value, sides)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(vito_kernels, q, k)
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (q, k)]
+    for gradient, true in zip(ours, gradients(reference, *rounded), strict=True):
         assert (gradient - true).norm() <= 2e-5 * true.norm()
