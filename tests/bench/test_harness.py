@@ -7,6 +7,7 @@ from bench import harness
 from bench.clock import CudaClock
 from bench.harness import FEW_ROUNDS, Budget, Candidate, Race, Work, absent, centre, relative_error
 from bench.memory import cost
+from vito_kernels import matmul_cpu
 
 X = torch.linspace(-1, 1, 1000)
 EXACT = X.double().exp()
@@ -268,6 +269,12 @@ def test_peak_memory_and_flops_are_exact():
     assert counted.flops == 2 * 256 * 128 * 512
     assert counted.peak_bytes == 2 * 4 * 256 * 512
     assert cost(call, torch.device("cpu")) == counted
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN")
+def test_products_by_onednn_are_counted():
+    x, y = torch.ones(20, 30), torch.ones(40, 30)
+    assert cost(lambda: matmul_cpu._linear(x, y), torch.device("cpu")).flops == 2 * 20 * 40 * 30
 
 
 def test_peak_memory_forgets_what_was_released():
