@@ -5,7 +5,7 @@ import os
 import av
 import numpy as np
 import pytest
-from videos import pictures, remux, rotate, skip_start, without_usability_information, write
+from videos import pictures, remux, rotate, skip_start, without_rate, without_usability_information, write
 
 from vito_fast.data.media import Source, presentation_times, rgb
 from vito_fast.data.pack import pack
@@ -155,6 +155,30 @@ def test_variable_frame_rate(tmp_path):
     np.testing.assert_allclose(np.diff(store.index.times(0)), np.diff(times) / 1000, atol=0.0011)
     pack(path, tmp_path / "jpeg", min_length=0, progress=False, processes=1)
     np.testing.assert_allclose(np.diff(Store(tmp_path / "jpeg").index.times(0)), np.diff(times) / 1000, atol=0.0011)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_a_file_that_names_no_rate(format, tmp_path):
+    times = np.cumsum(np.random.default_rng(0).integers(25, 45, 60)).tolist()
+    path = without_rate(write(tmp_path / "a.webm", pictures(60), "libvpx", times=times), tmp_path / "b.webm")
+    assert Source(path).rate == 25
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].guessed_rate == 1000, "what is not to be believed"
+    report = pack(path, tmp_path / "s", format=format, progress=False, processes=1)
+    assert (report.frames, report.short_shots) == (60, 0)
+    assert report.frame_rates == {f"{59000 / (times[-1] - times[0]):.3f}".rstrip("0"): 1}
+
+
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_a_rate_that_falls_is_measured_in_time(format, tmp_path):
+    """A screen recording of 60 and then 2 frames a second that claims 25: neither half is shorter than it lasts."""
+    times = [round(1000 * n / 60) for n in range(90)] + [1500 + 500 * n for n in range(3)]
+    path = write(tmp_path / "a.mkv", pictures(93), times=times)
+    report = pack(path, tmp_path / "s", format=format, clip_length=1.5, progress=False, processes=1)
+    assert report.short_shots == 0
+    index = Store(tmp_path / "s").index
+    spans = [(index.clip(clip).start, index.clip(clip).end) for clip in range(len(index))]
+    assert spans == [pytest.approx(span, abs=0.002) for span in [(0, 1.5), (1.5, 3.0)]]
 
 
 def test_reordering_that_the_stream_does_not_tell(tmp_path):

@@ -17,9 +17,11 @@ from vito_fast.data.media import BadVideo, Source, fitted, presentation_times, r
 TICKS = Fraction(1, 90000)
 """Time base of re-encoded clips: exact for all usual frame rates."""
 
-
 GAP = 2.0
 """Seconds between two frames that end a clip: the recording was interrupted, or a time is wrong."""
+
+CLOCK = 0.001
+"""Seconds by which containers round times: Matroska's clock."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,18 @@ class ShotDetector:
         return cut
 
 
+def frame_time(seconds: np.ndarray, rate: Fraction) -> float:
+    """Seconds that a frame is shown for: as ``rate`` claims, unless the frames at ``seconds`` come at quite another."""
+    claimed, steps = float(1 / rate), np.diff(seconds)
+    mean = float(steps[steps <= GAP].mean()) if (steps <= GAP).any() else claimed
+    return claimed if abs(mean - claimed) < 0.1 * claimed else mean
+
+
+def too_short(start: float, end: float, options: PackOptions) -> bool:
+    """Whether a shot is left out: by its time, as frames of variable rate tell nothing; both its ends are rounded."""
+    return end - start < options.min_length - 2 * CLOCK
+
+
 def bucket(height: int, width: int) -> tuple[int, int]:
     """The size that ``h264`` stores cut a picture to: hardware decoders restart at each new size, so few occur."""
     height, width = (side // 32 * 32 if side >= 64 else side for side in (height, width))
@@ -235,9 +249,8 @@ ENCODERS: dict[str, type[JpegEncoder] | type[H264Encoder]] = {"jpeg": JpegEncode
 class _OpenClip:
     encoder: JpegEncoder | H264Encoder
     first: int
-    start: float
+    times: list[float] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
-    frames: int = 0
 
 
 class Cutter:
@@ -264,17 +277,17 @@ class Cutter:
             number, seconds = len(tokens), self._seconds(source, token, len(tokens))
             tokens.append(token)
             cut = detector(picture) and self.options.shot_cuts
-            cut = cut or seconds - latest > GAP
-            latest = max(latest, seconds) if number else seconds
-            if self._clip and (cut or seconds - self._clip.start >= self.options.clip_length - 1e-6):
-                self._close(number, source)
+            gap = abs(seconds - latest) > GAP
+            latest = max(latest, seconds) if number and not gap else seconds
+            if self._clip and (cut or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
+                self._close(number, source, None if gap else seconds)
             if self._clip is None:
                 encoder = ENCODERS[self.options.format](self.options, picture.shape[0], picture.shape[1], source.rate)
-                self._clip = _OpenClip(encoder, number, seconds)
+                self._clip = _OpenClip(encoder, number)
             self._clip.payloads += self._clip.encoder.encode(picture)
-            self._clip.frames += 1
+            self._clip.times.append(seconds)
             heartbeat()
-        self._close(len(tokens), source)
+        self._close(len(tokens), source, None)
         self._set_times(source, tokens, size or (0, 0))
         return self.result
 
@@ -284,17 +297,20 @@ class Cutter:
         ticks = source.pts[token] if token < len(source.pts) else None
         return float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
 
-    def _close(self, end: int, source: Source) -> None:
+    def _close(self, end: int, source: Source, following: float | None) -> None:
+        """``following``: when the next frame comes, if there is one and no gap before it."""
         clip, self._clip = self._clip, None
         if clip is None:
             return
-        if clip.frames / source.rate < self.options.min_length - 1e-6:
+        times = np.sort(clip.times)
+        until = times[-1] + frame_time(times, source.rate) if following is None else max(following, times[-1])
+        if too_short(times[0], until, self.options):
             self.result.too_short += 1
             return
         rest, extradata = clip.encoder.finish()
         payloads = clip.payloads + rest
-        if len(payloads) != clip.frames:
-            raise BadVideo(f"the encoder made {len(payloads)} packets of {clip.frames} frames")
+        if len(payloads) != len(times):
+            raise BadVideo(f"the encoder made {len(payloads)} packets of {len(times)} frames")
         flags = [packet_flags(clip.encoder.codec, extradata, payload) or 0 for payload in payloads]
         if not flags[0] & KEY:
             raise BadVideo("the encoder's first packet is no key")
@@ -317,15 +333,15 @@ class Cutter:
         ticks = np.array([round((int(t) - int(native[0])) * source.time_base / TICKS) for t in native], np.int64)
         origin = round(int(native[0]) * source.time_base / TICKS)
         ticks = _constant_rate(ticks, source.rate) + origin  # a clip's times are those of its source
-        last = round(1 / (source.rate * TICKS))
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
             clip.pts = ticks[first:end]
-            following = ticks[end - 1] + last
             if end < len(ticks) and (ticks[end] - ticks[end - 1]) * TICKS <= GAP:
                 following = ticks[end]
+            else:
+                following = ticks[end - 1] + round(frame_time(clip.pts * float(TICKS), source.rate) / TICKS)
             clip.end = int(max(following, clip.pts[-1] + 1))
-        self.result.rate = float(source.rate)
+        self.result.rate = 1 / frame_time(ticks * float(TICKS), source.rate)
 
 
 def _constant_rate(ticks: np.ndarray, rate: Fraction) -> np.ndarray:
