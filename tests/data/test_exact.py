@@ -1,12 +1,14 @@
 """The frame delivered is the frame that decoding the original from its beginning gives."""
 
 import os
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from videos import pictures, remux, rotate, skip_start, without_rate, without_usability_information, write
 
+from vito_fast.data.cutting import CLOCK, TICKS, _constant_rate
 from vito_fast.data.media import Source, presentation_times, rgb
 from vito_fast.data.pack import pack
 from vito_fast.data.store import Store, frames
@@ -179,6 +181,27 @@ def test_a_rate_that_falls_is_measured_in_time(format, tmp_path):
     index = Store(tmp_path / "s").index
     spans = [(index.clip(clip).start, index.clip(clip).end) for clip in range(len(index))]
     assert spans == [pytest.approx(span, abs=0.002) for span in [(0, 1.5), (1.5, 3.0)]]
+
+
+@pytest.mark.parametrize(("rate", "suffix"), [(24000, "mp4"), (60000, "mp4"), (24000, "mkv"), (60000, "mkv")])
+def test_times_do_not_drift(rate, suffix, tmp_path):
+    """23.976 and 59.94 fps, long from the beginning: the last clips' times are the source's, within Matroska's clock."""
+    path = write(tmp_path / f"a.{suffix}", pictures(720, 16, 16), rate=Fraction(rate, 1001))
+    pack(path, tmp_path / "s", clip_length=2.0, min_length=0, shot_cuts=False, progress=False, processes=1)
+    index = Store(tmp_path / "s").index
+    seconds = np.concatenate([index.times(clip) for clip in range(len(index))])
+    allowed = 1e-5 if suffix == "mp4" else 0.0016
+    np.testing.assert_allclose(seconds, np.arange(720) * 1001 / rate, rtol=0, atol=allowed)
+    assert all(index.clip(clip).constant_rate for clip in range(len(index)))
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(60000, 1001), Fraction(53, 7)])
+def test_a_constant_rate_is_true_to_the_times(rate):
+    """Two hours of one shot, whatever the rate: times are even only while the rounding of a step does not add up."""
+    ticks = np.array([round(n / rate / TICKS) for n in range(int(7200 * rate))])
+    even = _constant_rate(ticks)
+    assert np.abs(even - ticks).max() * TICKS <= CLOCK
+    assert (len(set(np.diff(even))) == 1) == (rate.denominator == 1001)
 
 
 def test_reordering_that_the_stream_does_not_tell(tmp_path):

@@ -14,8 +14,9 @@ from PIL import Image
 from vito_fast.data.index import KEY, checksum, packet_flags
 from vito_fast.data.media import BadVideo, Source, fitted, presentation_times, rgb, upright
 
-TICKS = Fraction(1, 90000)
-"""Time base of re-encoded clips: exact for all usual frame rates."""
+TICKS = Fraction(1, 720000)
+"""Time base of re-encoded clips: a frame of 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 119.88 or 120 fps lasts a
+whole number of ticks."""
 
 GAP = 2.0
 """Seconds between two frames that end a clip: the recording was interrupted, or a time is wrong."""
@@ -330,12 +331,10 @@ class Cutter:
     def _set_times(self, source: Source, tokens: list[int], size: tuple[int, int]) -> None:
         step = max(1, round(1 / (source.rate * source.time_base)))
         native = presentation_times([source.pts[token] for token in tokens], step)
-        ticks = np.array([round((int(t) - int(native[0])) * source.time_base / TICKS) for t in native], np.int64)
-        origin = round(int(native[0]) * source.time_base / TICKS)
-        ticks = _constant_rate(ticks, source.rate) + origin  # a clip's times are those of its source
+        ticks = np.array([round(int(t) * source.time_base / TICKS) for t in native], np.int64)
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
-            clip.pts = ticks[first:end]
+            clip.pts = _constant_rate(ticks[first:end])
             if end < len(ticks) and (ticks[end] - ticks[end - 1]) * TICKS <= GAP:
                 following = ticks[end]
             else:
@@ -344,13 +343,11 @@ class Cutter:
         self.result.rate = 1 / frame_time(ticks * float(TICKS), source.rate)
 
 
-def _constant_rate(ticks: np.ndarray, rate: Fraction) -> np.ndarray:
-    """Evenly spaced ticks where the given ones are even but for the rounding of their container's clock."""
+def _constant_rate(ticks: np.ndarray) -> np.ndarray:
+    """Evenly spaced ticks from the first on, where the given ones are even but for the rounding of their container's
+    clock: each stays within ``CLOCK`` of its own time."""
     if len(ticks) < 3:
         return ticks
     step = round((ticks[-1] - ticks[0]) / (len(ticks) - 1))
-    even = np.arange(len(ticks), dtype=np.int64) * step
-    slack = (
-        90 + np.arange(len(ticks)) // 2
-    )  # one millisecond, and the half tick a frame that rounding the step may add up to
-    return even if step > 0 and bool((np.abs(ticks - even) <= slack).all()) else ticks
+    even = ticks[0] + np.arange(len(ticks), dtype=np.int64) * step
+    return even if np.abs(ticks - even).max() <= round(CLOCK / TICKS) else ticks
