@@ -185,7 +185,7 @@ def test_a_rate_that_falls_is_measured_in_time(format, tmp_path):
 
 @pytest.mark.parametrize(("rate", "suffix"), [(24000, "mp4"), (60000, "mp4"), (24000, "mkv"), (60000, "mkv")])
 def test_times_do_not_drift(rate, suffix, tmp_path):
-    """23.976 and 59.94 fps, long from the beginning: the last clips' times are the source's, within Matroska's clock."""
+    """23.976 and 59.94 fps: the last clips' times are still the source's, within Matroska's clock."""
     path = write(tmp_path / f"a.{suffix}", pictures(720, 16, 16), rate=Fraction(rate, 1001))
     pack(path, tmp_path / "s", clip_length=2.0, min_length=0, shot_cuts=False, progress=False, processes=1)
     index = Store(tmp_path / "s").index

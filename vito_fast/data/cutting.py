@@ -181,7 +181,10 @@ class JpegEncoder:
 
     def encode(self, picture: np.ndarray) -> list[bytes]:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+        try:
+            Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+        except OSError as error:
+            raise BadVideo(f"no JPEG can be made: {picture.shape[1]} x {picture.shape[0]} pixels: {error}") from None
         return [buffer.getvalue()]
 
     def finish(self) -> tuple[list[bytes], bytes]:
@@ -189,7 +192,10 @@ class JpegEncoder:
 
 
 class H264Encoder:
-    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so a frame costs at most ``gop`` packets."""
+    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so a frame costs at most ``gop`` packets.
+
+    Raises av.FFmpegError if the encoder will not open for such pictures, EncoderMissing if there is none.
+    """
 
     codec = "h264"
 
@@ -216,12 +222,7 @@ class H264Encoder:
             }
         context.colorspace, context.color_range = 6, 1  # SMPTE 170M, limited: what swscale makes of RGB by default
         self._context, self._count = context, 0
-        try:
-            context.open()
-        except av.FFmpegError as error:
-            raise EncoderMissing(
-                f"encoder {options.encoder} cannot be used on this machine: {error.strerror}"
-            ) from None
+        context.open()
 
     def encode(self, picture: np.ndarray) -> list[bytes]:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
@@ -234,10 +235,18 @@ class H264Encoder:
         return rest, self._context.extradata or b""
 
 
+def probe(options: PackOptions) -> None:
+    """Raises EncoderMissing if the encoder will not open even for pictures that every encoder takes."""
+    try:
+        H264Encoder(options, 256, 448, Fraction(25))
+    except av.FFmpegError as error:
+        raise EncoderMissing(f"encoder {options.encoder} cannot be used on this machine: {error.strerror}") from None
+
+
 def choose_encoder() -> tuple[str, str]:
     """The H.264 encoder to use, h264_nvenc where the machine has one that works, and a line that says why."""
     try:
-        H264Encoder(PackOptions("h264", encoder="h264_nvenc"), 256, 448, Fraction(25))
+        probe(PackOptions("h264", encoder="h264_nvenc"))
     except EncoderMissing as error:
         return "libx264", f"encoding by libx264: {error}"
     return "h264_nvenc", "encoding by h264_nvenc"
@@ -283,14 +292,22 @@ class Cutter:
             if self._clip and (cut or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
                 self._close(number, source, None if gap else seconds)
             if self._clip is None:
-                encoder = ENCODERS[self.options.format](self.options, picture.shape[0], picture.shape[1], source.rate)
-                self._clip = _OpenClip(encoder, number)
+                self._clip = _OpenClip(self._encoder(picture, source.rate), number)
             self._clip.payloads += self._clip.encoder.encode(picture)
             self._clip.times.append(seconds)
             heartbeat()
         self._close(len(tokens), source, None)
         self._set_times(source, tokens, size or (0, 0))
         return self.result
+
+    def _encoder(self, picture: np.ndarray, rate: Fraction) -> JpegEncoder | H264Encoder:
+        height, width = picture.shape[:2]
+        try:
+            return ENCODERS[self.options.format](self.options, height, width, rate)
+        except av.FFmpegError as error:
+            probe(self.options)  # is it the machine's fault? else this video's alone, and the others can be packed
+            name = self.options.encoder
+            raise BadVideo(f"encoder {name} does not open: {width} x {height} pixels: {error.strerror}") from None
 
     @staticmethod
     def _seconds(source: Source, token: int, number: int) -> float:
