@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from videos import pictures, remux, rotate, skip_start, without_rate, without_usability_information, write
 
+from vito_fast.attention import video_frames
 from vito_fast.data.cutting import CLOCK, TICKS, _constant_rate
 from vito_fast.data.media import Source, presentation_times, rgb
 from vito_fast.data.pack import pack
@@ -270,6 +271,13 @@ def test_rotation_metadata(quarter, tmp_path):
     packed = frames(tmp_path / "jpeg", 0, [7])[0]
     assert packed.shape == truth[7].shape
     assert np.abs(packed.astype(int) - truth[7]).mean() < 6
+
+
+@pytest.mark.parametrize("quarter", [1, 2, 3])
+def test_attention_sees_a_video_as_training_does(quarter, tmp_path):
+    path = rotate(write(tmp_path / "a.mp4", pictures(3, 64, 96)), tmp_path / "b.mp4", quarter)
+    _, truth = sequential(path)
+    np.testing.assert_array_equal(video_frames(path, 3, 64), truth)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
