@@ -29,7 +29,7 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
     """``count`` frames (n,H,W,3) evenly spaced over a video, upright, short side about ``size``, both sides multiples
     of 32; of a store, the middle frames of clips evenly spaced over it.
 
-    Fewer if the video has fewer. UserError if it cannot be read.
+    Fewer if the video has fewer. UserError if it cannot be read; OSError or ValueError for a damaged clip of a store.
     """
     import av
 
@@ -119,7 +119,11 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
     branch = load_online(checkpoint)
     if config_of(checkpoint).model.pooling != "attention":
         raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")
-    write_grid(branch, video_frames(video, count, size), out)
+    try:
+        frames = video_frames(video, count, size)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    write_grid(branch, frames, out)
 
 
 def write_grid(branch: Branch, frames: Pixels, out: Path) -> None:
