@@ -1,7 +1,6 @@
 """Where the encoder looks: attention maps of a video's frames as a picture grid. People would rather look."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,6 @@ from vito_fast.export import config_of
 from vito_fast.model.pair import Branch
 from vito_kernels.photometric import IMAGENET_MEAN, IMAGENET_STD
 
-if TYPE_CHECKING:
-    from av import VideoFrame
-
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -30,18 +26,17 @@ def load_online(checkpoint: Checkpoint) -> Branch:
 
 
 def video_frames(path: Path, count: int, size: int) -> Pixels:
-    """``count`` frames (n,H,W,3) evenly spaced over a video, short side about ``size``, both sides multiples of 32;
-    of a store, the middle frames of clips evenly spaced over it.
+    """``count`` frames (n,H,W,3) evenly spaced over a video, upright, short side about ``size``, both sides multiples
+    of 32; of a store, the middle frames of clips evenly spaced over it.
 
-    Fewer if the video has fewer. UserError if it cannot be read.
+    Fewer if the video has fewer. UserError if it cannot be read; OSError or ValueError for a damaged clip of a store.
     """
     import av
-    from av import VideoFrame
 
-    from vito_fast.data.media import for_ffmpeg
+    from vito_fast.data.media import for_ffmpeg, rgb
 
     if (path / "store.json").is_file():
-        return _resized([VideoFrame.from_ndarray(f, format="rgb24") for f in _store_frames(path, count)], size)
+        return _resized(_store_frames(path, count), size)
     if not path.is_file():
         raise UserError(f"no video or store {path}")
     try:
@@ -51,7 +46,7 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
             raise UserError(f"{path} has no frames")
         wanted = {round(i) for i in np.linspace(0, total - 1, min(count, total))}
         with av.open(for_ffmpeg(path)) as container:
-            pictures = [f for i, f in enumerate(container.decode(video=0)) if i in wanted]
+            pictures = [rgb(f) for i, f in enumerate(container.decode(video=0)) if i in wanted]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a video that can be read: {' '.join(str(error).split())}") from None
     return _resized(pictures, size)
@@ -66,16 +61,16 @@ def _store_frames(store: Path, count: int) -> list[Pixels]:
     return [frames(opened, clip, [len(opened.index.times(clip)) // 2])[0] for clip in clips]
 
 
-def _resized(pictures: "list[VideoFrame]", size: int) -> Pixels:
+def _resized(pictures: list[Pixels], size: int) -> Pixels:
     """All to the first one's shape at short side ``size``, rounded to 32. UserError if that is more than FFmpeg scales
     to."""
-    from av import FFmpegError
+    from av import FFmpegError, VideoFrame
 
-    scale = size / min(pictures[0].width, pictures[0].height)
-    width, height = (max(32, round(side * scale / 32) * 32) for side in (pictures[0].width, pictures[0].height))
+    sides = pictures[0].shape[:2]
+    height, width = (max(32, round(side * size / min(sides) / 32) * 32) for side in sides)
     to = {"format": "rgb24", "width": width, "height": height, "interpolation": "AREA"}
     try:
-        return np.stack([picture.to_ndarray(**to) for picture in pictures])
+        return np.stack([VideoFrame.from_ndarray(picture, format="rgb24").to_ndarray(**to) for picture in pictures])
     except FFmpegError:
         raise UserError(
             f"--size {size} makes frames of {width}x{height}, too large to draw: take a smaller one"
@@ -124,7 +119,11 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
     branch = load_online(checkpoint)
     if config_of(checkpoint).model.pooling != "attention":
         raise UserError(f"{checkpoint.path} pools by average: it has no attention to draw")
-    write_grid(branch, video_frames(video, count, size), out)
+    try:
+        frames = video_frames(video, count, size)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    write_grid(branch, frames, out)
 
 
 def write_grid(branch: Branch, frames: Pixels, out: Path) -> None:

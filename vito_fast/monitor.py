@@ -109,7 +109,7 @@ def _shown(config: Config) -> Pixels | None:
         return None
     try:
         return video_frames(Path(config.data.store), SHOWN, config.sampler.size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of its packets, of its record in the index
         print(f"warning: no attention pictures: {error}", flush=True)
         return None
 

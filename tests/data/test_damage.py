@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 
+from vito_fast import attention, monitor
+from vito_fast.cli import main
+from vito_fast.config import Config, DataConfig
 from vito_fast.data.pack import pack
 from vito_fast.data.store import Store
 from vito_fast.errors import UserError
@@ -57,6 +61,32 @@ def test_a_damaged_description(stores, folder, tmp_path):
         pack(folder, store, format="h264", **QUIET)
     path.write_text(json.dumps(good))
     assert len(Store(store)) == 7
+
+
+def _spoil(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x55
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["index.bin", "shard-00000.bin"])
+def test_attention_of_a_damaged_clip(stores, tmp_path, monkeypatch, capsys, name):
+    """Its record or its packets are spoilt: one line that says so, and training goes on without the pictures."""
+    store = Path(shutil.copytree(stores / "jpeg", tmp_path / "s"))
+    (records,) = struct.unpack_from("<Q", (store / "index.bin").read_bytes(), 48)
+    packet = int(Store(store).index.packets(0).offsets[20])  # of the frame in the middle
+    _spoil(store / name, records if name == "index.bin" else packet)
+    config = Config(data=DataConfig(store=str(store)))
+    assert monitor._shown(config) is None
+    assert capsys.readouterr().out.startswith("warning: no attention pictures: ")
+    for part in ("find", "load_online"):
+        monkeypatch.setattr(attention, part, lambda _: None)
+    monkeypatch.setattr(attention, "config_of", lambda _: config)
+    assert main(["attention", "run", str(store), str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert str(store) in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 200_000, '{"encoder": 3}'])

@@ -1,12 +1,15 @@
 """The frame delivered is the frame that decoding the original from its beginning gives."""
 
 import os
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from videos import pictures, remux, rotate, skip_start, without_usability_information, write
+from videos import pictures, remux, rotate, skip_start, without_rate, without_usability_information, write
 
+from vito_fast.attention import video_frames
+from vito_fast.data.cutting import CLOCK, TICKS, _constant_rate
 from vito_fast.data.media import Source, presentation_times, rgb
 from vito_fast.data.pack import pack
 from vito_fast.data.store import Store, frames
@@ -157,6 +160,51 @@ def test_variable_frame_rate(tmp_path):
     np.testing.assert_allclose(np.diff(Store(tmp_path / "jpeg").index.times(0)), np.diff(times) / 1000, atol=0.0011)
 
 
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_a_file_that_names_no_rate(format, tmp_path):
+    times = np.cumsum(np.random.default_rng(0).integers(25, 45, 60)).tolist()
+    path = without_rate(write(tmp_path / "a.webm", pictures(60), "libvpx", times=times), tmp_path / "b.webm")
+    assert Source(path).rate == 25
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].guessed_rate == 1000, "what is not to be believed"
+    report = pack(path, tmp_path / "s", format=format, progress=False, processes=1)
+    assert (report.frames, report.short_shots) == (60, 0)
+    assert report.frame_rates == {f"{59000 / (times[-1] - times[0]):.3f}".rstrip("0"): 1}
+
+
+@pytest.mark.parametrize("format", ["jpeg", "h264", "copy"])
+def test_a_rate_that_falls_is_measured_in_time(format, tmp_path):
+    """A screen recording of 60 and then 2 frames a second that claims 25: neither half is shorter than it lasts."""
+    times = [round(1000 * n / 60) for n in range(90)] + [1500 + 500 * n for n in range(3)]
+    path = write(tmp_path / "a.mkv", pictures(93), times=times)
+    report = pack(path, tmp_path / "s", format=format, clip_length=1.5, progress=False, processes=1)
+    assert report.short_shots == 0
+    index = Store(tmp_path / "s").index
+    spans = [(index.clip(clip).start, index.clip(clip).end) for clip in range(len(index))]
+    assert spans == [pytest.approx(span, abs=0.002) for span in [(0, 1.5), (1.5, 3.0)]]
+
+
+@pytest.mark.parametrize(("rate", "suffix"), [(24000, "mp4"), (60000, "mp4"), (24000, "mkv"), (60000, "mkv")])
+def test_times_do_not_drift(rate, suffix, tmp_path):
+    """23.976 and 59.94 fps: the last clips' times are still the source's, within Matroska's clock."""
+    path = write(tmp_path / f"a.{suffix}", pictures(720, 16, 16), rate=Fraction(rate, 1001))
+    pack(path, tmp_path / "s", clip_length=2.0, min_length=0, shot_cuts=False, progress=False, processes=1)
+    index = Store(tmp_path / "s").index
+    seconds = np.concatenate([index.times(clip) for clip in range(len(index))])
+    allowed = 1e-5 if suffix == "mp4" else 0.0016
+    np.testing.assert_allclose(seconds, np.arange(720) * 1001 / rate, rtol=0, atol=allowed)
+    assert all(index.clip(clip).constant_rate for clip in range(len(index)))
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(60000, 1001), Fraction(53, 7)])
+def test_a_constant_rate_is_true_to_the_times(rate):
+    """Two hours of one shot, whatever the rate: times are even only while the rounding of a step does not add up."""
+    ticks = np.array([round(n / rate / TICKS) for n in range(int(7200 * rate))])
+    even = _constant_rate(ticks)
+    assert np.abs(even - ticks).max() * TICKS <= CLOCK
+    assert (len(set(np.diff(even))) == 1) == (rate.denominator == 1001)
+
+
 def test_reordering_that_the_stream_does_not_tell(tmp_path):
     """A decoder that sees no more than the packets must not lose frames while it finds out."""
     options = {"preset": "medium", "x264-params": "b-pyramid=normal:b-adapt=0"}
@@ -223,6 +271,13 @@ def test_rotation_metadata(quarter, tmp_path):
     packed = frames(tmp_path / "jpeg", 0, [7])[0]
     assert packed.shape == truth[7].shape
     assert np.abs(packed.astype(int) - truth[7]).mean() < 6
+
+
+@pytest.mark.parametrize("quarter", [1, 2, 3])
+def test_attention_sees_a_video_as_training_does(quarter, tmp_path):
+    path = rotate(write(tmp_path / "a.mp4", pictures(3, 64, 96)), tmp_path / "b.mp4", quarter)
+    _, truth = sequential(path)
+    np.testing.assert_array_equal(video_frames(path, 3, 64), truth)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])

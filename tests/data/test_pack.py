@@ -441,6 +441,17 @@ def test_an_encoder_that_is_not_there(folder, tmp_path):
         pack(folder, tmp_path / "s", format="h264", encoder="h264_nvenc", **QUIET)
 
 
+@pytest.mark.parametrize(("format", "width"), [("h264", 17000), ("jpeg", 66000)])
+def test_a_size_that_the_encoder_does_not_take(format, width, tmp_path):
+    """It is that video's fault, not the machine's: the others are packed."""
+    write(tmp_path / "in.mkv", pictures(30))
+    write(tmp_path / "a.mkv", [np.zeros((32, width, 3), np.uint8)] * 2, "ffv1")
+    report = pack(tmp_path, tmp_path / "s", format=format, encoder="libx264", **QUIET)
+    assert report.videos == 1
+    reason = "encoder libx264 does not open: 16992" if format == "h264" else "no JPEG can be made: 66000"
+    assert quarantine(tmp_path / "s")["a.mkv"].startswith(f"{reason} x 32 pixels: ")
+
+
 def test_bad_video_names_the_reason(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
     shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)

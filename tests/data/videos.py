@@ -66,6 +66,16 @@ def remux(source: Path, target: Path, change) -> Path:
     return target
 
 
+def without_rate(source: Path, target: Path) -> Path:
+    """A WebM that does not say how long a frame is shown (DefaultDuration made void), as browsers record it."""
+    data = bytearray(source.read_bytes())
+    place = data.index(b"\x23\xe3\x83")
+    size = 2 + (data[place + 3] & 0x7F)  # what the void holds, its own two bytes apart
+    data[place : place + 2 + size] = bytes([0xEC, 0x80 | size, *bytes(size)])
+    target.write_bytes(data)
+    return target
+
+
 def rotate(source: Path, target: Path, quarter: int) -> Path:
     """An MP4 whose track is to be shown turned by ``quarter`` times 90 degrees clockwise."""
     cos, sin = (1, 0, -1, 0)[quarter], (0, 1, 0, -1)[quarter]

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.cutting import GAP, PackedClip, PackedFile, PackOptions, Shard, ShotDetector
+from vito_fast.data.cutting import GAP, PackedClip, PackedFile, PackOptions, Shard, ShotDetector, frame_time, too_short
 from vito_fast.data.decode import BadPackets, Decoder
 from vito_fast.data.index import (
     DISCARD,
@@ -31,7 +31,17 @@ from vito_fast.data.index import (
     packet_flags,
     write_index,
 )
-from vito_fast.data.media import BadVideo, bare_packet, demuxed, fitted, opened, presentation_times, rgb, strictness
+from vito_fast.data.media import (
+    BadVideo,
+    bare_packet,
+    claimed_rate,
+    demuxed,
+    fitted,
+    opened,
+    presentation_times,
+    rgb,
+    strictness,
+)
 
 THUMBNAIL = 64
 """Short side in pixels of the pictures by which shot changes are told."""
@@ -78,17 +88,15 @@ class Copier:
             self._make_exact(stream, heartbeat)
         else:
             self.shard.rewind(start)
-        self.result.rate = float(stream.rate)
         return self.result
 
     def _copy(self, path: Path, heartbeat: Callable[[], None]) -> _Stream:
         rotation = _rotation(path)
         with opened(path) as (container, video):
             context = video.codec_context
-            rate = video.average_rate or video.guessed_rate or Fraction(25)
             codec, extradata = context.codec.canonical_name, context.extradata or b""
             time_base = video.time_base or Fraction(1, 90000)
-            stream = _Stream(codec, context.width, context.height, extradata, time_base, rate, rotation)
+            stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
             context.thread_count, context.options = 1, strictness(codec)
             detector = ShotDetector()
             for packet in chain(demuxed(container, video), [None]):
@@ -133,10 +141,12 @@ class Copier:
         if not shown:
             raise BadVideo("its edit list shows no frame")
         ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step)
-        length, shortest = self.options.clip_length / stream.time_base, self.options.min_length / stream.time_base
+        tick = float(stream.time_base)
+        self.result.rate = 1 / frame_time(ticks[shown] * tick, stream.rate)
+        length = self.options.clip_length / stream.time_base
         first = 0
         for place in range(1, len(shown) + 1):
-            end = int(ticks[shown[place - 1]]) + step
+            end: int | None = None  # when the frame after comes
             if place < len(shown):
                 here = int(ticks[shown[place]])
                 gap = (here - ticks[shown[place - 1]]) * stream.time_base > GAP
@@ -145,7 +155,10 @@ class Copier:
                     long = here - ticks[shown[first]] >= length
                     if stream.outputs[shown[place]] not in stream.shots and not long:
                         continue
-            if end - int(ticks[shown[first]]) >= shortest:
+            times = ticks[shown[first:place]]
+            if end is None:
+                end = int(times[-1]) + round(frame_time(times * tick, stream.rate) / tick)
+            if not too_short(times[0] * tick, end * tick, self.options):
                 self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
             else:
                 self.result.too_short += 1

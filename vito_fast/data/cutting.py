@@ -14,12 +14,15 @@ from PIL import Image
 from vito_fast.data.index import KEY, checksum, packet_flags
 from vito_fast.data.media import BadVideo, Source, fitted, presentation_times, rgb, upright
 
-TICKS = Fraction(1, 90000)
-"""Time base of re-encoded clips: exact for all usual frame rates."""
-
+TICKS = Fraction(1, 720000)
+"""Time base of re-encoded clips: a frame of 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 119.88 or 120 fps lasts a
+whole number of ticks."""
 
 GAP = 2.0
 """Seconds between two frames that end a clip: the recording was interrupted, or a time is wrong."""
+
+CLOCK = 0.001
+"""Seconds by which containers round times: Matroska's clock."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,18 @@ class ShotDetector:
         return cut
 
 
+def frame_time(seconds: np.ndarray, rate: Fraction) -> float:
+    """Seconds that a frame is shown for: as ``rate`` claims, unless the frames at ``seconds`` come at quite another."""
+    claimed, steps = float(1 / rate), np.diff(seconds)
+    mean = float(steps[steps <= GAP].mean()) if (steps <= GAP).any() else claimed
+    return claimed if abs(mean - claimed) < 0.1 * claimed else mean
+
+
+def too_short(start: float, end: float, options: PackOptions) -> bool:
+    """Whether a shot is left out: by its time, as frames of variable rate tell nothing; both its ends are rounded."""
+    return end - start < options.min_length - 2 * CLOCK
+
+
 def bucket(height: int, width: int) -> tuple[int, int]:
     """The size that ``h264`` stores cut a picture to: hardware decoders restart at each new size, so few occur."""
     height, width = (side // 32 * 32 if side >= 64 else side for side in (height, width))
@@ -166,7 +181,10 @@ class JpegEncoder:
 
     def encode(self, picture: np.ndarray) -> list[bytes]:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+        try:
+            Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+        except OSError as error:
+            raise BadVideo(f"no JPEG can be made: {picture.shape[1]} x {picture.shape[0]} pixels: {error}") from None
         return [buffer.getvalue()]
 
     def finish(self) -> tuple[list[bytes], bytes]:
@@ -174,7 +192,10 @@ class JpegEncoder:
 
 
 class H264Encoder:
-    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so a frame costs at most ``gop`` packets."""
+    """Closed groups of ``gop`` frames without B-frames or scene-cut keys, so a frame costs at most ``gop`` packets.
+
+    Raises av.FFmpegError if the encoder will not open for such pictures, EncoderMissing if there is none.
+    """
 
     codec = "h264"
 
@@ -201,12 +222,7 @@ class H264Encoder:
             }
         context.colorspace, context.color_range = 6, 1  # SMPTE 170M, limited: what swscale makes of RGB by default
         self._context, self._count = context, 0
-        try:
-            context.open()
-        except av.FFmpegError as error:
-            raise EncoderMissing(
-                f"encoder {options.encoder} cannot be used on this machine: {error.strerror}"
-            ) from None
+        context.open()
 
     def encode(self, picture: np.ndarray) -> list[bytes]:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
@@ -219,10 +235,18 @@ class H264Encoder:
         return rest, self._context.extradata or b""
 
 
+def probe(options: PackOptions) -> None:
+    """Raises EncoderMissing if the encoder will not open even for pictures that every encoder takes."""
+    try:
+        H264Encoder(options, 256, 448, Fraction(25))
+    except av.FFmpegError as error:
+        raise EncoderMissing(f"encoder {options.encoder} cannot be used on this machine: {error.strerror}") from None
+
+
 def choose_encoder() -> tuple[str, str]:
     """The H.264 encoder to use, h264_nvenc where the machine has one that works, and a line that says why."""
     try:
-        H264Encoder(PackOptions("h264", encoder="h264_nvenc"), 256, 448, Fraction(25))
+        probe(PackOptions("h264", encoder="h264_nvenc"))
     except EncoderMissing as error:
         return "libx264", f"encoding by libx264: {error}"
     return "h264_nvenc", "encoding by h264_nvenc"
@@ -235,9 +259,8 @@ ENCODERS: dict[str, type[JpegEncoder] | type[H264Encoder]] = {"jpeg": JpegEncode
 class _OpenClip:
     encoder: JpegEncoder | H264Encoder
     first: int
-    start: float
+    times: list[float] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
-    frames: int = 0
 
 
 class Cutter:
@@ -264,19 +287,27 @@ class Cutter:
             number, seconds = len(tokens), self._seconds(source, token, len(tokens))
             tokens.append(token)
             cut = detector(picture) and self.options.shot_cuts
-            cut = cut or seconds - latest > GAP
-            latest = max(latest, seconds) if number else seconds
-            if self._clip and (cut or seconds - self._clip.start >= self.options.clip_length - 1e-6):
-                self._close(number, source)
+            gap = abs(seconds - latest) > GAP
+            latest = max(latest, seconds) if number and not gap else seconds
+            if self._clip and (cut or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
+                self._close(number, source, None if gap else seconds)
             if self._clip is None:
-                encoder = ENCODERS[self.options.format](self.options, picture.shape[0], picture.shape[1], source.rate)
-                self._clip = _OpenClip(encoder, number, seconds)
+                self._clip = _OpenClip(self._encoder(picture, source.rate), number)
             self._clip.payloads += self._clip.encoder.encode(picture)
-            self._clip.frames += 1
+            self._clip.times.append(seconds)
             heartbeat()
-        self._close(len(tokens), source)
+        self._close(len(tokens), source, None)
         self._set_times(source, tokens, size or (0, 0))
         return self.result
+
+    def _encoder(self, picture: np.ndarray, rate: Fraction) -> JpegEncoder | H264Encoder:
+        height, width = picture.shape[:2]
+        try:
+            return ENCODERS[self.options.format](self.options, height, width, rate)
+        except av.FFmpegError as error:
+            probe(self.options)  # is it the machine's fault? else this video's alone, and the others can be packed
+            name = self.options.encoder
+            raise BadVideo(f"encoder {name} does not open: {width} x {height} pixels: {error.strerror}") from None
 
     @staticmethod
     def _seconds(source: Source, token: int, number: int) -> float:
@@ -284,17 +315,20 @@ class Cutter:
         ticks = source.pts[token] if token < len(source.pts) else None
         return float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
 
-    def _close(self, end: int, source: Source) -> None:
+    def _close(self, end: int, source: Source, following: float | None) -> None:
+        """``following``: when the next frame comes, if there is one and no gap before it."""
         clip, self._clip = self._clip, None
         if clip is None:
             return
-        if clip.frames / source.rate < self.options.min_length - 1e-6:
+        times = np.sort(clip.times)
+        until = times[-1] + frame_time(times, source.rate) if following is None else max(following, times[-1])
+        if too_short(times[0], until, self.options):
             self.result.too_short += 1
             return
         rest, extradata = clip.encoder.finish()
         payloads = clip.payloads + rest
-        if len(payloads) != clip.frames:
-            raise BadVideo(f"the encoder made {len(payloads)} packets of {clip.frames} frames")
+        if len(payloads) != len(times):
+            raise BadVideo(f"the encoder made {len(payloads)} packets of {len(times)} frames")
         flags = [packet_flags(clip.encoder.codec, extradata, payload) or 0 for payload in payloads]
         if not flags[0] & KEY:
             raise BadVideo("the encoder's first packet is no key")
@@ -314,27 +348,23 @@ class Cutter:
     def _set_times(self, source: Source, tokens: list[int], size: tuple[int, int]) -> None:
         step = max(1, round(1 / (source.rate * source.time_base)))
         native = presentation_times([source.pts[token] for token in tokens], step)
-        ticks = np.array([round((int(t) - int(native[0])) * source.time_base / TICKS) for t in native], np.int64)
-        origin = round(int(native[0]) * source.time_base / TICKS)
-        ticks = _constant_rate(ticks, source.rate) + origin  # a clip's times are those of its source
-        last = round(1 / (source.rate * TICKS))
+        ticks = np.array([round(int(t) * source.time_base / TICKS) for t in native], np.int64)
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.height, clip.width = bucket(*size) if self.options.format == "h264" else size
-            clip.pts = ticks[first:end]
-            following = ticks[end - 1] + last
+            clip.pts = _constant_rate(ticks[first:end])
             if end < len(ticks) and (ticks[end] - ticks[end - 1]) * TICKS <= GAP:
                 following = ticks[end]
+            else:
+                following = ticks[end - 1] + round(frame_time(clip.pts * float(TICKS), source.rate) / TICKS)
             clip.end = int(max(following, clip.pts[-1] + 1))
-        self.result.rate = float(source.rate)
+        self.result.rate = 1 / frame_time(ticks * float(TICKS), source.rate)
 
 
-def _constant_rate(ticks: np.ndarray, rate: Fraction) -> np.ndarray:
-    """Evenly spaced ticks where the given ones are even but for the rounding of their container's clock."""
+def _constant_rate(ticks: np.ndarray) -> np.ndarray:
+    """Evenly spaced ticks from the first on, where the given ones are even but for the rounding of their container's
+    clock: each stays within ``CLOCK`` of its own time."""
     if len(ticks) < 3:
         return ticks
     step = round((ticks[-1] - ticks[0]) / (len(ticks) - 1))
-    even = np.arange(len(ticks), dtype=np.int64) * step
-    slack = (
-        90 + np.arange(len(ticks)) // 2
-    )  # one millisecond, and the half tick a frame that rounding the step may add up to
-    return even if step > 0 and bool((np.abs(ticks - even) <= slack).all()) else ticks
+    even = ticks[0] + np.arange(len(ticks), dtype=np.int64) * step
+    return even if np.abs(ticks - even).max() <= round(CLOCK / TICKS) else ticks

@@ -99,6 +99,13 @@ def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packe
         yield from unpack.filter(None)
 
 
+def claimed_rate(stream: VideoStream) -> Fraction:
+    """Frames a second. Where the file names none FFmpeg guesses, and without a clue its guess is the container's clock:
+    1000 for a browser's recording."""
+    guess = stream.guessed_rate
+    return stream.average_rate or (guess if guess and guess <= 240 else Fraction(25))
+
+
 def strictness(codec: str) -> dict[str, str]:
     """Options of a decoder by which damage is an error, not something hidden behind what was there before.
 
@@ -121,6 +128,7 @@ class Source:
     codec: str = ""
     time_base: Fraction = Fraction(1)
     rate: Fraction = Fraction(25)
+    """Frames a second as the file claims them; its times may say otherwise."""
     extradata: bytes = b""
     pts: list[int | None] = field(default_factory=list)
     discard: list[bool] = field(default_factory=list)
@@ -139,7 +147,7 @@ class Source:
         self.width, self.height, self.codec = context.width, context.height, context.codec.canonical_name
         context.thread_count, context.options = 1, strictness(self.codec)
         self.time_base = stream.time_base
-        self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        self.rate = claimed_rate(stream)
         self.extradata = context.extradata or b""
         seen: set[int] = set()
         for packet in chain(demuxed(container, stream), [None]):
