@@ -88,8 +88,7 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
                     if run.recorder:
                         run.recorder.log(row | alarm(row))
                     gc.collect(1)
-                    if row["skipped_in_a_row"] >= config.train.max_bad_steps:
-                        run.save()
+                    if row["skipped_in_a_row"] >= config.train.max_bad_steps:  # saves nothing: nothing has changed
                         raise TrainingFailed(_evidence(run.folder, row, batch))
                 if tracer:
                     tracer.step(step)
@@ -100,8 +99,10 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
                 if due and world.main:
                     with clock.paused():
                         run.evaluate()
-                if step % config.train.checkpoint_every == 0 or step == last or stopping:
+                if step == last or stopping:
                     run.save()
+                elif step % config.train.checkpoint_every == 0:
+                    run.save(if_healthy=True)
                 if stopping:
                     break
         finally:
@@ -135,9 +136,10 @@ class _Run:
     baselines: dict[str, Any] = field(default_factory=dict)
     """Retrieval of the untrained network and of raw pixels."""
 
-    def save(self) -> None:
-        """Starts writing a checkpoint of the step at hand."""
-        if self.saver and self.recorder:
+    def save(self, if_healthy: bool = False) -> None:
+        """Starts writing a checkpoint of the step at hand; ``if_healthy``, not while steps are skipped: however often
+        they fail and are tried again, those of before are not crowded out."""
+        if self.saver and self.recorder and not (if_healthy and self.trainer.skipped[1]):
             self.recorder.sync()
             tensors, state = self.trainer.state()
             self.saver.save(self.trainer.step_count, tensors, state | self._origin())
@@ -289,7 +291,7 @@ def _evidence(run: Path, row: dict[str, Any], batch: dict[str, Any]) -> str:
     evidence |= {name: batch[name].tolist() for name in ("sample", "clip")}
     path.write_text(json.dumps(evidence), encoding="utf-8")
     count = row["skipped_in_a_row"]
-    return f"{count} steps in a row had a non-finite loss or gradient: see {path} and the last checkpoint"
+    return f"{count} steps in a row had a non-finite loss or gradient: see {path}; the checkpoints are of before"
 
 
 def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:

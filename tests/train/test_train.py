@@ -15,7 +15,7 @@ import torch
 
 from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
-from vito_fast.checkpoint import checkpoints, find, read, write
+from vito_fast.checkpoint import checkpoints, find, read, step_of, write
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
@@ -23,6 +23,7 @@ from vito_fast.data.store import Store
 from vito_fast.errors import UserError
 from vito_fast.metrics import TIMINGS, RowFile, read_rows
 from vito_fast.model.pair import Branch
+from vito_fast.step import Trainer
 from vito_fast.train import TrainingFailed, train
 
 STEPS = 10
@@ -381,6 +382,22 @@ def test_a_run_that_stays_non_finite_stops_with_evidence(config):
     evidence = json.loads((run_of(bad) / "non_finite.json").read_text())
     assert int(evidence["row"]["skipped_in_a_row"]) >= 3
     assert len(evidence["sample"]) == 4
+
+
+def test_restarts_of_a_run_that_fails_keep_its_good_checkpoints(config, monkeypatch):
+    """Every start saves each step, as skipped ones too would, and torchrun starts it again and again."""
+    often = dataclasses.replace(config.train, max_bad_steps=3, log_every=1, checkpoint_every=1)
+    failing, honest = dataclasses.replace(config, train=often), Trainer._finite
+
+    def poisoned(self, loss, norm):
+        return honest(self, loss * (torch.nan if self.step_count > 3 else 1), norm)
+
+    monkeypatch.setattr(Trainer, "_finite", poisoned)
+    for _ in range(3):
+        with pytest.raises(TrainingFailed, match="the checkpoints are of before"):
+            train(failing, resume=True)
+        assert [step_of(path) for path in checkpoints(run_of(config) / "checkpoints")] == [4, 3]
+    assert final(failing).tensors["skipped"].tolist() == [0, 0]
 
 
 def test_a_row_file_continues_after_its_step_and_drops_a_torn_line(tmp_path):
