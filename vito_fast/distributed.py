@@ -167,6 +167,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def told_by_ranks(word: str) -> list[str]:
+    """What each rank has to say; waits for all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [word]
+    words = [""] * dist.get_world_size()
+    dist.all_gather_object(words, word)
+    return words
+
+
 @contextmanager
 def sole_writer(folder: Path, world: World) -> Iterator[None]:
     """Inside, no other processes than these ranks write ``folder``, which is made if need be. UserError if others do,

@@ -25,7 +25,7 @@ from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.batch import sent
 from vito_fast.data.loader import ClipLoader
-from vito_fast.distributed import World, any_rank, join, leave, sole_writer
+from vito_fast.distributed import World, any_rank, join, leave, sole_writer, told_by_ranks
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.files import whole
@@ -257,11 +257,22 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
 
 
 def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Begins the run's folder, or finds where to continue. UserError if what is there must not be written over."""
+    """Begins the run's folder, or finds where to continue. UserError, on all ranks, if what is there must not be
+    written over, or if they do not all find the same: a rank that went on from another file would never notice."""
+    found: Checkpoint | None = None
+    problem = ""
     try:
         found = read_newest(run / "checkpoints")
     except UserError as error:
-        raise UserError(f"{error}: move {run} away, give another --name, or take the program that wrote it") from None
+        problem = f"{error}: move {run} away, give another --name, or take the program that wrote it"
+    except OSError as error:
+        problem = f"{error.filename or run} cannot be read: {error.strerror or error}; start again when it can"
+    told = told_by_ranks(problem or (f"{found.path.name} ({found.sha256[:12]})" if found else "no checkpoint"))
+    if len(set(told)) > 1:
+        each = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(told))
+        raise UserError(f"the ranks do not find the same in {run}: start again when all see the same files ({each})")
+    if problem:
+        raise UserError(problem)
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:
