@@ -25,13 +25,16 @@ from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.batch import sent
 from vito_fast.data.loader import ClipLoader
-from vito_fast.distributed import World, any_rank, join, leave, sole_writer, told_by_ranks
+from vito_fast.distributed import World, any_rank, greatest, join, leave, sole_writer, told_by_ranks
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.files import whole
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
+
+ASK_EVERY = 3.0
+"""Seconds between the moments at which ranks ask each other whether one was told to end."""
 
 
 class TrainingFailed(Exception):
@@ -65,7 +68,7 @@ def train(
 def _train(run: "_Run", profile: bool) -> dict[str, Any]:
     config, world, trainer, loader = run.config, run.world, run.trainer, run.loader
     start, last = trainer.step_count, run.last
-    with StopSignal() as stop:
+    with StopSignal(world, start) as stop:
         clock = Clock(world.device, pairs_at_peak(config, world) if world.main else None)
         alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
         batches = _endless(loader)
@@ -94,7 +97,7 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
                     tracer.step(step)
                 progress.update(step, row if logged else None)
 
-                stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
+                stopping = stop.agreed(step, at_once=logged or step == last)
                 due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
                 if due and world.main:
                     with clock.paused():
@@ -113,10 +116,11 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
             if run.saver:
                 run.saver.close()
 
-    summary = run.finish(clock.rate, stop.received)
+    summary = run.finish(clock.rate, stop.name)
     if tracer:
         print(tracer.line(), flush=True)
-    return summary | {"signal": stop.received}
+    any_rank(False, world.device)  # one that ended before all is saved might have its launcher end the others
+    return summary | {"signal": stop.name}
 
 
 @dataclass
@@ -322,9 +326,19 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
 
 
 class StopSignal:
-    """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand."""
+    """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand, all
+    ranks after the same one, whichever of them was told.
 
-    received: str | None = None
+    To ask the others is to wait for the device. Ranks ask after steps that wait anyway, and ``ASK_EVERY`` seconds after
+    they last did, by as many steps as they agreed on then: launchers kill half a minute after SIGTERM.
+    """
+
+    name: str | None = None
+    """The signal that all ranks end for."""
+
+    def __init__(self, world: World, step: int) -> None:
+        self.world, self._received = world, 0
+        self._asked, self._next, self._time = step, step + 1, time.monotonic()
 
     def __enter__(self) -> "StopSignal":
         wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -332,8 +346,18 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
+        self._received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+
+    def agreed(self, step: int, at_once: bool) -> bool:
+        """After each step: whether to end. ``at_once`` asks, as ``step`` may do by itself; alike on all ranks."""
+        if at_once or step >= self._next or self.world.size == 1:
+            now = time.monotonic()
+            a_step = (now - self._time) / max(1, step - self._asked)
+            received, a_step = greatest([self._received, a_step], self.world.device)
+            self.name = signal.Signals(int(received)).name if received else None
+            self._asked, self._next, self._time = step, step + max(1, int(ASK_EVERY / max(a_step, 1e-6))), now
+        return self.name is not None
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
