@@ -156,13 +156,21 @@ class _Run:
             self.recorder.evaluation({"step": step} | scores)
             monitor.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
 
+    def retrieval(self) -> dict[int, float]:
+        """What evaluations have found among as many clips as the baselines, by step."""
+        rows = self.recorder.evaluations.rows if self.recorder else []
+        clips = self.baselines.get("clips")  # rows did not always say
+        return {
+            row["step"]: row["retrieval"] for row in rows if "retrieval" in row and row.get("clips", clips) == clips
+        }
+
     def finish(self, rate: float, stopped_by: str | None) -> dict[str, Any]:
         """Evaluates the last step unless that is done, and tells the outcome, also in summary.json."""
         if self.recorder is None:
             return {}
         step, total = self.trainer.step_count, self.trainer.schedule.total_steps
-        rows, evaluations = self.recorder.metrics.rows, self.recorder.evaluations.rows
-        if step >= self.last and step not in [row["step"] for row in evaluations]:
+        rows = self.recorder.metrics.rows
+        if step >= self.last and step not in self.retrieval():
             self.evaluate()
         summary = {
             "checkpoint": str(path_of(self.folder / "checkpoints", step)),
@@ -172,7 +180,7 @@ class _Run:
             "last_loss": rows[-1]["loss"] if rows else None,
             "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
             "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
-            "retrieval": {"trained": evaluations[-1].get("retrieval") if evaluations else None, **self.baselines},
+            "retrieval": {"trained": next(reversed(self.retrieval().values()), None), **self.baselines},
         }
         with whole(self.folder / "summary.json") as partial:
             partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -212,23 +220,24 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
         checkpoint = _open_folder(folder, config, resume, world)
         if checkpoint is not None:
             _check_same_run(checkpoint, config, loader)
+        frames = monitor.draw(config, len(loader.store)) if world.main else None
+        baselines = {} if checkpoint is None else checkpoint.value("baselines")
+        if frames and baselines.get("clips") != frames.clips:  # of a new run, or one that asks for other clips now
+            baselines = monitor.baselines(trainer.model.online.backbone, frames, config, world.device)
+        if checkpoint is not None:
             trainer.load(checkpoint)
         start, total = trainer.step_count, trainer.schedule.total_steps
         loader.load_state_dict({"step": start})
         last = total if max_steps is None else min(total, max_steps)
-        run = _Run(config, world, folder, loader, trainer, last)
+        run = _Run(config, world, folder, loader, trainer, last, frames=frames, baselines=baselines)
         if world.main:
             if start:
                 how = "goes on after" if start < last else "is finished at"
                 print(f"{folder} {how} step {start} of {total}", flush=True)
             run.recorder = Recorder(folder, start, config)
             run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
-            run.frames = monitor.draw(config, len(loader.store))
-        if checkpoint is not None:
-            run.baselines = checkpoint.value("baselines")
-        elif run.recorder and run.frames:
-            run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
-            run.recorder.evaluation({"step": 0, **run.baselines})
+            if checkpoint is None:
+                run.recorder.evaluation({"step": 0, **baselines})
         yield run
 
 

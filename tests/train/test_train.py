@@ -17,6 +17,7 @@ from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
 from vito_fast.checkpoint import checkpoints, find, read, step_of, write
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
+from vito_fast.data.loader import ClipLoader
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
 from vito_fast.data.store import Store
@@ -161,6 +162,30 @@ def test_folders_of_videos_are_classes_at_evaluations(config, make_clip, tmp_pat
     loose = dataclasses.replace(config, name="loose")
     train(loose, max_steps=1)
     assert not any(key.startswith("knn") for row in rows(loose, "evaluations.jsonl") for key in row)
+
+
+def test_evaluations_are_compared_among_as_many_clips(config):
+    """A run that goes on with other ``evaluate_clips`` tells no share of nine clips beside one of four."""
+    few = dataclasses.replace(config, name="few", train=dataclasses.replace(config.train, evaluate_clips=4))
+    train(few, max_steps=1)
+    train(config, max_steps=4)
+    goes_on = dataclasses.replace(config, train=few.train)
+    stopped = train(goes_on, resume=True, max_steps=5)["retrieval"]
+    assert [row["clips"] for row in rows(config, "evaluations.jsonl")] == [9, 9, 4]
+    begun = {name: value for name, value in rows(few, "evaluations.jsonl")[0].items() if name != "step"}
+    assert begun["clips"] == 4
+    assert begun.items() <= stopped.items()
+    again = train(config, resume=True, max_steps=5)["retrieval"]  # the same step among nine clips again
+    assert again["clips"] == 9
+    assert [(row["step"], row["clips"]) for row in rows(config, "evaluations.jsonl")[-2:]] == [(5, 4), (5, 9)]
+    assert again["trained"] == rows(config, "evaluations.jsonl")[-1]["retrieval"]
+
+
+def test_evaluations_put_up_with_as_many_bad_clips_as_training(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(monitor, "ClipLoader", lambda *_, **options: asked.append(options) or ClipLoader(*_, **options))
+    monitor.draw(dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_share=0.9)), 9)
+    assert [options["max_bad_share"] for options in asked] == [0.9]
 
 
 def test_a_damaged_clip_costs_the_pictures_and_not_the_run(config, monkeypatch, capsys):
