@@ -53,10 +53,12 @@ class Frames:
 
 
 class CollapseAlarm:
-    """Watches logged rows for embeddings that have all become one point or lie on a line: one line when that begins."""
+    """Watches logged rows for embeddings that have all become one point or lie on a line, and for batches of one video,
+    which teach the contrastive loss nothing: one line when that begins.
+    """
 
     def __init__(self, config: TrainConfig, ranks: int) -> None:
-        self.least, self.ringing = {"embedding_std": config.collapse_std}, False
+        self.least, self.ringing, self.alone = {"embedding_std": config.collapse_std}, False, False
         if config.batch_size // ranks >= 8 * config.collapse_rank:  # a few clips span few dimensions anyway
             self.least["embedding_rank"] = config.collapse_rank
 
@@ -75,6 +77,14 @@ class CollapseAlarm:
                 flush=True,
             )
         self.ringing = bool(low)
+        alone = row.get("chance") == 0
+        if alone and not self.alone:
+            print(
+                f"warning: step {row['step']}: log(negatives + 1) is 0: all clips of the batch are of one video, and "
+                "nothing is learned: pack more videos or raise train.batch_size",
+                flush=True,
+            )
+        self.alone = alone
         return {"collapsed_scales": len(low)}
 
 

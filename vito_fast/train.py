@@ -215,6 +215,7 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
         raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
     folder = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
+    _check_negatives(config, loader)
     trainer = Trainer(config, world, len(loader))
     with sole_writer(folder, world):
         checkpoint = _open_folder(folder, config, resume, world)
@@ -258,6 +259,17 @@ def make_loader(config: Config, world: World) -> ClipLoader:
         prefetch=config.data.prefetch,
         max_bad_share=config.data.max_bad_share,
     )
+
+
+def _check_negatives(config: Config, loader: ClipLoader) -> None:
+    """UserError where no clip has a negative: with nothing to tell apart the loss is 0 from the start."""
+    index = loader.store.index
+    first, last = index.clip(0), index.clip(index.num_clips - 1)  # videos are numbered in the clips' order
+    if config.loss.kind == "contrastive" and first.video == last.video:
+        raise UserError(
+            f"all {index.num_clips} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
+            "loss takes negatives from other videos: pack more videos, or train with --loss.kind byol, which needs none"
+        )
 
 
 def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,16 @@ import torch
 from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
 from vito_fast.checkpoint import checkpoints, find, read, step_of, write
-from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
+from vito_fast.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    save_config,
+)
 from vito_fast.data.loader import ClipLoader
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
@@ -394,6 +403,15 @@ def test_user_mistakes_are_user_errors(config, tmp_path):
         with pytest.raises(UserError, match=says) as error:
             train(wrong)
         assert "\n" not in str(error.value)
+
+
+def test_a_store_of_one_video_has_no_negatives(config, tmp_path, make_clip):
+    make_clip(tmp_path / "one.mp4", 0)
+    pack(tmp_path / "one.mp4", tmp_path / "store", clip_length=0.2, min_length=0.1, progress=False, processes=1)
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path / "store")))
+    with pytest.raises(UserError, match=r"all \d+ clips .*of one video, one\.mp4, .*pack more videos, or .*byol"):
+        train(one)
+    train(dataclasses.replace(one, loss=LossConfig(kind="byol")), max_steps=1)
 
 
 def test_a_run_that_stays_non_finite_stops_with_evidence(config):
