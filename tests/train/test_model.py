@@ -138,6 +138,12 @@ def test_timm_backbone_has_timms_names_and_stage_features():
     assert [64 // finest.shape[2], 64 // coarsest.shape[2]] == backbone.strides
 
 
+def test_a_timm_network_made_for_one_size_says_so():
+    backbone = build_backbone(ModelConfig(backbone="timm:vit_tiny_patch16_224", scales=1))
+    with pytest.raises(UserError, match=r"'timm:vit_\w+' takes no images of 64 x 64 \(.*sampler\.size .*224 x 224"):
+        backbone(images(1))
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("resnet51", "resnet18, resnet34, resnet50"), ("timm:no_such_net", "no_such_net"), ("", "timm:NAME")],

@@ -30,10 +30,17 @@ class TimmBackbone(nn.Module):
         levels = [info[i] for i in range(len(info))]
         if scales > len(levels):
             raise UserError(f"backbone 'timm:{name}' has {len(levels)} feature levels, model.scales asks for {scales}")
-        self.scales = scales
+        self.name, self.scales = f"timm:{name}", scales
         self.channels = [level["num_chs"] for level in levels][-scales:]
         self.strides = [level["reduction"] for level in levels][-scales:]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features: list[Tensor] = self.body.forward_intermediates(x, indices=self.scales, intermediates_only=True)
+        try:
+            features: list[Tensor] = self.body.forward_intermediates(x, indices=self.scales, intermediates_only=True)
+        except AssertionError as error:  # of networks made for one size
+            wanted = " x ".join(map(str, self.body.default_cfg["input_size"][1:]))
+            raise UserError(
+                f"model.backbone {self.name!r} takes no images of {x.shape[2]} x {x.shape[3]} ({error}): set "
+                f"sampler.size as it was made for, {wanted}, or choose another network"
+            ) from None
         return features
