@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vito_fast.errors import UserError
@@ -33,6 +34,27 @@ class TimmBackbone(nn.Module):
         self.name, self.scales = f"timm:{name}", scales
         self.channels = [level["num_chs"] for level in levels][-scales:]
         self.strides = [level["reduction"] for level in levels][-scales:]
+        self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Parameters that no feature depends on, as of a layer before the classifier, learn nothing: LARS would only
+        shrink them, and DDP wait for their gradients. Found on ``meta``, where nothing is computed.
+        """
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        learned = {name: t for name, t in tensors if t.requires_grad}
+        meta = {name: torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for name, t in tensors}
+        images = torch.empty(1, *self.body.default_cfg["input_size"], device="meta")
+        try:
+            with torch.enable_grad():
+                features = torch.func.functional_call(self.eval(), meta, (images,))
+                total = torch.stack([f.float().sum() for f in features]).sum()
+        except RuntimeError:  # of a network that looks at values, of which there are none
+            return
+        finally:
+            self.train()
+        gradients = torch.autograd.grad(total, [meta[name] for name in learned], allow_unused=True)
+        for parameter, gradient in zip(learned.values(), gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         try:
