@@ -36,6 +36,8 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    sha256: str
+    """Of tensors and state, in hexadecimal."""
 
     def value(self, name: str) -> Any:
         """A value of the state. UserError if it has none of that name."""
@@ -85,10 +87,14 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and checks a checkpoint; UserError naming the file if it is missing, torn, changed or not one."""
+    """Reads and checks a checkpoint; UserError naming the file if it is missing, torn, changed or not one, OSError if
+    the disk or the network does not answer, which says nothing about the file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb"):  # safetensors says of whatever it cannot open that it is missing
+            pass
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
@@ -97,11 +103,13 @@ def read(path: Path) -> Checkpoint:
                 version = header.get("version")
                 raise UserError(f"{path} is a checkpoint of version {version}, this program reads {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except SafetensorError as error:
         raise UserError(f"{path} is torn or not a checkpoint: {error}") from None
     if _checksum(tensors, header.get("state", "")) != header.get("sha256"):
         raise UserError(f"{path} is damaged: its checksum does not match")
-    return Checkpoint(path, tensors, json.loads(header["state"]))
+    return Checkpoint(path, tensors, json.loads(header["state"]), header["sha256"])
 
 
 def warn(message: str) -> None:
@@ -110,7 +118,8 @@ def warn(message: str) -> None:
 
 def read_newest(folder: Path, refused: Callable[[str], None] = warn) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole, or None if there is no file of that kind; ``refused`` is told
-    each newer one that is not, by name. UserError if there are files and none is whole: they are not nothing.
+    each newer one that is not, by name. UserError if there are files and none is whole: they are not nothing. OSError
+    if one cannot be read, which may well be whole: going on from an older one would undo what it holds.
     """
     reasons: list[str] = []
     found = checkpoints(folder)

@@ -218,6 +218,8 @@ class Config:
         named = "/" not in self.name and self.name not in ("", ".", "..") and self.name.isprintable()
         _require(named, "name", self.name, "a folder's name")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        views = self.sampler.views
+        _require(views >= 2, "sampler.views", views, "2 to 4: the loss compares views of a clip")
         alone = self.loss.kind == "contrastive" and self.train.batch_size == 1
         _require(not alone, "train.batch_size", 1, "at least 2 with the contrastive loss: negatives are other clips")
 

@@ -160,11 +160,25 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds on any rank; waits for all of them."""
+    return bool(greatest([flag], device)[0])
+
+
+def greatest(values: list[float], device: torch.device) -> list[float]:
+    """The greatest of each of ``values`` on any rank; waits for all of them."""
     if not (dist.is_available() and dist.is_initialized()):
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        return values
+    gathered = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(gathered, dist.ReduceOp.MAX)
+    return gathered.tolist()
+
+
+def told_by_ranks(word: str) -> list[str]:
+    """What each rank has to say; waits for all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [word]
+    words = [""] * dist.get_world_size()
+    dist.all_gather_object(words, word)
+    return words
 
 
 @contextmanager

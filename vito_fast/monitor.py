@@ -46,12 +46,19 @@ class Frames:
     label: Tensor | None
     """(K*N,) int64: its class, from 0; None where there are no classes (``labels``)."""
 
+    @property
+    def clips(self) -> int:
+        """N, among which a frame is looked for: shares of the same number compare."""
+        return self.query.shape[1]
+
 
 class CollapseAlarm:
-    """Watches logged rows for embeddings that have all become one point or lie on a line: one line when that begins."""
+    """Watches logged rows for embeddings that have all become one point or lie on a line, and for batches of one video,
+    which teach the contrastive loss nothing: one line when that begins.
+    """
 
     def __init__(self, config: TrainConfig, ranks: int) -> None:
-        self.least, self.ringing = {"embedding_std": config.collapse_std}, False
+        self.least, self.ringing, self.alone = {"embedding_std": config.collapse_std}, False, False
         if config.batch_size // ranks >= 8 * config.collapse_rank:  # a few clips span few dimensions anyway
             self.least["embedding_rank"] = config.collapse_rank
 
@@ -70,6 +77,14 @@ class CollapseAlarm:
                 flush=True,
             )
         self.ringing = bool(low)
+        alone = row.get("chance") == 0
+        if alone and not self.alone:
+            print(
+                f"warning: step {row['step']}: log(negatives + 1) is 0: all clips of the batch are of one video, and "
+                "nothing is learned: pack more videos or raise train.batch_size",
+                flush=True,
+            )
+        self.alone = alone
         return {"collapsed_scales": len(low)}
 
 
@@ -81,7 +96,10 @@ def draw(config: Config, clips: int) -> Frames:
     size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
     seed, threads = config.seed + SEED_OFFSET, config.data.threads
     query, gallery, clip, video = [], [], [], []
-    with ClipLoader(config.data.store, size, seed=seed, sampler=config.sampler, threads=threads) as loader:
+    bad = config.data.max_bad_share  # as training: a store good enough for that is so here
+    with ClipLoader(
+        config.data.store, size, seed=seed, sampler=config.sampler, threads=threads, max_bad_share=bad
+    ) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)
             drawn = [batch for _, batch in zip(range(batches), loader, strict=False)]
@@ -163,7 +181,8 @@ def rank_me(rows: Tensor) -> float:
 
 
 def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
-    """Retrieval (share, 0 to 1) and RankMe of the network in evaluation mode; the network is left as it was.
+    """Retrieval (share, 0 to 1) among how many ``clips``, and RankMe, of the network in evaluation mode; the network is
+    left as it was.
 
     Where there are classes also ``knn_top1``, and the share of the commonest class as ``knn_chance``.
     """
@@ -173,7 +192,7 @@ def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.
     gallery = features(backbone, frames.gallery, device, config.train.channels_last)
     backbone.train(was_training)
     rows = gallery.flatten(0, 1)
-    found = {"retrieval": top1(query, gallery), "rank_me": rank_me(rows)}
+    found = {"retrieval": top1(query, gallery), "clips": frames.clips, "rank_me": rank_me(rows)}
     if frames.label is not None:
         found["knn_top1"] = knn_top1(rows, frames.label.to(device), frames.video.to(device))
         found["knn_chance"] = int(frames.label.bincount().max()) / len(frames.label)
@@ -206,5 +225,5 @@ def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch
     return {
         "untrained": evaluate(untrained, frames, config, device)["retrieval"],
         "pixels": top1(frames.query, frames.gallery),
-        "clips": frames.query.shape[1],
+        "clips": frames.clips,
     }

@@ -139,9 +139,15 @@ class Prediction:
 def predict(config: Config, options: PlanOptions, constants: Machine | None = None) -> Prediction:
     """The prediction for one configuration and machine. Deterministic.
 
-    Raises UserError for a machine that is not known, a batch that does not divide, or a step that would not run.
+    Raises UserError for a machine that is not known, a batch that does not divide or is more than all clips, or a step
+    that would not run.
     """
     m = constants or machine(options.gpu, options.calibrate or None)
+    if options.clips < config.train.batch_size:
+        raise UserError(
+            f"{options.clips} clips are fewer than one batch of {config.train.batch_size}: lower train.batch_size or "
+            "pack more videos"
+        )
     dry = counted_step(config, config.train.clips(options.gpus), options.gpus)
     if dry.problems:
         raise UserError(f"the step would not run: {dry.problems[0]}")

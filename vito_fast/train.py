@@ -25,13 +25,16 @@ from vito_fast.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.config import Config, method_differences, save_config, to_mapping
 from vito_fast.data.batch import sent
 from vito_fast.data.loader import ClipLoader
-from vito_fast.distributed import World, any_rank, join, leave, sole_writer
+from vito_fast.distributed import World, any_rank, greatest, join, leave, sole_writer, told_by_ranks
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
 from vito_fast.files import whole
 from vito_fast.metrics import Clock, Progress, Recorder, pairs_at_peak
 from vito_fast.profiling import Profile, part
 from vito_fast.step import Trainer
+
+ASK_EVERY = 3.0
+"""Seconds between the moments at which ranks ask each other whether one was told to end."""
 
 
 class TrainingFailed(Exception):
@@ -65,7 +68,7 @@ def train(
 def _train(run: "_Run", profile: bool) -> dict[str, Any]:
     config, world, trainer, loader = run.config, run.world, run.trainer, run.loader
     start, last = trainer.step_count, run.last
-    with StopSignal() as stop:
+    with StopSignal(world, start) as stop:
         clock = Clock(world.device, pairs_at_peak(config, world) if world.main else None)
         alarm, progress = monitor.CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
         batches = _endless(loader)
@@ -88,20 +91,21 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
                     if run.recorder:
                         run.recorder.log(row | alarm(row))
                     gc.collect(1)
-                    if row["skipped_in_a_row"] >= config.train.max_bad_steps:
-                        run.save()
+                    if row["skipped_in_a_row"] >= config.train.max_bad_steps:  # saves nothing: nothing has changed
                         raise TrainingFailed(_evidence(run.folder, row, batch))
                 if tracer:
                     tracer.step(step)
                 progress.update(step, row if logged else None)
 
-                stopping = (logged or world.size == 1) and any_rank(stop.received is not None, world.device)
+                stopping = stop.agreed(step, at_once=logged or step == last)
                 due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last
                 if due and world.main:
                     with clock.paused():
                         run.evaluate()
-                if step % config.train.checkpoint_every == 0 or step == last or stopping:
+                if step == last or stopping:
                     run.save()
+                elif step % config.train.checkpoint_every == 0:
+                    run.save(if_healthy=True)
                 if stopping:
                     break
         finally:
@@ -112,10 +116,11 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
             if run.saver:
                 run.saver.close()
 
-    summary = run.finish(clock.rate, stop.received)
+    summary = run.finish(clock.rate, stop.name)
     if tracer:
         print(tracer.line(), flush=True)
-    return summary | {"signal": stop.received}
+    any_rank(False, world.device)  # one that ended before all is saved might have its launcher end the others
+    return summary | {"signal": stop.name}
 
 
 @dataclass
@@ -135,9 +140,10 @@ class _Run:
     baselines: dict[str, Any] = field(default_factory=dict)
     """Retrieval of the untrained network and of raw pixels."""
 
-    def save(self) -> None:
-        """Starts writing a checkpoint of the step at hand."""
-        if self.saver and self.recorder:
+    def save(self, if_healthy: bool = False) -> None:
+        """Starts writing a checkpoint of the step at hand; ``if_healthy``, not while steps are skipped: however often
+        they fail and are tried again, those of before are not crowded out."""
+        if self.saver and self.recorder and not (if_healthy and self.trainer.skipped[1]):
             self.recorder.sync()
             tensors, state = self.trainer.state()
             self.saver.save(self.trainer.step_count, tensors, state | self._origin())
@@ -150,13 +156,21 @@ class _Run:
             self.recorder.evaluation({"step": step} | scores)
             monitor.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
 
+    def retrieval(self) -> dict[int, float]:
+        """What evaluations have found among as many clips as the baselines, by step."""
+        rows = self.recorder.evaluations.rows if self.recorder else []
+        clips = self.baselines.get("clips")  # rows did not always say
+        return {
+            row["step"]: row["retrieval"] for row in rows if "retrieval" in row and row.get("clips", clips) == clips
+        }
+
     def finish(self, rate: float, stopped_by: str | None) -> dict[str, Any]:
         """Evaluates the last step unless that is done, and tells the outcome, also in summary.json."""
         if self.recorder is None:
             return {}
         step, total = self.trainer.step_count, self.trainer.schedule.total_steps
-        rows, evaluations = self.recorder.metrics.rows, self.recorder.evaluations.rows
-        if step >= self.last and step not in [row["step"] for row in evaluations]:
+        rows = self.recorder.metrics.rows
+        if step >= self.last and step not in self.retrieval():
             self.evaluate()
         summary = {
             "checkpoint": str(path_of(self.folder / "checkpoints", step)),
@@ -166,7 +180,7 @@ class _Run:
             "last_loss": rows[-1]["loss"] if rows else None,
             "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
             "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
-            "retrieval": {"trained": evaluations[-1].get("retrieval") if evaluations else None, **self.baselines},
+            "retrieval": {"trained": next(reversed(self.retrieval().values()), None), **self.baselines},
         }
         with whole(self.folder / "summary.json") as partial:
             partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -201,28 +215,30 @@ def _open(config: Config, world: World, resume: bool, max_steps: int | None) -> 
         raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
     folder = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
+    _check_negatives(config, loader)
     trainer = Trainer(config, world, len(loader))
     with sole_writer(folder, world):
         checkpoint = _open_folder(folder, config, resume, world)
         if checkpoint is not None:
             _check_same_run(checkpoint, config, loader)
+        frames = monitor.draw(config, len(loader.store)) if world.main else None
+        baselines = {} if checkpoint is None else checkpoint.value("baselines")
+        if frames and baselines.get("clips") != frames.clips:  # of a new run, or one that asks for other clips now
+            baselines = monitor.baselines(trainer.model.online.backbone, frames, config, world.device)
+        if checkpoint is not None:
             trainer.load(checkpoint)
         start, total = trainer.step_count, trainer.schedule.total_steps
         loader.load_state_dict({"step": start})
         last = total if max_steps is None else min(total, max_steps)
-        run = _Run(config, world, folder, loader, trainer, last)
+        run = _Run(config, world, folder, loader, trainer, last, frames=frames, baselines=baselines)
         if world.main:
             if start:
                 how = "goes on after" if start < last else "is finished at"
                 print(f"{folder} {how} step {start} of {total}", flush=True)
             run.recorder = Recorder(folder, start, config)
             run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
-            run.frames = monitor.draw(config, len(loader.store))
-        if checkpoint is not None:
-            run.baselines = checkpoint.value("baselines")
-        elif run.recorder and run.frames:
-            run.baselines = monitor.baselines(trainer.model.online.backbone, run.frames, config, world.device)
-            run.recorder.evaluation({"step": 0, **run.baselines})
+            if checkpoint is None:
+                run.recorder.evaluation({"step": 0, **baselines})
         yield run
 
 
@@ -245,6 +261,17 @@ def make_loader(config: Config, world: World) -> ClipLoader:
     )
 
 
+def _check_negatives(config: Config, loader: ClipLoader) -> None:
+    """UserError where no clip has a negative: with nothing to tell apart the loss is 0 from the start."""
+    index = loader.store.index
+    first, last = index.clip(0), index.clip(index.num_clips - 1)  # videos are numbered in the clips' order
+    if config.loss.kind == "contrastive" and first.video == last.video:
+        raise UserError(
+            f"all {index.num_clips} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
+            "loss takes negatives from other videos: pack more videos, or train with --loss.kind byol, which needs none"
+        )
+
+
 def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
     """Batches of this epoch from the loader's position, then of the next ones. TrainingFailed if the data gives out."""
     try:
@@ -255,11 +282,22 @@ def _endless(loader: ClipLoader) -> Iterator[dict[str, Any]]:
 
 
 def _open_folder(run: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Begins the run's folder, or finds where to continue. UserError if what is there must not be written over."""
+    """Begins the run's folder, or finds where to continue. UserError, on all ranks, if what is there must not be
+    written over, or if they do not all find the same: a rank that went on from another file would never notice."""
+    found: Checkpoint | None = None
+    problem = ""
     try:
         found = read_newest(run / "checkpoints")
     except UserError as error:
-        raise UserError(f"{error}: move {run} away, give another --name, or take the program that wrote it") from None
+        problem = f"{error}: move {run} away, give another --name, or take the program that wrote it"
+    except OSError as error:
+        problem = f"{error.filename or run} cannot be read: {error.strerror or error}; start again when it can"
+    told = told_by_ranks(problem or (f"{found.path.name} ({found.sha256[:12]})" if found else "no checkpoint"))
+    if len(set(told)) > 1:
+        each = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(told))
+        raise UserError(f"the ranks do not find the same in {run}: start again when all see the same files ({each})")
+    if problem:
+        raise UserError(problem)
     if found is not None and not resume:
         raise UserError(f"{run} already holds a run: continue it with --resume, or give this one another --name")
     if world.main:
@@ -289,7 +327,7 @@ def _evidence(run: Path, row: dict[str, Any], batch: dict[str, Any]) -> str:
     evidence |= {name: batch[name].tolist() for name in ("sample", "clip")}
     path.write_text(json.dumps(evidence), encoding="utf-8")
     count = row["skipped_in_a_row"]
-    return f"{count} steps in a row had a non-finite loss or gradient: see {path} and the last checkpoint"
+    return f"{count} steps in a row had a non-finite loss or gradient: see {path}; the checkpoints are of before"
 
 
 def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
@@ -309,9 +347,19 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
 
 
 class StopSignal:
-    """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand."""
+    """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends after the step at hand, all
+    ranks after the same one, whichever of them was told.
 
-    received: str | None = None
+    To ask the others is to wait for the device. Ranks ask after steps that wait anyway, and ``ASK_EVERY`` seconds after
+    they last did, by as many steps as they agreed on then: launchers kill half a minute after SIGTERM.
+    """
+
+    name: str | None = None
+    """The signal that all ranks end for."""
+
+    def __init__(self, world: World, step: int) -> None:
+        self.world, self._received = world, 0
+        self._asked, self._next, self._time = step, step + 1, time.monotonic()
 
     def __enter__(self) -> "StopSignal":
         wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -319,8 +367,18 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
+        self._received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+
+    def agreed(self, step: int, at_once: bool) -> bool:
+        """After each step: whether to end. ``at_once`` asks, as ``step`` may do by itself; alike on all ranks."""
+        if at_once or step >= self._next or self.world.size == 1:
+            now = time.monotonic()
+            a_step = (now - self._time) / max(1, step - self._asked)
+            received, a_step = greatest([self._received, a_step], self.world.device)
+            self.name = signal.Signals(int(received)).name if received else None
+            self._asked, self._next, self._time = step, step + max(1, int(ASK_EVERY / max(a_step, 1e-6))), now
+        return self.name is not None
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import spawn
 
-from vito_fast.checkpoint import checkpoints, read
+from vito_fast import train
+from vito_fast.checkpoint import Checkpointer, checkpoints, read, step_of
 from vito_fast.config import save_config
-from vito_fast.distributed import _store_of_this_attempt
+from vito_fast.distributed import _store_of_this_attempt, join
 from vito_fast.metrics import TIMINGS, read_rows
+from vito_fast.step import Trainer
 
 STEPS = 40
 
@@ -145,6 +149,36 @@ def await_port(port, launcher):
                 return
         time.sleep(0.05)
     pytest.fail(launcher.communicate()[0][-3000:])
+
+
+def _told(rank, config, out):
+    """Rank 1 is told to end during its fifth step; rank 0 takes its time to write."""
+    step, honest = Trainer.step, Checkpointer._write
+
+    def told(trainer, *args, **options):
+        if rank == 1 and trainer.step_count == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args, **options)
+
+    def slow(saver, *args):
+        time.sleep(1)
+        honest(saver, *args)
+
+    Trainer.step, Checkpointer._write, train.ASK_EVERY = told, slow, 0.1
+    with train._open(config, join("cpu"), False, None) as run:
+        told_by = train._train(run, False)["signal"]
+    saved = [step_of(path) for path in checkpoints(folder(config) / "checkpoints")]
+    (out / f"{rank}").write_text(f"{told_by} after {run.trainer.step_count}, saved {saved}")
+
+
+def test_one_rank_s_signal_ends_all_between_logged_steps_once_all_is_saved(small_run, tmp_path):
+    config = small_run(tmp_path)
+    rare = dataclasses.replace(config.train, log_every=10**6, checkpoint_every=10**6)
+    spawn(_told, 2, dataclasses.replace(config, train=rare), tmp_path)
+    first, second = ((tmp_path / rank).read_text() for rank in "01")
+    assert first == second
+    step = int(re.fullmatch(r"SIGTERM after (\d+), saved \[\1\]", first)[1])
+    assert 5 <= step < 100, "of 120"
 
 
 def test_what_dead_processes_left_in_the_launchers_store_is_not_seen(monkeypatch):

@@ -49,6 +49,25 @@ def test_unequal_ranks_on_cuda_equal_one_batch(joined, relu):
     spawn(rank_equals_whole, 2, joined, relu)
 
 
+def bfloat16_equals_whole(rank, clips):
+    """On the CPU: statistics of values that bfloat16 has, but whose sums and number it has not."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2 * clips, 6, 4, 2, generator=generator) + 5).bfloat16()
+    ranks, whole = convert_sync_batchnorm(nn.BatchNorm2d(6)), nn.BatchNorm2d(6)
+    expected = whole(x.float())
+    mine = x[rank * clips : (rank + 1) * clips].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ranks(mine)
+    found.float().square().sum().backward()
+    assert found.dtype == mine.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected[rank * clips : (rank + 1) * clips], rtol=0.01, atol=0.01)
+    torch.testing.assert_close(dict(ranks.named_buffers()), dict(whole.named_buffers()), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_on_the_cpu_keep_statistics_of_bfloat16_in_float32():
+    spawn(bfloat16_equals_whole, 2, 43)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_timm_s_norms_keep_their_activation(training):
     timm = pytest.importorskip("timm")

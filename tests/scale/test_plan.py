@@ -227,6 +227,7 @@ def test_every_constant_has_a_source_that_says_what_kind_it_is(small, capsys):
         (["--gpus", "5000"], "1024 does not divide among 5000 processes x 1 micro-batches"),
         (["--gpus", "7"], "1024 does not divide among 7 processes"),
         (["--train.micro_batches", "7"], "does not divide among 8 processes x 7 micro-batches: take a multiple of 56"),
+        (["--clips", "1023"], "1023 clips are fewer than one batch of 1024"),
         (["--frame-bytes", "inf"], "--frame-bytes must be finite"),
         (["--gppu", "h100"], "did you mean"),
         (["--store", "/nowhere"], "cannot plan for the store /nowhere"),

@@ -1,11 +1,15 @@
 """Ranks with unequal shares of the batch make the step of one process with all of it, gradient by gradient."""
 
 import dataclasses
+import errno
+import re
+from unittest import mock
 
 import pytest
 import torch
 from ranks import spawn
 
+from vito_fast import checkpoint, train
 from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
 from vito_fast.distributed import PendingKeys, World, join, shares
 from vito_fast.errors import UserError
@@ -72,6 +76,38 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
                 assert error < 1e-6, (name, parameter, float(error))
             for key, value in buffers.items():
                 torch.testing.assert_close(moved[key], value, rtol=1e-9, atol=1e-12)
+
+
+def _sees(rank, folder, config, sight):
+    run, world = folder / "run", join("cpu")
+    if rank == 1 and sight == "an old listing":
+        train.read_newest = lambda _: checkpoint.read(checkpoint.path_of(run / "checkpoints", 1))
+    if rank == 1 and sight == "no answer":
+        train.read_newest = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "step-2"))
+    told = "all well"
+    try:
+        train._open_folder(run, config, True, world)
+    except UserError as error:
+        told = str(error)
+    (folder / f"{rank}").write_text(told)
+
+
+@pytest.mark.parametrize(
+    ("sight", "told"),
+    [
+        ("one and the same", "all well"),
+        ("an old listing", r"not find the same .*rank 0: step-00000002\.\w+ \(\w+\), rank 1: step-00000001\.\w+ "),
+        ("no answer", r"not find the same .*rank 0: step-00000002.* rank 1: step-2 cannot be read: Input/output error"),
+    ],
+)
+def test_ranks_do_not_go_on_from_different_checkpoints(sight, told, tmp_path):
+    for step in (1, 2):
+        path = checkpoint.path_of(tmp_path / "run" / "checkpoints", step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(path, {"weight": torch.full((2,), float(step))}, {"step": step})
+    spawn(_sees, 2, tmp_path, CONFIG, sight)
+    for rank in "01":
+        assert re.search(told, (tmp_path / rank).read_text())
 
 
 def test_shares():

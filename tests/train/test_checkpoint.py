@@ -1,5 +1,6 @@
 """Checkpoint files: whole or refused by name, never unpickled."""
 
+import errno
 import json
 import os
 import signal
@@ -73,6 +74,18 @@ def test_the_previous_checkpoint_is_used_and_the_torn_one_named(tmp_path):
     assert len(told) == 1
     assert "step-00000030.safetensors" in told[0]
     assert find(tmp_path, told.append).state["step"] == 20
+
+
+def test_a_disk_that_does_not_answer_is_not_a_torn_file(tmp_path, monkeypatch):
+    for step in (10, 20):
+        write(path_of(tmp_path, step), TENSORS, {"step": step})
+
+    def stale(path, *_):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(checkpoint, "open", stale, raising=False)
+    with pytest.raises(OSError, match=r"Stale file handle.*step-00000020"):  # and not quietly the one before
+        read_newest(tmp_path, pytest.fail)
 
 
 def test_checkpoints_of_which_none_is_whole_are_not_no_checkpoints(tmp_path):

@@ -130,6 +130,12 @@ def test_one_clip_is_a_batch_without_negatives(write):
     assert load_config(write("loss: {kind: byol}\ntrain: {batch_size: 1}\n")).train.batch_size == 1
 
 
+def test_one_view_has_no_other_to_be_compared_with(write):
+    for kind in ("contrastive", "byol"):
+        with pytest.raises(UserError, match=r"sampler\.views must be 2 to 4: the loss compares views of a clip, got 1"):
+            load_config(write(f"loss: {{kind: {kind}}}\nsampler: {{views: 1}}\n"))
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_numbers_are_finite_wherever_they_come_from(value):
     for section in (DataConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig):

@@ -91,6 +91,14 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
     assert "embedding_std_scale0 0.04" in said[0]
 
 
+def test_batches_without_negatives_are_told_once_per_onset(capsys):
+    alarm = CollapseAlarm(TrainConfig(), 1)
+    for step, chance in enumerate((1.5, 0.0, 0.0, 1.5)):
+        alarm({"step": step, "loss": 0.0, "chance": chance})
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("warning: step 1: log(negatives + 1) is 0")
+
+
 def test_the_collapse_alarm_sees_a_line_that_the_spread_does_not_show(capsys):
     train = TrainConfig(batch_size=64, collapse_rank=2.0)
     line = torch.zeros(2, 64, 32)

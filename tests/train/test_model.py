@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from vito_fast.config import ModelConfig
+from vito_fast.config import ModelConfig, OptimizerConfig
 from vito_fast.errors import UserError
 from vito_fast.model import RESNETS, ResNet, VitoModel
 from vito_fast.model.norm import frozen_statistics
 from vito_fast.model.pair import AveragePool, build_backbone, mlp, normalise
+from vito_fast.optim import Lars
 
 SMALL = ModelConfig(backbone="resnet18", projector_hidden=32, projector_out=16)
 
@@ -136,6 +137,31 @@ def test_timm_backbone_has_timms_names_and_stage_features():
     finest, coarsest = backbone(images(1))
     assert (finest.shape[1], coarsest.shape[1]) == tuple(backbone.channels)
     assert [64 // finest.shape[2], 64 // coarsest.shape[2]] == backbone.strides
+
+
+def test_what_no_feature_of_a_timm_network_depends_on_is_left_alone():
+    """Neither the optimiser nor DDP knows of it, and building draws the numbers that it always drew."""
+    import timm
+
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(backbone="timm:test_efficientnet", scales=1))
+    torch.manual_seed(0)
+    peer = timm.create_model("test_efficientnet", num_classes=0)
+    torch.testing.assert_close(backbone.body.state_dict(), peer.state_dict(), rtol=0, atol=0)
+    assert backbone.body.training
+    left_alone = {name for name, p in backbone.body.named_parameters() if not p.requires_grad}
+    assert left_alone == {"conv_head.weight", "bn2.weight", "bn2.bias"}
+    sum(f.square().mean() for f in backbone(images(1))).backward()
+    assert {name for name, p in backbone.body.named_parameters() if p.grad is None} == left_alone
+    names = [name for name, _ in Lars(backbone.named_parameters(), OptimizerConfig()).adapted]
+    assert "body.conv_stem.weight" in names
+    assert "body.conv_head.weight" not in names
+
+
+def test_a_timm_network_made_for_one_size_says_so():
+    backbone = build_backbone(ModelConfig(backbone="timm:vit_tiny_patch16_224", scales=1))
+    with pytest.raises(UserError, match=r"'timm:vit_\w+' takes no images of 64 x 64 \(.*sampler\.size .*224 x 224"):
+        backbone(images(1))
 
 
 @pytest.mark.parametrize(

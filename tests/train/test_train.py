@@ -15,14 +15,25 @@ import torch
 
 from vito_fast import monitor, profiling
 from vito_fast.attention import load_online
-from vito_fast.checkpoint import checkpoints, find, read, write
-from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, save_config
+from vito_fast.checkpoint import checkpoints, find, read, step_of, write
+from vito_fast.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    save_config,
+)
+from vito_fast.data.loader import ClipLoader
 from vito_fast.data.pack import pack
 from vito_fast.data.sampler import SamplerConfig
 from vito_fast.data.store import Store
 from vito_fast.errors import UserError
 from vito_fast.metrics import TIMINGS, RowFile, read_rows
 from vito_fast.model.pair import Branch
+from vito_fast.step import Trainer
 from vito_fast.train import TrainingFailed, train
 
 STEPS = 10
@@ -160,6 +171,30 @@ def test_folders_of_videos_are_classes_at_evaluations(config, make_clip, tmp_pat
     loose = dataclasses.replace(config, name="loose")
     train(loose, max_steps=1)
     assert not any(key.startswith("knn") for row in rows(loose, "evaluations.jsonl") for key in row)
+
+
+def test_evaluations_are_compared_among_as_many_clips(config):
+    """A run that goes on with other ``evaluate_clips`` tells no share of nine clips beside one of four."""
+    few = dataclasses.replace(config, name="few", train=dataclasses.replace(config.train, evaluate_clips=4))
+    train(few, max_steps=1)
+    train(config, max_steps=4)
+    goes_on = dataclasses.replace(config, train=few.train)
+    stopped = train(goes_on, resume=True, max_steps=5)["retrieval"]
+    assert [row["clips"] for row in rows(config, "evaluations.jsonl")] == [9, 9, 4]
+    begun = {name: value for name, value in rows(few, "evaluations.jsonl")[0].items() if name != "step"}
+    assert begun["clips"] == 4
+    assert begun.items() <= stopped.items()
+    again = train(config, resume=True, max_steps=5)["retrieval"]  # the same step among nine clips again
+    assert again["clips"] == 9
+    assert [(row["step"], row["clips"]) for row in rows(config, "evaluations.jsonl")[-2:]] == [(5, 4), (5, 9)]
+    assert again["trained"] == rows(config, "evaluations.jsonl")[-1]["retrieval"]
+
+
+def test_evaluations_put_up_with_as_many_bad_clips_as_training(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(monitor, "ClipLoader", lambda *_, **options: asked.append(options) or ClipLoader(*_, **options))
+    monitor.draw(dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_share=0.9)), 9)
+    assert [options["max_bad_share"] for options in asked] == [0.9]
 
 
 def test_a_damaged_clip_costs_the_pictures_and_not_the_run(config, monkeypatch, capsys):
@@ -370,6 +405,15 @@ def test_user_mistakes_are_user_errors(config, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_store_of_one_video_has_no_negatives(config, tmp_path, make_clip):
+    make_clip(tmp_path / "one.mp4", 0)
+    pack(tmp_path / "one.mp4", tmp_path / "store", clip_length=0.2, min_length=0.1, progress=False, processes=1)
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path / "store")))
+    with pytest.raises(UserError, match=r"all \d+ clips .*of one video, one\.mp4, .*pack more videos, or .*byol"):
+        train(one)
+    train(dataclasses.replace(one, loss=LossConfig(kind="byol")), max_steps=1)
+
+
 def test_a_run_that_stays_non_finite_stops_with_evidence(config):
     bad = dataclasses.replace(
         config,
@@ -381,6 +425,22 @@ def test_a_run_that_stays_non_finite_stops_with_evidence(config):
     evidence = json.loads((run_of(bad) / "non_finite.json").read_text())
     assert int(evidence["row"]["skipped_in_a_row"]) >= 3
     assert len(evidence["sample"]) == 4
+
+
+def test_restarts_of_a_run_that_fails_keep_its_good_checkpoints(config, monkeypatch):
+    """Every start saves each step, as skipped ones too would, and torchrun starts it again and again."""
+    often = dataclasses.replace(config.train, max_bad_steps=3, log_every=1, checkpoint_every=1)
+    failing, honest = dataclasses.replace(config, train=often), Trainer._finite
+
+    def poisoned(self, loss, norm):
+        return honest(self, loss * (torch.nan if self.step_count > 3 else 1), norm)
+
+    monkeypatch.setattr(Trainer, "_finite", poisoned)
+    for _ in range(3):
+        with pytest.raises(TrainingFailed, match="the checkpoints are of before"):
+            train(failing, resume=True)
+        assert [step_of(path) for path in checkpoints(run_of(config) / "checkpoints")] == [4, 3]
+    assert final(failing).tensors["skipped"].tolist() == [0, 0]
 
 
 def test_a_row_file_continues_after_its_step_and_drops_a_torn_line(tmp_path):

@@ -101,6 +101,8 @@ class SyncBatchNorm(_BatchNorm):
             running = self.running_mean, self.running_var, self.momentum
             joined = residual if residual is None or residual.dtype == x.dtype else residual.to(x.dtype)
             return _RanksNorm.apply(x, self.weight, self.bias, joined, *running, self.eps, relu is not None)
+        given = x.dtype
+        x = x.to(torch.promote_types(given, torch.float32))  # in bfloat16 a sum is no statistic
         axes = [d for d in range(x.dim()) if d != 1]
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         sums = torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])])
@@ -112,7 +114,7 @@ class SyncBatchNorm(_BatchNorm):
         if self.track_running_stats:
             self._track(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         scale = (variance + self.eps).rsqrt() * self.weight
-        return _finish(centred * scale.view(shape) + self.bias.view(shape), residual, relu)
+        return _finish((centred * scale.view(shape) + self.bias.view(shape)).to(given), residual, relu)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased: Tensor) -> None:
