@@ -116,10 +116,10 @@ def _train(run: "_Run", profile: bool) -> dict[str, Any]:
             if run.saver:
                 run.saver.close()
 
-    summary = run.finish(clock.rate, stop.name)
-    if tracer:
-        print(tracer.line(), flush=True)
-    any_rank(False, world.device)  # one that ended before all is saved might have its launcher end the others
+        summary = run.finish(clock.rate, stop.name)
+        if tracer:
+            print(tracer.line(), flush=True)
+        any_rank(False, world.device)  # one that ended before all is saved might have its launcher end the others
     return summary | {"signal": stop.name}
 
 
