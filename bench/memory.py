@@ -106,8 +106,12 @@ def cost(call: Callable[[], object], device: torch.device, *, warm: bool = True)
 
 
 def _flops(event: Any) -> int:
-    if event.name() == "mkldnn::_linear_pointwise":  # the profiler has no formula for it
+    # The profiler has no formula for these two.
+    if event.name() == "mkldnn::_linear_pointwise":
         (m, k), (n, _) = event.shapes()[:2]
-        return 2 * m * n * k
+        return 2 * m * k * n
+    if event.name() == "aten::addmm_":
+        (m, k), (_, n) = event.shapes()[1:3]
+        return 2 * m * k * n
     # Elementwise products and sums have a flop count there too; they are bandwidth, and would blur the comparison.
     return 0 if event.name() in ("aten::mul", "aten::add") else int(event.flops() or 0)

@@ -271,10 +271,14 @@ def test_peak_memory_and_flops_are_exact():
     assert cost(call, torch.device("cpu")) == counted
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN")
-def test_products_by_onednn_are_counted():
-    x, y = torch.ones(20, 30), torch.ones(40, 30)
-    assert cost(lambda: matmul_cpu._linear(x, y), torch.device("cpu")).flops == 2 * 20 * 40 * 30
+@pytest.mark.parametrize("slow", [True, False], ids=["oneDNN", "MKL"])
+def test_products_of_either_library_are_counted(slow, monkeypatch):
+    if slow and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(matmul_cpu, "_mkl_is_slow", lambda: slow)
+    x, y, onto = torch.ones(20, 30), torch.ones(40, 30), torch.ones(20, 40)
+    assert cost(lambda: matmul_cpu.product(x, y), torch.device("cpu")).flops == 2 * 20 * 40 * 30
+    assert cost(lambda: matmul_cpu.add_product(onto, x, y), torch.device("cpu")).flops == 2 * 20 * 40 * 30
 
 
 def test_peak_memory_forgets_what_was_released():
