@@ -15,8 +15,8 @@ CUDA_TILE = 16384  # a GPU's library wants the whole matrix, as far as it fits
 
 
 def matmuls(rows: Tensor, columns: Tensor, products: int) -> Candidate:
-    """``products`` matrix products of 2 M N D flops each, tile by tile into buffers that are reused: no softmax, no
-    loss. By the faster of the libraries that PyTorch has.
+    """``products`` matrix products of 2 M N D flops each, tile by tile: no softmax, no loss. On a CPU by the library
+    that our own take.
 
     They alternate between q-tile x k^T and its mate, logits-tile x k, the two shapes that the losses are made of.
     """

@@ -27,8 +27,10 @@ def past_dispatcher(op: Any) -> Callable[..., Any]:
         if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, by a vmap of autograd's own
             _refuse_vmap(op._name)
         plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
+        if not plain:
+            return op(*args)
         with on_device(tensors[0]):  # whose tiles are chosen, too
-            return (implementation if plain else op)(*args)
+            return implementation(*args)
 
     return call
 

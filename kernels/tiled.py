@@ -238,7 +238,7 @@ class _Sums:
         self.total = like.new_zeros(len(like))
         self.top = None if direct else like.new_full((len(like),), -math.inf)
 
-    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def add(self, own: slice, tile: Tensor, dim: int, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Adds a tile over its ``dim``. Returns its exponentials, in ``out`` if given where they are new, and by what
         earlier sums were multiplied.
         """
@@ -386,7 +386,7 @@ def _prepared(role: Role | None, direct: bool, gain: float) -> Role | None:
 
 
 def _weights(tile: Tensor, out: Tensor | None, direct: bool, rows: Role | None, columns: Role | None) -> Tensor:
-    """The tile of W, of one role or two that broadcast to it; in ``out`` if given."""
+    """The tile of W, of one role or two that broadcast to it; ``out`` may be written over."""
     if direct:  # exp2(s) * (row_i + column_j): one exponential serves both roles
         return torch.mul(tile, sum(role.weight for role in (rows, columns) if role), out=out)
     parts = [torch.sub(tile, role.lse2).exp2_().mul_(role.weight) for role in (rows, columns) if role]
@@ -409,7 +409,7 @@ def two_sided(
     tiles = _Tiles(x, y, scale, exclusion, kept, positives=positives)
     rows, columns = _Sums(x, tiles.direct), _Sums(y, tiles.direct)
     for own, other, tile, out in tiles:
-        columns.add(other, tile, 0, None)
+        columns.add(other, tile, 0)
         rows.add(own, tile, 1, out)
     return *rows.lse2(), *columns.lse2()
 
@@ -425,7 +425,7 @@ def self_forward(
     sums = _Sums(z, tiles.direct)
     for own, other, tile, out in tiles:
         if own != other:
-            sums.add(other, tile, 0, None)
+            sums.add(other, tile, 0)
         sums.add(own, tile, 1, out)
     return sums.lse2()
 
