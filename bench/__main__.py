@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
 STOPPED = 130  # by Ctrl-C, as shells say it
-RACES = 800, 140  # seconds, of the full and the quick set: what is left of them is for cases once more
+RACES = 820, 125  # seconds, of the full and the quick set: what is left of them is for cases in doubt, once more ...
+MOST_PASSES = 5  # ... and once more
 
 
 def main() -> int:
@@ -57,6 +59,7 @@ def main() -> int:
     from bench import report, static
     from bench.harness import partial
     from bench.machine import machine
+    from bench.passes import disturbed
 
     kind = "-counted" if options.counted else "-quick" if options.quick else ""
     name = machine(options.device)["name"] + kind
@@ -83,6 +86,9 @@ def main() -> int:
         print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
         return status
     running.replace(results)
+    some, all_ = disturbed(json.loads(results.read_text())["cases"])
+    if some:
+        print(f"{some} of {all_} ratios rest on samples that the machine's host disturbed: they repeat less well")
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
         report.write(results, page)
@@ -116,14 +122,14 @@ def _run(options: argparse.Namespace, results: Path) -> int:
     """All passes, into one file; the exit status of the first that did not end well. One that is stopped leaves those
     before it.
     """
-    from bench.passes import lost, merge
+    from bench.passes import doubtful, merge
 
     passes = options.passes or (1 if options.counted or options.device == "cuda" else 2)
     start, found, statuses = time.monotonic(), list[dict[str, Any]](), list[int]()
     results.unlink(missing_ok=True)
 
-    def run(target: Path, *more: str) -> dict[str, Any] | None:
-        command = [sys.executable, "-m", "pytest", *_arguments(options, target), *more]
+    def run(target: Path, *more: str, tests: Sequence[str] = ()) -> dict[str, Any] | None:
+        command = [sys.executable, "-m", "pytest", *(tests or _suites(options)), *_arguments(options, target), *more]
         statuses.append(_wait(subprocess.Popen(command)))
         return json.loads(target.read_text()) if statuses[-1] in OVER and target.exists() else None
 
@@ -136,11 +142,16 @@ def _run(options: argparse.Namespace, results: Path) -> int:
             found.append(result)
             if number:
                 results.write_text(json.dumps(merge(found), indent=1) + "\n")
-        left = RACES[options.quick] - (time.monotonic() - start)
-        if len(found) == passes > 1 and (cases := lost(found, left)):
-            print(f"once more, as a pass had the cores apart: {' '.join(cases)}", flush=True)
-            if again := run(Path(folder) / "again.json", "--later-pass", "--only", ",".join(cases)):
-                results.write_text(json.dumps(merge([*found, again]), indent=1) + "\n")
+        while 1 < passes <= len(found) < MOST_PASSES:
+            if not (cases := doubtful(found, RACES[options.quick] - (time.monotonic() - start))):
+                break
+            print(f"once more, as passes differ or were disturbed: {' '.join(cases)}", flush=True)
+            target = Path(folder) / f"{len(found)}.json"
+            tests = [record["test"] for record in found[0]["cases"] if record["id"] in cases]
+            if (result := run(target, "--later-pass", "--only", ",".join(cases), tests=tests)) is None:
+                break
+            found.append(result)
+            results.write_text(json.dumps(merge(found), indent=1) + "\n")
     return next((status for status in statuses if status), 0)
 
 
@@ -155,10 +166,13 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             stopped = True
 
 
+def _suites(options: argparse.Namespace) -> list[str]:
+    return [f"bench/bench_{suite}.py" for suite in options.suite or []] or ["bench"]
+
+
 def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
-    """What pytest is called with."""
-    found = [f"bench/bench_{suite}.py" for suite in options.suite or []] or ["bench"]
-    found += [
+    """What pytest is called with besides the tests."""
+    found = [
         "-q",
         "-s",
         "-o",
@@ -168,6 +182,8 @@ def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
         "-p",
         "no:cacheprovider",
         "--continue-on-collection-errors",
+        "-W",
+        "ignore:Benchmark fixture was not used",  # by cases that --only leaves out
     ]
     if importlib.util.find_spec("pytest_benchmark"):
         found += ["--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "--benchmark-quiet"]

@@ -138,7 +138,8 @@ def _compare_case(found: Found, old: Record, new: Record, slack: float, counted:
 
 
 def slowdown(old: Record, new: Record) -> float | None:
-    """By which factor our time grew against the anchors that both runs share; None without any.
+    """By which factor our time grew against the anchors that both runs share; None without any. Ratios that the host
+    disturbed have no vote beside others.
 
     The median; of two anchors the larger, since two have no majority: the reference of ``train_step`` runs the same
     Trainer and slows down with it, and the mean would halve what the limit sees. The price is noise, which
@@ -147,6 +148,7 @@ def slowdown(old: Record, new: Record) -> float | None:
     """
     before = {row["name"]: row["speedup"] for row in old["candidates"] if row["role"] in ANCHORS and "speedup" in row}
     shared = [row for row in new["candidates"] if row["name"] in before and math.isfinite(row.get("speedup", math.nan))]
+    shared = [row for row in shared if row.get("undisturbed", True)] or shared
     votes = [before[row["name"]] / row["speedup"] for row in shared]
     return (max(votes) if len(votes) == 2 else statistics.median(votes)) if votes else None
 

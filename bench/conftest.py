@@ -23,8 +23,8 @@ from bench.memory import settle_malloc
 from bench.passes import skipped
 
 SCHEMA = 1
-QUICK = Budget(seconds=1.7, fewest=7, most=30)  # of one pass
-FULL = Budget(seconds=3.0, fewest=4, most=30)
+QUICK = Budget(seconds=1.0, fewest=5, most=30)  # of one pass
+FULL = Budget(seconds=1.5, fewest=4, most=30)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 
@@ -37,24 +37,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     group.addoption("--only", metavar="ID,ID", help="race the cases of these ids alone")
     group.addoption(
-        "--later-pass", action="store_true", help="not the first (bench/passes.py): nothing is counted again"
+        "--later-pass",
+        action="store_true",
+        help="not the first (bench/passes.py): nothing is compared or counted again",
     )
     group.addoption("--results", metavar="FILE", help="write the results as JSON to FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out of the quick set")
+    config.addinivalue_line("markers", "first_pass: takes long to set up, and is left out of later passes")
     config.addinivalue_line("markers", "benchmark: group and timer, for pytest-benchmark")
     config.addinivalue_line("markers", "cpu_only: what is measured does not depend on a GPU")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config.stash[CORES] = Cores(patience=15.0 if config.getoption("--quick") else 25.0)
+    timed = config.getoption("--device") == "cpu" and not config.getoption("--counted")
+    config.stash[CORES] = Cores(patience=10.0 if config.getoption("--quick") else 40.0) if timed else None
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
 
-CORES = pytest.StashKey[Cores]()
+CORES = pytest.StashKey[Cores | None]()
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 STARTED = pytest.StashKey[float]()
 
@@ -65,7 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         full = config.getoption("--quick") and item.get_closest_marker("full")
         other = config.getoption("--device") == "cuda" and item.get_closest_marker("cpu_only")
-        (dropped if full or other else kept).append(item)
+        again = config.getoption("--later-pass") and item.get_closest_marker("first_pass")
+        (dropped if full or other or again else kept).append(item)
         item.add_marker(pytest.mark.benchmark(group=item.path.stem.removeprefix("bench_"), timer=clock))
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
@@ -100,9 +105,11 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         if rounds := config.getoption("--rounds"):
             options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)
         options.setdefault("device", config.getoption("--device"))
-        options |= {"cold": config.getoption("--cold"), "cores": None if cuda else config.stash[CORES]}
-        contest = Race(case, params, candidates, **options)
+        options |= {"cold": config.getoption("--cold"), "cores": config.stash[CORES]}
+        if cores := options["cores"]:
+            cores.start_race()
         later = config.getoption("--later-pass")
+        contest = Race(case, params, candidates, later=later, **options)
         if later and contest.single:
             pytest.skip("raced in the first pass alone")
         only = _asked_for(config)
@@ -115,7 +122,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             return config.stash[RECORDS][-1]
         contest.check()
         contest.calibrate()
-        if benchmark is None:
+        if benchmark is None or contest.single:
             contest.take_turns()
         else:
             benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)
@@ -127,7 +134,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             raise
         if not later:
             contest.count_cost()
-        record = {"suite": request.path.stem.removeprefix("bench_")} | contest.record()
+        record = {"suite": request.path.stem.removeprefix("bench_"), "test": request.node.nodeid} | contest.record()
+        record["single"] |= request.node.get_closest_marker("first_pass") is not None
         record["seconds"] = round(time.perf_counter() - start, 1)
         if benchmark is not None:
             benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
@@ -184,7 +192,7 @@ def _save(config: pytest.Config) -> None:
         "counted": config.getoption("--counted"),
         "only": _asked_for(config),
         "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
-        "waited": round(config.stash[CORES].waited, 1),
+        "waited": round(cores.waited, 1) if (cores := config.stash[CORES]) else 0.0,
         "threads": torch.get_num_threads(),
         "machine": machines.machine(config.getoption("--device")),
         "versions": machines.versions(),

@@ -6,9 +6,9 @@ Order of events, in one process and on the same inputs:
 time, and when it is ours the race ends as a test failure;
 2. warm-up, which also finds how many rounds the time budget allows;
 3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
-two candidates is the :func:`centre` over the rounds of the ratio *within* a round. Rounds in which the cores did not
-share a cache (:mod:`bench.cores`) are left out where there are others. The result of our last sample is compared as
-well: right once and wrong afterwards is wrong;
+two candidates is the :func:`centre` over the rounds of the ratio *within* a round. Samples at whose begin or end the
+cores were not ours alone or did not share a cache (:mod:`bench.cores`) are taken again for a while, and left out where
+there are others. The result of our last sample is compared as well: right once and wrong afterwards is wrong;
 4. peak memory and flops, counted in a run of their own.
 
 The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
@@ -40,9 +40,9 @@ SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
 FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
-FEW_ROUNDS = 2
+FEW_ROUNDS, FEW_SECONDS = 2, 1.5  # whichever is more
 SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
-FEWEST_TOGETHER = 3  # rounds with the cores together that outweigh any number of others
+UNDISTURBED = 3  # samples that outweigh any number of others; cores are waited for until there are twice as many
 
 
 @dataclass
@@ -99,6 +99,7 @@ class _Runner:
     eager: float | None = None
     sample: Callable[[], object] | None = None
     times: dict[int, float] = field(default_factory=dict)
+    undisturbed: set[int] = field(default_factory=set)
     peak_bytes: int | None = None
     flops: int | None = None
 
@@ -160,7 +161,8 @@ class Race:
     Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
     and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
     from where the one before it ended, as steps of a training do: only the first is compared. ``single`` says that a
-    call takes many seconds: memory is counted in the call that is compared, and of two passes the first alone races it.
+    call takes many seconds: memory is counted, and the time taken, in the call that is compared, and the first pass
+    alone races it. In a ``later`` pass each candidate runs before it races, and is compared with nothing again.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class Race:
         memory: bool = True,
         once: bool = False,
         single: bool = False,
+        later: bool = False,
         cores: Cores | None = None,
     ) -> None:
         roles = [candidate.role for candidate in candidates]
@@ -190,12 +193,12 @@ class Race:
         self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
         self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
         self._once, self._exact, self._last = once, list[Tensor](), list[Tensor]()
-        self.single = single
+        self.single, self._later = single, later
         self._runners = [_Runner(candidate) for candidate in candidates]
         self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
         self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
         self._flush = ColdCache(self.device) if cold and self.device.type == "cuda" else None
-        self._cores, self._together = cores, set[int]()
+        self._cores = cores
         self._round = 0
         self.rounds = 0
 
@@ -206,7 +209,7 @@ class Race:
 
     def check(self) -> None:
         """Step 1. Raises AssertionError when our own result is wrong, before anything is timed."""
-        self._exact = [tensor.detach() for tensor in self._truth()]
+        self._exact = [] if self._later else [tensor.detach() for tensor in self._truth()]
         if not all(bool(tensor.isfinite().all()) for tensor in self._exact):
             raise AssertionError(f"{self.id}: the float64 truth is not finite, so it says nothing")
         order = sorted(self._runners, key=lambda runner: runner.candidate.role != "reference")
@@ -225,7 +228,7 @@ class Race:
 
     def check_last(self) -> None:
         """After step 3: our last sample was as right as the first call. Raises as :meth:`check` does."""
-        if not self._once:
+        if not (self._once or self.single or self._later):
             self._judge(self.ours, self._last, self._exact, self.ours.bound)
             self._refuse(self.ours)
         self._last.clear()
@@ -244,6 +247,8 @@ class Race:
             if candidate.compiles:
                 candidate.call()
             result = self._first_call(runner)
+            if self._later:
+                return
             if candidate.truth is not None:
                 self._judge(runner, result, candidate.truth(), bound)
             elif candidate.role not in ("limit", "context"):
@@ -279,10 +284,10 @@ class Race:
             assert call is not None
             if self.device.type == "cuda":  # the check compiled
                 runner.estimate = self._timed(call)
-            if runner.estimate > self.budget.seconds:  # too long to warm up: the check was one
+            if self.single or runner.estimate > self.budget.seconds:  # too long to warm up: the check was one
                 runner.sample = call
                 continue
-            estimate = min(self._timed(call) for _ in range(1 if self._slow(runner) else 2))
+            estimate = min(self._timed(call) for _ in range(1 if runner.estimate > SLOW else 2))
             if self.device.type == "cuda" and estimate < GRAPHED and self._flush is None:
                 runner.eager = estimate
                 self._make_graph(runner)
@@ -291,7 +296,8 @@ class Race:
                 runner.sample = _repeated(call, runner.repeats)
             runner.estimate = estimate if estimate > SLOW else self._timed(runner.sample) / runner.repeats
         total = sum(runner.estimate * runner.repeats for runner in self._racing() if not self._slow(runner))
-        self.rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
+        rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
+        self.rounds = 1 if self.single else rounds
 
     def _make_graph(self, runner: _Runner) -> None:
         """First of one call, to see how long it takes the device; then of as many as make a sample."""
@@ -312,6 +318,9 @@ class Race:
         peers = [other.estimate for other in self._racing() if other.candidate.role == "peer"]
         behind, sample = runner.estimate / min(peers, default=math.inf), runner.estimate * runner.repeats
         return sample > (SLOW if behind < FAR_BEHIND else 4 * SHORT) and behind > 1
+
+    def _few(self, runner: _Runner) -> int:
+        return max(FEW_ROUNDS, int(FEW_SECONDS / (runner.estimate * runner.repeats)))
 
     def _racing(self) -> list[_Runner]:
         return [runner for runner in self._runners if runner.status == "ok"]
@@ -336,23 +345,33 @@ class Race:
     def time_others(self) -> None:
         """Everybody's turn but ours; opens a round."""
         self._last.clear()
-        if self._cores is None or self._cores.gather():
-            self._together.add(self._round)
         for runner in self._racing():
-            if runner is not self.ours and (self._round < FEW_ROUNDS or not self._slow(runner)):
+            if runner is not self.ours and (self._round < self._few(runner) or not self._slow(runner)):
                 self._sample(runner)
 
     def time_ours(self) -> None:
         """Our turn; closes the round."""
         self._sample(self.ours)
-        if self._cores is not None and not self._cores.together():
-            self._together.discard(self._round)
         self._round += 1
 
     def _sample(self, runner: _Runner) -> None:
+        """One that was disturbed is taken again while there is patience and few are not."""
+        if self.single:
+            runner.times[self._round] = runner.estimate
+            runner.undisturbed.add(self._round)
+            return
         assert runner.sample is not None
         keep = self._last if runner is self.ours else None
-        runner.times[self._round] = self._timed(runner.sample, keep) / runner.repeats
+        cores, patient = self._cores, len(runner.undisturbed) < 2 * UNDISTURBED
+        while True:
+            before = cores is None or (cores.gather() if patient else cores.undisturbed())
+            seconds = self._timed(runner.sample, keep)
+            runner.times[self._round] = seconds / runner.repeats
+            if before and (cores is None or cores.undisturbed()):
+                runner.undisturbed.add(self._round)
+                return
+            if cores is None or not patient or not cores.bear(seconds):
+                return
 
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
@@ -380,23 +399,23 @@ class Race:
         self.count_cost()
         return self.record()
 
-    def _turns(self, runner: _Runner) -> list[int]:
-        """The rounds that count for it: with the cores together, unless there are next to none."""
-        together = [turn for turn in runner.times if turn in self._together]
-        return together if len(together) >= min(FEWEST_TOGETHER, len(runner.times)) else list(runner.times)
-
-    def speedup(self, runner: _Runner) -> dict[str, float]:
-        """How many times as fast as ``runner`` we are: centre and spread of the ratio within a round."""
-        ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in self._turns(runner))
-        return {"speedup": centre(ratios), "speedup_spread": spread(ratios)}
+    def _turns(self, runner: _Runner) -> tuple[list[int], bool]:
+        """The rounds that count for it, and whether they were undisturbed for it and us: those, if there are some."""
+        turns = sorted(runner.undisturbed & self.ours.undisturbed)
+        enough = len(turns) >= min(UNDISTURBED, len(runner.times))
+        return (turns if enough else list(runner.times)), enough
 
     def record(self) -> dict[str, Any]:
         """The case as it goes into the results file."""
         rows = []
         for runner in self._runners:
-            row = runner.record(self._turns(runner))
-            if runner.times and runner is not self.ours:
-                row |= self.speedup(runner)
+            turns, undisturbed = self._turns(runner)
+            row = runner.record(turns)
+            if turns:
+                row["undisturbed"] = undisturbed
+            if turns and runner is not self.ours:
+                ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in turns)
+                row |= {"speedup": centre(ratios), "speedup_spread": spread(ratios)}
             rows.append(row)
         seconds = next(row for row in rows if row["role"] == "ours").get("median_s", float("inf"))
         work = asdict(self.work)
@@ -406,7 +425,6 @@ class Race:
             "params": self.params,
             "device": self.device.type,
             "rounds": self._round,
-            "apart": self._round - len(self._together),
             "cold": self._flush is not None,
             "single": self.single,
             "work": work,

@@ -2,28 +2,30 @@
 
 What makes two runs of a case differ is less the noise of a round than the minute it ran in and where its memory came to
 lie, which more rounds in a row do not average out, and a pass some minutes later does: over 14 cases beside other work,
-ratios of two passes differed by 8.4 %, of two such pairs by 5.8 % (root mean square). Where a pass was in vain for some
-cases, since the host kept the cores apart, they race once more.
+ratios of two passes differed by 8.4 %, of two such pairs by 5.8 % (root mean square). Cases whose passes differ, or of
+which the host disturbed one, race again while there is time, and the median of three is next to none's whim.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bench.harness import rates, summary
 
 Record = dict[str, Any]
+ACCEPTED = 0.02  # standard error of a ratio, relative: two passes that differ by 4 %
+START = 10.0  # seconds that a pass takes beside its cases
 
 
 def merge(passes: Sequence[Record]) -> Record:
     """Results of the same run's passes as one, in the order of the first.
 
-    Ratios and times are geometric means, ``speedups`` keeps a ratio's parts. A pass whose cores were apart counts for a
-    case only if none had them together. A case that a later pass does not have went wrong there and is left out, unless
-    it was not asked for: ``single`` cases race in the first pass alone, others once more (:func:`lost`).
+    Ratios and times are medians, ``speedups`` keeps a ratio's parts. A disturbed one counts beside its like alone.
+    A case that a later pass does not have went wrong there and is left out, unless it was not asked for: ``single``
+    cases race in the first pass alone, some others again (:func:`doubtful`).
     """
     later = [(each["only"], {record["id"]: record for record in each["cases"]}) for each in passes[1:]]
     cases = []
@@ -36,54 +38,59 @@ def merge(passes: Sequence[Record]) -> Record:
     return passes[0] | whole | {"passes": len(passes), "skipped": skipped(cases), "cases": cases}
 
 
-def lost(passes: Sequence[Record], seconds: float) -> list[str]:
-    """The cases of which a pass does not count, as its cores were apart; the shortest of them, as many as another pass
-    races in these ``seconds``.
+def doubtful(passes: Sequence[Record], seconds: float) -> list[str]:
+    """The cases of which a pass does not count, as it was disturbed, or whose passes differ; those that differ most, as
+    many as another pass races in these ``seconds``.
     """
-    apart = {record["id"] for each in passes for record in each["cases"] if not _together(record)}
-    taken = {record["id"]: record["seconds"] for each in passes[1:] for record in each["cases"] if not record["single"]}
+    doubts = {record["id"]: _doubt(record) for record in merge(passes)["cases"] if not record["single"]}
+    taken = {record["id"]: record["seconds"] for each in passes[1:] for record in each["cases"]}
+    seconds -= START
     found = []
-    for case in sorted(apart & taken.keys(), key=lambda case: (taken[case], case)):
-        seconds -= taken[case]
-        if seconds > 0:
+    for case in sorted(doubts, key=lambda case: (-doubts[case], taken[case], case)):
+        if doubts[case] > ACCEPTED and taken[case] < seconds:
+            seconds -= taken[case]
             found.append(case)
     return found
 
 
-def _together(record: Record) -> bool:
-    """Whether the cores shared a cache (see bench/cores.py) in most of a case's rounds."""
-    return bool(2 * record["apart"] < record["rounds"])
+def _doubt(merged: Record) -> float:
+    """The standard error of the least certain ratio's logarithm; infinite of one pass, and of disturbed ones."""
+    rows = [row for row in merged["candidates"] if "speedups" in row]
+    ratios = [row["speedups"] for row in rows]
+    if any(len(row["speedups"]) == 1 or not row["undisturbed"] for row in rows):
+        return math.inf
+    return max((statistics.stdev(map(math.log, each)) / math.sqrt(len(each)) for each in ratios), default=0.0)
+
+
+def _median(values: Sequence[float]) -> float:
+    """On the logarithms: the geometric mean of two."""
+    return math.exp(statistics.median(map(math.log, values)))
 
 
 def _merge_case(records: Sequence[Record]) -> Record:
-    counted = [record for record in records if _together(record)] or records
-    rows = [_merge_rows(*each) for each in zip(_by_candidate(records), _by_candidate(counted), strict=True)]
-    totals = {name: sum(record[name] for record in counted) for name in ("rounds", "apart")}
+    rows = [_merge_rows(each) for each in zip(*(record["candidates"] for record in records), strict=True)]
+    totals = {name: sum(record[name] for record in records) for name in ("rounds", "seconds")}
     seconds = next(row["median_s"] for row in rows if row["role"] == "ours")
-    merged = records[0] | totals | {"seconds": round(sum(record["seconds"] for record in records), 1)}
+    merged = records[0] | totals | {"seconds": round(totals["seconds"], 1)}
     return merged | {"rates": rates(merged["work"], seconds), "vs": summary(rows), "candidates": rows}
 
 
-def _by_candidate(records: Sequence[Record]) -> Iterator[tuple[Record, ...]]:
-    return zip(*(record["candidates"] for record in records), strict=True)
-
-
-def _merge_rows(every: Sequence[Record], rows: Sequence[Record]) -> Record:
-    """One candidate with the times of ``rows``: as it was in the pass in which it went wrong, if it did in any."""
+def _merge_rows(every: Sequence[Record]) -> Record:
+    """One candidate: as it was in the pass in which it went wrong, if it did in any."""
     first = next((row for row in every if row["status"] != "ok"), every[0])
     if first["status"] != "ok" or "median_s" not in first:
         return first
+    rows = [row for row in every if row["undisturbed"]] or every
     merged = first | {
-        "median_s": statistics.geometric_mean(row["median_s"] for row in rows),
+        "median_s": _median([row["median_s"] for row in rows]),
         "low_s": min(row["low_s"] for row in rows),
         "spread": max(row["spread"] for row in rows),
         "rounds": sum(row["rounds"] for row in rows),
+        "undisturbed": rows[0]["undisturbed"],
     }
-    if "error" in first:
-        merged["error"] = max(row["error"] for row in every)
     if "speedup" in first:
         merged["speedups"] = [row["speedup"] for row in rows]
-        merged["speedup"] = statistics.geometric_mean(merged["speedups"])
+        merged["speedup"] = _median(merged["speedups"])
         merged["speedup_spread"] = max(row["speedup_spread"] for row in rows)
     return merged
 
@@ -97,6 +104,12 @@ def disagreement(cases: Sequence[Record]) -> float | None:
         if len(row.get("speedups", ())) > 1
     ]
     return math.exp(math.sqrt(statistics.fmean(log**2 for log in logs))) if logs else None
+
+
+def disturbed(cases: Sequence[Record]) -> tuple[int, int]:
+    """(How many ratios rest on samples that the host disturbed, how many there are)."""
+    ratios = [row for record in cases for row in record["candidates"] if "speedup" in row]
+    return sum(not row.get("undisturbed", True) for row in ratios), len(ratios)
 
 
 def skipped(cases: Sequence[Record]) -> list[dict[str, str]]:

@@ -80,9 +80,13 @@ def truth_of_rows(
 
 
 def log_sums(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """Each query's logarithm of its sum of exponentials over the keys, in float64."""
-    parts = queries.split(max(1, min(1024, 2**22 // len(keys))))  # of 16 MiB, which stay in malloc's hands
-    return torch.cat([(part @ keys.T).div_(temperature).logsumexp(1).double() for part in parts])
+    """Each query's logarithm of its sum of exponentials over the keys, all of length 1, in float64."""
+    sums = []
+    for rows in queries.split(2048):
+        # Tiles of 16 MiB stay in malloc's hands; no logit is larger than 1 / temperature.
+        tiles = ((rows @ columns.T).sub_(1).div_(temperature).exp_() for columns in keys.split(2048))
+        sums.append(torch.stack([tile.sum(1).double() for tile in tiles]).sum(0))
+    return torch.cat(sums).log() + 1 / temperature
 
 
 def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Candidate:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.passes import disagreement
+from bench.passes import disagreement, disturbed
 from bench.plots import Axis, Series, chart
 from bench.tables import ours_of, versus
 from bench.text import bytes_text, count_text, seconds_text, significant
@@ -89,15 +89,21 @@ def _machine(results: Record) -> str:
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
         "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
         "figures are medians, ± is half the interquartile range, ratios are centres of the ratio within a round. "
-        f"<em>ours ×2</em> means that vito-fast is twice as fast.{_disagreement(results)}</p>"
+        f"<em>ours ×2</em> means that vito-fast is twice as fast.{_trust(results)}</p>"
     )
 
 
-def _disagreement(results: Record) -> str:
-    factor = disagreement(results["cases"])
-    if factor is None:
-        return ""
-    return f" Each ratio is the mean of {results['passes']} passes, which differed by {factor - 1:.1%} (rms)."
+def _trust(results: Record) -> str:
+    """How well the ratios are likely to repeat."""
+    text, factor = "", disagreement(results["cases"])
+    if factor is not None:
+        text = f" Each ratio is the median of its passes', which differed by {factor - 1:.1%} (rms)."
+    some, all_ = disturbed(results["cases"])
+    if some:
+        text += (
+            f" {some} of {all_}, marked ≈, rest on samples that the machine's host disturbed; they repeat less well."
+        )
+    return text
 
 
 def _section(name: str, title: str, note: str, body: str) -> str:
@@ -167,7 +173,7 @@ def _case(record: Record) -> str:
                 row["role"],
                 seconds_text(row["median_s"]),
                 f"±{row['spread'] / 2:.0%}",
-                f"ours ×{significant(row['speedup'])}" if "speedup" in row else "",
+                _ratio(row),
                 bytes_text(row["peak_bytes"]) if "peak_bytes" in row else "",
                 f"{row['error']:.1e}" if row.get("error") is not None else "",
             ]
@@ -175,6 +181,12 @@ def _case(record: Record) -> str:
     header = ["candidate", "role", "median", "spread", "ratio", "peak memory", "error"]
     name = escape(record["id"])
     return f'<h3 id="{name}">{name}</h3>{_rates(record)}{table(header, rows, styles, "candidates")}'
+
+
+def _ratio(row: Record) -> str:
+    if "speedup" not in row:
+        return ""
+    return f"ours ×{significant(row['speedup'])}{'' if row.get('undisturbed', True) else ' ≈'}"
 
 
 def _rates(record: Record) -> str:

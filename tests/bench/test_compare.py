@@ -258,6 +258,16 @@ def test_an_infinite_speedup_outvotes_nobody(results):
     assert compare.slowdown(results["cases"][0], new) == pytest.approx(1.2)
 
 
+def test_a_disturbed_ratio_outvotes_no_other(results):
+    new = case("info_nce", ours=1.2)
+    for row in new["candidates"][1:3]:
+        row |= {"speedup": 2 * row["speedup"], "undisturbed": False}
+    assert compare.slowdown(results["cases"][0], new) == pytest.approx(1.2)
+    for row in new["candidates"]:
+        row["undisturbed"] = False
+    assert compare.slowdown(results["cases"][0], new) == pytest.approx(0.6), "of disturbed ones, the most"
+
+
 @pytest.mark.parametrize(("figure", "allowed", "value"), [("flops", 0, 1), ("peak", 2**20, 2**20 + 1)])
 def test_what_was_nothing_may_not_become_something(results, figure, allowed, value):
     results["cases"][2] = case("sampler", **{figure: 0})

@@ -17,6 +17,7 @@ from bench.harness import partial, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = {"cases": ["from before"]}
+NEW = [{"id": "a", "candidates": []}]
 ENDS = {"over": 0, "some wrong": 1, "stopped": 2, "nothing found": 5}
 
 
@@ -60,27 +61,27 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["over", "some wrong"])
 def test_a_run_that_is_over_replaces_the_results(bench, end):
-    status, results = bench(ENDS[end], ["a"])
+    status, results = bench(ENDS[end], NEW)
     assert status == ENDS[end]
-    assert json.loads(results.read_text()) == {"cases": ["a"]}
+    assert json.loads(results.read_text()) == {"cases": NEW}
     assert not partial(results).exists()
 
 
 def test_a_run_that_is_stopped_keeps_its_cases_beside_the_results(bench, capsys):
-    status, results = bench(ENDS["stopped"], ["a"])
+    status, results = bench(ENDS["stopped"], NEW)
     assert status == ENDS["stopped"]
     assert json.loads(results.read_text()) == OLD
-    assert json.loads(partial(results).read_text()) == {"cases": ["a"]}
+    assert json.loads(partial(results).read_text()) == {"cases": NEW}
     assert "here.partial.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [0, ENDS["stopped"]])
 def test_ctrl_c_waits_for_the_cases_and_says_where_they_are(bench, capsys, monkeypatch, status):
     monkeypatch.setattr(Ended, "interrupts", 2)
-    ended, results = bench(status, ["a"])
+    ended, results = bench(status, NEW)
     assert ended == command.STOPPED
     assert json.loads(results.read_text()) == OLD
-    assert json.loads(partial(results).read_text()) == {"cases": ["a"]}
+    assert json.loads(partial(results).read_text()) == {"cases": NEW}
     assert "stopped; results so far: " in capsys.readouterr().err
 
 
@@ -88,7 +89,7 @@ def test_ctrl_c_waits_for_the_cases_and_says_where_they_are(bench, capsys, monke
 @pytest.mark.parametrize("place", ["/proc/x.json", ".", "here.json/x", "/dev/null"])
 def test_what_cannot_be_written_is_said_before_the_races(bench, capsys, monkeypatch, tmp_path, option, place):
     monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("raced"))
-    status, results = bench(0, ["a"], option, str(tmp_path / place))
+    status, results = bench(0, NEW, option, str(tmp_path / place))
     assert status == 2
     assert json.loads(results.read_text()) == OLD
     (line,) = capsys.readouterr().err.splitlines()
@@ -99,7 +100,7 @@ def test_what_cannot_be_written_is_said_before_the_races(bench, capsys, monkeypa
 @pytest.mark.parametrize("value", ["0", "-1", "1.5"])
 def test_rounds_and_passes_are_at_least_one(bench, capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
-        bench(0, ["a"], f"{option}={value}")
+        bench(0, NEW, f"{option}={value}")
     assert f"argument {option}: '{value}' is not a whole number of at least 1" in capsys.readouterr().err
 
 
@@ -115,7 +116,7 @@ def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
 @pytest.mark.parametrize("selection", [[], ["-k", "a"], ["--suite", "a"], ["--only", "a[b=1]"]], ids=str)
 def test_a_selection_leaves_the_machine_s_file_alone(tmp_path, monkeypatch, capsys, selection):
     def instead_of_pytest(given):
-        Path(given[given.index("--results") + 1]).write_text("{}")
+        Path(given[given.index("--results") + 1]).write_text(json.dumps({"cases": NEW}))
         return Ended(0)
 
     monkeypatch.setattr(command, "ROOT", tmp_path)
@@ -142,7 +143,7 @@ def test_a_run_that_ends_while_it_counts_leaves_the_results_alone(bench, monkeyp
     monkeypatch.setattr(command, "_arguments", arguments)
     monkeypatch.setattr(static, "add", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bench(0, ["a"])
+        bench(0, NEW)
     results = Path(sys.argv[sys.argv.index("--results") + 1])
     assert json.loads(results.read_text()) == OLD
 
