@@ -123,6 +123,14 @@ def test_arithmetic_slower_than_the_fastest_seen_has_a_neighbour():
     assert not cores.undisturbed()
 
 
+def test_cores_that_never_share_a_cache_are_as_near_as_they_get(monkeypatch):
+    cores, distances = Cores(0), iter([2.0, 2.3, 2.5, 1.1, 2.0, 1.4])
+    cores._nearest = float("inf")
+    monkeypatch.setattr(cores, "_distance", lambda other: next(distances))
+    monkeypatch.setattr(cores, "_shared", torch.zeros(2 * 32768))
+    assert [cores.together() for _ in range(6)] == [True, True, False, True, False, True]
+
+
 def test_one_thread_is_never_apart():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
