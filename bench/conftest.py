@@ -122,7 +122,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             return config.stash[RECORDS][-1]
         contest.check()
         contest.calibrate()
-        if benchmark is None or contest.single:
+        if benchmark is None:
             contest.take_turns()
         else:
             benchmark.pedantic(contest.time_ours, setup=contest.time_others, rounds=contest.rounds)

@@ -161,8 +161,9 @@ class Race:
     Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
     and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
     from where the one before it ended, as steps of a training do: only the first is compared. ``single`` says that a
-    call takes many seconds: memory is counted, and the time taken, in the call that is compared, and the first pass
-    alone races it. In a ``later`` pass each candidate runs before it races, and is compared with nothing again.
+    call takes many seconds: memory is counted in the call that is compared, which slows it; the time is one more call's,
+    and the first pass alone races it. In a ``later`` pass each candidate runs before it races, and is compared with
+    nothing again.
     """
 
     def __init__(
@@ -228,7 +229,7 @@ class Race:
 
     def check_last(self) -> None:
         """After step 3: our last sample was as right as the first call. Raises as :meth:`check` does."""
-        if not (self._once or self.single or self._later):
+        if not (self._once or self._later):
             self._judge(self.ours, self._last, self._exact, self.ours.bound)
             self._refuse(self.ours)
         self._last.clear()
@@ -356,13 +357,9 @@ class Race:
 
     def _sample(self, runner: _Runner) -> None:
         """One that was disturbed is taken again while there is patience and few are not."""
-        if self.single:
-            runner.times[self._round] = runner.estimate
-            runner.undisturbed.add(self._round)
-            return
         assert runner.sample is not None
         keep = self._last if runner is self.ours else None
-        cores, patient = self._cores, len(runner.undisturbed) < 2 * UNDISTURBED
+        cores, patient = self._cores, len(runner.undisturbed) < 2 * UNDISTURBED and not self.single
         while True:
             before = cores is None or (cores.gather() if patient else cores.undisturbed())
             seconds = self._timed(runner.sample, keep)

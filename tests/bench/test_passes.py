@@ -176,7 +176,7 @@ def test_a_run_whose_second_pass_is_stopped_leaves_the_first(tmp_path, monkeypat
     assert "stopped" in capsys.readouterr().err
 
 
-def test_a_single_race_counts_and_takes_the_time_while_it_compares():
+def test_a_single_race_counts_while_it_compares_and_takes_the_time_of_one_more():
     calls = []
     data = torch.rand(1 << 16)
 
@@ -186,12 +186,11 @@ def test_a_single_race_counts_and_takes_the_time_while_it_compares():
 
     race = Race("a", {}, [Candidate("ours", ours, "ours")], truth=lambda: ours(), bound=0.0, work=Work(1), single=True)
     record = race.run()
-    assert len(calls) == 2  # the truth's, and the one compared
+    assert len(calls) == 3  # the truth's, the one compared, the one timed
     assert record["rounds"] == 1
     (row,) = record["candidates"]
     assert row["peak_bytes"] >= 4
     assert row["flops"] > 0
-    assert 0 < row["median_s"] == race.ours.estimate
 
 
 def test_a_race_finds_no_stretch_of_the_heap_that_an_earlier_one_left():
