@@ -161,9 +161,9 @@ class Race:
     Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
     and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
     from where the one before it ended, as steps of a training do: only the first is compared. ``single`` says that a
-    call takes many seconds: memory is counted in the call that is compared, which slows it; the time is one more call's,
-    and the first pass alone races it. In a ``later`` pass each candidate runs before it races, and is compared with
-    nothing again.
+    call takes many seconds: memory is counted in the call that is compared, which slows it; the time is that of one
+    more, and the first pass alone races it. In a ``later`` pass each candidate runs before it races, and is compared
+    with nothing again.
     """
 
     def __init__(
