@@ -128,30 +128,29 @@ def _run(options: argparse.Namespace, results: Path) -> int:
     start, found, statuses = time.monotonic(), list[dict[str, Any]](), list[int]()
     results.unlink(missing_ok=True)
 
-    def run(target: Path, *more: str, tests: Sequence[str] = ()) -> dict[str, Any] | None:
+    def run(target: Path, *more: str, tests: Sequence[str] = ()) -> bool:
         command = [sys.executable, "-m", "pytest", *(tests or _suites(options)), *_arguments(options, target), *more]
         statuses.append(_wait(subprocess.Popen(command)))
-        return json.loads(target.read_text()) if statuses[-1] in OVER and target.exists() else None
+        if statuses[-1] not in OVER or not target.exists():
+            return False
+        found.append(json.loads(target.read_text()))
+        if target != results:
+            results.write_text(json.dumps(merge(found), indent=1) + "\n")
+        return True
 
     with tempfile.TemporaryDirectory() as folder:
         for number in range(passes):
             print(f"pass {number + 1} of {passes}", flush=True)
-            target, more = (Path(folder) / f"{number}.json", ["--later-pass"]) if number else (results, [])
-            if (result := run(target, *more)) is None:
+            if not (run(Path(folder) / f"{number}.json", "--later-pass") if number else run(results)):
                 break
-            found.append(result)
-            if number:
-                results.write_text(json.dumps(merge(found), indent=1) + "\n")
         while 1 < passes <= len(found) < MOST_PASSES:
             if not (cases := doubtful(found, RACES[options.quick] - (time.monotonic() - start))):
                 break
             print(f"once more, as passes differ or were disturbed: {' '.join(cases)}", flush=True)
-            target = Path(folder) / f"{len(found)}.json"
             tests = [record["test"] for record in found[0]["cases"] if record["id"] in cases]
-            if (result := run(target, "--later-pass", "--only", ",".join(cases), tests=tests)) is None:
+            only = ["--later-pass", "--only", ",".join(cases)]
+            if not run(Path(folder) / f"{len(found)}.json", *only, tests=tests):
                 break
-            found.append(result)
-            results.write_text(json.dumps(merge(found), indent=1) + "\n")
     return next((status for status in statuses if status), 0)
 
 

@@ -40,7 +40,7 @@ SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
 GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
 SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
 FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
-FEW_ROUNDS, FEW_SECONDS = 2, 1.5  # whichever is more
+FEW_ROUNDS = 2  # or as many as fit the budget of the others
 SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
 UNDISTURBED = 3  # samples that outweigh any number of others; cores are waited for until there are twice as many
 
@@ -321,7 +321,7 @@ class Race:
         return sample > (SLOW if behind < FAR_BEHIND else 4 * SHORT) and behind > 1
 
     def _few(self, runner: _Runner) -> int:
-        return max(FEW_ROUNDS, int(FEW_SECONDS / (runner.estimate * runner.repeats)))
+        return max(FEW_ROUNDS, int(self.budget.seconds / (runner.estimate * runner.repeats)))
 
     def _racing(self) -> list[_Runner]:
         return [runner for runner in self._runners if runner.status == "ok"]
@@ -347,7 +347,7 @@ class Race:
         """Everybody's turn but ours; opens a round."""
         self._last.clear()
         for runner in self._racing():
-            if runner is not self.ours and (self._round < self._few(runner) or not self._slow(runner)):
+            if runner is not self.ours and (not self._slow(runner) or self._round < self._few(runner)):
                 self._sample(runner)
 
     def time_ours(self) -> None:

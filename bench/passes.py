@@ -3,7 +3,7 @@
 What makes two runs of a case differ is less the noise of a round than the minute it ran in and where its memory came to
 lie, which more rounds in a row do not average out, and a pass some minutes later does: over 14 cases beside other work,
 ratios of two passes differed by 8.4 %, of two such pairs by 5.8 % (root mean square). Cases whose passes differ, or of
-which the host disturbed one, race again while there is time, and the median of three is next to none's whim.
+which the host disturbed one, race again while there is time; of three passes the median leaves out the odd one.
 """
 
 from __future__ import annotations
