@@ -60,6 +60,7 @@ COUNTED = {
     "shared_bytes": Rule(1.0, "shared memory of a block"),
     "loop_instructions": Rule(1.05, "instructions in the kernel's main loop, or of a kernel without one"),
     "min_bytes": Rule(1.0, "bytes that the kernel must move"),
+    "executed": Rule(1.02, "what a kernel executes: launches, flops, other operations, bytes read and written"),
 }
 KERNEL_FIGURES = ("registers", "spill_bytes", "shared_bytes", "loop_instructions", "min_bytes")
 
@@ -170,6 +171,12 @@ def _compare_static(found: Found, before: Record, after: Record, complete: bool)
                 found.figure(label, figure, kernel.get(figure), kernels[label].get(figure), COUNTED[figure])
         elif not targets or (not fewer and (complete or str(kernel["arch"]) in targets)):  # quick: one target of three
             found.missing.append(f"{label}: no longer compiled")
+    for label, kernel in old.get("executed", {}).items():
+        if (now := new.get("executed", {}).get(label)) is None:
+            found.missing.append(f"{label}: no longer executed")
+            continue
+        for figure, value in kernel.items():
+            found.figure(label, f"{figure} executed", value, now.get(figure), COUNTED["executed"])
 
 
 def _kernels(static: Record) -> dict[str, Record]:
@@ -248,8 +255,10 @@ def _read(path: Path, *, finite: bool = False) -> Record:
     if twice := [name for name, times in ids.items() if times > 1]:
         raise ValueError(f"{twice[0]}: {ids[twice[0]]} cases of this id")
     static = _part({"static": {}} | results, "static", dict)
-    for key, kind in {"counts": dict, "kernels": list, "missing": list}.items():
+    for key, kind in {"counts": dict, "kernels": list, "executed": dict, "missing": list}.items():
         _part({key: kind()} | static, key, kind, "static: ")
+    for label in static.get("executed", {}):
+        _part(static["executed"], label, dict, "static: ")
     for kernel in static.get("kernels", []):
         for key in ("name", "arch"):
             _part(kernel, key, object, "static: a kernel: ")
@@ -279,6 +288,8 @@ def _figures(results: Record) -> Iterator[tuple[str, Any]]:
             if figure in holder:
                 yield f"{where}: {figure}", holder[figure]
     yield from static.get("counts", {}).items()
+    for label, kernel in static.get("executed", {}).items():
+        yield from ((f"{label}: {figure} executed", value) for figure, value in kernel.items())
 
 
 def _load(path: Path, *, finite: bool = False) -> Record:

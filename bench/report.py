@@ -326,8 +326,16 @@ def _static(static: Record) -> str:
             for kernel in static["kernels"]
         ]
         parts.append(table(header, rows))
+    if static.get("executed"):
+        figures = list(next(iter(static["executed"].values())))
+        rows = [
+            [escape(name), *(count_text(kernel[figure]) for figure in figures)]
+            for name, kernel in static["executed"].items()
+        ]
+        parts.append(table(["executed at a small size", *(figure.replace("_", " ") for figure in figures)], rows))
     note = (
-        "The same on every machine: instructions by callgrind, packets by the planner, kernels as they were compiled."
+        "The same on every machine: instructions by callgrind, packets by the planner, kernels as they were compiled, "
+        "and what they execute in Triton's interpreter."
     )
     return _section("static", "Counted, not timed", note, "".join(parts) or "<p>Not counted in this run.</p>")
 

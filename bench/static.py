@@ -1,5 +1,5 @@
 """Figures without a clock: instructions of the C++ core, packets per frame, the traced CUDA step, kernels as the
-compiler made them.
+compiler made them and what they execute.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
@@ -30,16 +31,18 @@ KEPT = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "shared_limi
 
 
 def add(results: Path) -> None:
-    """Adds ``static`` to a results file: ``counts`` by name, ``kernels`` as compiled, ``missing`` with reasons."""
+    """Adds ``static`` to a results file: ``counts``, ``kernels`` as compiled, what they ``executed``, and what is
+    ``missing``, with reasons.
+    """
     content = json.loads(results.read_text())
     with ThreadPoolExecutor(1) as beside:  # mostly waits for g++ and valgrind
-        counting = beside.submit(count)
+        counting, executing = beside.submit(count), beside.submit(execute)
         kernels, unseen = ([], []) if content["device"] == "cuda" else inspect(content["quick"], content["counted"])
-        counts, missing = counting.result()
-    missing += unseen
+        (counts, missing), (executed, failed) = counting.result(), executing.result()
+    missing += unseen + failed
     for line in missing:
         print(f"not counted: {line}")
-    content["static"] = {"counts": counts, "kernels": kernels, "missing": missing}
+    content["static"] = {"counts": counts, "kernels": kernels, "executed": executed, "missing": missing}
     results.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -156,6 +159,15 @@ def _executed(command: list[str]) -> int:
     if match is None:
         raise RuntimeError(f"callgrind said nothing of its count: {output[-300:]}")
     return int(match[1])
+
+
+def execute() -> tuple[dict[str, dict[str, int]], list[str]]:
+    """``bench.executed`` in a process of its own, since it stays in the interpreter; and why there is nothing."""
+    command = [sys.executable, "-W", "ignore", "-m", "bench.executed"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        return {}, [f"executed: {run.stderr.strip().splitlines()[-1]}"]
+    return json.loads(run.stdout), []
 
 
 def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]]:

@@ -132,6 +132,16 @@ def test_flops_and_memory_may_not_grow(results, changed, figure):
     assert worse(results, new) == [("sampler[N=1]", figure)]
 
 
+def test_kernels_may_execute_no_more_than_they_did(results):
+    results["static"]["executed"] = {"ntxent: forward": {"launches": 2, "flops": 0, "operations": 100}}
+    for figure, value in {"launches": 3, "flops": 1, "operations": 103}.items():
+        new = copy.deepcopy(results)
+        new["static"]["executed"]["ntxent: forward"][figure] = value
+        assert worse(results, new) == [("ntxent: forward", f"{figure} executed")]
+    new["static"]["executed"] = {}
+    assert compare.compare(results, new)[1] == ["ntxent: forward: no longer executed"]
+
+
 def test_what_disappears_is_missing(results):
     new = copy.deepcopy(results)
     del new["cases"][0], new["static"]["counts"]["packets per frame, GOP 8"]
@@ -438,6 +448,11 @@ BROKEN = {
     "static of another kind": (lambda bad: bad.update(static=[1]), "static is [1], expected a dict"),
     "kernels of another kind": (lambda bad: bad["static"].update(kernels={}), "static: kernels is {}"),
     "nameless kernel": (lambda bad: bad["static"].update(kernels=[{}]), "static: a kernel: no name"),
+    "executed of another kind": (lambda bad: bad["static"].update(executed={"x": 1}), "static: x is 1"),
+    "executed in words": (
+        lambda bad: bad["static"].update(executed={"x": {"flops": "4"}}),
+        'x: flops executed is "4"',
+    ),
     "a count in words": (lambda bad: bad["static"].update(counts={"GOP 8": "4"}), 'GOP 8 is "4"'),
 }
 

@@ -7,6 +7,24 @@ import pytest
 from bench import static
 
 
+def test_kernels_execute_what_the_method_costs():
+    executed, missing = static.execute()
+    assert missing == []
+
+    def product(rows, columns, width=48):
+        """Flops of one product in tiles of 16 x 16."""
+        return 2 * (-(-rows // 16) * 16) * (-(-columns // 16) * 16) * width
+
+    flops = {kernel: figures["flops"] for kernel, figures in executed.items()}
+    assert flops["info_nce: _lse_kernel"] == 2 * product(40, 72)  # logits, and the keys' mean
+    assert flops["info_nce: _gradient_kernel"] == 2 * product(72, 40)
+    assert flops["ntxent: _lse_kernel"] == product(80, 80)  # of both views against themselves
+    assert flops["ntxent: _gradient_kernel"] == 2 * product(80, 80)
+    assert flops["attention_pool: pool_forward"] == 0
+    read = executed["attention_pool: pool_forward"]["bytes_read"]
+    assert read == 2 * (2 * 49 * 80) + 3 * (2 * 2 * 49)  # all features once; logits for maximum, sum and weights
+
+
 @pytest.mark.parametrize(("gop", "low", "high"), [(1, 1.0, 1.0), (8, 3.5, 4.5), (250, 55, 70)])
 def test_packets_per_frame(tmp_path, gop, low, high):
     assert low <= static.packets_per_frame(tmp_path, gop, samples=128) <= high

@@ -1,0 +1,121 @@
+"""``python -m bench.executed``: what the Triton kernels execute, counted by Triton's interpreter, without a GPU.
+
+Machine code tells what one turn of a loop costs, not how many there are: here every program runs to its end, at small
+sizes with ragged tiles. Prints one JSON object: for each kernel of a case its launches, flops of matrix products, other
+operations by element (addresses included), bytes read and bytes written. The same on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports a kernel
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps
+
+import vito_kernels
+from bench.bench_photometric import parameters, pictures
+
+FIGURES = ("launches", "flops", "operations", "bytes_read", "bytes_written")
+
+
+class Tally:
+    """Counts what the interpreter does from now on, by the case that is set and the kernel that runs."""
+
+    def __init__(self) -> None:
+        self.case, self.kernel = "", ""
+        self.found: dict[str, dict[str, int]] = {}
+        self._watch_launches()
+        for name in ("unary_op", "binary_op", "ternary_op", "create_fma", "cast_impl", "create_fp_to_fp"):
+            self._watch(InterpreterBuilder, name, "operations", lambda result, *_: result.data.size)
+        self._watch(ReduceOps, "apply_impl", "operations", lambda _, inputs: inputs[0].handle.data.size)
+        self._watch(InterpreterBuilder, "create_dot", "flops", lambda sums, a, *_: 2 * sums.data.size * a.data.shape[1])
+        self._watch(InterpreterBuilder, "create_masked_load", "bytes_read", lambda x, _, mask, *__: _moved(x, mask))
+        self._watch(InterpreterBuilder, "create_masked_store", "bytes_written", lambda _, at, *xs: _moved(*xs[:2]))
+
+    def _watch_launches(self) -> None:
+        launch = GridExecutor.__call__
+
+        def counted(grid: Any, *arguments: Any, **named: Any) -> None:
+            self.kernel = f"{self.case}: {grid.fn.__name__}"
+            self._add("launches", 1)
+            launch(grid, *arguments, **named)
+
+        GridExecutor.__call__ = counted
+
+    def _watch(self, owner: type, name: str, figure: str, amount: Callable[..., int]) -> None:
+        """From now on each ``owner.name`` adds to the figure the amount that its result and arguments tell."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def counted(this: Any, *arguments: Any, **named: Any) -> Any:
+            result = method(this, *arguments, **named)
+            self._add(figure, amount(result, *arguments))
+            return result
+
+        setattr(owner, name, counted)
+
+    def _add(self, figure: str, amount: int) -> None:
+        self.found.setdefault(self.kernel, dict.fromkeys(FIGURES, 0))[figure] += int(amount)
+
+
+def _moved(values: Any, mask: Any) -> int:
+    return int(mask.data.sum() * values.data.itemsize)
+
+
+def cases() -> dict[str, Callable[[], Tensor]]:
+    """What is run, with its gradients, by name. The interpreter's tiles are 16 rows by 16, chunks 32 columns."""
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        values = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        return values.to(dtype, memory_format=_layout(shape)).requires_grad_()
+
+    q, p, k = matrix(40, 48), matrix(40, 48), matrix(72, 48)
+    q32, k32 = matrix(40, 48, dtype=torch.float32), matrix(72, 48, dtype=torch.float32)
+    q_wide, k_wide = matrix(24, 528), matrix(40, 528)
+    positive, group = torch.arange(40) + 1, torch.arange(72) // 3
+    features, logits, maps = matrix(2, 49, 80), matrix(2, 49), matrix(4, 24, 5, 5)
+    weight, bias, mean, var = (torch.full((24,), value) for value in (1.0, 0.0, 0.0, 1.0))
+    images, drawn = pictures(2, 24), parameters(2, view=1)
+    info_nce = functools.partial(vito_kernels.info_nce, positive=positive)
+    norm = functools.partial(vito_kernels.batch_norm, momentum=0.1, eps=1e-5, relu=True)
+    weight.requires_grad_()
+    return {
+        "info_nce": lambda: info_nce(q, k),
+        "info_nce, groups": lambda: info_nce(q, k, q_group=group[positive], k_group=group),
+        "info_nce, float32": lambda: info_nce(q32, k32),
+        "info_nce, wide": lambda: vito_kernels.info_nce(q_wide, k_wide, positive=positive[:24]),
+        "clip_loss": lambda: vito_kernels.clip_loss(q, p, 10.0),
+        "clip_loss, wide": lambda: vito_kernels.clip_loss(q_wide, k_wide[:24], 10.0),
+        "ntxent": lambda: vito_kernels.ntxent(q, p, 0.1),
+        "supcon_loss": lambda: vito_kernels.supcon_loss(k, group),
+        "moco_loss": lambda: vito_kernels.moco_loss(q, p.detach(), k.detach()),
+        "attention_pool": lambda: vito_kernels.attention_pool(features, logits)[0].sum(),
+        "batch_norm": lambda: norm(maps, weight, bias, mean, var).sum(),
+        "batch_norm, residual": lambda: norm(maps, weight, bias, mean, var, residual=maps.detach()).sum(),
+        "photometric": lambda: vito_kernels.photometric(images, drawn),
+    }
+
+
+def _layout(shape: tuple[int, ...]) -> torch.memory_format:
+    return torch.channels_last if len(shape) == 4 else torch.contiguous_format
+
+
+def main() -> None:
+    tally = Tally()
+    for tally.case, call in cases().items():
+        result = call()
+        if result.requires_grad:
+            result.backward()
+    print(json.dumps(tally.found))
+
+
+if __name__ == "__main__":
+    main()
