@@ -58,7 +58,8 @@ def test_samples(race: Any, index: Index, views: int) -> None:
     batch = 4096
     numbers = np.arange(batch) * 7 + 123
     sampler = Sampler(index, SamplerConfig(views=views), seed=1)
-    generator, uniforms = np.random.Generator(np.random.Philox(1)), np.empty((batch, views, DRAWS * 2))
+    # Into 16 KiB again and again: where the pages of a large array happen to lie costs up to a sixth, for a whole run.
+    generator, uniforms = np.random.Generator(np.random.Philox(1)), np.empty(2048)
 
     def one_by_one() -> Result:
         drawn = [
@@ -67,7 +68,8 @@ def test_samples(race: Any, index: Index, views: int) -> None:
         return [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*drawn[::-1], strict=True)]
 
     def numbers_only() -> Result:
-        generator.random(out=uniforms)
+        for _ in range(batch * views * DRAWS * 2 // len(uniforms)):
+            generator.random(out=uniforms)
         return ()
 
     candidates = [
