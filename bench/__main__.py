@@ -58,8 +58,8 @@ def main() -> int:
 
     from bench import report, static
     from bench.harness import partial
-    from bench.machine import machine
-    from bench.passes import disturbed
+    from bench.machine import Others, machine
+    from bench.passes import caveats
 
     kind = "-counted" if options.counted else "-quick" if options.quick else ""
     name = machine(options.device)["name"] + kind
@@ -72,9 +72,13 @@ def main() -> int:
             return 2
     if selected and not options.results:
         print(f"a selection of the cases: results go to {os.path.relpath(results)}")
-    running = partial(results)
+    running, others = partial(results), Others()
     try:
         status = _run(options, running)
+        if not options.counted and running.exists():
+            running.write_text(
+                json.dumps(json.loads(running.read_text()) | {"others": round(others.cores(), 2)}) + "\n"
+            )
         if options.static and status in OVER and running.exists():
             static.add(running)
     except KeyboardInterrupt:
@@ -86,9 +90,8 @@ def main() -> int:
         print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
         return status
     running.replace(results)
-    some, all_ = disturbed(json.loads(results.read_text())["cases"])
-    if some:
-        print(f"{some} of {all_} ratios rest on samples that the machine's host disturbed: they repeat less well")
+    for line in caveats(json.loads(results.read_text())):
+        print(line)
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
         report.write(results, page)

@@ -17,6 +17,7 @@ from bench.harness import rates, summary
 
 Record = dict[str, Any]
 ACCEPTED = 0.02  # standard error of a ratio, relative: two passes that differ by 4 %
+ALLOWED = 0.05  # cores that other processes keep busy; an idle machine's take less than 0.01
 START = 10.0  # seconds that a pass takes beside its cases
 
 
@@ -106,10 +107,18 @@ def disagreement(cases: Sequence[Record]) -> float | None:
     return math.exp(math.sqrt(statistics.fmean(log**2 for log in logs))) if logs else None
 
 
-def disturbed(cases: Sequence[Record]) -> tuple[int, int]:
-    """(How many ratios rest on samples that the host disturbed, how many there are)."""
-    ratios = [row for record in cases for row in record["candidates"] if "speedup" in row]
-    return sum(not row.get("undisturbed", True) for row in ratios), len(ratios)
+def caveats(results: Record) -> list[str]:
+    """Why ratios of this run may repeat less well than others, in sentences."""
+    ratios = [row for record in results["cases"] for row in record["candidates"] if "speedup" in row]
+    some = sum(not row.get("undisturbed", True) for row in ratios)
+    found = []
+    if some:
+        found.append(
+            f"{some} of {len(ratios)} ratios, marked ≈, rest on samples that the host disturbed: they repeat less well."
+        )
+    if (others := results.get("others", 0.0)) > ALLOWED:
+        found.append(f"Other processes of this machine kept {others:.2f} cores busy: no ratio repeats as it should.")
+    return found
 
 
 def skipped(cases: Sequence[Record]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.passes import disagreement, disturbed
+from bench.passes import caveats, disagreement
 from bench.plots import Axis, Series, chart
 from bench.tables import ours_of, versus
 from bench.text import bytes_text, count_text, seconds_text, significant
@@ -98,12 +98,7 @@ def _trust(results: Record) -> str:
     text, factor = "", disagreement(results["cases"])
     if factor is not None:
         text = f" Each ratio is the median of its passes', which differed by {factor - 1:.1%} (rms)."
-    some, all_ = disturbed(results["cases"])
-    if some:
-        text += (
-            f" {some} of {all_}, marked ≈, rest on samples that the machine's host disturbed; they repeat less well."
-        )
-    return text
+    return " ".join([text, *caveats(results)])
 
 
 def _section(name: str, title: str, note: str, body: str) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from bench import __main__ as command
 from bench import memory, report
 from bench.harness import Candidate, Race, Work, partial
-from bench.passes import START, disagreement, disturbed, doubtful, merge
+from bench.machine import Others
+from bench.passes import START, caveats, disagreement, doubtful, merge
 
 
 def one_pass(*cases, only=None):
@@ -54,6 +56,16 @@ def test_ratios_and_times_of_two_are_means_and_counts_are_sums():
     assert disagreement([case()]) is None
 
 
+def test_a_busy_machine_is_told():
+    others = Others()
+    with subprocess.Popen([sys.executable, "-c", "import time; end = time.time() + 1\nwhile time.time() < end: pass"]):
+        time.sleep(1)
+        busy = others.cores()
+    assert busy > 0.3
+    assert others.cores() < busy - 0.2, "a child that ended is no other"
+    assert "Other processes" in caveats({"cases": [], "others": busy})[0]
+
+
 def test_one_pass_of_three_may_say_what_it_likes():
     passes = [one_pass(case(ours=ours, other=2.0)) for ours in (1.0, 0.1, 0.98)]
     (only,) = merge(passes)["cases"]
@@ -72,8 +84,8 @@ def test_a_disturbed_ratio_counts_only_beside_others_of_its_kind():
     (only,) = merge([one_pass(shaken), one_pass(shaken)])["cases"]
     assert only["candidates"][1]["speedups"] == [9.0, 9.0]
     assert not only["candidates"][1]["undisturbed"]
-    assert disturbed([only, calm]) == (1, 2)
-    assert "1 of 2, marked" in report._trust({"cases": [only, calm], "passes": 2})
+    assert caveats({"cases": [calm]}) == []
+    assert "1 of 2 ratios, marked" in report._trust({"cases": [only, calm], "passes": 2})
     assert report._ratio(only["candidates"][1]) == "ours ×9 ≈"
     assert report._ratio(calm["candidates"][1]) == "ours ×2"
 
