@@ -327,7 +327,8 @@ def _static(static: Record) -> str:
             [escape(name), *(count_text(kernel[figure]) for figure in figures)]
             for name, kernel in static["executed"].items()
         ]
-        parts.append(table(["executed at a small size", *(figure.replace("_", " ") for figure in figures)], rows))
+        body = table(["kernel", *(figure.replace("_", " ") for figure in figures)], rows)
+        parts.append(f"<details><summary>What kernels execute at a small size</summary>{body}</details>")
     note = (
         "The same on every machine: instructions by callgrind, packets by the planner, kernels as they were compiled, "
         "and what they execute in Triton's interpreter."
