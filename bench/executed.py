@@ -74,14 +74,14 @@ def cases() -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        values = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-        return values.to(dtype, memory_format=_layout(shape)).requires_grad_()
+        return (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype).requires_grad_()
 
     q, p, k = matrix(40, 48), matrix(40, 48), matrix(72, 48)
     q32, k32 = matrix(40, 48, dtype=torch.float32), matrix(72, 48, dtype=torch.float32)
     q_wide, k_wide = matrix(24, 528), matrix(40, 528)
     positive, group = torch.arange(40) + 1, torch.arange(72) // 3
-    features, logits, maps = matrix(2, 49, 80), matrix(2, 49), matrix(4, 24, 5, 5)
+    features, logits = matrix(2, 49, 80), matrix(2, 49)
+    maps = matrix(4, 24, 5, 5).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias, mean, var = (torch.full((24,), value) for value in (1.0, 0.0, 0.0, 1.0))
     images, drawn = pictures(2, 24), parameters(2, view=1)
     info_nce = functools.partial(vito_kernels.info_nce, positive=positive)
@@ -102,10 +102,6 @@ def cases() -> dict[str, Callable[[], Tensor]]:
         "batch_norm, residual": lambda: norm(maps, weight, bias, mean, var, residual=maps.detach()).sum(),
         "photometric": lambda: vito_kernels.photometric(images, drawn),
     }
-
-
-def _layout(shape: tuple[int, ...]) -> torch.memory_format:
-    return torch.channels_last if len(shape) == 4 else torch.contiguous_format
 
 
 def main() -> None:

@@ -80,10 +80,8 @@ class Others:
         stat = Path("/proc/stat")
         ours = [f"cpu{number}" for number in os.sched_getaffinity(0)]
         lines = [line.split() for line in (stat.read_text().splitlines() if stat.exists() else [])]
-        ticks = sum(
-            int(ticks) for name, *columns in lines if name in ours for ticks in columns[:3]
-        )  # user, nice, system
-        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+        busy = [int(ticks) for name, *columns in lines if name in ours for ticks in columns[:3]]  # user, nice, system
+        return sum(busy) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def versions() -> dict[str, str]:

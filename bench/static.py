@@ -166,7 +166,7 @@ def execute() -> tuple[dict[str, dict[str, int]], list[str]]:
     command = [sys.executable, "-W", "ignore", "-m", "bench.executed"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        return {}, [f"executed: {run.stderr.strip().splitlines()[-1]}"]
+        return {}, [f"executed: exit status {run.returncode}, {run.stderr.strip()[-200:]}"]
     return json.loads(run.stdout), []
 
 
