@@ -17,10 +17,10 @@ from bench.bench_photometric import torchvision_chain
 from bench.harness import Candidate, Result, Work, absent
 from bench.peers import not_imported
 from bench.videos import originals, store
-from vito_fast.data.loader import ClipLoader
+from vito_fast.data.loader.loader import ClipLoader
+from vito_fast.data.loader.sampler import Sampler, SamplerConfig, Samples
 from vito_fast.data.peers import installed
-from vito_fast.data.sampler import Sampler, SamplerConfig, Samples
-from vito_fast.data.store import frames
+from vito_fast.data.store.store import frames
 from vito_kernels import reference
 
 pytestmark = pytest.mark.cpu_only

@@ -15,7 +15,7 @@ from bench.limits import traffic
 from bench.peers import not_compiled, not_imported
 from vito_fast.config import ModelConfig, OptimizerConfig
 from vito_fast.model.pair import Branch, VitoModel
-from vito_fast.optim import Lars
+from vito_fast.train.optim import Lars
 
 LEARNING_RATE, TAU = 0.2, 0.99
 PROBES = 8  # parameters, spread over the network, whose update is compared

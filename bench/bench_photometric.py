@@ -15,7 +15,7 @@ from bench.harness import Candidate, Result, Work
 from bench.limits import traffic
 from bench.peers import not_compiled
 from vito_kernels import reference
-from vito_kernels.photometric import IMAGENET_MEAN, IMAGENET_STD
+from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 FULL = pytest.mark.full
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import vito_fast.loss
+import vito_fast.train.loss
 from bench.bench_optimizer import some
 from bench.harness import Budget, Candidate, Result, Work
 from bench.limits import bare
 from bench.peers import not_compiled
 from vito_fast.config import Config, ModelConfig, ScheduleConfig, TrainConfig
-from vito_fast.distributed import World
 from vito_fast.model import norm
-from vito_fast.step import Trainer
+from vito_fast.train.distributed import World
+from vito_fast.train.trainer import Trainer
 from vito_kernels import reference
 
 
@@ -28,7 +28,7 @@ def plain_kernels() -> Iterator[None]:
     """The references in place of the kernels, everywhere in the step."""
     pooling = importlib.import_module("vito_kernels.attention_pool")
     plain = [
-        (vito_fast.loss, "info_nce", reference.info_nce),
+        (vito_fast.train.loss, "info_nce", reference.info_nce),
         (pooling, "attention_pool", reference.attention_pool),
         (norm, "fuses", lambda *_: False),  # torch's batch norm
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Candidate, Result
-from vito_kernels.matmul_cpu import add_product, product
+from vito_kernels.contrastive.cpu_matmul import add_product, product
 
 TILE = 1024  # rows and columns: on CPUs the fastest of 64..8192
 CUDA_TILE = 16384  # a GPU's library wants the whole matrix, as far as it fits

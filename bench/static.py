@@ -68,7 +68,7 @@ def count() -> tuple[dict[str, float], list[str]]:
 
 def make_index(path: Path, gop: int, clips: int = 64) -> Any:
     """An index of H.264-like clips without B-frames, a key every ``gop`` frames; no shard is written."""
-    from vito_fast.data.index import KEY, ClipRecord, Index, write_index
+    from vito_fast.data.store.index import KEY, ClipRecord, Index, write_index
 
     number = np.arange(FRAMES)
     shared: dict[str, Any] = {
@@ -94,8 +94,8 @@ def packets_per_frame(folder: Path, gop: int, samples: int = 512) -> float:
 
     a file name in ``folder`` is used.
     """
-    from vito_fast.data.index import plan_packets
-    from vito_fast.data.sampler import Sampler
+    from vito_fast.data.loader.sampler import Sampler
+    from vito_fast.data.store.index import plan_packets
 
     index = make_index(folder / f"gop{gop}.bin", gop)
     drawn = Sampler(index, seed=1).sample(np.arange(samples))
@@ -111,7 +111,7 @@ def traced_steps() -> dict[str, float]:
     ``bench.step_modes`` times, and the paper's on eight H100.
     """
     from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
-    from vito_fast.plan import PlanOptions, predict
+    from vito_fast.plan.predict import PlanOptions, predict
 
     single = TrainConfig(batch_size=256, dtype="bfloat16", compile=True)
     paper = next(file for file in preset_files() if file.stem == "vito_r50_8xh100")

@@ -82,7 +82,7 @@ def originals(side: int, gop: int, count: int, frames: int = FRAMES) -> list[Pat
 
 def store(files: Sequence[Path], format: str) -> Path:
     """A store packed from exactly these files, one clip each."""
-    from vito_fast.data.pack import pack
+    from vito_fast.data.pack.pack import pack
 
     folder = files[0].parent
     if len(list(folder.glob("*.mp4"))) != len(files):

@@ -129,7 +129,7 @@ void Sampler::crop(uint64_t n, uint32_t attempt, uint32_t view, const Record& re
   centre_crop(height, width, {exponential(config_.log_aspect.low), exponential(config_.log_aspect.high)}, out);
 }
 
-// The columns of vito_kernels.photometric. Every number is drawn, used or not: a probability that changes does not
+// The columns of vito_kernels.photometric.op. Every number is drawn, used or not: a probability that changes does not
 // change the other draws.
 void Sampler::photometric(uint64_t n, uint32_t attempt, uint32_t view, uint8_t* flip, float* out) const {
   const Block colour = draw(seed_, n, attempt, Purpose::photometric, view, 0);

@@ -2,9 +2,9 @@
 
 from . import reference
 from .attention_pool import AttentionPool, attention_pool
-from .batch_norm import batch_norm
-from .info_nce import info_nce, similarity_lse
-from .losses import (
+from .batch_norm.op import batch_norm
+from .contrastive.info_nce import info_nce, similarity_lse
+from .contrastive.losses import (
     CLIPLoss,
     InfoNCELoss,
     LiTLoss,
@@ -15,9 +15,9 @@ from .losses import (
     moco_loss,
     supcon_loss,
 )
-from .normalize import normalize
-from .photometric import photometric
-from .two_sided import clip_loss, ntxent
+from .contrastive.normalize import normalize
+from .contrastive.two_sided import clip_loss, ntxent
+from .photometric.op import photometric
 
 __all__ = [
     "AttentionPool",

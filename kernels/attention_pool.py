@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vito_kernels._ops import autograd_op, refuse_double_backward
-from vito_kernels._triton import Spec, jit, on_device, processors, use_triton
-from vito_kernels.checks import FLOATS, check_whole, without_autocast
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward
+from vito_kernels._core.checks import FLOATS, check_whole, without_autocast
+from vito_kernels._core.lazy_triton import Spec, jit, on_device, processors, use_triton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

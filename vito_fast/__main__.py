@@ -2,6 +2,6 @@
 
 import sys
 
-from vito_fast.cli import main
+from vito_fast.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vito_fast.data.sampler import SamplerConfig
+from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.errors import UserError
 from vito_fast.files import whole
 

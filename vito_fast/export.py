@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vito_fast.checkpoint import Checkpoint, find, named_as_one
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import check_outside_stores, whole
 from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
+from vito_fast.train.checkpoint import Checkpoint, find, named_as_one
 
 Extension = Literal["safetensors", "pth"]
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from vito_kernels.checks import check_flags, check_paired, inverse_temperature, is_whole
+from vito_kernels._core.checks import check_flags, check_paired, inverse_temperature, is_whole
+from vito_kernels.contrastive.info_nce import similarity_lse
+from vito_kernels.contrastive.two_sided import ntxent
 from vito_kernels.distributed import gather_keys, global_ntxent
-from vito_kernels.info_nce import similarity_lse
-from vito_kernels.two_sided import ntxent
 
 
 class NTXentLoss(nn.Module):

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vito_kernels.checks import check_flags, check_whole
+from vito_kernels._core.checks import check_flags, check_whole
+from vito_kernels.contrastive.two_sided import clip_loss
 from vito_kernels.distributed import global_clip_loss
-from vito_kernels.two_sided import clip_loss
 
 
 class ClipLoss(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vito_fast.data.index import (
+from vito_fast.data.store.index import (
     DISCARD,
     KEY,
     NO_PICTURE,
@@ -20,7 +20,7 @@ from vito_fast.data.index import (
     packet_flags,
     write_index,
 )
-from vito_fast.data.media import bare_packet
+from vito_fast.data.store.media import bare_packet
 
 SHARD = "shard-00000.bin"
 CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # FFmpeg's decoders of other names

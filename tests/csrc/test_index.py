@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stores import SHARD, constant_clip, synthetic_index
 
 from vito_fast import _sampler
-from vito_fast.data.index import (
+from vito_fast.data.store.index import (
     DISPOSABLE,
     KEY,
     NO_PICTURE,

@@ -12,7 +12,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 from stores import SHARD, CopiedClip, copy_store, decode_packets, encode
 
-from vito_fast.data.index import DISPOSABLE, KEY, NO_PICTURE, OPEN, Reader, packet_flags, plan_packets
+from vito_fast.data.store.index import DISPOSABLE, KEY, NO_PICTURE, OPEN, Reader, packet_flags, plan_packets
 
 X264, X265, NONE = "x264-params", "x265-params", "log-level=none:pools=1:frame-threads=1:"
 # File: encoder, options, B frames. Frames: 40 of 96 x 64.

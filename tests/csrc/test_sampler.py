@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from stores import SHARD, constant_clip, synthetic_index
 
 from vito_fast import _sampler
-from vito_fast.data.index import KEY, Index, write_index
-from vito_fast.data.sampler import Sampler, SamplerConfig
+from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.data.store.index import KEY, Index, write_index
 
 NUMBERS = np.arange(20_000)
 

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from videos import pictures, write
 
-from vito_fast.data.pack import pack
+from vito_fast.data.pack.pack import pack
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast import commands
-from vito_fast.attention import video_frames
+from vito_fast.cli import commands
 from vito_fast.data.bench_data import _files, _times, bench_data, decoding, lines
-from vito_fast.data.media import Source, rgb
-from vito_fast.data.pack import pack
+from vito_fast.data.pack.pack import pack
 from vito_fast.data.peers import READERS, installed
-from vito_fast.data.store import Store, frames
+from vito_fast.data.store.media import Source, rgb
+from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
+from vito_fast.train.attention_maps import video_frames
 
 
 @pytest.fixture(scope="module")

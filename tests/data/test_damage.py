@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vito_fast import attention, monitor
-from vito_fast.cli import main
+from vito_fast.cli.main import main
 from vito_fast.config import Config, DataConfig
-from vito_fast.data.pack import pack
-from vito_fast.data.store import Store
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
+from vito_fast.train import attention_maps as attention
+from vito_fast.train import probe as monitor
 
 QUIET = {"progress": False, "processes": 2, "short_side": 32}
 

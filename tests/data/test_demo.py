@@ -11,7 +11,7 @@ from PIL import Image
 
 from vito_fast.data import demo
 from vito_fast.data.demo import Scene, draw, scenes, wheel_folder
-from vito_fast.data.pack import pack
+from vito_fast.data.pack.pack import pack
 from vito_fast.errors import UserError
 
 

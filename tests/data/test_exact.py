@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from videos import pictures, remux, rotate, skip_start, without_rate, without_usability_information, write
 
-from vito_fast.attention import video_frames
-from vito_fast.data.cutting import CLOCK, TICKS, _constant_rate
-from vito_fast.data.media import Source, presentation_times, rgb
-from vito_fast.data.pack import pack
-from vito_fast.data.store import Store, frames
+from vito_fast.data.pack.encode import CLOCK, TICKS, _constant_rate
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.media import Source, presentation_times, rgb
+from vito_fast.data.store.store import Store, frames
+from vito_fast.train.attention_maps import video_frames
 
 
 def sequential(path):

@@ -15,14 +15,14 @@ from PIL import Image
 from test_loader import SMALL, equal, expected_views, loader
 from videos import pictures, write
 
-from vito_fast.data.batch import Recipe
-from vito_fast.data.decode import BadPackets, Decoder
-from vito_fast.data.fetch import Fetcher
-from vito_fast.data.geometry import view
-from vito_fast.data.index import ClipRecord, Index, checksum, write_index
-from vito_fast.data.pack import pack
-from vito_fast.data.sampler import Sampler
-from vito_fast.data.store import Store, frames
+from vito_fast.data.loader.batch import Recipe
+from vito_fast.data.loader.fetch import Fetcher
+from vito_fast.data.loader.geometry import view
+from vito_fast.data.loader.sampler import Sampler
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.decode import BadPackets, Decoder
+from vito_fast.data.store.index import ClipRecord, Index, checksum, write_index
+from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
 FORMATS = ("jpeg", "h264", "copy")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vito_fast._sampler import resize_cubic
-from vito_fast.data.geometry import cubic_weights, mirrors, turn, view
-from vito_fast.data.pipeline import DecodeError, Geometry
+from vito_fast.data.loader.dali import DecodeError, Geometry
+from vito_fast.data.loader.geometry import cubic_weights, mirrors, turn, view
 
 CPU = torch.device("cpu")
 

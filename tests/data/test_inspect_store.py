@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vito_fast import commands
-from vito_fast.data.index import Index
-from vito_fast.data.inspect_store import inspect_store
+from vito_fast.cli import commands
+from vito_fast.data.store.index import Index
+from vito_fast.data.store.inspect import inspect_store
 from vito_fast.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_no_store(tmp_path, stores):
     ],
 )
 def test_mistakes_are_told_before_the_work(stores, options, message, monkeypatch):
-    monkeypatch.setattr("vito_fast.data.inspect_store._verify", lambda *_: pytest.fail("verified first"))
+    monkeypatch.setattr("vito_fast.data.store.inspect._verify", lambda *_: pytest.fail("verified first"))
     with pytest.raises(UserError, match=message):
         commands.inspect_store(stores / "jpeg", **options)
 
@@ -96,6 +96,6 @@ def test_an_error_of_reading_is_not_one_of_the_sheet(stores, tmp_path, monkeypat
     def fail(*_):
         raise OSError(5, "Input/output error", "shard-00000.bin")
 
-    monkeypatch.setattr("vito_fast.data.inspect_store._verify", fail)
+    monkeypatch.setattr("vito_fast.data.store.inspect._verify", fail)
     with pytest.raises(OSError, match=r"Input/output error: 'shard-00000\.bin'"):
         commands.inspect_store(stores / "jpeg", sheet=tmp_path / "sheet.png")

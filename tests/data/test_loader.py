@@ -13,13 +13,13 @@ import torch
 from videos import pictures, rotate, write
 
 import vito_kernels
-from vito_fast.data.decode import Decoder, decode_jpeg
-from vito_fast.data.geometry import view
-from vito_fast.data.loader import ClipLoader, _numbered
-from vito_fast.data.pack import pack
-from vito_fast.data.sampler import Sampler, SamplerConfig
-from vito_fast.data.store import Store, frames
-from vito_fast.data.workers import Workers
+from vito_fast.data.loader.geometry import view
+from vito_fast.data.loader.loader import ClipLoader, _numbered
+from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.data.loader.thread_pool import Workers
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.decode import Decoder, decode_jpeg
+from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
 SMALL = SamplerConfig(size=32)
@@ -286,7 +286,7 @@ ENDINGS = {
 def test_the_process_ends_however_it_ends(stores, ending):
     """Prefetching much, so that plenty is under way."""
     script = f"""
-        from vito_fast.data.loader import ClipLoader, _numbered
+        from vito_fast.data.loader.loader import ClipLoader, _numbered
         loader = ClipLoader({str(stores / "jpeg")!r}, 1, prefetch=50, threads=2)
         batches = iter(loader)
         next(batches)

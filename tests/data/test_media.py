@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from test_exact import sequential
 from videos import pictures, write
 
-from vito_fast.data.cutting import PackedClip, PackedFile, ShotDetector
-from vito_fast.data.journal import Journal, Rejected
-from vito_fast.data.media import BadVideo, fitted, presentation_times
-from vito_fast.data.pack import pack
-from vito_fast.data.store import Store, frames
+from vito_fast.data.pack.encode import PackedClip, PackedFile, ShotDetector
+from vito_fast.data.pack.journal import Journal, Rejected
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.media import BadVideo, fitted, presentation_times
+from vito_fast.data.store.store import Store, frames
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-1000, 1000)), min_size=1, max_size=60), st.integers(1, 50))

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data import worker
-from vito_fast.data.copying import Copier, _ticks
-from vito_fast.data.crew import Crew
-from vito_fast.data.cutting import PackOptions, bucket, choose_encoder
-from vito_fast.data.index import Index
-from vito_fast.data.media import BadVideo, fitted, presentation_times
-from vito_fast.data.pack import Report, pack
-from vito_fast.data.store import Store, frames
+from vito_fast.data.pack import worker
+from vito_fast.data.pack.encode import PackOptions, bucket, choose_encoder
+from vito_fast.data.pack.pack import Report, pack
+from vito_fast.data.pack.process_pool import Crew
+from vito_fast.data.pack.remux import Copier, _ticks
+from vito_fast.data.store.index import Index
+from vito_fast.data.store.media import BadVideo, fitted, presentation_times
+from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
 QUIET = {"progress": False, "processes": 2, "short_side": 32}
@@ -114,7 +114,7 @@ def test_parts_make_the_same_store(stores, folder, tmp_path):
 def test_killed_and_resumed(stores, folder, tmp_path):
     """kill -9 at several moments: the resumed store is that of an undisturbed run, no byte of the shards is astray."""
     program = (
-        "import sys; from vito_fast.data.pack import pack;"
+        "import sys; from vito_fast.data.pack.pack import pack;"
         "pack(sys.argv[1], sys.argv[2], format='jpeg', clip_length=1.6, progress=False, processes=1, short_side=32)"
     )
     target = tmp_path / "s"
@@ -303,7 +303,7 @@ def test_two_packs_into_one_folder(folder, tmp_path):
 
 FAULTY = """
 import os, runpy, sys, time
-from vito_fast.data import worker
+from vito_fast.data.pack import worker
 pack_one = worker._pack_one
 def faulty(path, *rest):
     if path.name == "v1.mp4":
@@ -324,7 +324,7 @@ def test_a_decoder_that_crashes_or_hangs(crash, folder, tmp_path, monkeypatch):
     def start(command, **options):
         return popen([command[0], str(script), command[3]], **options)
 
-    monkeypatch.setattr("vito_fast.data.crew.subprocess.Popen", start)
+    monkeypatch.setattr("vito_fast.data.pack.process_pool.subprocess.Popen", start)
     report = pack(folder, tmp_path / "s", patience=3.0, **QUIET)
     reason = quarantine(tmp_path / "s")["v1.mp4"]
     assert ("crashed" if crash else "no frame decoded for 3 s") in reason
@@ -346,7 +346,9 @@ def test_disk_full(folder, tmp_path, monkeypatch):
     )
     popen = subprocess.Popen
     with monkeypatch.context() as patch:
-        patch.setattr("vito_fast.data.crew.subprocess.Popen", lambda c, **o: popen([c[0], str(script), c[3]], **o))
+        patch.setattr(
+            "vito_fast.data.pack.process_pool.subprocess.Popen", lambda c, **o: popen([c[0], str(script), c[3]], **o)
+        )
         with pytest.raises(UserError, match=r"disk full: .*repeat the command, it goes on where it stopped"):
             pack(folder, tmp_path / "s", clip_length=1.6, **QUIET)
     assert not (tmp_path / "s" / "index.bin").exists()
@@ -365,7 +367,7 @@ def test_no_worker_outlives_an_error(folder, tmp_path, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vito_fast.data.crew.subprocess.Popen", start)
+    monkeypatch.setattr("vito_fast.data.pack.process_pool.subprocess.Popen", start)
     monkeypatch.setattr(Crew, "_heard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(folder, tmp_path / "s", **QUIET)
@@ -386,7 +388,7 @@ def test_shard_taken_back(tmp_path):
 def test_keys_that_do_not_serve_are_not_used(tmp_path, monkeypatch):
     """A key from which decoding goes astray loses its flag; the frames stay exact, read from the key before."""
     path = write(tmp_path / "a.mp4", pictures(36, seed=2), gop=12)
-    monkeypatch.setattr("vito_fast.data.copying.packet_flags", _always_key)
+    monkeypatch.setattr("vito_fast.data.pack.remux.packet_flags", _always_key)
     shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
     (clip,) = Copier(PackOptions("copy"), shard).run(path).clips
     assert np.flatnonzero(clip.flags & 1).tolist() == [0, 12, 24]
@@ -431,7 +433,7 @@ def test_few_sizes(tmp_path):
 
 
 def test_processes_that_cannot_start(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("vito_fast.data.crew.sys.executable", shutil.which("false"))
+    monkeypatch.setattr("vito_fast.data.pack.process_pool.sys.executable", shutil.which("false"))
     with pytest.raises(UserError, match="a packing process cannot start"):
         pack(folder, tmp_path / "s", **QUIET)
 
@@ -476,10 +478,10 @@ def test_the_encoder_is_the_one_that_works(works, monkeypatch):
 
 
 def test_a_begun_store_keeps_its_encoder(folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("vito_fast.data.pack.choose_encoder", lambda: ("libx264", "encoding by libx264: no other"))
+    monkeypatch.setattr("vito_fast.data.pack.pack.choose_encoder", lambda: ("libx264", "encoding by libx264: no other"))
     with caplog.at_level("INFO", "vito_fast.data"):
         pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
     assert "encoding by libx264: no other" in caplog.text
-    monkeypatch.setattr("vito_fast.data.pack.choose_encoder", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr("vito_fast.data.pack.pack.choose_encoder", lambda: pytest.fail("asked again"))
     pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
     assert Store(tmp_path / "s").description["options"]["encoder"] == "libx264"

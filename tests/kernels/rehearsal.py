@@ -12,9 +12,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from vito_kernels import inspect
+from vito_kernels.inspect import compiled as inspect
 
-LAUNCHING = ("_tiles", "attention_pool", "batch_norm", "gradient", "margin", "normalize", "photometric", "ring")
+LAUNCHING = (
+    "attention_pool",
+    "batch_norm.op",
+    "contrastive.backward",
+    "contrastive.normalize",
+    "contrastive.softplus_loss",
+    "contrastive.tile_configs",
+    "distributed.ring",
+    "photometric.op",
+)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vito_kernels import batch_norm, reference
 
-module = importlib.import_module("vito_kernels.batch_norm")
+module = importlib.import_module("vito_kernels.batch_norm.op")
 AFTER = [(False, False), (False, True), (True, False), (True, True)]
 OPTIONS = {"momentum": 0.1, "eps": 1e-5}
 

@@ -7,8 +7,8 @@ import torch
 
 from vito_kernels import batch_norm, reference
 
-module = importlib.import_module("vito_kernels.batch_norm")
-kernels = importlib.import_module("vito_kernels.batch_norm_kernels")
+module = importlib.import_module("vito_kernels.batch_norm.op")
+kernels = importlib.import_module("vito_kernels.batch_norm.triton_kernels")
 SHAPES = [(3, 64, 5, 6), (3, 130, 11, 7), (60, 20), (2, 16, 3, 3), (5, 3, 7, 9), (2, 256, 1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("y", "running mean", "running variance", "dx", "d weight", "d bias", "d residual")

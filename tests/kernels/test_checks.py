@@ -14,9 +14,10 @@ from contrastive_cases import embeddings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vito_kernels as vk
-from vito_kernels import _ops, collectives
+from vito_kernels._core import autograd as _ops
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
 from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
+from vito_kernels.distributed import collectives
 
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"hard_negatives": 0.5}, {"debias": 0.1, "hard_negatives": 0.5}]
 

@@ -24,8 +24,9 @@ from contrastive_cases import (
 from torch.utils.checkpoint import checkpoint
 
 import vito_kernels
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss, tiled
-from vito_kernels.tiled import Exclusion, Role
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels.contrastive import cpu as tiled
+from vito_kernels.contrastive.cpu import Exclusion, Role
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -21,26 +21,19 @@ from contrastive_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vito_kernels import (
-    _tiles,
-    clip_loss,
-    info_nce,
-    lse,
-    ntxent,
-    reference,
-    ring,
-    rowwise,
-    similarity_lse,
-    supcon_loss,
-    tiled,
-    wide,
-)
-from vito_kernels import two_sided as two_sides
-from vito_kernels._tiles import Tile
-from vito_kernels._triton import interpreting, use_triton
-from vito_kernels.info_nce import contrast
-from vito_kernels.tiled import LOG2E, Exclusion
-from vito_kernels.two_sided import launch_two_sided
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels._core.lazy_triton import interpreting, use_triton
+from vito_kernels.contrastive import cpu as tiled
+from vito_kernels.contrastive import epilogue as rowwise
+from vito_kernels.contrastive import forward as lse
+from vito_kernels.contrastive import large_dim as wide
+from vito_kernels.contrastive import tile_configs as _tiles
+from vito_kernels.contrastive import two_sided as two_sides
+from vito_kernels.contrastive.cpu import LOG2E, Exclusion
+from vito_kernels.contrastive.info_nce import contrast
+from vito_kernels.contrastive.tile_configs import Tile
+from vito_kernels.contrastive.two_sided import launch_two_sided
+from vito_kernels.distributed import ring
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from vito_kernels import _tiles, _triton, inspect, lse, sass, two_sided
-from vito_kernels._triton import Spec, jit, use_triton
+from vito_kernels._core import lazy_triton as _triton
+from vito_kernels._core.lazy_triton import Spec, jit, use_triton
+from vito_kernels.contrastive import forward as lse
+from vito_kernels.contrastive import tile_configs as _tiles
+from vito_kernels.contrastive import two_sided
+from vito_kernels.inspect import inspect, sass
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -194,7 +198,8 @@ def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
 
 
 def test_the_kernels_that_multiply_are_known_by_name():
-    from vito_kernels import gradient, wide
+    from vito_kernels.contrastive import backward as gradient
+    from vito_kernels.contrastive import large_dim as wide
 
     found = {name for module in (lse, two_sided, gradient, wide) for name in vars(module) if name.endswith("_kernel")}
     assert found == inspect.MATRIX

@@ -9,13 +9,15 @@ import pytest
 import torch
 from rehearsal import no_gpu
 
-from vito_kernels import _triton, two_sided
+from vito_kernels._core import lazy_triton as _triton
+from vito_kernels.contrastive import two_sided
 
 if _triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
 # Functions of the same names hide these modules.
 attention_pool, info_nce, margin, normalize = (
-    importlib.import_module(f"vito_kernels.{name}") for name in ("attention_pool", "info_nce", "margin", "normalize")
+    importlib.import_module(f"vito_kernels.{name}")
+    for name in ("attention_pool", "contrastive.info_nce", "contrastive.softplus_loss", "contrastive.normalize")
 )
 ROWS, WIDTH = 300, 64
 ASKED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]

@@ -8,8 +8,10 @@ from contrastive_cases import embeddings
 from torch.nn.functional import normalize
 
 import vito_kernels
-from vito_kernels import matmul_cpu, reference, tiled
-from vito_kernels.matmul_cpu import add_product, product
+from vito_kernels import reference
+from vito_kernels.contrastive import cpu as tiled
+from vito_kernels.contrastive import cpu_matmul as matmul_cpu
+from vito_kernels.contrastive.cpu_matmul import add_product, product
 
 SHAPES = [(1, 1, 1), (1, 7, 16), (7, 1, 100), (33, 65, 17), (96, 512, 256), (40, 24, 1000)]
 LAYOUTS = {

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from photometric_cases import IDENTITY, grey_levels, photographs, random_params
 
-from vito_kernels import photometric, photometric_cpu, reference
-from vito_kernels.photometric import PARAMS
+from vito_kernels import photometric, reference
+from vito_kernels.photometric import cpu as photometric_cpu
+from vito_kernels.photometric.op import PARAMS
 from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
 
-module = importlib.import_module("vito_kernels.photometric")
+module = importlib.import_module("vito_kernels.photometric.op")
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 

@@ -75,7 +75,7 @@ def test_invalid_parameters_never_pass_silently(column, value, device):
             photometric(images, params)
     import importlib
 
-    module = importlib.import_module("vito_kernels.photometric")
+    module = importlib.import_module("vito_kernels.photometric.op")
     out = module.launch(images, params, 1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.float32)
     assert out[1].isnan().all()
     assert out[0].isfinite().all()

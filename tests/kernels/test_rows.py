@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vito_kernels import normalize
-from vito_kernels.margin import margin
+from vito_kernels.contrastive.softplus_loss import margin
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)

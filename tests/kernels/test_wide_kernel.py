@@ -6,7 +6,8 @@ import pytest
 import torch
 from contrastive_cases import LAYOUTS, assert_at_most_twice_torch, embeddings, layout, with_gradients
 
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss, wide
+from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels.contrastive import large_dim as wide
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
 

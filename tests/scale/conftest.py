@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vito_fast.data.pack import pack
-from vito_fast.data.sampler import SamplerConfig
+from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.data.pack.pack import pack
 
 
 @pytest.fixture(scope="session", autouse=True)

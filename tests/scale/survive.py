@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from vito_fast.checkpoint import checkpoints, read
 from vito_fast.config import Config, load_config
-from vito_fast.train import train
+from vito_fast.train.checkpoint import checkpoints, read
+from vito_fast.train.loop import train
 
 
 def fork(config: Config) -> int:

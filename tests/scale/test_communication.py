@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.data.sampler import SamplerConfig
-from vito_fast.distributed import join
-from vito_fast.dryrun import dry_run
+from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.model import VitoModel
-from vito_fast.plan import collectives
-from vito_fast.step import Trainer
+from vito_fast.plan.dryrun import dry_run
+from vito_fast.plan.predict import collectives
+from vito_fast.train.distributed import join
+from vito_fast.train.trainer import Trainer
 
 CLIPS = 4  # of a rank
 PLAIN = Config(

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vito_fast import step
 from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
-from vito_fast.data.sampler import SamplerConfig
-from vito_fast.distributed import World
-from vito_fast.dryrun import dry_run, graph_breaks
-from vito_fast.ledger import Ledger, Problem, fake_cuda, to_fake_cuda, total
+from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch
+from vito_fast.plan.dryrun import dry_run, graph_breaks
+from vito_fast.plan.op_counter import Ledger, Problem, fake_cuda, to_fake_cuda, total
+from vito_fast.train import trainer as step
+from vito_fast.train.distributed import World
 from vito_kernels import info_nce
 
 SMALL = Config(

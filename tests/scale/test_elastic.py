@@ -14,12 +14,12 @@ import pytest
 import torch
 from ranks import spawn
 
-from vito_fast import train
-from vito_fast.checkpoint import Checkpointer, checkpoints, read, step_of
 from vito_fast.config import save_config
-from vito_fast.distributed import _store_of_this_attempt, join
-from vito_fast.metrics import TIMINGS, read_rows
-from vito_fast.step import Trainer
+from vito_fast.train import loop as train
+from vito_fast.train.checkpoint import Checkpointer, checkpoints, read, step_of
+from vito_fast.train.distributed import _store_of_this_attempt, join
+from vito_fast.train.metrics import TIMINGS, read_rows
+from vito_fast.train.trainer import Trainer
 
 STEPS = 40
 

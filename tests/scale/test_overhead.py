@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.distributed import World
-from vito_fast.loss import Keys, objective
 from vito_fast.model.pair import normalise
-from vito_fast.step import Trainer
+from vito_fast.train.distributed import World
+from vito_fast.train.loss import Keys, objective
+from vito_fast.train.trainer import Trainer
 
 CONFIG = Config(model=ModelConfig(backbone="resnet18"), train=TrainConfig(batch_size=12, device="cpu"))
 ROUNDS = 20

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from vito_fast.cli import parse
+from vito_fast.cli.main import parse
 from vito_fast.config import load_config, preset_files
-from vito_fast.data.index import ClipRecord, write_index
+from vito_fast.data.store.index import ClipRecord, write_index
 from vito_fast.errors import UserError
-from vito_fast.hardware import CALIBRATION, COMMON, GPUS, Constant, Machine, machine
-from vito_fast.ledger import Ledger, fake_cuda, to_fake_cuda
 from vito_fast.model.resnet import resnet50
-from vito_fast.plan import PlanOptions, collectives, predict
-from vito_fast.plan_report import run
+from vito_fast.plan.hardware import CALIBRATION, COMMON, GPUS, Constant, Machine, machine
+from vito_fast.plan.op_counter import Ledger, fake_cuda, to_fake_cuda
+from vito_fast.plan.predict import PlanOptions, collectives, predict
+from vito_fast.plan.report import run
 
 PAPER = "vito_r50_8xh100"
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/scaling.md"

@@ -9,11 +9,12 @@ import pytest
 import torch
 from ranks import spawn
 
-from vito_fast import checkpoint, train
 from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
-from vito_fast.distributed import PendingKeys, World, join, shares
 from vito_fast.errors import UserError
-from vito_fast.step import Trainer
+from vito_fast.train import checkpoint
+from vito_fast.train import loop as train
+from vito_fast.train.distributed import PendingKeys, World, join, shares
+from vito_fast.train.trainer import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 CONFIG = Config(

@@ -16,12 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.data.sampler import SamplerConfig
-from vito_fast.distributed import join, leave
-from vito_fast.hardware import GPUS, machine
+from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.model.norm import convert_sync_batchnorm
-from vito_fast.plan import PlanOptions, predict
-from vito_fast.step import Trainer
+from vito_fast.plan.hardware import GPUS, machine
+from vito_fast.plan.predict import PlanOptions, predict
+from vito_fast.train.distributed import join, leave
+from vito_fast.train.trainer import Trainer
 
 CLIPS = 16
 LARGE = 25 * 2**18  # float32 numbers in a bucket of gradients

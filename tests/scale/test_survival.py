@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vito_fast.checkpoint import checkpoints, read
 from vito_fast.config import save_config
+from vito_fast.train.checkpoint import checkpoints, read
 
 KILLS = 20
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

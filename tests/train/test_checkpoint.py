@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from vito_fast import checkpoint
-from vito_fast.checkpoint import Checkpointer, checkpoints, find, path_of, read, read_newest, step_of, write
 from vito_fast.errors import UserError
+from vito_fast.train import checkpoint
+from vito_fast.train.checkpoint import Checkpointer, checkpoints, find, path_of, read, read_newest, step_of, write
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(3, 4).t(),
@@ -189,8 +189,8 @@ def test_after_a_failed_write_the_newer_state_is_tried(tmp_path, full_disk, caps
 WRITER = """
 import sys, torch
 from pathlib import Path
-from vito_fast import checkpoint
-from vito_fast.checkpoint import Checkpointer
+from vito_fast.train import checkpoint
+from vito_fast.train.checkpoint import Checkpointer
 saver = Checkpointer(Path(sys.argv[1]), keep_last=3)
 for step in range(1, 100000):
     saver.save(step, {"a": torch.full((256, 1024), float(step))}, {"step": step})

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from vito_fast import cli
-from vito_fast.commands import TrainOptions, train_arguments
+from vito_fast.cli import main as cli
+from vito_fast.cli.commands import TrainOptions, train_arguments
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_help_names_every_command_and_each_has_its_own(run):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from vito_fast.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from vito_fast.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -190,6 +190,6 @@ def test_bugs_are_not_disguised_as_mistakes(run, monkeypatch):
 
 def test_an_installation_without_the_extra_says_which_one(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, "vito_fast.commands")
-    monkeypatch.delattr("vito_fast.commands")
+    monkeypatch.delitem(sys.modules, "vito_fast.cli.commands")
+    monkeypatch.delattr("vito_fast.cli.commands")
     assert_one_line(*run("doctor")[::2], "tyro", "vito-fast[train]")

@@ -11,15 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from vito_fast import attention
-from vito_fast.attention import attention_maps, load_online, overlay, video_frames
-from vito_fast.checkpoint import find, write
-from vito_fast.cli import main
+from vito_fast.cli.main import main
 from vito_fast.config import Config, ModelConfig, TrainConfig, to_mapping
-from vito_fast.distributed import World
 from vito_fast.errors import UserError
 from vito_fast.export import export, load_encoder
-from vito_fast.step import Trainer
+from vito_fast.train import attention_maps as attention
+from vito_fast.train.attention_maps import attention_maps, load_online, overlay, video_frames
+from vito_fast.train.checkpoint import find, write
+from vito_fast.train.distributed import World
+from vito_fast.train.trainer import Trainer
 
 
 def make_run(folder, backbone, **model):

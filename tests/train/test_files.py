@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vito_fast.checkpoint import write
 from vito_fast.files import locked, whole
-from vito_fast.metrics import RowFile
+from vito_fast.train.checkpoint import write
+from vito_fast.train.metrics import RowFile
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from vito_fast.config import LossConfig
-from vito_fast.loss import Keys, accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
+from vito_fast.train.loss import Keys, accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 
 
 def explicit(queries, keys, video, first, config):

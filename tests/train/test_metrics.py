@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vito_fast import metrics
 from vito_fast.config import Config, ModelConfig, TrainConfig, from_mapping
-from vito_fast.data.sampler import SamplerConfig
-from vito_fast.distributed import World
-from vito_fast.dryrun import dry_run, model_flops
+from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.errors import UserError
-from vito_fast.hardware import GPUS, arithmetic_peak
-from vito_fast.loss import embedding_rank, embedding_std
-from vito_fast.metrics import Clock, Recorder
-from vito_fast.monitor import CollapseAlarm, knn_top1
+from vito_fast.plan.dryrun import dry_run, model_flops
+from vito_fast.plan.hardware import GPUS, arithmetic_peak
+from vito_fast.train import metrics
+from vito_fast.train.distributed import World
+from vito_fast.train.loss import embedding_rank, embedding_std
+from vito_fast.train.metrics import Clock, Recorder
+from vito_fast.train.probe import CollapseAlarm, knn_top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(

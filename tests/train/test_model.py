@@ -11,7 +11,7 @@ from vito_fast.errors import UserError
 from vito_fast.model import RESNETS, ResNet, VitoModel
 from vito_fast.model.norm import frozen_statistics
 from vito_fast.model.pair import AveragePool, build_backbone, mlp, normalise
-from vito_fast.optim import Lars
+from vito_fast.train.optim import Lars
 
 SMALL = ModelConfig(backbone="resnet18", projector_hidden=32, projector_out=16)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from vito_fast import optim
 from vito_fast.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
-from vito_fast.optim import Lars, Schedule
+from vito_fast.train import optim
+from vito_fast.train.optim import Lars, Schedule
 
 
 def network():

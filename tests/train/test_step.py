@@ -7,11 +7,11 @@ import pytest
 import torch
 from ranks import spawn
 
-from vito_fast.checkpoint import read, write
 from vito_fast.config import Config, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vito_fast.distributed import World, join
 from vito_fast.errors import UserError
-from vito_fast.step import Trainer
+from vito_fast.train.checkpoint import read, write
+from vito_fast.train.distributed import World, join
+from vito_fast.train.trainer import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 CONFIG = Config(
@@ -171,7 +171,7 @@ def test_compiled_networks_and_update_are_whole_graphs_and_make_the_same_step(mo
     def whole_graph(branch, mode=None):
         return torch.compile(branch, backend="aot_eager", fullgraph=True)
 
-    monkeypatch.setattr("vito_fast.step._compiled", whole_graph)
+    monkeypatch.setattr("vito_fast.train.trainer._compiled", whole_graph)
     plain = Trainer(with_train(micro_batches=2), ALONE, 5)
     compiled = Trainer(with_train(micro_batches=2, compile=True), ALONE, 5)
     for seed in range(3):
@@ -190,7 +190,7 @@ def test_the_update_by_inductor_is_the_same(monkeypatch):
     def update_alone(part, mode=None):
         return part if isinstance(part, torch.nn.Module) else torch.compile(part, fullgraph=True)
 
-    monkeypatch.setattr("vito_fast.step._compiled", update_alone)
+    monkeypatch.setattr("vito_fast.train.trainer._compiled", update_alone)
     plain, compiled = Trainer(CONFIG, ALONE, 5), Trainer(with_train(compile=True), ALONE, 5)
     for seed in range(2):
         for trainer in (plain, compiled):

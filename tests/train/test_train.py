@@ -13,9 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vito_fast import monitor, profiling
-from vito_fast.attention import load_online
-from vito_fast.checkpoint import checkpoints, find, read, step_of, write
 from vito_fast.config import (
     Config,
     DataConfig,
@@ -26,15 +23,19 @@ from vito_fast.config import (
     TrainConfig,
     save_config,
 )
-from vito_fast.data.loader import ClipLoader
-from vito_fast.data.pack import pack
-from vito_fast.data.sampler import SamplerConfig
-from vito_fast.data.store import Store
+from vito_fast.data.loader.loader import ClipLoader
+from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
-from vito_fast.metrics import TIMINGS, RowFile, read_rows
 from vito_fast.model.pair import Branch
-from vito_fast.step import Trainer
-from vito_fast.train import TrainingFailed, train
+from vito_fast.train import probe as monitor
+from vito_fast.train import profiling
+from vito_fast.train.attention_maps import load_online
+from vito_fast.train.checkpoint import checkpoints, find, read, step_of, write
+from vito_fast.train.loop import TrainingFailed, train
+from vito_fast.train.metrics import TIMINGS, RowFile, read_rows
+from vito_fast.train.trainer import Trainer
 
 STEPS = 10
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -304,7 +305,7 @@ def test_signals_are_as_they_were_after_an_error_before_the_first_step(config, m
     def fails(*_):
         raise RuntimeError("before the first step")
 
-    monkeypatch.setattr("vito_fast.train.pairs_at_peak", fails)
+    monkeypatch.setattr("vito_fast.train.loop.pairs_at_peak", fails)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with pytest.raises(RuntimeError, match="before the first step"):
         train(config)
@@ -377,7 +378,7 @@ def test_two_runs_of_one_name_are_not_written_at_once(config, monkeypatch):
     process = start(long)
     wait_for_step(long, 4, process)
     with monkeypatch.context() as patch:
-        patch.setattr("vito_fast.distributed.PATIENCE", 0.2)
+        patch.setattr("vito_fast.train.distributed.PATIENCE", 0.2)
         with pytest.raises(UserError, match=rf"another process is writing the run {run_of(long)}: .*another --name"):
             train(long, resume=True)
     threading.Timer(0.5, process.kill).start()  # as a launcher that starts the ranks again while the old ones end

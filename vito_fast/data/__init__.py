@@ -8,14 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vito_fast.data.loader import ClipLoader
-    from vito_fast.data.pack import Report
-    from vito_fast.data.sampler import SamplerConfig
-    from vito_fast.data.store import Store, frames
+    from vito_fast.data.loader.loader import ClipLoader
+    from vito_fast.data.loader.sampler import SamplerConfig
+    from vito_fast.data.pack.pack import Report
+    from vito_fast.data.store.store import Store, frames
 
 __all__ = ["ClipLoader", "Report", "SamplerConfig", "Store", "frames"]
 
-_HOMES = {"ClipLoader": "loader", "Report": "pack", "SamplerConfig": "sampler", "Store": "store", "frames": "store"}
+_HOMES = {
+    "ClipLoader": "loader.loader",
+    "Report": "pack.pack",
+    "SamplerConfig": "loader.sampler",
+    "Store": "store.store",
+    "frames": "store.store",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vito_fast.data.decode import BadPackets, Decoder
-from vito_fast.data.index import Read
-from vito_fast.data.loader import ClipLoader
-from vito_fast.data.media import for_ffmpeg
+from vito_fast.data.loader.dali import Geometry
+from vito_fast.data.loader.loader import ClipLoader
+from vito_fast.data.loader.sampler import Sampler, SamplerConfig
 from vito_fast.data.peers import Frames, PairReader, installed
-from vito_fast.data.pipeline import Geometry
-from vito_fast.data.sampler import Sampler, SamplerConfig
-from vito_fast.data.store import Store
+from vito_fast.data.store.decode import BadPackets, Decoder
+from vito_fast.data.store.index import Read
+from vito_fast.data.store.media import for_ffmpeg
+from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
 PACKAGES = ("torch", "nvidia-dali-cuda130", "av", "torchcodec", "decord2", "opencv-python-headless", "numpy")

@@ -27,7 +27,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from vito_fast.data.media import for_ffmpeg
+from vito_fast.data.store.media import for_ffmpeg
 from vito_fast.errors import UserError
 
 PHOTOGRAPHS = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast.data.media import for_ffmpeg
+from vito_fast.data.store.media import for_ffmpeg
 
 Frames = list[npt.NDArray[np.uint8]]
 PairReader = Callable[[Path, list[int]], Frames]

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vito_fast.errors import UserError
 from vito_kernels import batch_norm
-from vito_kernels._ops import once
-from vito_kernels.batch_norm import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
-from vito_kernels.collectives import gather_rows
+from vito_kernels._core.autograd import once
+from vito_kernels.batch_norm.op import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
+from vito_kernels.distributed.collectives import gather_rows
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What every op is built from: argument checks, lazy Triton, autograd glue."""

@@ -1,0 +1,123 @@
+"""Autograd for custom ops: one pair of functions that serves eager, compiled and ``torch.func`` code alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from vito_kernels._core.lazy_triton import on_device
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+ONCE = "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
+
+
+def past_dispatcher(op: Any) -> Callable[..., Any]:
+    """``op`` to call where no gradient is asked of it: plain eager code goes to its implementation directly."""
+    implementation = getattr(op, "_init_fn", op)  # a private name: where PyTorch drops it, as the dispatcher does
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return op(*args)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, by a vmap of autograd's own
+            _refuse_vmap(op._name)
+        plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
+        if not plain:
+            return op(*args)
+        with on_device(tensors[0]):  # whose tiles are chosen, too
+            return implementation(*args)
+
+    return call
+
+
+def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers the gradient of ``op``, and returns the op to call from Python.
+
+    The autograd that ``torch.library`` generates for a custom op is what ``torch.compile`` traces, but it does not
+    take part in ``torch.func`` transforms; an ``autograd.Function`` with a ``setup_context`` of its own does. Plain
+    eager code takes neither: the dispatcher's way to a Python op and what binds the arguments of such a Function are
+    0.2 ms of host time together, longer than small losses take a GPU. All are made of the same two functions.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    implementation = past_dispatcher(op)
+
+    def eager_forward(ctx: Any, *args: Any) -> Any:
+        output = implementation(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(backward)
+    transformed = {"forward": staticmethod(lambda *args: op(*args)), "setup_context": staticmethod(setup_context)}
+    batched = {"vmap": staticmethod(functools.partial(_refuse_vmap, op._name))}
+    for_func: Any = type(op._name, (torch.autograd.Function,), transformed | batched | {"backward": backward})
+    eager: Any = type(
+        op._name, (torch.autograd.Function,), {"forward": staticmethod(eager_forward), "backward": backward}
+    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        return (for_func if torch._C._are_functorch_transforms_active() else eager).apply(*args)
+
+    return call
+
+
+def _refuse_vmap(name: str, *_: Any) -> None:
+    name = name.removesuffix("_backward")
+    raise RuntimeError(f"vito_kernels is fused ({name}) and has no vmap; loop over the batch, or use its reference")
+
+
+def refuse_double_backward(op: Any) -> Callable[..., Any]:
+    """Gives a backward op a derivative that raises: fused gradients keep what one derivative needs and no more."""
+    name = op._name.removesuffix("_backward")
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(ONCE.format(name))
+
+    guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), past_dispatcher(op)
+
+    def call(*args: Any) -> Any:
+        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        return (guarded if differentiable else direct)(*args)
+
+    return call
+
+
+class _Once(torch.autograd.Function):
+    """Gradients whose own derivative, in whatever they were made of (the first ``sources`` tensors), is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, sources: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.name = name
+        return tensors[sources:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(ONCE.format(ctx.name))
+
+
+def once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    """For the backward of a Function. PyTorch's ``once_differentiable`` says nothing to ``autograd.grad``, which then
+    takes the second derivative for zero.
+    """
+    name = backward.__qualname__.split(".")[0].strip("_")
+
+    def refusing(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        sources = [x for x in (*ctx.saved_tensors, *grads) if isinstance(x, torch.Tensor)]
+        return _Once.apply(name, len(sources), *sources, *found)
+
+    return refusing
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + e^x). PyTorch's own stops at x = 20, where e^-20 is still seen in float64."""
+    return torch.nn.functional.softplus(x, threshold=50)

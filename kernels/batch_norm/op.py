@@ -1,0 +1,356 @@
+"""Batch norm in training, with the residual added and the rectifier applied in the pass that normalises.
+
+z = (x - mean) / sqrt(var + eps) * weight + bias [+ residual]          mean, var (biased) of a channel over all rows
+y = max(z, 0), or z without ReLU                                       rows are B, or B * H * W
+
+What counts is passes: forward reads x twice and writes y once; backward reads x and the gradient twice and writes dx
+once. Where a ReLU follows alone, its mask is computed anew from x. Where a residual was added it comes from y, and the
+first backward pass writes the masked gradient, which is the residual's and what the second pass reads.
+
+Ranks merge their statistics, as the programs of one GPU do, by Chan's formula (``vito_fast.model.norm``), which is why
+the steps are ops of their own. Deterministic: no atomics, sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vito_kernels._core.autograd import autograd_op, past_dispatcher, refuse_double_backward
+from vito_kernels._core.checks import FLOATS
+from vito_kernels._core.lazy_triton import Spec, on_device, use_triton
+from vito_kernels.batch_norm.triton_kernels import (
+    PROGRAMS,
+    launch_apply,
+    launch_input_gradient,
+    launch_merge,
+    launch_parts,
+    launch_sums,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# ---------------------------------------------------------------------------------------------------------- custom ops
+
+
+@torch.library.custom_op("vito_kernels::batch_norm_part", mutates_args=())
+def part_op(x: Tensor) -> Tensor:
+    """The part (1, 2 C + 1) that x is, for ranks to exchange: means, squared deviations, count; float32 or float64."""
+    if use_triton(x):
+        with on_device(x):
+            parts = launch_parts(x)
+            merged = parts.new_empty((1, parts.shape[1]))
+            nothing = (None, None, None)
+            launch_merge(parts, merged, nothing, nothing[:2], 0.0, 0.0)
+            return merged
+    mean, squares, count = _moments(x)
+    return torch.cat([mean, squares, count])[None]
+
+
+@part_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((1, 2 * x.shape[1] + 1), dtype=_compute_dtype(x))
+
+
+@torch.library.custom_op("vito_kernels::batch_norm_merge", mutates_args=("running_mean", "running_var"))
+def merge_op(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of parts (P, 2 C + 1): mean (C), 1 / deviation (C), count (1); moves the running statistics."""
+    parts = parts.contiguous()
+    if use_triton(parts):
+        with on_device(parts):
+            return _finished(parts, running_mean, running_var, momentum, eps)
+    means, squares, counts = parts.tensor_split((parts.shape[1] // 2, parts.shape[1] - 1), 1)
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count
+    squares = (squares + counts * (means - mean).square()).sum(0)
+    return _finish(mean, squares, count, running_mean, running_var, momentum, eps)
+
+
+@merge_op.register_fake
+def _(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = parts.shape[1] // 2
+    return parts.new_empty(channels), parts.new_empty(channels), parts.new_empty(1)
+
+
+@torch.library.custom_op("vito_kernels::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
+def statistics_op(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x alone: mean (C), 1 / deviation (C), count (1), float32 or float64; moves the running statistics."""
+    if use_triton(x):
+        with on_device(x):
+            return _finished(launch_parts(x), running_mean, running_var, momentum, eps)
+    return _finish(*_moments(x), running_mean, running_var, momentum, eps)
+
+
+@statistics_op.register_fake
+def _(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_channels, one = (x.new_empty(n, dtype=_compute_dtype(x)) for n in (x.shape[1], 1))
+    return of_channels, torch.empty_like(of_channels), one
+
+
+@torch.library.custom_op("vito_kernels::batch_norm", mutates_args=())
+def apply_op(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, count: Tensor,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    """y, like x. Its gradient takes mean and invstd as functions of the ``count`` rows of x."""
+    if use_triton(x):
+        with on_device(x):
+            return launch_apply(x, weight, bias, residual, mean, invstd, relu)
+    z = (x.to(mean.dtype) - _over(mean, x)) * _over(invstd * weight, x) + _over(bias, x)
+    z = z if residual is None else z + residual
+    return torch.empty_like(x).copy_(z.masked_fill(z <= 0, 0.0) if relu else z)
+
+
+@apply_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, count: Tensor,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("vito_kernels::batch_norm_sums", mutates_args=())
+def sums_op(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two sums (2, C) over rows that dx needs, the gradients of weight and bias, and with y that of the residual.
+
+    ``y`` is given where a ReLU follows a residual: only then is the fourth result not empty.
+    """
+    grad = as_rows(grad)
+    if use_triton(x):
+        with on_device(x):
+            return launch_sums(grad, x, y, weight, bias, mean, invstd, relu)
+    axes = [d for d in range(x.dim()) if d != 1]
+    g = _behind_relu(grad, x, y, weight, bias, mean, invstd, relu)
+    sums = torch.stack([g.sum(axes), (g * (x - _over(mean, x))).sum(axes)])
+    masked = x.new_empty(0) if y is None else torch.empty_like(x).copy_(g)
+    return sums, (sums[1] * invstd).to(weight.dtype), sums[0].to(bias.dtype, copy=True), masked
+
+
+@sums_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masked = x.new_empty(0) if y is None else torch.empty_like(x)
+    return mean.new_empty((2, len(mean))), torch.empty_like(weight), torch.empty_like(bias), masked
+
+
+@torch.library.custom_op("vito_kernels::batch_norm_input_gradient", mutates_args=())
+def input_gradient_op(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    """dx, like x, from the sums over all ``count`` rows; ``relu``: the gradient is still to be masked."""
+    grad = as_rows(grad)
+    if use_triton(x):
+        with on_device(x):
+            return launch_input_gradient(grad, x, weight, bias, mean, invstd, count, sums, relu)
+    g = _behind_relu(grad, x, None, weight, bias, mean, invstd, relu)
+    level, slope = _over(sums[0] / count, x), _over(sums[1] / count * invstd.square(), x)
+    return torch.empty_like(x).copy_((g - level - (x - _over(mean, x)) * slope) * _over(invstd * weight, x))
+
+
+@input_gradient_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
+def _finished(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = parts.shape[1] // 2
+    finished = parts.new_empty(channels), parts.new_empty(channels), parts.new_empty(1)
+    launch_merge(parts, None, finished, (running_mean, running_var), momentum, eps)
+    return finished
+
+
+def _finish(
+    mean: Tensor, squares: Tensor, count: Tensor,
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((squares / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
+    return mean, (squares / count + eps).rsqrt(), count
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means (C), squared deviations (C), count (1)."""
+    axes = [d for d in range(x.dim()) if d != 1]
+    wide = x.to(_compute_dtype(x))
+    mean = wide.mean(axes)
+    return mean, (wide - _over(mean, x)).square().sum(axes), mean.new_full((1,), x.numel() // x.shape[1])
+
+
+def _behind_relu(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+) -> Tensor:
+    grad = grad.to(mean.dtype)
+    if y is not None:
+        return grad.masked_fill(y <= 0, 0.0)
+    z = ((x - _over(mean, x)) * _over(invstd * weight, x) + _over(bias, x)).to(x.dtype)
+    return grad.masked_fill(z <= 0, 0.0) if relu else grad
+
+
+def _over(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether x lies in memory as (R, C)."""
+    return x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x, copied if need be to lie in memory as (R, C), which every kernel here expects."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+part_of, merge_parts = past_dispatcher(part_op), past_dispatcher(merge_op)
+normalise, gradient_sums, input_gradient = (past_dispatcher(op) for op in (apply_op, sums_op, input_gradient_op))
+_statistics = past_dispatcher(statistics_op)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, weight, bias, residual, mean, invstd, count, relu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.relu, ctx.has_residual = relu, residual is not None
+    y = output if relu and ctx.has_residual else None
+    ctx.save_for_backward(x, weight, bias, mean, invstd, count, y)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    x, weight, bias, mean, invstd, count, y = ctx.saved_tensors
+    sums, d_weight, d_bias, masked = _gradient_sums(grad, x, y, weight, bias, mean, invstd, ctx.relu)
+    grad = grad if y is None else masked
+    dx = _input_gradient(grad, x, weight, bias, mean, invstd, count, sums, ctx.relu and y is None)
+    return dx, d_weight, d_bias, grad if ctx.has_residual else None, None, None, None, None
+
+
+_apply = autograd_op(apply_op, _setup_context, _backward)
+_gradient_sums, _input_gradient = refuse_double_backward(sums_op), refuse_double_backward(input_gradient_op)
+
+# ------------------------------------------------------------------------------------------------------ public function
+
+
+def fuses(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    residual: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """Whether :func:`batch_norm` runs its own kernels on these tensors; otherwise it is torch's ops.
+
+    Compiled code keeps torch's: Inductor fuses them itself, with what is around them too.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not use_triton(x) or x.dtype not in FLOATS or not _has_rows(x) or not x.numel() > x.shape[1]:
+        return False
+    channels = all(
+        t is not None and (t.dtype, t.device, t.shape) == (torch.float32, x.device, x.shape[1:2]) and t.is_contiguous()
+        for t in (weight, bias, running_mean, running_var)
+    )
+    return channels and (
+        residual is None
+        or ((residual.dtype, residual.device, residual.shape) == (x.dtype, x.device, x.shape) and _has_rows(residual))
+    )
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Batch norm in training mode, and what often follows it: ``relu(batch_norm(x) + residual)``.
+
+    Equivalent to ``torch.nn.functional.batch_norm(..., training=True)``, the sum and ``torch.relu``, rounded once.
+
+    Args:
+        x: (B, C), or (B, C, H, W) in channels_last, of at least two rows. float32, bfloat16 or float16 on a GPU;
+            anything else, and other memory formats, are computed by torch.
+        weight, bias: (C,), float32.
+        running_mean, running_var: (C,), float32; moved by ``momentum`` towards the mean and the unbiased variance.
+        residual: added before the ReLU; shape, dtype and memory format of x.
+        relu: whether negative results become 0.
+
+    Returns:
+        y with shape, dtype and strides of x. Carries gradients to x, weight, bias and residual; a second derivative
+        raises RuntimeError. Keeps x for it, and y where ``relu`` and ``residual`` are given.
+
+    Raises:
+        ValueError: ``residual`` has another shape than x, or x has one row; and what torch's function raises.
+
+    Deterministic.
+    """
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not fuses(x, weight, bias, running_mean, running_var, residual):
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y
+    statistics = _statistics(x.detach(), running_mean, running_var, momentum, eps)
+    result: Tensor = _apply(x, weight, bias, residual, *statistics, relu)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- inspection
+
+
+def specs() -> Iterator[Spec]:
+    """The first and the last maps of a ResNet-50 at 224 pixels, 512 images, and one of its middle; channels_last
+    bfloat16.
+    """
+    for channels, size in ((64, 112), (256, 14), (2048, 7)):
+        shape = (512, channels, size, size)
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+        c, sums = torch.empty(channels, device="meta"), torch.empty(2, channels, device="meta")
+        count, parts = torch.empty(1, device="meta"), torch.empty(PROGRAMS, 2 * channels + 1, device="meta")
+        size_of = x.numel()
+        launches: dict[str, tuple[Any, int, int]] = {
+            "statistics": (partial(launch_parts, x), 6, 2),
+            "merge": (partial(launch_merge, parts, None, (c, c, count), (c, c), 0.1, 1e-5), 0, 0),
+            "apply, residual, relu": (partial(launch_apply, x, c, c, x, c, c, True), 4, 6),
+            "apply, relu": (partial(launch_apply, x, c, c, None, c, c, True), 3, 4),
+            "sums, residual, relu": (partial(launch_sums, x, x, x, c, c, c, c, True), 5, 8),
+            "sums, relu": (partial(launch_sums, x, x, None, c, c, c, c, True), 6, 4),
+            "gradient, relu": (partial(launch_input_gradient, x, x, c, c, c, c, count, sums, True), 7, 6),
+            "gradient": (partial(launch_input_gradient, x, x, c, c, c, c, count, sums, False), 4, 6),
+        }
+        for name, (launch, flops, moved) in launches.items():
+            yield Spec(
+                f"batch norm {name} C={channels} {shape[2]}x{shape[3]} bf16",
+                launch,
+                flops=float(flops * size_of),
+                min_bytes=float(moved * size_of or 4 * parts.numel()),
+                tensor_cores=False,
+                rare=channels == 256 and "relu" in name,
+            )

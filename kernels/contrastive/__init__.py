@@ -1,0 +1,1 @@
+"""Contrastive losses that never store the similarity matrix: public ops, Triton kernels, CPU path."""

@@ -1,0 +1,196 @@
+"""What every contrastive kernel does with its tiles, on the device: load rows in column chunks, multiply, hide pairs.
+
+D is cut into chunks of W columns and one narrower TAIL, as :mod:`vito_kernels.contrastive.tile_configs` lays them out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vito_kernels._core.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+LISTED = {"positive": 1, "many positives": 32}  # keys a query, of the layouts that ``inspect`` compiles
+
+
+@jit
+def load_rows(
+    x,
+    x_tail,
+    row,
+    rows,
+    stride,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLEAN: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, part after part, zero beyond the matrix; CLEAN promises
+    that no row is.
+    """
+    chunks = ()  # type: tuple
+    index = tl.arange(0, BLOCK)
+    if not TMA:  # one 64-bit address for the tile, 32-bit offsets within it
+        x += tl.cast(row, tl.int64) * stride
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    for part in tl.static_range(PARTS):
+        first = part * (D // W * W + TAIL)
+        for c in tl.static_range(D // W):
+            if TMA:
+                chunks += (x.load([row, first + c * W]),)
+            else:
+                pointers = x + index[:, None] * stride + (first + c * W + tl.arange(0, W))[None]
+                if CLEAN:
+                    chunks += (tl.load(pointers),)
+                else:
+                    chunks += (tl.load(pointers, mask=(index < rows - row)[:, None], other=0.0),)
+        if TAIL > 0:
+            if TMA:
+                chunks += (x_tail.load([row, first + D // W * W]),)
+            else:
+                column = D // W * W + tl.arange(0, TAIL)
+                pointers = x + index[:, None] * stride + first + column[None]
+                if CLEAN and D % W == TAIL:
+                    chunks += (tl.load(pointers),)
+                else:
+                    chunks += (tl.load(pointers, mask=(index < rows - row)[:, None] & (column < D)[None], other=0.0),)
+    return chunks
+
+
+@jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc in float32. The interpreter multiplies bfloat16 by its bits, so there both are widened first
+    (exactly).
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """a (A, D) times the transpose of b (B, D), chunk by chunk, the smallest products of parts first."""
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    s = None
+    for i in tl.static_range(PARTS):
+        for j in tl.static_range(PARTS - i):
+            for c in tl.static_range(CHUNKS):
+                s = product(a[(PARTS - 1 - i - j) * CHUNKS + c], tl.trans(b[j * CHUNKS + c]), s, PRECISION)
+    return s
+
+
+@jit
+def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b or split as b is.
+
+    Tensor cores cut off what a sum of theirs cannot hold: over 3000 keys, that is 1e-5 of a mean. So of the products of
+    parts each tile has a sum of its own, to which the largest come last, and is added by rounding.
+    """
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
+    parts = ()  # type: tuple
+    for _ in tl.static_range(PARTS):
+        part = p.to(b[0].dtype)
+        parts += (part,)
+        p -= part.to(tl.float32)
+    sums = ()  # type: tuple
+    for c in tl.static_range(FIRST, LAST):
+        if PARTS == 1:
+            sums += (product(parts[0], b[c], accs[c - FIRST], PRECISION),)
+        else:
+            acc = None
+            for i in tl.static_range(PARTS):
+                for j in tl.static_range(PARTS - i):
+                    acc = product(parts[PARTS - 1 - i - j], b[j * CHUNKS + c], acc, PRECISION)
+            sums += (accs[c - FIRST] + acc,)
+    return sums
+
+
+@jit
+def zero_sums(BLOCK: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
+tl.constexpr):  # fmt: skip
+    sums = ()  # type: tuple
+    for c in tl.static_range(FIRST, LAST):
+        sums += (tl.zeros((BLOCK, W if c < D // W else TAIL), tl.float32),)
+    return sums
+
+
+@jit
+def store_sums(out, sums, row, rows, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, FIRST:
+tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """Writes column chunks FIRST .. LAST of rows ``row ..`` of a contiguous (rows, D) matrix."""
+    index = tl.arange(0, BLOCK)
+    out += tl.cast(row, tl.int64) * D
+    for c in tl.static_range(FIRST, LAST):
+        column = c * W + tl.arange(0, W if c < D // W else TAIL)
+        inside = (index < rows - row)[:, None] & (column < D)[None]
+        tl.store(out + index[:, None] * D + column[None], sums[c - FIRST], mask=inside)
+
+
+@jit
+def hide(
+    s,
+    own,
+    other,
+    owns,
+    others,
+    own_group,
+    other_group,
+    positive,
+    diagonal,
+    GROUPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    FLIPPED: tl.constexpr,
+):
+    """-inf for the pairs of ``own`` rows and ``other`` columns that do not count; FLIPPED: the queries are the columns.
+
+    DIAGONAL is the width of the blocks on the diagonal, 0 for none.
+    """
+    seen = (other < others)[None]
+    if DIAGONAL > 0:
+        seen = seen & (((own + diagonal) // DIAGONAL)[:, None] != (other // DIAGONAL)[None])
+    if GROUPS:
+        own_id = tl.load(own_group + own, mask=own < owns, other=0)
+        other_id = tl.load(other_group + other, mask=other < others, other=0)
+        seen = seen & (own_id[:, None] != other_id[None])
+    for p in tl.static_range(POSITIVES if POSITIVES <= 8 else 0):
+        seen = seen & _no_positive(own, other, owns, others, positive, p, POSITIVES, FLIPPED)
+    s = tl.where(seen, s, -float("inf"))
+    if POSITIVES > 8:  # unrolled they spill
+        for p in tl.range(0, POSITIVES, num_stages=1):
+            s = tl.where(_no_positive(own, other, owns, others, positive, p, POSITIVES, FLIPPED), s, -float("inf"))
+    return s
+
+
+@jit
+def _no_positive(own, other, owns, others, positive, p, POSITIVES: tl.constexpr, FLIPPED: tl.constexpr):
+    """Whether a pair is another one than a query and its p-th positive."""
+    if FLIPPED:
+        key = tl.load(positive + tl.cast(other, tl.int64) * POSITIVES + p, mask=other < others, other=-1)
+        return key[None] != own[:, None]
+    else:
+        key = tl.load(positive + tl.cast(own, tl.int64) * POSITIVES + p, mask=own < owns, other=-1)
+        return key[:, None] != other[None]
+
+
+@jit
+def plan_tiles(own, others, first, last, diagonal, BLOCK: tl.constexpr, TILE: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Of the tiles ``first .. last`` of columns, which need a mask: (first and number of the diagonal's, end of the
+    full).
+
+    The diagonal of rows ``own .. own + BLOCK`` crosses few tiles, and only the last one can be ragged.
+    """
+    full = tl.minimum(last, others // TILE)
+    crossed = first
+    crossing = 0
+    if DIAGONAL > 0:
+        crossed = tl.minimum(tl.maximum(tl.maximum(own + diagonal, 0) // TILE, first), full)
+        beyond = tl.maximum(own + BLOCK - 1 + diagonal + TILE, 0) // TILE
+        crossing = tl.maximum(tl.minimum(beyond, full) - crossed, 0)
+    return crossed, crossing, full

@@ -1,0 +1,276 @@
+"""What the contrastive ops do row by row beside their matrix products: one kernel each, in place of four to a dozen of
+PyTorch's, whose launches at a few thousand rows take longer than the products.
+
+A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are in float32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vito_kernels._core.lazy_triton import Spec, jit, on_device
+from vito_kernels.contrastive.cpu import Role
+from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+ELEMENTS = 2048  # of a program: 16 for each of 128 threads
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def _merge_kernel(
+    lse2, rest, mean, whole, lost, merged, M, splits, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """One lse2, rest and mean out of those over disjoint sets of keys; formulas of ``tiled.merge_splits``."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (column < D)[None]
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    for s in range(splits):
+        top = tl.maximum(top, tl.load(lse2 + tl.cast(s, tl.int64) * M + row, mask=row < M, other=-float("inf")))
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    for s in range(splits):
+        part = tl.cast(s, tl.int64) * M + row
+        own = tl.load(lse2 + part, mask=row < M, other=-float("inf"))
+        share = tl.exp2(own - top + tl.load(rest + part, mask=row < M, other=0.0))
+        total += share
+        if MEAN:
+            acc += share[:, None] * tl.load(mean + part[:, None] * D + column[None], mask=inside, other=0.0)
+    log_total = tl.log2(total)
+    sum_ = log_total + top
+    tl.store(whole + row, sum_, mask=row < M)
+    tl.store(lost + row, tl.where(total == 0.0, 0.0, top - sum_ + log_total), mask=row < M)
+    if MEAN:
+        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(merged + row.to(tl.int64)[:, None] * D + column[None], acc, mask=inside)
+
+
+@jit
+def _settle_kernel(sums, scale, lse2, rest, trusted, M, splits, HEADROOM: tl.constexpr, ROWS: tl.constexpr):
+    """The log of sums of 2^(s - shift) in two parts, and whether it is to be trusted."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float32)
+    for s in range(splits):
+        total += tl.load(sums + tl.cast(s, tl.int64) * M + row, mask=row < M, other=0.0)
+    shift = tl.abs(tl.load(scale)) * 1.4426950408889634 - HEADROOM
+    log_total = tl.log2(total)
+    whole = log_total + shift
+    tl.store(lse2 + row, whole, mask=row < M)
+    tl.store(rest + row, tl.where(total == 0.0, 0.0, shift - whole + log_total), mask=row < M)
+    safe = (total > 2.0**-64) & (total < 2.0**120)
+    tl.store(trusted + row, safe.to(tl.int8), mask=row < M)
+
+
+@jit
+def _role_kernel(gradient, lse2, rest, top, weight, M, ROWS: tl.constexpr):
+    """What a softmax brings to a gradient; a row that sees nothing (lse = -inf) has no share in it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = tl.load(lse2 + row, mask=row < M, other=0.0)
+    g = tl.load(gradient + row, mask=row < M, other=0.0) * 1.4426950408889634
+    g *= tl.exp2(-tl.load(rest + row, mask=row < M, other=0.0))
+    tl.store(top + row, tl.where(own == -float("inf"), 0.0, own), mask=row < M)
+    tl.store(weight + row, tl.where(own == -float("inf"), 0.0, g), mask=row < M)
+
+
+@jit
+def _logits_kernel(
+    q, k, positive, scale, out, M, N, D, q_stride, k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, PAIRS: tl.constexpr, TWINS: tl.constexpr,
+):  # fmt: skip
+    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key. TWINS: j is i with its
+    last bit turned.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (column < D)[None]
+    own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(scale) * 1.4426950408889634
+    for p in range(PAIRS):
+        key = (row ^ TWINS).to(tl.int64) + diagonal
+        if LISTED:
+            key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
+        known = (key >= 0) & (key < N)
+        other = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
+        logit = tl.sum(own * other.to(tl.float32), 1) * factor
+        place = out + row.to(tl.int64) * PAIRS + p
+        tl.store(place, tl.where(known, logit, float("nan")), mask=row < M)
+
+
+@jit
+def _pull_kernel(
+    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, k_stride, other_stride, diagonal,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
+    BY_KEY: tl.constexpr, TWINS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
+    with ``other``. Of TWINS each is the other's key as well as its query.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (column < D)[None]
+    place = row.to(tl.int64)[:, None]
+    acc = tl.load(base + place * D + column[None], mask=inside, other=0.0)
+    if WEIGHTED:
+        acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
+    if PAIRS > 0:  # a loop of no turns is compiled all the same, and has no pairs to load
+        for p in range(PAIRS):
+            key = (row ^ TWINS).to(tl.int64) + diagonal
+            if LISTED:
+                key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
+            known = (row < M) & (key >= 0) & (key < N)
+            pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
+            share = tl.load(pair_weight + pair, mask=known, other=0.0)
+            if TWINS:
+                share += tl.load(pair_weight + key, mask=known, other=0.0)
+            keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
+            acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
+    if DOTS:
+        theirs = tl.load(other + place * other_stride + column[None], mask=inside, other=0.0)
+        tl.store(dots + row, tl.sum(acc * theirs.to(tl.float32), 1), mask=row < M)
+    if STORE:
+        acc *= tl.load(scale)
+        tl.store(out + place * D + column[None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def rows_of_program(D: int) -> tuple[int, int]:
+    """(WIDTH, ROWS) of a program over rows of D columns."""
+    width = 1 << max(D - 1, 1).bit_length()
+    return width, max(1, ELEMENTS // width)
+
+
+def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``tiled.merge_splits``: (S, M), (S, M) and (S, M, D) or (S, 0, D) -> (M,), (M,), (M, D) or (0, D)."""
+    splits, M = lse2.shape
+    if splits == 1:
+        return lse2[0], rest[0], mean[0]
+    bring = mean.shape[1] > 0
+    width, rows = rows_of_program(mean.shape[2] if bring else 1)
+    whole, lost, merged = lse2.new_empty(M), lse2.new_empty(M), mean.new_empty(mean.shape[1:])
+    with on_device(lse2):
+        _merge_kernel[(cdiv(M, rows),)](
+            lse2, rest, mean, whole, lost, merged, M, splits, mean.shape[2], width, rows, bring
+        )
+    return whole, lost, merged
+
+
+def settle(sums: Tensor, scale: Tensor, headroom: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2, rest, trusted), each (1, M), of partial sums (S, M) relative to the fixed shift of ``two_sided``."""
+    splits, M = sums.shape
+    lse2, rest = sums.new_empty(1, M), sums.new_empty(1, M)
+    trusted = torch.empty(1, M, dtype=torch.int8, device=sums.device)
+    rows = 128
+    with on_device(sums):
+        _settle_kernel[(cdiv(M, rows),)](sums, scale, lse2, rest, trusted, M, splits, headroom, rows)
+    return lse2, rest, trusted
+
+
+def role(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
+    """The role of a softmax (M,) at whose log-sum-exp (in natural units of its lse2) ``gradient`` arrives."""
+    top, weight, rows, gradient = torch.empty_like(lse2), torch.empty_like(lse2), 256, gradient.contiguous()
+    with on_device(lse2):
+        _role_kernel[(cdiv(len(lse2), rows),)](gradient, lse2, rest, top, weight, len(lse2), rows)
+    return Role(top, weight, seen=True)
+
+
+def positive_logits(
+    q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, twins: bool = False
+) -> Tensor:
+    """scale log2(e) q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none;
+    with ``twins``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
+    """
+    (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
+    q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
+    positive = None if positive is None else positive.contiguous()
+    width, rows = rows_of_program(D)
+    if pairs:
+        with on_device(q):
+            _logits_kernel[(cdiv(M, rows),)](
+                q, k, positive, scale, out, M, k.shape[0], D, q.stride(0), k.stride(0), diagonal or 0, width, rows,
+                positive is not None, pairs, int(twins),
+            )  # fmt: skip
+    return out
+
+
+def pull(
+    base: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    store: bool = True,
+    weight: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    k: Tensor | None = None,
+    positive: Tensor | None = None,
+    diagonal: int = 0,
+    by_key: bool = False,
+    twins: bool = False,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
+    ``other`` (M, D), its product with that before the scale, summed: the gradient of the scale.
+
+    The pairs of row i are the columns of ``positive`` (M, P), with ``pair_weight`` (M, P), or key i + ``diagonal``
+    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,), or with ``twins`` the other row of a pair,
+    with the ``pair_weight`` (M, 1) of both. Without ``store`` the first, without ``other`` the second is empty.
+    """
+    M, D = base.shape
+    width, rows = rows_of_program(D)
+    k, other = (None if x is None else rows_contiguous(x) for x in (k, other))
+    weight, pair_weight, positive = (None if x is None else x.contiguous() for x in (weight, pair_weight, positive))
+    pairs = 0 if k is None else 1 if positive is None else positive.shape[1]
+    out = torch.empty((M, D) if store else 0, dtype=dtype, device=base.device)
+    dots = base.new_empty(0 if other is None else M)
+    strides = [0 if x is None else x.stride(0) for x in (k, other)]
+    with on_device(base):
+        _pull_kernel[(cdiv(M, rows),)](
+            base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
+            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, int(twins),
+            other is not None, store,
+        )  # fmt: skip
+    return out, dots if other is None else dots.sum()
+
+
+def specs() -> list[Spec]:
+    """One launch of each, at the nominal size of a large contrastive batch."""
+    rows, D = 32768, 256
+
+    def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def merge() -> None:
+        merge_splits(matrix(4, rows), matrix(4, rows), matrix(4, rows, D))
+
+    def gradient() -> None:
+        q = matrix(rows, D, dtype=torch.bfloat16)
+        pull(matrix(rows, D), matrix(), q.dtype, weight=matrix(rows), pair_weight=matrix(rows), k=q, other=q)
+
+    def unpaired() -> None:
+        pull(matrix(rows, D), matrix(), torch.bfloat16, weight=matrix(rows))
+        pull(matrix(rows, D), matrix(), torch.bfloat16)
+
+    def logits() -> None:
+        q = matrix(rows, D, dtype=torch.bfloat16)
+        positive_logits(q, q, matrix(), None, 0)
+
+    def sums() -> None:
+        settle(matrix(8, rows), matrix(), 100.0)
+        role(matrix(rows), matrix(rows), matrix(rows))
+
+    work = {"merge": (merge, 20.0 * rows * D), "gradient": (gradient, 10.0 * rows * D)}
+    work |= {"gradient without pairs": (unpaired, 12.0 * rows * D)}
+    work |= {"logits": (logits, 4.0 * rows * D), "sums": (sums, 64.0 * rows)}
+    return [
+        Spec(f"rowwise {name} D={D}", launch, flops=0.0, min_bytes=least, tensor_cores=False)
+        for name, (launch, least) in work.items()
+    ]

@@ -1,0 +1,143 @@
+"""Rows to unit length, one kernel each way: what stands before a contrastive loss.
+
+    u  = x / max(|x|, 1e-12)                                            as torch.nn.functional.normalize(x, dim=1)
+    dx = (g - u (u . g)) / |x|,  g / 1e-12 where |x| is smaller
+
+PyTorch takes three kernels forward and fourteen back, at a few thousand rows longer than the loss itself, and rounds
+bfloat16 lengths before it divides. Here everything between input and output is float32 (float64 for float64). A
+program owns whole rows: deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward
+from vito_kernels._core.checks import check_pair
+from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
+from vito_kernels.contrastive.epilogue import rows_of_program
+from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+SHORTEST = 1e-12
+
+
+@jit
+def _normalize_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, WIDTH)[None]
+    inside = (row < M) & (column < D)
+    own = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt_rn(tl.sum(own * own, 1)), SHORTEST)[:, None]
+    tl.store(out + row * D + column, tl.div_rn(own, length).to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _normalize_gradient_kernel(
+    gradient, x, out, M, D, g_stride, x_stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, WIDTH)[None]
+    inside = (row < M) & (column < D)
+    own = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
+    length = tl.sqrt_rn(tl.sum(own * own, 1))[:, None]
+    divisor = tl.maximum(length, SHORTEST)
+    unit = tl.div_rn(own, divisor)
+    along = tl.where(length < SHORTEST, 0.0, tl.sum(unit * g, 1)[:, None])
+    dx = (g - unit * along) / divisor
+    tl.store(out + row * D + column, dx.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_normalize(x: Tensor) -> Tensor:
+    x, (M, D) = rows_contiguous(x), x.shape
+    out = torch.empty(M, D, dtype=x.dtype, device=x.device)
+    width, rows = rows_of_program(D)
+    with on_device(x):
+        _normalize_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), SHORTEST, width, rows)
+    return out
+
+
+def launch_normalize_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    gradient, x, (M, D) = rows_contiguous(gradient), rows_contiguous(x), x.shape
+    out = torch.empty(M, D, dtype=x.dtype, device=x.device)
+    width, rows = rows_of_program(D)
+    with on_device(x):
+        _normalize_gradient_kernel[(cdiv(M, rows),)](
+            gradient, x, out, M, D, gradient.stride(0), x.stride(0), SHORTEST, width, rows
+        )
+    return out
+
+
+@torch.library.custom_op("vito_kernels::normalize", mutates_args=())
+def normalize_op(x: Tensor) -> Tensor:
+    """x (M, D) with rows of unit length."""
+    if use_triton(x):
+        return launch_normalize(x)
+    return torch.nn.functional.normalize(_wide(x), dim=1).to(x.dtype).contiguous()
+
+
+@normalize_op.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vito_kernels::normalize_backward", mutates_args=())
+def normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    if use_triton(x):
+        return launch_normalize_gradient(gradient, x)
+    g, wide = _wide(gradient), _wide(x)
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    short = length < SHORTEST
+    unit = wide / length.clamp_(min=SHORTEST)
+    along = (unit * g).sum(1, keepdim=True).masked_fill_(short, 0)
+    return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype).contiguous()
+
+
+@normalize_backward.register_fake
+def _(gradient, x):
+    return x.new_empty(x.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient):
+    return apply_backward(gradient, *ctx.saved_tensors)
+
+
+apply_normalize = autograd_op(normalize_op, _setup_context, _backward)
+apply_backward = refuse_double_backward(normalize_backward)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """The rows of x (M, D) divided by their Euclidean length, or by 1e-12 where that is smaller; in the dtype of x.
+
+    Equivalent: ``torch.nn.functional.normalize(x, dim=1)``. x is float32, bfloat16, float16 or float64, its rows may be
+    strided. Rounded once. Deterministic; double backward raises RuntimeError. Raises ValueError or TypeError for a
+    wrong shape or dtype.
+    """
+    check_pair(x, x, ("x", "x"))
+    return apply_normalize(x)
+
+
+def specs() -> list[Spec]:
+    """Both kernels, at the nominal size of a large contrastive batch."""
+    rows, D = 32768, 256
+
+    def launch() -> None:
+        x = torch.empty(rows, D, dtype=torch.bfloat16, device="meta")
+        launch_normalize(x)
+        launch_normalize_gradient(x, x)
+
+    return [Spec(f"normalize D={D}", launch, flops=0.0, min_bytes=10.0 * rows * D, tensor_cores=False)]

@@ -1,0 +1,196 @@
+"""How far the negatives of a query come up to its positives: where the contrastive losses end.
+
+    margin_i = mean over p of softplus(lse_i - logit_ip),     softplus(x) = log(1 + e^x)
+
+of log-sum-exps in two parts (``tiled.split_sum``) and logits in units of log 2, whose difference may be small,
+
+which is -log of the positive's share among itself and the negatives; in a loss of two sides it is the mean of that of
+the pair's row and that of its column. One kernel each way, in place of ten of PyTorch's that take longer than the
+products of a few thousand rows. Elementwise, deterministic, in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, softplus
+from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
+from vito_kernels.contrastive.cpu import LOG2E
+from vito_kernels.contrastive.tile_configs import cdiv
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+ROWS = 256  # of a program
+
+
+@jit
+def _softplus(x):
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e  # log(1 + e) to its last bit also where e is small: what u lost, u - 1 lost as well
+    return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # which cannot overflow
+    return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
+
+
+@jit
+def _margin_kernel(
+    lse2, rest, second, second_rest, logits, out, M, PAIRS: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lse = tl.load(lse2 + row, mask=row < M, other=0.0)
+    lost = tl.load(rest + row, mask=row < M, other=0.0)
+    if SIDES == 2:
+        other = tl.load(second + row, mask=row < M, other=0.0)
+        other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
+    total = tl.zeros((ROWS,), tl.float32)
+    for p in range(PAIRS):
+        logit = tl.load(logits + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0.0)
+        total += _softplus((lse - logit + lost) * 0.6931471805599453)
+        if SIDES == 2:
+            total += _softplus((other - logit + other_lost) * 0.6931471805599453)
+    tl.store(out + row, total / (PAIRS * SIDES), mask=row < M)
+
+
+@jit
+def _margin_gradient_kernel(
+    gradient, lse2, rest, second, second_rest, logits, g_lse2, g_second, g_logits, M, stride, PAIRS: tl.constexpr,
+    SIDES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lse = tl.load(lse2 + row, mask=row < M, other=0.0)
+    lost = tl.load(rest + row, mask=row < M, other=0.0)
+    g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0) / (PAIRS * SIDES)
+    total = tl.zeros((ROWS,), tl.float32)
+    if SIDES == 2:
+        other = tl.load(second + row, mask=row < M, other=0.0)
+        other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
+        other_total = total
+    for p in range(PAIRS):
+        place = row.to(tl.int64) * PAIRS + p
+        logit = tl.load(logits + place, mask=row < M, other=0.0)
+        share = g * _sigmoid((lse - logit + lost) * 0.6931471805599453)
+        total += share
+        if SIDES == 2:
+            other_share = g * _sigmoid((other - logit + other_lost) * 0.6931471805599453)
+            other_total += other_share
+            share += other_share
+        tl.store(g_logits + place, -share * 0.6931471805599453, mask=row < M)
+    tl.store(g_lse2 + row, total * 0.6931471805599453, mask=row < M)
+    if SIDES == 2:
+        tl.store(g_second + row, other_total * 0.6931471805599453, mask=row < M)
+
+
+Sides = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lse2 (M,) and its rest, of one side or of two
+
+
+def launch_margin(sides: Sides, logits: Tensor) -> Tensor:
+    (rows, pairs), out = logits.shape, torch.empty_like(sides[0])
+    with on_device(out):
+        _margin_kernel[(cdiv(rows, ROWS),)](*_dense(sides), logits.contiguous(), out, rows, pairs, _count(sides), ROWS)
+    return out
+
+
+def launch_margin_gradient(gradient: Tensor, sides: Sides, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits, (rows, pairs), count, lse2 = logits.contiguous(), logits.shape, _count(sides), sides[0]
+    g_lse2, g_logits, g_second = torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(rows * (count - 1))
+    with on_device(lse2):
+        _margin_gradient_kernel[(cdiv(rows, ROWS),)](
+            gradient, *_dense(sides), logits, g_lse2, g_second, g_logits, rows, gradient.stride(0), pairs, count, ROWS
+        )
+    return g_lse2, g_logits, g_second
+
+
+def _dense(sides: Sides) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in sides]
+
+
+def _count(sides: Sides) -> int:
+    return 1 if sides[2] is None else 2
+
+
+@torch.library.custom_op("vito_kernels::margin", mutates_args=())
+def margin_op(lse2: Tensor, rest: Tensor, second: Tensor | None, second_rest: Tensor | None, logits: Tensor) -> Tensor:
+    """See ``margin``."""
+    sides = lse2, rest, second, second_rest
+    if use_triton(lse2):
+        return launch_margin(sides, logits)
+    return softplus(_over_logits(sides, logits)).mean((0, 2))
+
+
+@margin_op.register_fake
+def _(lse2, rest, second, second_rest, logits):
+    return torch.empty_like(lse2)
+
+
+@torch.library.custom_op("vito_kernels::margin_backward", mutates_args=())
+def margin_backward(
+    gradient: Tensor, lse2: Tensor, rest: Tensor, second: Tensor | None, second_rest: Tensor | None, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(of lse2 (M,), of the logits (M, P), of ``second`` (M,) or empty) where ``gradient`` (M,) arrives."""
+    sides = lse2, rest, second, second_rest
+    if use_triton(lse2):
+        return launch_margin_gradient(gradient, sides, logits)
+    shares = torch.sigmoid_(_over_logits(sides, logits))
+    shares.mul_(gradient[:, None] / (shares.shape[0] * shares.shape[2] * LOG2E))
+    return shares[0].sum(1), shares.sum(0).neg_(), shares[1:].sum((0, 2)) if len(shares) == 2 else shares.new_empty(0)
+
+
+@margin_backward.register_fake
+def _(gradient, lse2, rest, second, second_rest, logits):
+    return torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(0 if second is None else lse2.shape)
+
+
+def _over_logits(sides: Sides, logits: Tensor) -> Tensor:
+    """(sides, M, P): how far each log-sum-exp lies above each logit of its row, in natural units."""
+    lse2, rest, second, second_rest = sides
+    over = [(lse2[:, None] - logits).add_(rest[:, None])]
+    if second is not None and second_rest is not None:
+        over.append((second[:, None] - logits).add_(second_rest[:, None]))
+    return torch.stack(over).div_(LOG2E)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient):
+    sides = ctx.saved_tensors
+    g_lse2, g_logits, g_second = apply_backward(gradient, *sides)
+    return g_lse2, None, None if sides[2] is None else g_second, None, g_logits
+
+
+apply_margin = autograd_op(margin_op, _setup_context, _backward)
+apply_backward = refuse_double_backward(margin_backward)
+
+
+def margin(
+    lse2: Tensor, rest: Tensor, logits: Tensor, second: Tensor | None = None, second_rest: Tensor | None = None
+) -> Tensor:
+    """The margins (M,) of lse2 (M,), and the rest that it rounds away (M,), over logits (M, P), all in units of log 2;
+    with ``second`` (M,) and its rest, another side's lse2, the mean of both.
+    """
+    return apply_margin(lse2, rest, second, second_rest, logits)
+
+
+def specs() -> list[Spec]:
+    """Both kernels, of one side and of two, at the nominal size of a large contrastive batch."""
+
+    def spec(sides: int, rows: int = 32768) -> Spec:
+        def launch() -> None:
+            lse2, logits = torch.empty(rows, device="meta"), torch.empty(rows, 1, device="meta")
+            second = lse2 if sides == 2 else None
+            launch_margin((lse2, lse2, second, second), logits)
+            launch_margin_gradient(lse2, (lse2, lse2, second, second), logits)
+
+        name = "margin" if sides == 1 else "margin of two sides"
+        return Spec(name, launch, flops=0.0, min_bytes=(16.0 + 20.0 * sides) * rows, tensor_cores=False)
+
+    return [spec(1), spec(2)]

@@ -1,0 +1,201 @@
+"""The losses across ranks: every rank sees every other rank's keys, and gradients are those of one process with the
+batch.
+
+Each function takes a rank's rows and returns the rank's share of the loss of the whole batch,
+``ranks / rows of the batch * sum over its own rows``, so that the *mean over ranks* of the shares, and of their
+gradients (which is what ``DistributedDataParallel`` takes), is the loss and its gradient. Ranks may hold different
+numbers of rows.
+
+Keys without gradient are gathered asynchronously: start with ``gather_keys`` as soon as the target network has made
+them, run the online network, and hand the handle to ``global_info_nce``. Keys with gradient are gathered when they
+are used, and their gradients go back summed over ranks.
+
+``exchange`` says how keys come to the ranks, with the same result. ``"gather"``: one collective, which can run beside
+the online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank
+while the previous block is worked on (``.ring``); a rank holds two blocks beside its own, 2 B D, and runs
+many small passes in place of one. Forward traffic is the same; for keys with gradient the ring sends them again in the
+backward pass. Choose the ring where gathered keys do not fit.
+
+Dtypes, errors and autocast as for ``info_nce``, ``clip_loss`` and ``ntxent``. Deterministic where the collectives are:
+sums are in the order of the ranks. No second derivative: double backward raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vito_kernels._core.checks import (
+    check_exchange,
+    check_groups,
+    check_ids,
+    check_locked,
+    check_pair,
+    check_paired,
+    inverse_temperature,
+    scale_tensor,
+)
+from vito_kernels.contrastive.cpu import LOG2E
+from vito_kernels.contrastive.info_nce import negatives_and_positives
+from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.softplus_loss import margin
+from vito_kernels.contrastive.two_sided import interleaved, rows_and_columns
+from vito_kernels.distributed import ring
+from vito_kernels.distributed.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
+
+
+@dataclass
+class PendingKeys:
+    """Keys on their way from all ranks; the tensors are there after ``wait``."""
+
+    padded: Tensor
+    padded_ids: Tensor | None
+    sizes: list[int]
+    rank: int
+    handles: list[Any]
+
+    def wait(self) -> tuple[Tensor, Tensor | None]:
+        """(keys (N, D), ids (N,) or None) of all ranks, in the order of ranks."""
+        for handle in self.handles:
+            handle.wait()
+        ids = None if self.padded_ids is None else without_padding(self.padded_ids, self.sizes)
+        return without_padding(self.padded, self.sizes), ids
+
+    @property
+    def offset(self) -> int:
+        """Where this rank's keys begin."""
+        return sum(self.sizes[: self.rank])
+
+
+def gather_keys(
+    k: Tensor, ids: Tensor | None = None, *, group: Group = None, sizes: list[int] | None = None
+) -> PendingKeys:
+    """Starts to gather locked keys k (B, D), and an id (B,) for each (its video, say), and returns at once.
+
+    ``sizes``: rows of every rank; without it the ranks ask each other first, which stops the host. Raises ValueError
+    where the keys require grad: give them to ``global_info_nce`` themselves.
+    """
+    check_pair(k, k, ("k", "k"))
+    check_locked("k", k)
+    if ids is not None:
+        check_ids("ids", ids, k.shape[0], k)
+    sizes = checked_sizes(k, sizes, group)
+    padded, handle = start_gather(k, sizes, group)
+    handles, padded_ids = [handle], None
+    if ids is not None:
+        padded_ids, handle = start_gather(ids, sizes, group)
+        handles.append(handle)
+    return PendingKeys(padded, padded_ids, sizes, dist.get_rank(group), handles)
+
+
+def _share(loss: Tensor, sizes: list[int], samples: int) -> Tensor:
+    return loss.sum() * (len(sizes) / samples)
+
+
+def global_info_nce(
+    q: Tensor,
+    k: Tensor | PendingKeys,
+    *,
+    temperature: float | Tensor = 0.1,
+    q_group: Tensor | None = None,
+    k_group: Tensor | None = None,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """This rank's share of ``info_nce`` over all ranks' queries and keys; query i's positive is this rank's key i.
+
+    q (B, D); k (B, D), with or without gradient, or the handle of ``gather_keys``, which brings ``k_group`` as its ids.
+    ``q_group``, ``k_group`` (B,) as in ``info_nce``; the group of a video must be the same number on every rank.
+    ``exchange``: "gather" or "ring", see above; a handle is gathered already. Raises ValueError or TypeError as
+    ``info_nce``, and where a handle comes with what it holds itself: ``k_group``, ``group``, ``sizes``.
+    """
+    check_exchange(exchange)
+    scale = inverse_temperature(temperature)
+    if isinstance(k, PendingKeys):
+        for name, value in (("k_group", k_group), ("group", group), ("sizes", sizes)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to gather_keys where k is its handle, got {name}={value} here")
+        if exchange == "ring":
+            raise ValueError("exchange='ring' passes keys on itself: give it k, not the handle of gather_keys")
+        check_pair(q, k.padded.flatten(0, 1))
+        if q.shape[0] != k.sizes[k.rank]:
+            raise ValueError(f"q has {q.shape[0]} rows and this rank's keys {k.sizes[k.rank]}")
+    else:
+        check_paired(q, k, ("q", "k"))
+        check_groups(q_group, k_group, q, k)
+        sizes = checked_sizes(k, sizes, group)
+        if exchange == "ring":
+            lse2, positives, rest = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
+            return _share(margin(lse2, rest, positives), sizes, sum(sizes))
+    if isinstance(k, Tensor) and k.requires_grad:
+        assert sizes is not None
+        offset = sum(sizes[: dist.get_rank(group)])
+        keys = gather_with_grad(k, group=group, sizes=sizes)
+        ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
+    else:
+        pending = k if isinstance(k, PendingKeys) else gather_keys(k, k_group, group=group, sizes=sizes)
+        sizes, offset = pending.sizes, pending.offset
+        keys, ids = pending.wait()
+        check_groups(q_group, ids, q, keys)
+    lse2, positives, rest = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
+    return _share(margin(lse2, rest, positives), sizes, sum(sizes))
+
+
+def global_clip_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """This rank's share of ``clip_loss`` over all ranks' pairs; x (B, D), y (B, D).
+
+    A rank takes its rows of the matrix of logits, against y of all ranks: 1 / ranks of the work of one process. Its
+    columns are finished by a log-sum-exp over ranks, of one number for each column. ``exchange``: "gather" or "ring",
+    see above; it is y that is exchanged.
+    """
+    check_paired(x, y, ("x", "y"))
+    check_exchange(exchange)
+    scale = scale_tensor(scale, x)
+    sizes = checked_sizes(x, sizes, group)
+    if exchange == "ring":
+        row, column, pair, *rests = ring.rows_and_columns(x, y, scale, sizes, group)
+        return _share(margin(row, rests[0], pair, column, rests[1]), sizes, sum(sizes))
+    rank = dist.get_rank(group)
+    offset = sum(sizes[:rank])
+    columns = slice(offset, offset + x.shape[0])
+    keys = gather_with_grad(y, group=group, sizes=sizes)
+    row, part, pair, rest, _ = rows_and_columns(x, keys, scale, offset)
+    column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
+    return _share(margin(row, rest, pair, column, torch.zeros_like(column)), sizes, sum(sizes))
+
+
+def _logsumexp(parts: Tensor) -> Tensor:
+    """Over the first dimension, in units of log 2; -inf, without gradient, where all parts are."""
+    empty = (parts == -torch.inf).all(0)
+    return (parts.masked_fill(empty, 0) / LOG2E).logsumexp(0).masked_fill(empty, -torch.inf) * LOG2E
+
+
+def global_ntxent(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+) -> Tensor:
+    """This rank's share of ``ntxent`` over all ranks' samples, gathered; z1 (B, D), z2 (B, D)."""
+    check_paired(z1, z2, ("z1", "z2"))
+    scale = scale_tensor(inverse_temperature(temperature), z1)
+    sizes = checked_sizes(z1, sizes, group)
+    z = normalize(interleaved(z1, z2)).unflatten(0, (-1, 2))
+    everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
+    first = sum(sizes[: dist.get_rank(group)])
+    sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
+    own = sample[2 * first : 2 * (first + z.shape[0])]
+    partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
+    partner = partner + 1 - 2 * (partner % 2)
+    lse2, positive, rest = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
+    return _share(margin(lse2, rest, positive), sizes, 2 * sum(sizes))

@@ -1,0 +1,247 @@
+"""The losses' log-sum-exps across ranks with keys that pass round a ring: no rank ever holds all of them.
+
+Ranks show each other blocks of rows. A block visits the ranks one after the other, the next one on its way while the
+present one is worked on, so a rank holds two visiting blocks beside its own: O(B D) memory, where gathered keys take
+O(N D). What visits add up for a block's owner (its gradient, the sums of its columns) follows one hop behind it and
+comes home at the end.
+
+Locked keys travel once. Keys with gradient travel again in the backward pass, and their gradients behind them, in the
+precision of the sums. Sums are merged in the order of the visits: deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vito_kernels._core.autograd import once
+from vito_kernels._core.checks import check_finite, scale_tensor
+from vito_kernels._core.lazy_triton import use_triton
+from vito_kernels.contrastive import cpu as tiled
+from vito_kernels.contrastive import epilogue as rowwise
+from vito_kernels.contrastive.backward import pair_gradient, role_of
+from vito_kernels.contrastive.cpu import Exclusion, Role
+from vito_kernels.contrastive.info_nce import autocast, contrast, contrast_backward, differentiable, narrowed
+from vito_kernels.contrastive.two_sided import sums_and_pairs
+from vito_kernels.distributed.collectives import Group
+
+Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
+
+
+@dataclass
+class _Transfer:
+    """Rows on their way to the next rank, and the previous rank's on their way here."""
+
+    sent: Rows  # kept until it is done
+    received: Rows
+    works: list[Any]
+
+    def wait(self) -> Rows:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+@dataclass
+class _Ring:
+    sizes: list[int]
+    rank: int
+    group: Group
+
+    @classmethod
+    def of(cls, sizes: list[int], group: Group) -> _Ring:
+        return cls(sizes, dist.get_rank(group), group)
+
+    def _pass_on(self, rows: Rows, coming: int, tag: int) -> _Transfer:
+        """Starts to send ``rows`` to the next rank and to receive those of as many tensors of ``coming`` rows; ``tag``
+        keeps blocks apart from what follows them.
+        """
+        ranks = len(self.sizes)
+        if ranks == 1 or not rows:
+            return _Transfer(rows, rows, [])
+        sent = tuple(x.contiguous() for x in rows)
+        received = tuple(x.new_empty(coming, *x.shape[1:]) for x in rows)
+        following, previous = (self.rank + 1) % ranks, (self.rank - 1) % ranks
+        out = [
+            dist.P2POp(dist.isend, x, group=self.group, tag=tag + i, group_peer=following) for i, x in enumerate(sent)
+        ]
+        into = [
+            dist.P2POp(dist.irecv, x, group=self.group, tag=tag + i, group_peer=previous)
+            for i, x in enumerate(received)
+        ]
+        return _Transfer(sent, received, dist.batch_isend_irecv(out + into))
+
+    def travel(
+        self, block: Rows, visit: Callable[[Rows, bool], Rows], merge: Callable[[Rows, Rows], Rows] | None = None
+    ) -> Rows:
+        """Calls ``visit(block, own)`` with the block of every rank, this rank's first.
+
+        What it returns is for the block's owner: merged with that of the other ranks, it is what ``travel`` returns
+        there. Without ``merge`` nothing comes home.
+        """
+        ranks = len(self.sizes)
+        results = None
+        for hop in range(ranks):
+            coming = self.sizes[(self.rank - hop - 1) % ranks]  # after the last hop, this rank's own results
+            following = self._pass_on(block, coming, 0) if hop < ranks - 1 else None
+            found = visit(block, hop == 0)
+            if merge is not None:
+                results = self._pass_on(found if results is None else merge(results.wait(), found), coming, 16)
+            if following is not None:
+                block = following.wait()
+        return () if results is None else results.wait()
+
+
+def _merged(first: Rows, second: Rows) -> Rows:
+    """One (lse2, rest, mean) of two over different keys."""
+    merge_splits = rowwise.merge_splits if use_triton(first[0]) else tiled.merge_splits
+    return merge_splits(*(torch.stack(both) for both in zip(first, second, strict=True)))
+
+
+def _merged_sums(first: Rows, second: Rows) -> Rows:
+    """One (lse2, rest) of two."""
+    nothing = first[0].new_empty(0, 0)
+    return _merged((*first, nothing), (*second, nothing))[:2]
+
+
+def _added(first: Rows, second: Rows) -> Rows:
+    return tuple(x.add_(y) for x, y in zip(first, second, strict=True))
+
+
+class _OneSided(torch.autograd.Function):
+    """(lse2 (B,), logits of the positives (B, 1), rest of lse2 (B,)) of q (B, D) over the keys of all ranks; its own
+    key i is query i's positive. Other ranks' keys are kept in neither pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        scale: Tensor,
+        q_group: Tensor | None,
+        k_group: Tensor | None,
+        ring: _Ring,
+        bring_mean: bool,
+        narrow: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums: Rows = ()
+        logits = k.new_empty(0)
+
+        def visit(block: Rows, own: bool) -> Rows:
+            nonlocal sums, logits
+            keys, ids = block[0], block[1] if len(block) > 1 else None
+            diagonal = 0 if own else None
+            lse2, positives, mean, rest, _ = contrast(q, keys, scale, q_group, ids, None, diagonal, bring_mean, narrow)
+            found = lse2, rest, mean
+            sums, logits = (found, positives) if own else (_merged(sums, found), logits)
+            return ()
+
+        ring.travel((k,) if k_group is None else (k, k_group), visit)
+        ctx.ring, ctx.narrow = ring, narrow
+        ctx.save_for_backward(q, k, scale, q_group, k_group, *sums)
+        ctx.mark_non_differentiable(sums[1])
+        return sums[0], logits, sums[1]
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, scale, q_group, k_group, lse2, rest, mean = ctx.saved_tensors
+        need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+        # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
+        dq, _, dscale = contrast_backward(
+            g_lse2, g_positive, q, k, scale, None, None, None, 0, lse2, rest, mean, mean[:0], need_q, False, need_scale
+        )
+        dk = None
+        if need_k:
+            role = role_of(lse2, rest, g_lse2)
+            sides = narrowed(q, ctx.narrow)
+
+            def visit(block: Rows, own: bool) -> Rows:
+                keys, ids = narrowed(block[0], ctx.narrow), block[1] if len(block) > 1 else None
+                hidden = Exclusion(q_group, ids, diagonal=0 if own else None)
+                _, push = pair_gradient(sides, keys, scale, role, None, hidden, need_x=False, need_y=True)
+                if own:
+                    push.addcmul_(q.to(push.dtype), g_positive, value=tiled.LOG2E)
+                return (push.mul_(scale),)
+
+            dk = ctx.ring.travel((k,) if k_group is None else (k, k_group), visit, _added)[0].to(k.dtype)
+        return dq if need_q else None, dk, dscale if need_scale else None, *(None,) * 5
+
+
+def negatives_and_positives(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    q_group: Tensor | None,
+    k_group: Tensor | None,
+    sizes: list[int],
+    group: Group,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``info_nce.negatives_and_positives`` of q (B, D) against all ranks' keys, of which k (B, D) are this rank's."""
+    (q, k), narrow = autocast(q, k)
+    scale = scale_tensor(scale, q)
+    bring_mean = differentiable(q, scale)
+    return _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), bring_mean, narrow)
+
+
+class _TwoSided(torch.autograd.Function):
+    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B, 1), the rests of both lse2) of x (B, D) against all
+    ranks' y, and of this rank's y (B, D) against all ranks' x; a pair does not see each other. Blocks of y travel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, narrow: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        check_finite(scale)
+        rows: Rows = ()
+        pairs = x.new_empty(0)
+
+        def visit(block: Rows, own: bool) -> Rows:
+            nonlocal rows, pairs
+            (*row, column, column_rest), logits = sums_and_pairs(x, block[0], scale, 0 if own else None, narrow)
+            rows, pairs = ((row[0], row[1]), logits) if own else (_merged_sums(rows, (row[0], row[1])), pairs)
+            return column, column_rest
+
+        columns = ring.travel((y,), visit, _merged_sums)
+        ctx.ring, ctx.narrow = ring, narrow
+        ctx.save_for_backward(x, y, scale, *rows, *columns)
+        ctx.mark_non_differentiable(rows[1], columns[1])
+        return rows[0], columns[0], pairs, rows[1], columns[1]
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, row, row_rest, column, column_rest = ctx.saved_tensors
+        need_x, need_y, need_scale = ctx.needs_input_grad[:3]
+        side = need_x or need_scale
+        x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
+        gx = torch.zeros_like(x, dtype=scale.dtype)
+
+        def visit(block: Rows, own: bool) -> Rows:
+            hidden = Exclusion(diagonal=0 if own else None)
+            keys, other = narrowed(block[0], ctx.narrow), Role(block[1], block[2])
+            pull, push = pair_gradient(narrowed(x, ctx.narrow), keys, scale, x_role, other, hidden, side, need_y)
+            if side:
+                gx.add_(pull)
+            if need_y and own:
+                push.addcmul_(x.to(push.dtype), g_pair, value=tiled.LOG2E)
+            return (push.mul_(scale),) if need_y else ()
+
+        pushes = ctx.ring.travel((y, y_role.lse2, y_role.weight), visit, _added)
+        gx.addcmul_(y.to(gx.dtype), g_pair, value=tiled.LOG2E)
+        dscale = (gx * x).sum() if need_scale else None
+        dx = gx.mul_(scale).to(x.dtype) if need_x else None
+        return dx, pushes[0].to(y.dtype) if need_y else None, dscale, None, None
+
+
+def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group) -> tuple[Tensor, ...]:
+    """``two_sided.rows_and_columns`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
+    (x, y), narrow = autocast(x, y)
+    return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), narrow)

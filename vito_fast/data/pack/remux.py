@@ -1,0 +1,267 @@
+"""``copy`` stores: the packets of the source as they are, with an index good enough to decode any frame exactly.
+
+The file is decoded once in order, by a decoder that knows all its container says. Then every group of pictures is
+decoded again the way training will, from bare packets and planned from its key, and each picture must be the same bit
+for bit.
+Keys from which that fails are not used; a file that cannot be read exactly at all is rejected.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+
+from vito_fast.data.pack.encode import (
+    GAP,
+    PackedClip,
+    PackedFile,
+    PackOptions,
+    Shard,
+    ShotDetector,
+    frame_time,
+    too_short,
+)
+from vito_fast.data.store.decode import BadPackets, Decoder
+from vito_fast.data.store.index import (
+    DISCARD,
+    KEY,
+    NO_PICTURE,
+    OPEN,
+    ClipRecord,
+    Index,
+    Reader,
+    checksum,
+    packet_flags,
+    write_index,
+)
+from vito_fast.data.store.media import (
+    BadVideo,
+    bare_packet,
+    claimed_rate,
+    demuxed,
+    fitted,
+    opened,
+    presentation_times,
+    rgb,
+    strictness,
+)
+
+THUMBNAIL = 64
+"""Short side in pixels of the pictures by which shot changes are told."""
+
+
+@dataclass
+class _Stream:
+    """One source: its packets in decoding order, and what came out of the decoder."""
+
+    codec: str
+    width: int
+    height: int
+    extradata: bytes
+    time_base: Fraction
+    rate: Fraction
+    rotation: int = 0
+    pts: list[int | None] = field(default_factory=list)
+    flags: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    """Packet numbers of the pictures in the order in which they come out."""
+    pictures: dict[int, int] = field(default_factory=dict)
+    """Checksum of the picture of each packet."""
+    shots: set[int] = field(default_factory=set)
+    """Packet numbers of pictures that begin a shot."""
+
+
+class Copier:
+    """Copies the packets of one source to a shard and makes clips of them."""
+
+    def __init__(self, options: PackOptions, shard: Shard):
+        self.options, self.shard = options, shard
+        self.result = PackedFile()
+
+    def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
+        """Packs ``path``; raises BadVideo."""
+        start = self.shard.size
+        stream = self._copy(path, heartbeat)
+        self._cut(stream)
+        if self.result.clips:
+            self.shard.flush()
+            self._make_exact(stream, heartbeat)
+        else:
+            self.shard.rewind(start)
+        return self.result
+
+    def _copy(self, path: Path, heartbeat: Callable[[], None]) -> _Stream:
+        rotation = _rotation(path)
+        with opened(path) as (container, video):
+            context = video.codec_context
+            codec, extradata = context.codec.canonical_name, context.extradata or b""
+            time_base = video.time_base or Fraction(1, 90000)
+            stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
+            context.thread_count, context.options = 1, strictness(codec)
+            detector = ShotDetector()
+            for packet in chain(demuxed(container, video), [None]):
+                if packet is not None and packet.is_corrupt:
+                    raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
+                for frame in context.decode(None if packet is None else self._take(stream, packet)):
+                    number = frame.pts
+                    if frame.is_corrupt or number is None or number in stream.pictures:
+                        raise BadVideo(f"frame {len(stream.outputs)} is damaged")
+                    small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
+                    if detector(small) and self.options.shot_cuts:
+                        stream.shots.add(number)
+                    stream.outputs.append(number)
+                    stream.pictures[number] = picture_sum(frame)
+                    heartbeat()
+        expected = sum(not flags & NO_PICTURE for flags in stream.flags)
+        if len(stream.outputs) < max(1, 0.9 * expected):
+            raise BadVideo(f"only {len(stream.outputs)} of {expected} frames can be decoded")
+        return stream
+
+    def _take(self, stream: _Stream, packet: av.Packet) -> av.Packet:
+        """Records and copies one packet; returns it without times and edit list, which its decoder must not obey."""
+        payload = bytes(packet)
+        flags = packet_flags(stream.codec, stream.extradata, payload)
+        if flags is None:
+            flags = KEY | OPEN if packet.is_keyframe else 0
+        stream.flags.append(flags | (DISCARD if packet.is_discard else 0))
+        stream.pts.append(packet.pts if packet.pts is not None else packet.dts)
+        stream.offsets.append(self.shard.append(payload))
+        stream.sizes.append(len(payload))
+        stream.checksums.append(checksum(payload))
+        bare = bare_packet(payload, len(stream.pts) - 1)
+        bare.is_keyframe = packet.is_keyframe
+        for extra in packet.iter_sidedata():
+            bare.set_sidedata(extra)
+        return bare
+
+    def _cut(self, stream: _Stream) -> None:
+        """Ranges of shown pictures, split at shots and at the clip length, become clips."""
+        step = max(1, round(1 / (stream.rate * stream.time_base)))
+        shown = [place for place, number in enumerate(stream.outputs) if not stream.flags[number] & DISCARD]
+        if not shown:
+            raise BadVideo("its edit list shows no frame")
+        ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step)
+        tick = float(stream.time_base)
+        self.result.rate = 1 / frame_time(ticks[shown] * tick, stream.rate)
+        length = self.options.clip_length / stream.time_base
+        first = 0
+        for place in range(1, len(shown) + 1):
+            end: int | None = None  # when the frame after comes
+            if place < len(shown):
+                here = int(ticks[shown[place]])
+                gap = (here - ticks[shown[place - 1]]) * stream.time_base > GAP
+                if not gap:
+                    end = here
+                    long = here - ticks[shown[first]] >= length
+                    if stream.outputs[shown[place]] not in stream.shots and not long:
+                        continue
+            times = ticks[shown[first:place]]
+            if end is None:
+                end = int(times[-1]) + round(frame_time(times * tick, stream.rate) / tick)
+            if not too_short(times[0] * tick, end * tick, self.options):
+                self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
+            else:
+                self.result.too_short += 1
+            first = place
+
+    def _clip(self, stream: _Stream, ticks: np.ndarray, places: list[int], end: int) -> PackedClip:
+        """The clip of the pictures at ``places`` of the output order: all packets from the last key before them on."""
+        flags = np.array(stream.flags, np.uint8)
+        pts = np.full(len(flags), ticks[0])
+        pts[stream.outputs] = ticks
+        hidden = np.ones(len(flags), bool)
+        hidden[stream.outputs] = False
+        flags[hidden] |= NO_PICTURE
+        wanted = np.array([stream.outputs[place] for place in places])
+        keys = np.flatnonzero(flags & KEY > 0)
+        keys = keys[(keys <= wanted.min()) & (pts[keys] <= pts[wanted].min())]
+        if not len(keys):
+            raise BadVideo("begins with frames that no key comes before")
+        part = slice(int(keys[-1]), int(wanted.max()) + 1)
+        lead = np.ones(len(flags), bool)
+        lead[wanted] = False
+        flags[lead & ~hidden] |= DISCARD
+        return PackedClip(
+            codec=stream.codec, width=stream.width, height=stream.height, rotation=stream.rotation,
+            shard=self.shard.number, time_base=stream.time_base, end=max(end, int(pts[wanted].max()) + 1),
+            extradata=stream.extradata, pts=pts[part], offsets=np.array(stream.offsets[part], np.int64),
+            sizes=np.array(stream.sizes[part], np.int64), checksums=np.array(stream.checksums[part], np.uint32),
+            flags=flags[part],
+        )  # fmt: skip
+
+    def _make_exact(self, stream: _Stream, heartbeat: Callable[[], None]) -> None:
+        """Stops using keys from which a picture comes out other than in order; BadVideo if that does not mend it."""
+        for clip in self.result.clips:
+            bad = self._inexact_keys(stream, clip, heartbeat)
+            if bad:
+                clip.flags[[key for key in bad if key]] &= np.uint8(0xFF & ~(KEY | OPEN))
+                if self._inexact_keys(stream, clip, heartbeat):
+                    raise BadVideo(
+                        "cannot be decoded exactly from its keys alone: the formats jpeg and h264 may hold it"
+                    )
+
+    def _inexact_keys(self, stream: _Stream, clip: PackedClip, heartbeat: Callable[[], None]) -> list[int]:
+        base = stream.offsets.index(int(clip.offsets[0]))
+        bad = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index.bin"
+            record = ClipRecord(video=0, source="", **{**vars(clip), "shard": 0})
+            write_index(path, [record], format="copy", shards=[(self.shard.path.name, self.shard.size)])
+            index = Index(path)
+            reader, decoder = Reader(index, self.shard.path.parent, threads=1), Decoder()
+            order = index.packets(0).order
+            keys = np.flatnonzero(clip.flags & KEY > 0)
+            groups = np.searchsorted(clip.pts[keys], clip.pts[order], side="right") - 1
+            for group in np.unique(groups):
+                frames = np.flatnonzero(groups == group)
+                (read,) = reader.read(np.array([0]), frames[None], single_stream=False)
+                try:
+                    if read.code != "ok":
+                        raise BadVideo(f"cannot be read back: {read.error}")
+                    wanted = set(order[frames].tolist())
+                    sums = decoder.each(index.clip(0), read, wanted, picture_sum)
+                    if any(sums[number] != stream.pictures[base + number] for number in wanted):
+                        bad.append(int(keys[group]))
+                except BadPackets:
+                    bad.append(int(keys[group]))
+                heartbeat()
+        return bad
+
+
+def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
+    """Times of all pictures in output order, strictly increasing; hidden ones do not move shown ones."""
+    ticks = presentation_times(pts, step)
+    own = presentation_times([pts[place] for place in shown], step)
+    if not np.array_equal(ticks[shown], own):  # times out of order: hidden pictures are squeezed in between
+        known, squeezed = dict(zip(shown, own.tolist(), strict=True)), [int(own[0]) - len(pts) - 1]
+        for place in range(len(pts)):
+            squeezed.append(known.get(place, squeezed[-1] + 1))
+        if (np.diff(squeezed) > 0).all():
+            return np.array(squeezed[1:], np.int64)
+    return ticks
+
+
+def picture_sum(frame: VideoFrame) -> int:
+    """Checksum of a frame's samples, line padding left out."""
+    try:
+        samples = frame.to_ndarray()
+    except ValueError:  # a sample format that PyAV does not lay out as an array
+        samples = rgb(frame, turn=False)
+    return checksum(np.ascontiguousarray(samples))
+
+
+def _rotation(path: Path) -> int:
+    """Degrees clockwise by which the file's frames are to be turned."""
+    with opened(path) as (container, video):
+        for frame in container.decode(video):
+            return -round(frame.rotation / 90) * 90 % 360
+    raise BadVideo("holds no frame")

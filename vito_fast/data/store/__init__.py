@@ -1,0 +1,1 @@
+"""Reading a store: its description, index, packets and frames."""

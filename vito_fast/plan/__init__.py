@@ -1,0 +1,1 @@
+"""A prediction of a run's time and memory, before it starts."""

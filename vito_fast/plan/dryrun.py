@@ -1,0 +1,269 @@
+"""The CUDA training step without CUDA: what it would compute, move and keep in memory, and what would go wrong.
+
+The trainer's own step (step.py) runs once on tensors without data (ledger.py): keys, queries, loss, backward,
+optimiser, moving average. A tensor on the wrong device, a wait for the host or a break in the compiled graph is found
+here, in seconds and on any machine, instead of on a rented GPU.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vito_fast.config import Config
+from vito_fast.model import VitoModel
+from vito_fast.model.norm import convert_sync_batchnorm
+from vito_fast.plan.op_counter import Ledger, Op, Problem, fake_cuda, to_fake_cuda, total
+from vito_fast.train import trainer as step
+from vito_fast.train.distributed import World
+from vito_fast.train.loss import Keys
+
+GPU = World(rank=0, size=1, local_size=1, device=torch.device("cuda", 0))
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """One rank's step, counted. Bytes of memory are allocated bytes: a caching allocator holds some more."""
+
+    clips: int
+    """Clips of this rank in a step."""
+    world: int
+    ops: Counter[Op]
+    peak: dict[str, int]
+    """Bytes alive at the peak, by owner."""
+    peak_phase: str
+    saved: dict[str, int]
+    """Bytes of activations saved for the backward pass, by part of the model."""
+    parameters: int
+    """Learned parameters of the online branch."""
+    gradient_bytes: int
+    norms: int
+    """Batch norms of the online branch and the target together."""
+    key_bytes: int
+    """Bytes of keys that a rank contributes to the gather."""
+    problems: tuple[str, ...]
+    """What would go wrong, and where; empty for a step that runs."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    def total(self, phase: str = "", kind: str = "") -> tuple[float, float]:
+        """(flops, bytes) of one phase and one kind of op (default: all)."""
+        return total(self.ops, phase, kind)
+
+
+def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryRun:
+    """One CUDA step of ``config`` on one of ``world`` ranks, with ``clips`` clips (default: its share of the batch).
+
+    Ends at the first problem, and the books go as far as the step went; ``train.compile`` adds the search for graph
+    breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built, or a batch
+    that cannot be shared out evenly.
+    """
+    clips = clips or config.train.clips(world)
+    eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
+    breaks = graph_breaks(config, world) if config.train.compile else []
+    ledger, problems = Ledger(), []
+    with torch.device("meta"):
+        model = _Fake(config.model)
+    with fake_cuda(), _instead(ledger, model, clips, world), ledger:
+        with ledger.in_phase("parameters"):
+            trainer = _Counted(eager, GPU, 1)
+            trainer.ledger = ledger
+        for tensor in (*trainer.model.target.parameters(), *trainer.model.target.buffers()):
+            ledger.own(tensor, "target")
+        for tensor in trainer.optimizer.momentum.values():
+            ledger.own(tensor, "optimiser state")
+        try:
+            with ledger.in_phase("images"):
+                views, video = _batch(config, clips)
+            with ledger.in_phase("guards"):
+                trainer.step(views, video, measure=False)
+        except (Problem, RuntimeError, NotImplementedError) as error:
+            problems.append(f"{_explain(error)} [{_place(error)}]")
+        learned = [p for p in trainer.model.online.parameters() if p.requires_grad]
+        return DryRun(
+            clips=clips,
+            world=world,
+            ops=ledger.ops,
+            peak={owner: size for owner, size in ledger.peak.most_common() if size},
+            peak_phase=ledger.peak_phase,
+            saved={owner: size for owner, size in ledger.saved.most_common() if size},
+            parameters=sum(p.numel() for p in learned),
+            gradient_bytes=sum(p.numel() * p.element_size() for p in learned),
+            norms=sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trainer.model.modules()),
+            key_bytes=config.sampler.views * clips * config.model.projector_out * 4 * config.model.scales,
+            problems=tuple(problems + breaks),
+        )
+
+
+def model_flops(config: Config, clips: int, world: int) -> float | None:
+    """Arithmetic of one rank's step on ``clips`` clips, as MFU counts it: what the method needs, without what
+    micro-batches and recomputed activations repeat to save memory. None for a step that cannot be traced to its end.
+    Takes some seconds; leaves the random state as it was.
+    """
+    plain = replace(
+        config,
+        model=replace(config.model, checkpoint_activations=False),
+        train=replace(config.train, micro_batches=1, compile=False, cuda_graphs=False),
+    )
+    with torch.random.fork_rng(devices=[]):
+        dry = dry_run(plain, clips=clips, world=world)
+    return None if dry.problems else dry.total()[0]
+
+
+def graph_breaks(config: Config, world: int = 1) -> list[str]:
+    """The first place in each compiled part of the step (both branches' forwards, the optimiser's step, the target's
+    average) where ``torch.compile`` would have to leave the graph; one line each. Of several ranks, the batch norms'
+    collectives are in it.
+    """
+    with torch.device("meta"):
+        model = VitoModel(config.model)
+    if world > 1:
+        convert_sync_batchnorm(model)
+    makeshift = world > 1 and not dist.is_initialized()  # a collective cannot be traced without a group
+    if makeshift:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return _graph_breaks(config, model)
+    finally:
+        if makeshift:
+            dist.destroy_process_group()
+
+
+def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
+    found = []
+    dtype, size = step.WEIGHTS[config.train.dtype], config.sampler.size
+    with fake_cuda():
+        to_fake_cuda(model, dtype)
+        optimizer = step.Lars(model.online.named_parameters(), config.optimizer)
+        optimizer.gradients()
+        images = (torch.empty(2, 3, size, size, dtype=dtype, device="cuda:0"),)
+        rate = (
+            torch.empty((), dtype=torch.float64, device="cuda:0"),
+            torch.empty((), dtype=torch.bool, device="cuda:0"),
+        )
+        for name, part, given, narrow in (
+            ("online branch", model.online, images, config.train.dtype == "bfloat16"),
+            ("target branch", model.target, images, config.train.dtype == "bfloat16"),
+            ("optimiser's step", optimizer.step, rate, False),
+            ("target's average", model.update_target, rate, False),
+        ):
+            torch._dynamo.reset()
+            try:
+                with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+                    torch.compile(part, backend="eager", fullgraph=True)(*given)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                found.append(f"graph break in the {name}: {' '.join(str(error).split())}")
+    torch._dynamo.reset()
+    return found
+
+
+class _Counted(step.Trainer):
+    """The trainer, its forwards in their phases, and autograd's engine replaced by the ledger's."""
+
+    ledger: Ledger
+
+    def _forward(self, branch: nn.Module, part: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        phase = "target"
+        if branch is self.online:
+            phase = "online" if torch.is_grad_enabled() else "online, first pass"
+        with self.ledger.in_phase(phase), self.ledger.saving(), self.ledger.watch(branch, _part):
+            return super()._forward(branch, part)
+
+
+class _Gathered:
+    """Keys of all ranks without ranks: this one's clips come first."""
+
+    def __init__(self, ledger: Ledger, total: int, embeddings: list[Tensor], video: Tensor) -> None:
+        with ledger.in_phase("keys"):
+            every = [k.new_empty(len(k), total, k.shape[-1]) for k in embeddings]
+            self.keys = Keys(every, video.new_empty(total), 0)
+
+    def wait(self) -> Keys:
+        return self.keys
+
+
+class _Fake(VitoModel):
+    """Built on ``meta``; ``to`` the GPU gives it fake tensors."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "_Fake":
+        dtype = next((a for a in args if isinstance(a, torch.dtype)), None)
+        to_fake_cuda(self, dtype, kwargs.get("memory_format"))
+        return self
+
+
+@contextmanager
+def _instead(ledger: Ledger, model: VitoModel, clips: int, world: int) -> Iterator[None]:
+    """Inside, the trainer's step takes the ledger's stand-ins for what needs a driver, and its parts are told apart."""
+
+    def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with ledger.in_phase(name), ledger.saving():
+                return function(*args, **kwargs)
+
+        return call
+
+    def backward(roots: Tensor | list[Tensor], gradients: list[Tensor] | None = None) -> None:
+        roots = [roots] if isinstance(roots, Tensor) else list(roots)
+        with ledger.in_phase("backward"):
+            ledger.backward(*zip(roots, gradients or [torch.ones_like(r) for r in roots], strict=True))
+
+    def gathered(embeddings: list[Tensor], video: Tensor, _: World, __: int | None) -> _Gathered:
+        return _Gathered(ledger, clips * world, embeddings, video)
+
+    lars = step.Lars
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (step, "VitoModel", lambda _: model),
+            (step, "PendingKeys", gathered),
+            (step, "objective", in_phase("loss", step.objective)),
+            (lars, "gradient_norm", in_phase("optimiser", lars.gradient_norm)),
+            (lars, "step", in_phase("optimiser", lars.step)),
+            (VitoModel, "update_target", in_phase("average", VitoModel.update_target)),
+            (Tensor, "backward", backward),
+            (torch.autograd, "backward", backward),
+            (torch.autograd, "grad", in_phase("loss, backward", ledger.gradients)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+def _batch(config: Config, clips: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What the loader brings: views (B,3,S,S) channels-last, and the videos' numbers."""
+    shape = (clips, 3, config.sampler.size, config.sampler.size)
+    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    new = lambda: torch.empty(shape, dtype=dtype, device="cuda:0", memory_format=torch.channels_last)  # noqa: E731
+    return tuple(new() for _ in range(config.sampler.views)), torch.empty(clips, dtype=torch.int64, device="cuda:0")
+
+
+def _part(name: str) -> str:
+    """The owner of what a module allocates: the stage of the backbone, or the head."""
+    pieces = name.split(".")
+    return ".".join(pieces[:2]) if pieces[0] == "backbone" else pieces[0]
+
+
+def _explain(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    if name in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        return f"the host waits for the GPU: {message} needs a value, not only a shape"
+    if "two different devices" in message or "is on cpu" in message:
+        return f"device mismatch: {message}"
+    return message if isinstance(error, Problem) else f"{name}: {message}"
+
+
+def _place(error: Exception) -> str:
+    """File and line of the innermost frame outside torch and the books: who asked for it."""
+    books = tuple(str(Path(__file__).with_name(name)) for name in ("op_counter.py", "dryrun.py"))
+    library = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((library, *books))]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "unknown"

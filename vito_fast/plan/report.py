@@ -1,0 +1,254 @@
+"""``vito-fast plan``: its arguments, and the prediction as tables for people or JSON for programs."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vito_fast.cli.commands import configured
+from vito_fast.config import Config
+from vito_fast.data.store.index import Index
+from vito_fast.errors import UserError
+from vito_fast.plan.dryrun import DryRun, dry_run
+from vito_fast.plan.hardware import Machine, machine
+from vito_fast.plan.predict import Change, Format, PlanOptions, Prediction, advise, decoder_name, decoder_of, predict
+from vito_fast.train.distributed import environment_number
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Predict time, memory, storage and energy of a run, and what holds it up.
+
+    usage: vito-fast plan CONFIG [--gpu h100 --gpus 8 ...] [--section.field VALUE ...]
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
+    json: bool = False
+    """Print the prediction as JSON."""
+    assumptions: bool = False
+    """Print every constant with its source, and nothing else."""
+
+
+def run(arguments: Sequence[str], parse: Callable[..., Any]) -> int:
+    """The command, from the words after ``vito-fast plan``; UserError for words that make no sense."""
+    own = (*PlanOptions.__dataclass_fields__, "json", "assumptions")
+    command: PlanCommand = configured("plan", arguments, parse, PlanCommand, own)
+    options = from_store(command.options) if command.options.store else command.options
+    constants = machine(options.gpu, options.calibrate or None)
+    console = _console()
+    if command.assumptions:
+        console.print(assumptions(constants))
+        return 0
+    prediction = predict(command.config, options, constants)
+    advice = advise(prediction)
+    if command.json:
+        print(json.dumps(as_json(prediction, advice), indent=1))
+    else:
+        show(prediction, advice, console)
+    return 0
+
+
+def from_store(options: PlanOptions) -> PlanOptions:
+    """The options with clips, format and bytes a frame of the store that they name."""
+    try:
+        index = Index(f"{options.store}/index.bin")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot plan for the store {options.store}: {error}") from None
+    if not index.num_clips:
+        raise UserError(f"the store {options.store} holds no clips")
+    size = sum(size for _, size in index.shards) / max(1, index.num_frames)
+    form: Format = "jpeg" if index.format == "jpeg" else "h264" if index.format == "h264" else "copy"
+    return replace(options, clips=index.num_clips, format=form, frame_bytes=size)
+
+
+def assumptions(m: Machine) -> Table:
+    """Every constant that the plan uses for a machine, with its source."""
+    table = Table("constant", "value", "unit", "source", title=f"Constants for {m.gpu}", title_justify="left")
+    for name, (value, unit, source) in m.constants.items():
+        table.add_row(name, f"{value:.4g}", unit, source)
+    return table
+
+
+def show(p: Prediction, advice: tuple[Change, Prediction] | None, console: Console) -> None:
+    """Prints the prediction and how to check it by hand."""
+    o, c = p.options, p.config
+    console.print(
+        f"PREDICTION, not a measurement: {c.name} on {o.gpus} x {o.gpu}, {o.clips:,} clips stored as {o.format}, "
+        f"batch {c.train.batch_size} ({p.dry.clips} clips a GPU), {c.train.dtype}"
+        f"{', compiled' if c.train.compile else ''}. Sources of all constants: --assumptions"
+    )
+    console.print(_step_table(p))
+    console.print(_side_table(p))
+    console.print(_decode_table(p))
+    console.print(_memory_table(p))
+    console.print(_total_table(p))
+    console.print(f"in one line: {summary(p)}", soft_wrap=True)
+    if advice is None:
+        console.print("advice: none of the changes this plan knows moves it")
+    else:
+        change, after = advice
+        became = f"{_ms(p.step_seconds)} -> {_ms(after.step_seconds)} a step, {p.hours:.1f} -> {after.hours:.1f} hours"
+        if not p.fits:
+            became = f"{_gb(p.gpu_bytes)} -> {_gb(after.gpu_bytes)} a GPU, {_ms(after.step_seconds)} a step"
+        console.print(
+            f"advice ({change.cost}): {change.what}, {' '.join(change.flags)}: {became}; then {after.bottleneck}"
+        )
+
+
+def summary(p: Prediction) -> str:
+    """The prediction in one line, as the presets' headers quote it."""
+    room = f"{p.gpu_bytes / 1e9:.0f} of {p.machine['memory'] / 1e9:.0f} GB a GPU"
+    return f"{_ms(p.step_seconds)} a step, {p.hours:.3g} hours, {p.kwh:.3g} kWh, {room}; bottleneck: {p.bottleneck}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in (0, len(columns) - 1) else "right")
+    return table
+
+
+def _step_table(p: Prediction) -> Table:
+    table = _table("One step of one GPU", "part", "TFLOP", "GB moved", "ms", "waits for")
+    for part in p.parts:
+        table.add_row(
+            part.name, f"{part.flops / 1e12:.3f}", f"{part.bytes / 1e9:.2f}", f"{part.seconds * 1e3:.2f}", part.limit
+        )
+    flops, moved = sum(x.flops for x in p.parts), sum(x.bytes for x in p.parts)
+    rates = f"{p.machine['bf16'] * p.machine['matmul_efficiency'] / 1e12:.0f} TFLOP/s, "
+    rates += f"{p.machine['bandwidth'] * p.machine['bandwidth_efficiency'] / 1e12:.2f} TB/s"
+    table.add_row("all", f"{flops / 1e12:.3f}", f"{moved / 1e9:.2f}", f"{p.resources['gpu'] * 1e3:.2f}", f"at {rates}")
+    return table
+
+
+def _side_table(p: Prediction) -> Table:
+    frames = p.config.train.batch_size * p.config.sampler.views
+    chosen = p.decode[f"{p.options.format}, {decoder_of(p.options)}"]
+    node_read = p.machine["node_read"]
+    how = {
+        "gpu": "the table above",
+        "decode": f"{frames} frames at {chosen:,.0f} a second by {decoder_name(p)}",
+        "storage": f"{p.resources['storage'] * node_read / 1e6:.1f} MB a node at {node_read / 1e9:.1f} GB/s",
+        "link": f"to the GPU at {p.machine['host_link'] / 1e9:.1f} GB/s",
+    }
+    table = _table("What runs side by side: the slowest sets the pace", "resource", "ms a step", "how")
+    for name, seconds in p.resources.items():
+        table.add_row(name, f"{seconds * 1e3:.2f}", how[name])
+    for name, (takes, waits) in p.communication.items():
+        table.add_row(f"communication: {name}", f"{takes * 1e3:.2f}", f"{waits * 1e3:.2f} ms of it hidden by nothing")
+    return table
+
+
+def _decode_table(p: Prediction) -> Table:
+    table = _table("Decoding", "format, decoder", "frames/s", "times what the GPUs could take")
+    for name, rate in p.decode.items():
+        table.add_row(name, f"{rate:,.0f}", f"{rate / p.frames_needed:.2f}")
+    return table
+
+
+def _memory_table(p: Prediction) -> Table:
+    table = _table("Memory and storage", "where", "GB", "of")
+    for name, size in p.gpu_memory.items():
+        table.add_row(f"GPU: {name}", f"{size / 1e9:.2f}", "")
+    table.add_row(
+        "GPU: all",
+        f"{p.gpu_bytes / 1e9:.2f}",
+        f"{p.machine['memory'] / 1e9:.0f}" + ("" if p.fits else ": DOES NOT FIT"),
+    )
+    host = sum(p.host_memory.values())
+    table.add_row("host of a node, beside the page cache", f"{host / 1e9:.1f}", f"{p.machine['node_memory'] / 1e9:.0f}")
+    table.add_row("store", f"{p.store_bytes / 1e9:,.0f}", f"{p.machine['node_storage'] / 1e9:,.0f} on a node")
+    return table
+
+
+def _total_table(p: Prediction) -> Table:
+    c, o = p.config, p.options
+    table = _table("The whole schedule", "what", "value", "how")
+    per_epoch = o.clips // c.train.batch_size
+    table.add_row(
+        "steps", f"{p.steps:,}", f"{c.schedule.epochs:g} epochs x {o.clips:,} // {c.train.batch_size} = {per_epoch}"
+    )
+    table.add_row("step", _ms(p.step_seconds), f"{p.clips_per_second:,.0f} clips/s")
+    table.add_row("hours", f"{p.hours:.2f}", f"{p.hours * o.gpus:.1f} GPU hours")
+    watts = p.machine["node_power"] * p.machine["power_share"] / p.machine["node_gpus"]
+    table.add_row("kWh", f"{p.kwh:.1f}", f"{watts:.0f} W a GPU with its share of the node")
+    table.add_row("MFU", f"{p.mfu:.1%}", f"of {p.machine['bf16'] / 1e12:.0f} TFLOP/s a GPU")
+    return table
+
+
+def as_json(p: Prediction, advice: tuple[Change, Prediction] | None) -> dict[str, Any]:
+    """The same numbers in SI units."""
+    result: dict[str, Any] = {
+        "kind": "prediction",
+        "options": asdict(p.options),
+        "parts": [asdict(part) for part in p.parts],
+        "communication": {name: {"takes": t, "exposed": e} for name, (t, e) in p.communication.items()},
+        "resources": p.resources,
+        "decode_frames_per_s": p.decode,
+        "gpu_memory": p.gpu_memory,
+        "gpu_bytes": p.gpu_bytes,
+        "fits": p.fits,
+        "host_memory": p.host_memory,
+        "store_bytes": p.store_bytes,
+        "steps": p.steps,
+        "step_seconds": p.step_seconds,
+        "hours": p.hours,
+        "kwh": p.kwh,
+        "mfu": p.mfu,
+        "bottleneck": p.bottleneck,
+        "advice": None,
+    }
+    if advice:
+        change, after = advice
+        told = {"what": change.what, "cost": change.cost, "flags": change.flags}
+        result["advice"] = told | {k: v for k, v in as_json(after, None).items() if k in _TOLD}
+    return result
+
+
+_TOLD = ("step_seconds", "hours", "kwh", "gpu_bytes", "bottleneck")
+
+
+def report_dry_run(config: Config) -> int:
+    """``vito-fast train CONFIG --dry-run``: the step of one of the ranks that the launcher's environment names."""
+    dry = dry_run(config, world=environment_number("WORLD_SIZE", 1, least=1))
+    show_dry_run(dry, _console())
+    return 1 if dry.problems else 0
+
+
+def _console() -> Console:
+    """As wide as the terminal, or as a page where there is none."""
+    return Console(width=None if Console().is_terminal else 118, highlight=False)
+
+
+def show_dry_run(dry: DryRun, console: Console) -> None:
+    """Prints what a dry run counted, and what would go wrong."""
+    table = _table(
+        f"One CUDA step, run dry: {dry.clips} clips on one of {dry.world} GPUs", "phase", "TFLOP", "GB moved", "ops"
+    )
+    for phase in dict.fromkeys(op.phase for op in dry.ops):
+        flops, moved = dry.total(phase)
+        calls = sum(n for op, n in dry.ops.items() if op.phase == phase)
+        table.add_row(phase, f"{flops / 1e12:.3f}", f"{moved / 1e9:.2f}", str(calls))
+    console.print(table)
+    memory = _table(f"Memory at its peak, in the {dry.peak_phase} phase", "owner", "GB alive", "GB saved for backward")
+    for owner, size in dry.peak.items():
+        memory.add_row(owner, f"{size / 1e9:.3f}", f"{dry.saved.get(owner, 0) / 1e9:.3f}")
+    memory.add_row("all", f"{dry.peak_bytes / 1e9:.3f}", f"{sum(dry.saved.values()) / 1e9:.3f}")
+    console.print(memory)
+    for problem in dry.problems:
+        console.print(f"PROBLEM: {problem}", markup=False)
+    if not dry.problems:
+        console.print("no device mismatch, no wait for the host, no graph break")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

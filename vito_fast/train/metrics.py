@@ -1,0 +1,224 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal.
+
+metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit,
+except those of ``TIMINGS``, which are about this machine and this moment.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vito_fast.config import Config, to_mapping
+from vito_fast.errors import UserError
+from vito_fast.files import named, whole
+from vito_fast.plan.hardware import arithmetic_peak
+from vito_fast.train.distributed import World
+
+TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
+"""pairs_per_s: clips a second over all ranks since the last row. mfu: model flops utilisation, the share of the GPUs'
+peak arithmetic that the method's own needs; null unless the peak is known. data_wait: share of the time in which the
+main process waited for data, 0 to 1 (a GPU may still have been busy with earlier steps). seconds: since the process
+began training. peak_memory: bytes, of the GPU, or resident in main memory without one. decode_failures: samples
+replaced because they could not be decoded, since the process began."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file; a torn last line (a killed writer) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RowFile:
+    """A JSON-lines file of rows with a ``step`` that continues exactly after ``step`` steps: later rows are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        self.path = path
+        with whole(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.rows.append(row)
+        with named(self.path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Brings the rows to the disk: before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Recorder:
+    """Writes rows to metrics.jsonl and TensorBoard, evaluations to evaluations.jsonl, and both to Weights & Biases if
+    ``train.wandb`` names a project; from the main process alone. UserError if wandb is asked for and not installed.
+    """
+
+    def __init__(self, run: Path, step: int, config: Config) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics = RowFile(run / "metrics.jsonl", step)
+        self.evaluations = RowFile(run / "evaluations.jsonl", step)
+        self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb: Any = _wandb_run(run, config) if config.train.wandb else None
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One logged step."""
+        self.metrics.append(row)
+        self._scalars("train", row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One evaluation."""
+        self.evaluations.append(row)
+        self._scalars("evaluation", row)
+
+    def _scalars(self, group: str, row: dict[str, Any]) -> None:
+        scalars = {f"{group}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(scalars, step=row["step"])
+
+    def sync(self) -> None:
+        self.metrics.sync()
+        self.evaluations.sync()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.evaluations.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(run: Path, config: Config) -> Any:
+    """A run of Weights & Biases with this one's name, or that run again."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(f"train.wandb is {config.train.wandb!r}, and wandb is missing: pip install wandb") from None
+    options = {"dir": str(run), "config": to_mapping(config), "resume": "allow"}
+    return wandb.init(project=config.train.wandb, name=config.name, id=config.name, **options)
+
+
+def pairs_at_peak(config: Config, world: World) -> float | None:
+    """Clips a second over all ranks at which the GPUs' peak arithmetic would be used up (MFU 1), or None if unknown.
+
+    Counts the step's flops once (``dryrun.model_flops``); costs nothing without a GPU that the table knows.
+    """
+    if world.device.type != "cuda":
+        return None
+    peak = arithmetic_peak(torch.cuda.get_device_name(world.device), config.train.dtype)
+    if peak is None:
+        return None
+    from vito_fast.plan.dryrun import model_flops
+
+    clips = config.train.batch_size // world.size
+    flops = model_flops(config, clips, world.size)
+    return peak * world.size * clips / flops if flops else None
+
+
+class Clock:
+    """Rate and waiting time between rows. ``at_peak``: the rate that is an MFU of 1 (``pairs_at_peak``)."""
+
+    def __init__(self, device: torch.device, at_peak: float | None = None) -> None:
+        self.device, self.at_peak = device, at_peak
+        self.began = self.last = time.perf_counter()
+        self.waited = 0.0
+        self.pairs = self.all_pairs = 0
+        self.training = 0.0
+
+    def count(self, pairs: int, waited: float) -> None:
+        """Adds one step of ``pairs`` clips over all ranks, ``waited`` seconds of it for data."""
+        self.pairs += pairs
+        self.waited += waited
+
+    def timings(self, decode_failures: int) -> dict[str, Any]:
+        """The values of TIMINGS since the last call."""
+        now = time.perf_counter()
+        span, self.last = now - self.last, now
+        self.training += span
+        self.all_pairs += self.pairs
+        result = {
+            "pairs_per_s": round(self.pairs / span, 3),
+            "mfu": round(self.pairs / span / self.at_peak, 5) if self.at_peak else None,
+            "data_wait": round(self.waited / span, 5),
+            "seconds": round(now - self.began, 3),
+            "peak_memory": peak_memory(self.device),
+            "decode_failures": decode_failures,
+        }
+        self.pairs, self.waited = 0, 0.0
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (an evaluation) counts neither as training nor as waiting."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps still under way belong to the time before
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
+
+    @property
+    def rate(self) -> float:
+        """Clips a second over all logged steps of this process."""
+        return self.all_pairs / self.training if self.training else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory of this process so far in bytes: allocated on the GPU, or resident without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; a line now and then elsewhere. Silent unless ``show``."""
+
+    def __init__(self, total: int, start: int, show: bool) -> None:
+        self.total, self.show = total, show
+        self.live = show and sys.stderr.isatty()
+        self.next_line = start
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            note = TextColumn("{task.fields[note]}")
+            self.bar = Bar("[bold]{task.description}", *counts, "left", TimeRemainingColumn(), note, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("pretraining", total=total, completed=start, note="")
+
+    def update(self, step: int, row: dict[str, Any] | None) -> None:
+        """After each step; ``row`` where one was logged."""
+        note = f"loss {row['loss']:.3f}  {row['pairs_per_s']:.0f} pairs/s  wait {row['data_wait']:.0%}" if row else None
+        if self.live:
+            self.bar.update(self.task, completed=step)
+            if note:
+                self.bar.update(self.task, note=note)
+        elif self.show and note and step >= self.next_line:
+            print(f"step {step}/{self.total}  {note}", flush=True)
+            self.next_line = step + max(1, self.total // 10)
+
+    def close(self) -> None:
+        if self.live:
+            self.bar.stop()
