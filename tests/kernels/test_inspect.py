@@ -17,7 +17,8 @@ from vito_kernels._core.lazy_triton import Spec, jit, use_triton
 from vito_kernels.contrastive import forward as lse
 from vito_kernels.contrastive import tile_configs as _tiles
 from vito_kernels.contrastive import two_sided
-from vito_kernels.inspect import inspect, sass
+from vito_kernels.inspect import compiled as inspect
+from vito_kernels.inspect import sass
 
 if TYPE_CHECKING:
     import triton.language as tl
