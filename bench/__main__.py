@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
-STOPPED = 130  # by Ctrl-C, as shells say it
-RACES = 820, 125  # seconds, of the full and the quick set: what is left of them is for cases in doubt, once more ...
-MOST_PASSES = 5  # ... and once more
+STOPPED = 130  # exit status of a shell's command after Ctrl-C
+# glibc moves these thresholds as a process runs, and with them the time of all that allocates a few MiB.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> int:
@@ -38,10 +33,7 @@ def main() -> int:
     parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     parser.add_argument(
-        "--rounds", type=positive, metavar="N", help="exactly so many rounds a case and pass, instead of a time budget"
-    )
-    parser.add_argument(
-        "--passes", type=positive, metavar="N", help="runs over the cases, merged (bench/passes.py): 2 on a CPU"
+        "--rounds", type=positive, metavar="N", help="exactly N rounds a case, instead of a time budget"
     )
     parser.add_argument(
         "--results", type=Path, help="default: bench/results/MACHINE.json (-quick), of a selection in build/bench"
@@ -58,8 +50,7 @@ def main() -> int:
 
     from bench import report, static
     from bench.harness import partial
-    from bench.machine import Others, machine
-    from bench.passes import caveats
+    from bench.machine import machine
 
     kind = "-counted" if options.counted else "-quick" if options.quick else ""
     name = machine(options.device)["name"] + kind
@@ -72,13 +63,11 @@ def main() -> int:
             return 2
     if selected and not options.results:
         print(f"a selection of the cases: results go to {os.path.relpath(results)}")
-    running, others = partial(results), Others()
+    running = partial(results)
+    running.unlink(missing_ok=True)
     try:
-        status = _run(options, running)
-        if not options.counted and running.exists():
-            running.write_text(
-                json.dumps(json.loads(running.read_text()) | {"others": round(others.cores(), 2)}) + "\n"
-            )
+        command = [sys.executable, "-m", "pytest", *_suites(options), *_arguments(options, running)]
+        status = _wait(subprocess.Popen(command, env=os.environ | ALLOCATOR))
         if options.static and status in OVER and running.exists():
             static.add(running)
     except KeyboardInterrupt:
@@ -90,8 +79,6 @@ def main() -> int:
         print(f"stopped; results so far: {os.path.relpath(running)}", file=sys.stderr)
         return status
     running.replace(results)
-    for line in caveats(json.loads(results.read_text())):
-        print(line)
     print(f"results: {os.path.relpath(results)}")
     if not options.counted:
         report.write(results, page)
@@ -121,42 +108,6 @@ def unwritable(path: Path) -> str | None:
     return None
 
 
-def _run(options: argparse.Namespace, results: Path) -> int:
-    """All passes, into one file; the exit status of the first that did not end well. One that is stopped leaves those
-    before it.
-    """
-    from bench.passes import doubtful, merge
-
-    passes = options.passes or (1 if options.counted or options.device == "cuda" else 2)
-    start, found, statuses = time.monotonic(), list[dict[str, Any]](), list[int]()
-    results.unlink(missing_ok=True)
-
-    def run(target: Path, *more: str, tests: Sequence[str] = ()) -> bool:
-        command = [sys.executable, "-m", "pytest", *(tests or _suites(options)), *_arguments(options, target), *more]
-        statuses.append(_wait(subprocess.Popen(command)))
-        if statuses[-1] not in OVER or not target.exists():
-            return False
-        found.append(json.loads(target.read_text()))
-        if target != results:
-            results.write_text(json.dumps(merge(found), indent=1) + "\n")
-        return True
-
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(passes):
-            print(f"pass {number + 1} of {passes}", flush=True)
-            if not (run(Path(folder) / f"{number}.json", "--later-pass") if number else run(results)):
-                break
-        while 1 < passes <= len(found) < MOST_PASSES:
-            if not (cases := doubtful(found, RACES[options.quick] - (time.monotonic() - start))):
-                break
-            print(f"once more, as passes differ or were disturbed: {' '.join(cases)}", flush=True)
-            tests = [record["test"] for record in found[0]["cases"] if record["id"] in cases]
-            only = ["--later-pass", "--only", ",".join(cases)]
-            if not run(Path(folder) / f"{len(found)}.json", *only, tests=tests):
-                break
-    return next((status for status in statuses if status), 0)
-
-
 def _wait(process: subprocess.Popen[bytes]) -> int:
     """The exit status of a process that Ctrl-C reaches as it does this one, and that saves its cases before it ends."""
     stopped = False
@@ -173,7 +124,7 @@ def _suites(options: argparse.Namespace) -> list[str]:
 
 
 def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
-    """What pytest is called with besides the tests."""
+    """The arguments of pytest besides the tests."""
     found = [
         "-q",
         "-s",

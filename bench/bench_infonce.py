@@ -95,7 +95,6 @@ def test_over_large_n(race: Any, device: torch.device, n: int) -> None:
         bound=1e-4 if q.dtype == torch.float32 else 2e-2,  # rounded logits and gradients, as the reference's
         work=work(n, n, 256, q.itemsize),
         budget=budget,
-        single=device.type == "cpu" and n > 16384,
     )
 
 

@@ -82,7 +82,6 @@ def test_samples(race: Any, index: Index, views: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.first_pass
 def test_open(race: Any, tmp_path: Path) -> None:
     """Opens an index of 1.2 million clips and asks for the last one, beside a bare read of the file."""
     clips, frames = 1_200_000, 8

@@ -1,6 +1,6 @@
 """The ``race`` fixture, and the results file written at the end of the session.
 
-Options: ``--device --quick --counted --cold --rounds --only --results --later-pass``.
+Options: ``--device --quick --counted --cold --rounds --only --results``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import torch
 
 from bench import machine as machines
 from bench.clock import CudaClock, wall_clock
-from bench.cores import Cores
-from bench.harness import Budget, Candidate, Race, timestamp
-from bench.memory import settle_malloc
-from bench.passes import skipped
+from bench.harness import Budget, Candidate, Race, skipped, timestamp
 
 SCHEMA = 1
-QUICK = Budget(seconds=1.0, fewest=5, most=30)  # of one pass
-FULL = Budget(seconds=1.5, fewest=4, most=30)
+QUICK = Budget(seconds=2.0, fewest=7, most=40)
+FULL = Budget(seconds=3.0, fewest=7, most=60)
 CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % from one replay to the next
 
 
@@ -36,29 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     group.addoption("--rounds", type=int, help="exactly so many rounds a case, instead of a time budget")
     group.addoption("--only", metavar="ID,ID", help="race the cases of these ids alone")
-    group.addoption(
-        "--later-pass",
-        action="store_true",
-        help="not the first (bench/passes.py): nothing is compared or counted again",
-    )
     group.addoption("--results", metavar="FILE", help="write the results as JSON to FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out of the quick set")
-    config.addinivalue_line("markers", "first_pass: takes long to set up, and is left out of later passes")
     config.addinivalue_line("markers", "benchmark: group and timer, for pytest-benchmark")
     config.addinivalue_line("markers", "cpu_only: what is measured does not depend on a GPU")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    timed = config.getoption("--device") == "cpu" and not config.getoption("--counted")
-    config.stash[CORES] = Cores(patience=10.0 if config.getoption("--quick") else 40.0) if timed else None
     config.stash[RECORDS] = []
     config.stash[STARTED] = time.perf_counter()
 
 
-CORES = pytest.StashKey[Cores | None]()
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 STARTED = pytest.StashKey[float]()
 
@@ -69,8 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         full = config.getoption("--quick") and item.get_closest_marker("full")
         other = config.getoption("--device") == "cuda" and item.get_closest_marker("cpu_only")
-        again = config.getoption("--later-pass") and item.get_closest_marker("first_pass")
-        (dropped if full or other or again else kept).append(item)
+        (dropped if full or other else kept).append(item)
         item.add_marker(pytest.mark.benchmark(group=item.path.stem.removeprefix("bench_"), timer=clock))
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
@@ -99,19 +86,12 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
 
     def run(case: str, params: dict[str, Any], candidates: Sequence[Candidate], **options: Any) -> dict[str, Any]:
         start = time.perf_counter()
-        settle_malloc()
         cuda = config.getoption("--device") == "cuda"
         options.setdefault("budget", CUDA if cuda else QUICK if config.getoption("--quick") else FULL)
         if rounds := config.getoption("--rounds"):
             options["budget"] = Budget(seconds=0, fewest=rounds, most=rounds)
         options.setdefault("device", config.getoption("--device"))
-        options |= {"cold": config.getoption("--cold"), "cores": config.stash[CORES]}
-        if cores := options["cores"]:
-            cores.start_race()
-        later = config.getoption("--later-pass")
-        contest = Race(case, params, candidates, later=later, **options)
-        if later and contest.single:
-            pytest.skip("raced in the first pass alone")
+        contest = Race(case, params, candidates, cold=config.getoption("--cold"), **options)
         only = _asked_for(config)
         if only is not None and contest.id not in only:
             pytest.skip("not asked for")
@@ -132,10 +112,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             if benchmark is not None:
                 benchmark.has_error = True  # keeps its times out of --benchmark-json
             raise
-        if not later:
-            contest.count_cost()
+        contest.count_cost()
         record = {"suite": request.path.stem.removeprefix("bench_"), "test": request.node.nodeid} | contest.record()
-        record["single"] |= request.node.get_closest_marker("first_pass") is not None
         record["seconds"] = round(time.perf_counter() - start, 1)
         if benchmark is not None:
             benchmark.extra_info.update({name: record[name] for name in ("id", "vs", "rates", "candidates")})
@@ -192,7 +170,6 @@ def _save(config: pytest.Config) -> None:
         "counted": config.getoption("--counted"),
         "only": _asked_for(config),
         "seconds": round(time.perf_counter() - config.stash[STARTED], 1),
-        "waited": round(cores.waited, 1) if (cores := config.stash[CORES]) else 0.0,
         "threads": torch.get_num_threads(),
         "machine": machines.machine(config.getoption("--device")),
         "versions": machines.versions(),

@@ -1,26 +1,21 @@
-"""A race: the same work done by us, the reference, the peers and the machine's own limit, in interleaved rounds.
+"""A race: ours, the reference, the peers and the limit of the machine do the same work in interleaved rounds.
 
-Order of events, in one process and on the same inputs:
+1. Every candidate runs once. Its values and gradients are compared with a float64 truth. A wrong candidate gets no
+   time, and a wrong result of ours ends the race as a test failure.
+2. A warm-up finds how many rounds the time budget allows.
+3. The rounds run ``A B C A B C ...``, so that a busy neighbor slows all candidates alike. A speedup is the median over
+   the rounds of the ratio *within* a round. The last result of ours is compared with the truth again.
+4. Peak memory and flops are counted in a call of their own.
 
-1. every candidate runs once and its result (values and gradients) is compared with a float64 truth; who fails gets no
-time, and when it is ours the race ends as a test failure;
-2. warm-up, which also finds how many rounds the time budget allows;
-3. rounds ``A B C A B C ...``: a neighbour that slows the machine for a while slows all candidates alike. The ratio of
-two candidates is the :func:`centre` over the rounds of the ratio *within* a round. Samples at whose begin or end the
-cores were not ours alone or did not share a cache (:mod:`bench.cores`) are taken again for a while, and left out where
-there are others. The result of our last sample is compared as well: right once and wrong afterwards is wrong;
-4. peak memory and flops, counted in a run of their own.
-
-The record of a race is a plain dict, described in ``docs/benchmarks.md``; ``bench/conftest.py`` hands it to
-pytest-benchmark.
+The record of a race is a plain dict (``docs/benchmarks.md``). ``bench/conftest.py`` hands it to pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,19 +25,17 @@ import torch
 from torch import Tensor
 
 from bench.clock import ColdCache, CudaClock, graphed, wall_clock
-from bench.cores import Cores
 from bench.memory import cost
 
 Role = Literal["ours", "reference", "peer", "context", "limit"]
 Result = Sequence[Tensor]
 
-SHORT = 1e-2  # seconds: samples of calls below this are made of several calls
-GRAPHED = 2e-2  # seconds: on CUDA, calls below this are replayed as a graph, free of what Python takes to launch them
-SLOW = 0.5  # seconds: candidates that anchor no figure of ours and whose samples take longer have few rounds ...
-FAR_BEHIND = 4  # ... as do those that take so many times as long as the best peer
+SHORT = 1e-2  # seconds: a sample of a shorter call repeats it
+GRAPHED = 2e-2  # seconds: on CUDA a shorter call is replayed as a graph, which removes the launch time of Python
+SLOW = 0.5  # seconds: a slower call is warmed up once, and a peer behind the best one then has few rounds ...
+FAR_BEHIND = 4  # ... as has a peer that takes this many times as long as the best one
 FEW_ROUNDS = 2  # or as many as fit the budget of the others
-SANE = 0.5  # the relative error at which a reference is no reference any more; bfloat16 gives some 0.2
-UNDISTURBED = 3  # samples that outweigh any number of others; cores are waited for until there are twice as many
+MAX_REFERENCE_ERROR = 0.5  # relative; bfloat16 gives some 0.2
 
 
 @dataclass
@@ -98,19 +91,17 @@ class _Runner:
     estimate: float = 0.0
     eager: float | None = None
     sample: Callable[[], object] | None = None
-    times: dict[int, float] = field(default_factory=dict)
-    undisturbed: set[int] = field(default_factory=set)
+    times: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     flops: int | None = None
 
-    def record(self, turns: Sequence[int]) -> dict[str, Any]:
-        """With the times of these rounds."""
+    def record(self) -> dict[str, Any]:
         row: dict[str, Any] = {"name": self.candidate.name, "role": self.candidate.role, "status": self.status}
         row |= {"reason": self.reason or self.candidate.note}
         if self.error is not None:
             row |= {"error": self.error, "error_bound": self.bound}
-        if turns:
-            ordered = sorted(self.times[turn] for turn in turns)
+        if self.times:
+            ordered = sorted(self.times)
             row |= {"median_s": statistics.median(ordered), "low_s": ordered[0], "spread": spread(ordered)}
             row |= {"rounds": len(ordered), "repeats": self.repeats}
             row |= {"eager_s": self.eager} if self.eager else {}
@@ -123,17 +114,6 @@ def spread(ordered: Sequence[float]) -> float:
     """Interquartile range over the median, from sorted samples."""
     count = len(ordered)
     return (ordered[(3 * count) // 4] - ordered[count // 4]) / ordered[count // 2] if count > 1 else 0.0
-
-
-def centre(ratios: Sequence[float]) -> float:
-    """The Hodges-Lehmann estimate on the logarithms: the median over all pairs of the pair's geometric mean.
-
-    As robust as need be (three samples in ten may be anything), and it wastes few samples. Over 44 ratios in 4
-    processes on two cores with busy neighbours, two runs of 9 rounds differed by 8.1 % (root mean square); by 9.2 %
-    with the ratio of the medians, 10.5 % of the lower quartiles, 11.8 % of the minima. With 16 rounds it was 5.9 %, and
-    little less with more; with the cores together it is 3 to 5 %.
-    """
-    return statistics.median(math.sqrt(a * b) for i, a in enumerate(ratios) for b in ratios[i:])
 
 
 def relative_error(got: Result, truth: Result) -> float:
@@ -155,15 +135,22 @@ def relative_error(got: Result, truth: Result) -> float:
 
 
 class Race:
-    """Runs one case; see the module. ``agree`` replaces :func:`relative_error`, ``bound`` the rule on the reference's
-    error.
+    """Runs one case; see the module.
 
-    Without ``bound`` a candidate may err twice as much as the reference computed in the precision of the inputs does,
-    and never needs to be closer than 1e-5 (what float32 sums of other order differ by). With ``once`` a call goes on
-    from where the one before it ended, as steps of a training do: only the first is compared. ``single`` says that a
-    call takes many seconds: memory is counted in the call that is compared, which slows it; the time is that of one
-    more, and the first pass alone races it. In a ``later`` pass each candidate runs before it races, and is compared
-    with nothing again.
+    Args:
+        case: its name.
+        params: its parameters, which complete its id.
+        candidates: exactly one of them has the role ``ours``.
+        truth: the float64 result.
+        work: what the task demands.
+        agree: replaces :func:`relative_error`.
+        bound: the largest error allowed. Without it a candidate may err twice as much as the reference, computed in the
+            precision of the inputs, and at least 1e-5, which float32 sums in another order differ by.
+        device: where the candidates run.
+        budget: how long to race.
+        cold: on CUDA, empty the L2 cache before each sample.
+        memory: whether to count peak memory and flops.
+        once: a call continues the one before it, as a training step does, so that only the first is compared.
     """
 
     def __init__(
@@ -181,9 +168,6 @@ class Race:
         cold: bool = False,
         memory: bool = True,
         once: bool = False,
-        single: bool = False,
-        later: bool = False,
-        cores: Cores | None = None,
     ) -> None:
         roles = [candidate.role for candidate in candidates]
         if roles.count("ours") != 1:
@@ -194,29 +178,27 @@ class Race:
         self.device, self.budget, self.cold = torch.device(device), budget or Budget(), cold
         self._agree, self._bound, self._truth, self._memory = agree, bound, truth, memory
         self._once, self._exact, self._last = once, list[Tensor](), list[Tensor]()
-        self.single, self._later = single, later
         self._runners = [_Runner(candidate) for candidate in candidates]
         self.ours = next(runner for runner in self._runners if runner.candidate.role == "ours")
         self.clock = CudaClock() if self.device.type == "cuda" else wall_clock
         self._flush = ColdCache(self.device) if cold and self.device.type == "cuda" else None
-        self._cores = cores
         self._round = 0
         self.rounds = 0
 
     @property
     def id(self) -> str:
-        """``case[name=value,...]``: the same in every run, what the gate and the tables look a case up by."""
+        """``case[name=value,...]``, the key of the case in the gate and in the tables."""
         return f"{self.case}[{','.join(f'{name}={value}' for name, value in self.params.items())}]"
 
     def check(self) -> None:
         """Step 1. Raises AssertionError when our own result is wrong, before anything is timed."""
-        self._exact = [] if self._later else [tensor.detach() for tensor in self._truth()]
+        self._exact = [tensor.detach() for tensor in self._truth()]
         if not all(bool(tensor.isfinite().all()) for tensor in self._exact):
             raise AssertionError(f"{self.id}: the float64 truth is not finite, so it says nothing")
         order = sorted(self._runners, key=lambda runner: runner.candidate.role != "reference")
         bound = self._bound
         gc.collect()
-        gc.freeze()  # a collection goes through half a million objects of imports otherwise: 0.2 s for each candidate
+        gc.freeze()  # else each collection scans all imported objects, 0.2 s a candidate
         for runner in order:
             self._check_one(runner, bound)
             if runner.candidate.role == "reference" and bound is None:
@@ -229,7 +211,7 @@ class Race:
 
     def check_last(self) -> None:
         """After step 3: our last sample was as right as the first call. Raises as :meth:`check` does."""
-        if not (self._once or self._later):
+        if not self._once:
             self._judge(self.ours, self._last, self._exact, self.ours.bound)
             self._refuse(self.ours)
         self._last.clear()
@@ -248,8 +230,6 @@ class Race:
             if candidate.compiles:
                 candidate.call()
             result = self._first_call(runner)
-            if self._later:
-                return
             if candidate.truth is not None:
                 self._judge(runner, result, candidate.truth(), bound)
             elif candidate.role not in ("limit", "context"):
@@ -260,20 +240,16 @@ class Race:
             runner.status, runner.reason = "failed", one_line(error)
 
     def _first_call(self, runner: _Runner) -> Result:
-        call, results = runner.candidate.call, list[Result]()
+        call = runner.candidate.call
         assert call is not None
         start = self.clock()
-        if self.single and self._memory and runner.candidate.role != "limit":
-            counted = cost(lambda: results.append(call()), self.device, warm=False)
-            runner.peak_bytes, runner.flops = counted.peak_bytes, counted.flops
-        else:
-            results.append(call())
+        result = call()
         runner.estimate = self.clock() - start
-        return results[0]
+        return result
 
     def _judge(self, runner: _Runner, result: Result, truth: Result, bound: float | None) -> None:
         runner.error = self._agree(result, truth)
-        runner.bound = SANE if bound is None else bound  # without one, it is the reference itself, which sets it
+        runner.bound = MAX_REFERENCE_ERROR if bound is None else bound  # no bound yet: this is the reference
         if not runner.error <= runner.bound:
             runner.status = "wrong"
             runner.reason = f"differs from the float64 truth by {runner.error:.2g}, allowed {runner.bound:.2g}"
@@ -285,7 +261,7 @@ class Race:
             assert call is not None
             if self.device.type == "cuda":  # the check compiled
                 runner.estimate = self._timed(call)
-            if self.single or runner.estimate > self.budget.seconds:  # too long to warm up: the check was one
+            if runner.estimate > self.budget.seconds:  # the check was its warm-up
                 runner.sample = call
                 continue
             estimate = min(self._timed(call) for _ in range(1 if runner.estimate > SLOW else 2))
@@ -297,8 +273,7 @@ class Race:
                 runner.sample = _repeated(call, runner.repeats)
             runner.estimate = estimate if estimate > SLOW else self._timed(runner.sample) / runner.repeats
         total = sum(runner.estimate * runner.repeats for runner in self._racing() if not self._slow(runner))
-        rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
-        self.rounds = 1 if self.single else rounds
+        self.rounds = int(min(max(self.budget.seconds / max(total, 1e-9), self.budget.fewest), self.budget.most))
 
     def _make_graph(self, runner: _Runner) -> None:
         """First of one call, to see how long it takes the device; then of as many as make a sample."""
@@ -313,11 +288,11 @@ class Race:
             runner.reason = f"not captured as a graph: {str(error).splitlines()[0][:120]}"
 
     def _slow(self, runner: _Runner) -> bool:
-        """Whether it would take away the rounds of those that our figures rest on: reference, best peer, limit."""
+        """Whether it would use up the rounds of the reference, the best peer and the limit."""
         if runner.candidate.role not in ("peer", "context"):
             return False
         peers = [other.estimate for other in self._racing() if other.candidate.role == "peer"]
-        behind, sample = runner.estimate / min(peers, default=math.inf), runner.estimate * runner.repeats
+        behind, sample = runner.estimate / min(peers, default=float("inf")), runner.estimate * runner.repeats
         return sample > (SLOW if behind < FAR_BEHIND else 4 * SHORT) and behind > 1
 
     def _few(self, runner: _Runner) -> int:
@@ -356,24 +331,14 @@ class Race:
         self._round += 1
 
     def _sample(self, runner: _Runner) -> None:
-        """One that was disturbed is taken again while there is patience and few are not."""
         assert runner.sample is not None
         keep = self._last if runner is self.ours else None
-        cores, patient = self._cores, len(runner.undisturbed) < 2 * UNDISTURBED and not self.single
-        while True:
-            before = cores is None or (cores.gather() if patient else cores.undisturbed())
-            seconds = self._timed(runner.sample, keep)
-            runner.times[self._round] = seconds / runner.repeats
-            if before and (cores is None or cores.undisturbed()):
-                runner.undisturbed.add(self._round)
-                return
-            if cores is None or not patient or not cores.bear(seconds):
-                return
+        runner.times.append(self._timed(runner.sample, keep) / runner.repeats)
 
     def count_cost(self) -> None:
         """Step 4: peak memory and flops of each candidate that has a time, but for the limit."""
         for runner in self._racing():
-            if not self._memory or runner.candidate.role == "limit" or runner.peak_bytes is not None:
+            if not self._memory or runner.candidate.role == "limit":
                 continue
             assert runner.candidate.call is not None
             counted = cost(runner.candidate.call, self.device)
@@ -396,23 +361,14 @@ class Race:
         self.count_cost()
         return self.record()
 
-    def _turns(self, runner: _Runner) -> tuple[list[int], bool]:
-        """The rounds that count for it, and whether they were undisturbed for it and us: those, if there are some."""
-        turns = sorted(runner.undisturbed & self.ours.undisturbed)
-        enough = len(turns) >= min(UNDISTURBED, len(runner.times))
-        return (turns if enough else list(runner.times)), enough
-
     def record(self) -> dict[str, Any]:
         """The case as it goes into the results file."""
         rows = []
         for runner in self._runners:
-            turns, undisturbed = self._turns(runner)
-            row = runner.record(turns)
-            if turns:
-                row["undisturbed"] = undisturbed
-            if turns and runner is not self.ours:
-                ratios = sorted(runner.times[turn] / self.ours.times[turn] for turn in turns)
-                row |= {"speedup": centre(ratios), "speedup_spread": spread(ratios)}
+            row = runner.record()
+            if runner.times and runner is not self.ours:  # a slow peer raced in the first rounds alone
+                ratios = sorted(theirs / ours for theirs, ours in zip(runner.times, self.ours.times, strict=False))
+                row |= {"speedup": statistics.median(ratios), "speedup_spread": spread(ratios)}
             rows.append(row)
         seconds = next(row for row in rows if row["role"] == "ours").get("median_s", float("inf"))
         work = asdict(self.work)
@@ -423,7 +379,6 @@ class Race:
             "device": self.device.type,
             "rounds": self._round,
             "cold": self._flush is not None,
-            "single": self.single,
             "work": work,
             "rates": rates(work, seconds),
             "vs": summary(rows),
@@ -486,6 +441,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         best = min(peers, key=lambda row: row["speedup"])
         found |= {"best_peer": best["speedup"], "best_peer_name": best["name"]}
     return found
+
+
+def skipped(cases: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every candidate without a time: name, reason, and in how many cases."""
+    rows = [row for record in cases for row in record["candidates"] if row["status"] != "ok"]
+    found = Counter((row["name"], f"{row['status']}: {row['reason']}") for row in rows)
+    return [{"name": name, "reason": reason, "cases": str(count)} for (name, reason), count in sorted(found.items())]
 
 
 def partial(results: Path) -> Path:

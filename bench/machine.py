@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +63,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     name = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     os_name = f"{platform.system()} {platform.machine()}"
     return {"name": name, "cpu": cpu, "cores": cores, "memory_gib": _memory_gib(), "os": os_name, "gpu": gpu}
-
-
-class Others:
-    """How many of our processors other processes keep busy, on average from now on; 0 where no Linux tells."""
-
-    def __init__(self) -> None:
-        self._start, self._before = time.monotonic(), self._taken()
-
-    def cores(self) -> float:
-        return max(0.0, self._taken() - self._before) / (time.monotonic() - self._start)
-
-    def _taken(self) -> float:
-        """Seconds of these processors, less those of this process and of its children that ended."""
-        stat = Path("/proc/stat")
-        ours = [f"cpu{number}" for number in os.sched_getaffinity(0)]
-        lines = [line.split() for line in (stat.read_text().splitlines() if stat.exists() else [])]
-        busy = [int(ticks) for name, *columns in lines if name in ours for ticks in columns[:3]]  # user, nice, system
-        return sum(busy) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.passes import caveats, disagreement
 from bench.plots import Axis, Series, chart
 from bench.tables import ours_of, versus
 from bench.text import bytes_text, count_text, seconds_text, significant
@@ -88,17 +87,9 @@ def _machine(results: Record) -> str:
         f"{results['threads']} threads{quick}</p>"
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
         "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
-        "figures are medians, ± is half the interquartile range, ratios are centres of the ratio within a round. "
-        f"<em>ours ×2</em> means that vito-fast is twice as fast.{_trust(results)}</p>"
+        "figures are medians, ± is half the interquartile range, ratios are medians of the ratio within a round. "
+        f"<em>ours ×2</em> means that vito-fast is twice as fast.</p>"
     )
-
-
-def _trust(results: Record) -> str:
-    """How well the ratios are likely to repeat."""
-    text, factor = "", disagreement(results["cases"])
-    if factor is not None:
-        text = f" Each ratio is the median of its passes', which differed by {factor - 1:.1%} (rms)."
-    return " ".join([text, *caveats(results)])
 
 
 def _section(name: str, title: str, note: str, body: str) -> str:
@@ -179,9 +170,7 @@ def _case(record: Record) -> str:
 
 
 def _ratio(row: Record) -> str:
-    if "speedup" not in row:
-        return ""
-    return f"ours ×{significant(row['speedup'])}{'' if row.get('undisturbed', True) else ' ≈'}"
+    return f"ours ×{significant(row['speedup'])}" if "speedup" in row else ""
 
 
 def _rates(record: Record) -> str:

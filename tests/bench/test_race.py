@@ -41,14 +41,14 @@ def bench(tmp_path, monkeypatch):
     """``bench(status, cases, *arguments)``: ``python -m bench`` whose pytest ends so; (exit status, results file)."""
 
     def run(status, cases, *arguments):
-        def instead_of_pytest(given):
+        def instead_of_pytest(given, env):
             target = Path(given[given.index("--results") + 1])
             if cases:
                 target.write_text(json.dumps({"cases": cases}))
             return Ended(status)
 
         monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
-        options = ["--no-static", "--passes", "1", "--results", str(results)]
+        options = ["--no-static", "--results", str(results)]
         monkeypatch.setattr(sys, "argv", ["bench", *options, *arguments])
         return command.main(), results
 
@@ -88,7 +88,7 @@ def test_ctrl_c_waits_for_the_cases_and_says_where_they_are(bench, capsys, monke
 @pytest.mark.parametrize("option", ["--results", "--report"])
 @pytest.mark.parametrize("place", ["/proc/x.json", ".", "here.json/x", "/dev/null"])
 def test_what_cannot_be_written_is_said_before_the_races(bench, capsys, monkeypatch, tmp_path, option, place):
-    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("raced"))
+    monkeypatch.setattr(command, "_wait", lambda *_: pytest.fail("raced"))
     status, results = bench(0, NEW, option, str(tmp_path / place))
     assert status == 2
     assert json.loads(results.read_text()) == OLD
@@ -96,12 +96,11 @@ def test_what_cannot_be_written_is_said_before_the_races(bench, capsys, monkeypa
     assert line.startswith(f"cannot write {tmp_path / place}: ")
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--passes"])
 @pytest.mark.parametrize("value", ["0", "-1", "1.5"])
-def test_rounds_and_passes_are_at_least_one(bench, capsys, option, value):
+def test_rounds_are_at_least_one(bench, capsys, value):
     with pytest.raises(SystemExit, match="2"):
-        bench(0, NEW, f"{option}={value}")
-    assert f"argument {option}: '{value}' is not a whole number of at least 1" in capsys.readouterr().err
+        bench(0, NEW, f"--rounds={value}")
+    assert f"argument --rounds: '{value}' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -115,14 +114,14 @@ def test_a_run_without_cases_fails_and_writes_nothing(bench, capsys, end):
 
 @pytest.mark.parametrize("selection", [[], ["-k", "a"], ["--suite", "a"], ["--only", "a[b=1]"]], ids=str)
 def test_a_selection_leaves_the_machine_s_file_alone(tmp_path, monkeypatch, capsys, selection):
-    def instead_of_pytest(given):
+    def instead_of_pytest(given, env):
         Path(given[given.index("--results") + 1]).write_text(json.dumps({"cases": NEW}))
         return Ended(0)
 
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(command, "_arguments", lambda options, results: ["--results", str(results)])
     monkeypatch.setattr(subprocess, "Popen", instead_of_pytest)
-    monkeypatch.setattr(sys, "argv", ["bench", "--no-static", "--passes", "1", *selection])
+    monkeypatch.setattr(sys, "argv", ["bench", "--no-static", *selection])
     monkeypatch.setattr(report, "write", lambda _, page: page.write_text("a page"))
     monkeypatch.chdir(tmp_path)
     assert command.main() == 0
