@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check clean
+.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -70,6 +70,12 @@ $(VENV)/.bench: $(VENV)/.installed
 # The tables of README.md and docs/ from the committed results; a test fails when they differ.
 readme-tables: setup
 	$(BIN)/python -m bench.tables
+
+# sdist and wheel in an isolated environment, as for a release.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf build dist *.egg-info

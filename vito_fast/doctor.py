@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+from vito_fast.errors import UserError
+
 
 def report() -> str:
     """Lines of ``name: finding``, then what training and packing here will use; the last line is the verdict."""
@@ -29,10 +31,7 @@ def report() -> str:
         ("DALI", _version(dali)),
         ("PyAV", _version(av) + _codecs(av)),
         *((name, _version(_module(name))) for name in ("torchvision", "timm", "tensorboard")),
-        (
-            "sampler",
-            _said(bool(_module("vito_fast._sampler")), "built", "not built: `pip install .` needs a C++ compiler"),
-        ),
+        ("sampler", _sampler()),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {finding}" for name, finding in facts]
@@ -63,6 +62,14 @@ def _module(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except Exception:  # a broken installation is a finding as well
         return None
+
+
+def _sampler() -> str:
+    try:
+        importlib.import_module("vito_fast.native")
+    except UserError as error:
+        return str(error)
+    return "built"
 
 
 def _version(module: ModuleType | None) -> str:

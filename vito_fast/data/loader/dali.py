@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vito_fast._sampler import resize_cubic
 from vito_fast.errors import UserError
+from vito_fast.native import sampler
 
 Source = Literal["jpeg", "frames", "video"]
 
@@ -172,7 +172,7 @@ class Geometry:
     def _resized(self, windows: Sequence[npt.NDArray[np.uint8]], mirror: npt.NDArray[np.bool_]) -> Tensor:
         squares = np.empty((len(windows), self.size, self.size, 3), np.uint8)
         for window, (vertically, horizontally), square in zip(windows, mirror.tolist(), squares, strict=True):
-            resize_cubic(window, (0, 0, *window.shape[:2]), vertically, horizontally, square)
+            sampler.resize_cubic(window, (0, 0, *window.shape[:2]), vertically, horizontally, square)
         return torch.from_numpy(squares)
 
 

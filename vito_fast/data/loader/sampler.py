@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast import _sampler
 from vito_fast.data.store.index import Index, exact_array
+from vito_fast.native import sampler as _sampler
 
 MAX_VIEWS = 4
 

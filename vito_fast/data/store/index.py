@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast import _sampler
 from vito_fast.files import whole
+from vito_fast.native import sampler as _sampler
 
 KEY = 1
 """Packet flag: decoding can start here."""
