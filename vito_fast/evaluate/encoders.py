@@ -280,7 +280,7 @@ def with_stride(backbone: nn.Module, stride: int, *, dilate: bool, stages: int =
         if dilate and isinstance(layer, nn.Conv2d) and layer.kernel_size[0] > 1:
             layer.dilation = (lost, lost)
             if type(layer) is nn.Conv2d:
-                layer.padding = tuple(lost * (k // 2) for k in layer.kernel_size)  # type: ignore[assignment]
+                layer.padding = tuple(lost * (k // 2) for k in layer.kernel_size)
     _stop_after(changed, stages)
     with torch.no_grad(), frozen_mode(changed):
         features = changed(parameter.new_zeros(1, 3, side, side))
@@ -335,17 +335,15 @@ def _encoder(
     pools: nn.ModuleList | None = None,
     notes: tuple[str, ...] = (),
 ) -> Encoder:
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if architecture.startswith("timm:"):
-        config = backbone.body.default_cfg  # type: ignore[union-attr]
-        mean, std = config["mean"], config["std"]
+    body: Any = getattr(backbone, "body", None)  # timm's network, which knows its own normalization
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if body is None else (body.default_cfg["mean"], body.default_cfg["std"])
     sha = weights_digest(backbone, architecture, mean, std)
     if pools is not None:
         sha = hashlib.sha256(f"{sha} {weights_digest(pools, 'pools', mean, std)}".encode()).hexdigest()
         pools = pools.eval().requires_grad_(False).to(device)
     backbone = backbone.eval().requires_grad_(False).to(device)
     record = Encoded(name, source, architecture, sha, init, step, notes)
-    return Encoder(backbone, record, device, tuple(mean), tuple(std), pools)  # type: ignore[arg-type]
+    return Encoder(backbone, record, device, tuple(mean), tuple(std), pools)
 
 
 def _is_checkpoint(path: Path) -> bool:
