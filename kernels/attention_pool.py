@@ -33,7 +33,7 @@ LOGITS_BLOCK = 1024  # logits of a row are reread from cache in chunks of at mos
 
 
 @jit
-def pool_forward(
+def attention_pool_fwd_kernel(
     features, logits, pooled, weights,
     L, C, split_rows, stride_b, stride_l, stride_c, pooled_split,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
@@ -53,7 +53,7 @@ def pool_forward(
     for start in range(0, L, LOGITS_BLOCK):
         l = start + tl.arange(0, LOGITS_BLOCK)
         total += tl.exp(tl.load(logits + l, mask=l < L, other=float("-inf")).to(tl.float32) - highest)
-    normaliser = tl.sum(total, 0)
+    normalizer = tl.sum(total, 0)
 
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = features + b * stride_b + c.to(tl.int64) * stride_c
@@ -63,7 +63,7 @@ def pool_forward(
     for start in range(first, last, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         x = tl.load(logits + l, mask=l < last, other=float("-inf")).to(tl.float32)
-        w = tl.exp(x - highest) / normaliser
+        w = tl.exp(x - highest) / normalizer
         if block == 0:
             tl.store(weights + b * L + l, w, mask=l < last)
         inside = (l < last)[:, None] & (c < C)[None, :]
@@ -73,7 +73,7 @@ def pool_forward(
 
 
 @jit
-def pool_backward(
+def attention_pool_bwd_kernel(
     features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
     L, C, stride_b, stride_l, stride_c, d_stride_b, d_stride_l, d_stride_c,
     HAS_G_WEIGHTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def launch_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     splits = -(-locations // split_rows)
     parts = features.new_empty((batch, channels) if splits == 1 else (splits, batch, channels), dtype=torch.float32)
     weights = features.new_empty((batch, locations), dtype=torch.float32)
-    pool_forward[(batch * channel_blocks, splits)](
+    attention_pool_fwd_kernel[(batch * channel_blocks, splits)](
         features, logits, parts, weights, locations, channels, split_rows, *features.stride(), batch * channels,
         BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     batch, locations, channels = features.shape
     d_features, d_logits = torch.empty_like(features), torch.empty_like(weights, dtype=dtype)
-    pool_backward[(batch * -(-locations // BLOCK_L),)](
+    attention_pool_bwd_kernel[(batch * -(-locations // BLOCK_L),)](
         features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
         locations, channels, *features.stride(), *d_features.stride(), HAS_G_WEIGHTS=g_weights is not None,
         BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,

@@ -19,7 +19,7 @@ class NTXentLoss(nn.Module):
     """Takes the place of lightly's ``NTXentLoss``: ``from vito_kernels.adapters.lightly import NTXentLoss``.
 
     SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``; 0, or 0 keys, for none. As
-    lightly's, the bank holds random unit vectors at first, takes the normalised ``out1`` in place of its oldest keys
+    lightly's, the bank holds random unit vectors at first, takes the normalized ``out1`` in place of its oldest keys
     when ``out0`` requires grad, and leaves the keys that pass its end; it may stay on the CPU. With
     ``gather_distributed`` all ranks of the default process group are seen, whose batches must be equal, and under
     ``DistributedDataParallel`` gradients are those of the whole batch.
@@ -48,7 +48,7 @@ class NTXentLoss(nn.Module):
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """(B, dim) projections of two views, of any length: they are normalised here."""
+        """(B, dim) projections of two views, of any length: they are normalized here."""
         across = self.gather_distributed and dist.is_initialized() and dist.get_world_size() > 1
         if self.bank.numel():
             return self._against_bank(out0, out1, across)

@@ -1,4 +1,4 @@
-"""Batch norm in training, with the residual added and the rectifier applied in the pass that normalises.
+"""Batch norm in training, with the residual added and the rectifier applied in the pass that normalizes.
 
 z = (x - mean) / sqrt(var + eps) * weight + bias [+ residual]          mean, var (biased) of a channel over all rows
 y = max(z, 0), or z without ReLU                                       rows are B, or B * H * W
@@ -228,7 +228,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 part_of, merge_parts = past_dispatcher(part_op), past_dispatcher(merge_op)
-normalise, gradient_sums, input_gradient = (past_dispatcher(op) for op in (apply_op, sums_op, input_gradient_op))
+normalize, gradient_sums, input_gradient = (past_dispatcher(op) for op in (apply_op, sums_op, input_gradient_op))
 _statistics = past_dispatcher(statistics_op)
 
 

@@ -27,7 +27,7 @@ PARTS_BLOCK, CHANNELS_BLOCK = 64, 8  # a merge has its channels' parts in regist
 
 
 @jit
-def norm_statistics(
+def batch_norm_stats_kernel(
     x, parts, rows, C, part_count,
     UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -63,11 +63,11 @@ def norm_statistics(
 
 
 @jit
-def norm_merge(
+def batch_norm_merge_stats_kernel(
     parts, merged, mean, invstd, count, running_mean, running_var, momentum, eps, C, part_count,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All parts of BLOCK_C channels to one (``merged``), or to what normalises, with the running statistics moved."""
+    """All parts of BLOCK_C channels to one (``merged``), or to what normalizes, with the running statistics moved."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     inside = (p < part_count)[:, None] & (c < C)[None, :]
@@ -98,7 +98,7 @@ def norm_merge(
 
 
 @jit
-def norm_apply(
+def batch_norm_fwd_kernel(
     x, residual, y, weight, bias, mean, invstd, rows, C,
     RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -110,14 +110,14 @@ def norm_apply(
     c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = (program // channel_blocks) * UNROLL * BLOCK_R
     scale = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
-    centre = tl.load(mean + c, mask=c < C, other=0.0)
+    center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     for i in tl.static_range(UNROLL):
         r = start + i * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (r < rows)[:, None] & (c < C)[None, :]
         at = r.to(tl.int64)[:, None] * C + c[None, :]
         z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        z = (z - centre[None, :]) * scale[None, :] + shift[None, :]
+        z = (z - center[None, :]) * scale[None, :] + shift[None, :]
         if residual is not None:
             z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         if RELU:
@@ -126,7 +126,7 @@ def norm_apply(
 
 
 @jit
-def norm_sums(
+def batch_norm_sums_kernel(
     grad, x, y, masked, weight, bias, mean, invstd, parts, rows, C, part_count,
     RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def norm_sums(
     part = tl.program_id(0) // channel_blocks
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
-    centre = tl.load(mean + c, mask=c < C, other=0.0)
+    center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -147,7 +147,7 @@ def norm_sums(
             inside = (r < rows)[:, None] & (c < C)[None, :]
             at = r.to(tl.int64)[:, None] * C + c[None, :]
             g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
+            v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center[None, :]
             if y is not None:
                 z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
                 g = tl.where(z <= 0, 0.0, g)
@@ -163,7 +163,7 @@ def norm_sums(
 
 
 @jit
-def norm_merge_sums(
+def batch_norm_merge_sums_kernel(
     parts, sums, d_weight, d_bias, invstd, C, part_count,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def norm_merge_sums(
 
 
 @jit
-def norm_input_gradient(
+def batch_norm_bwd_kernel(
     grad, x, dx, weight, bias, mean, invstd, count, sums, rows, C,
     RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def norm_input_gradient(
     start = (program // channel_blocks) * UNROLL * BLOCK_R
     inverse = tl.load(invstd + c, mask=c < C, other=0.0)
     scale = inverse * tl.load(weight + c, mask=c < C, other=0.0)
-    centre = tl.load(mean + c, mask=c < C, other=0.0)
+    center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     total = tl.load(count)
     level = tl.load(sums + c, mask=c < C, other=0.0) / total
@@ -202,7 +202,7 @@ def norm_input_gradient(
         inside = (r < rows)[:, None] & (c < C)[None, :]
         at = r.to(tl.int64)[:, None] * C + c[None, :]
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center[None, :]
         if RELU:
             z = (v * scale[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
             g = tl.where(z <= 0, 0.0, g)
@@ -232,7 +232,7 @@ def launch_parts(x: Tensor) -> Tensor:
     rows, channel_blocks, spans, constants = _tile(x, REDUCING if arch() >= 90 else 4)  # 8 warps spill there
     part_count = min(max(1, PROGRAMS // channel_blocks), spans)
     parts = x.new_empty((part_count, 2 * x.shape[1] + 1), dtype=torch.float32)
-    norm_statistics[(part_count * channel_blocks,)](x, parts, rows, x.shape[1], part_count, **constants)
+    batch_norm_stats_kernel[(part_count * channel_blocks,)](x, parts, rows, x.shape[1], part_count, **constants)
     return parts
 
 
@@ -242,7 +242,7 @@ def launch_merge(
 ) -> None:  # fmt: skip
     """To ``merged`` (1, 2 C + 1), or to ``finished``: mean (C), 1 / deviation (C) and count (1)."""
     part_count, channels = len(parts), parts.shape[1] // 2
-    norm_merge[(-(-channels // CHANNELS_BLOCK),)](
+    batch_norm_merge_stats_kernel[(-(-channels // CHANNELS_BLOCK),)](
         parts, merged, *finished, *running, momentum, eps, channels, part_count, **_merge_tile(part_count)
     )  # fmt: skip
 
@@ -252,7 +252,7 @@ def launch_apply(
 ) -> Tensor:
     rows, channel_blocks, spans, constants = _tile(x, MAPPING)
     y = torch.empty_like(x)
-    norm_apply[(spans * channel_blocks,)](
+    batch_norm_fwd_kernel[(spans * channel_blocks,)](
         x, residual, y, weight, bias, mean, invstd, rows, x.shape[1], RELU=relu, **constants
     )  # fmt: skip
     return y
@@ -266,11 +266,11 @@ def launch_sums(
     part_count = min(max(1, PROGRAMS // channel_blocks), spans)
     parts = mean.new_empty((part_count, 2 * channels))
     masked = x.new_empty(0) if y is None else torch.empty_like(x)
-    norm_sums[(part_count * channel_blocks,)](
+    batch_norm_sums_kernel[(part_count * channel_blocks,)](
         grad, x, y, masked, weight, bias, mean, invstd, parts, rows, channels, part_count, RELU=relu, **constants
     )  # fmt: skip
     sums, d_weight, d_bias = mean.new_empty((2, channels)), torch.empty_like(weight), torch.empty_like(bias)
-    norm_merge_sums[(-(-channels // CHANNELS_BLOCK),)](
+    batch_norm_merge_sums_kernel[(-(-channels // CHANNELS_BLOCK),)](
         parts, sums, d_weight, d_bias, invstd, channels, part_count, **_merge_tile(part_count)
     )  # fmt: skip
     return sums, d_weight, d_bias, masked
@@ -282,7 +282,7 @@ def launch_input_gradient(
 ) -> Tensor:  # fmt: skip
     rows, channel_blocks, spans, constants = _tile(x, MAPPING)
     dx = torch.empty_like(x)
-    norm_input_gradient[(spans * channel_blocks,)](
+    batch_norm_bwd_kernel[(spans * channel_blocks,)](
         grad, x, dx, weight, bias, mean, invstd, count, sums, rows, x.shape[1], RELU=relu, **constants
     )  # fmt: skip
     return dx

@@ -1,4 +1,5 @@
-"""What every contrastive kernel does with its tiles, on the device: load rows in column chunks, multiply, hide pairs.
+"""What every contrastive kernel does with its tiles, on the device: load rows in column chunks, multiply, apply_mask
+pairs.
 
 D is cut into chunks of W columns and one narrower TAIL, as :mod:`vito_kernels.contrastive.tile_configs` lays them out.
 """
@@ -133,7 +134,7 @@ tl.constexpr, LAST: tl.constexpr):  # fmt: skip
 
 
 @jit
-def hide(
+def apply_mask(
     s,
     own,
     other,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import Spec, jit, on_device
-from vito_kernels.contrastive.cpu import Role
+from vito_kernels.contrastive.cpu import SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ ELEMENTS = 2048  # of a program: 16 for each of 128 threads
 
 
 @jit
-def _merge_kernel(
-    lse2, rest, mean, whole, lost, merged, M, splits, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr
+def merge_splits_kernel(
+    lse2, lse_residual, mean, whole, lost, merged, M, splits, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, MEAN:
+    tl.constexpr
 ):  # fmt: skip
-    """One lse2, rest and mean out of those over disjoint sets of keys; formulas of ``tiled.merge_splits``."""
+    """One lse2, lse_residual and mean out of those over disjoint sets of keys; formulas of ``cpu.merge_splits``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
@@ -40,7 +41,7 @@ def _merge_kernel(
     for s in range(splits):
         part = tl.cast(s, tl.int64) * M + row
         own = tl.load(lse2 + part, mask=row < M, other=-float("inf"))
-        share = tl.exp2(own - top + tl.load(rest + part, mask=row < M, other=0.0))
+        share = tl.exp2(own - top + tl.load(lse_residual + part, mask=row < M, other=0.0))
         total += share
         if MEAN:
             acc += share[:, None] * tl.load(mean + part[:, None] * D + column[None], mask=inside, other=0.0)
@@ -54,7 +55,9 @@ def _merge_kernel(
 
 
 @jit
-def _settle_kernel(sums, scale, lse2, rest, trusted, M, splits, HEADROOM: tl.constexpr, ROWS: tl.constexpr):
+def finalize_lse_kernel(
+    sums, scale, lse2, lse_residual, trusted, M, splits, HEADROOM: tl.constexpr, ROWS: tl.constexpr
+):
     """The log of sums of 2^(s - shift) in two parts, and whether it is to be trusted."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float32)
@@ -64,28 +67,28 @@ def _settle_kernel(sums, scale, lse2, rest, trusted, M, splits, HEADROOM: tl.con
     log_total = tl.log2(total)
     whole = log_total + shift
     tl.store(lse2 + row, whole, mask=row < M)
-    tl.store(rest + row, tl.where(total == 0.0, 0.0, shift - whole + log_total), mask=row < M)
+    tl.store(lse_residual + row, tl.where(total == 0.0, 0.0, shift - whole + log_total), mask=row < M)
     safe = (total > 2.0**-64) & (total < 2.0**120)
     tl.store(trusted + row, safe.to(tl.int8), mask=row < M)
 
 
 @jit
-def _role_kernel(gradient, lse2, rest, top, weight, M, ROWS: tl.constexpr):
+def softmax_grad_kernel(gradient, lse2, lse_residual, top, weight, M, ROWS: tl.constexpr):
     """What a softmax brings to a gradient; a row that sees nothing (lse = -inf) has no share in it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = tl.load(lse2 + row, mask=row < M, other=0.0)
     g = tl.load(gradient + row, mask=row < M, other=0.0) * 1.4426950408889634
-    g *= tl.exp2(-tl.load(rest + row, mask=row < M, other=0.0))
+    g *= tl.exp2(-tl.load(lse_residual + row, mask=row < M, other=0.0))
     tl.store(top + row, tl.where(own == -float("inf"), 0.0, own), mask=row < M)
     tl.store(weight + row, tl.where(own == -float("inf"), 0.0, g), mask=row < M)
 
 
 @jit
-def _logits_kernel(
+def positive_logits_kernel(
     q, k, positive, scale, out, M, N, D, q_stride, k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    LISTED: tl.constexpr, PAIRS: tl.constexpr, TWINS: tl.constexpr,
+    LISTED: tl.constexpr, PAIRS: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key. TWINS: j is i with its
+    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key. ADJACENT: j is i with its
     last bit turned.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -94,7 +97,7 @@ def _logits_kernel(
     own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(scale) * 1.4426950408889634
     for p in range(PAIRS):
-        key = (row ^ TWINS).to(tl.int64) + diagonal
+        key = (row ^ ADJACENT).to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
         known = (key >= 0) & (key < N)
@@ -105,13 +108,13 @@ def _logits_kernel(
 
 
 @jit
-def _pull_kernel(
+def grad_epilogue_kernel(
     base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, k_stride, other_stride, diagonal,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BY_KEY: tl.constexpr, TWINS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
+    BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
-    with ``other``. Of TWINS each is the other's key as well as its query.
+    with ``other``. Of ADJACENT each is the other's key as well as its query.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -122,13 +125,13 @@ def _pull_kernel(
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
     if PAIRS > 0:  # a loop of no turns is compiled all the same, and has no pairs to load
         for p in range(PAIRS):
-            key = (row ^ TWINS).to(tl.int64) + diagonal
+            key = (row ^ ADJACENT).to(tl.int64) + diagonal
             if LISTED:
                 key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
             known = (row < M) & (key >= 0) & (key < N)
             pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
             share = tl.load(pair_weight + pair, mask=known, other=0.0)
-            if TWINS:
+            if ADJACENT:
                 share += tl.load(pair_weight + key, mask=known, other=0.0)
             keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
             acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
@@ -149,45 +152,46 @@ def rows_of_program(D: int) -> tuple[int, int]:
     return width, max(1, ELEMENTS // width)
 
 
-def merge_splits(lse2: Tensor, rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``tiled.merge_splits``: (S, M), (S, M) and (S, M, D) or (S, 0, D) -> (M,), (M,), (M, D) or (0, D)."""
+def merge_splits(lse2: Tensor, lse_residual: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``cpu.merge_splits``: (S, M), (S, M) and (S, M, D) or (S, 0, D) -> (M,), (M,), (M, D) or (0, D)."""
     splits, M = lse2.shape
     if splits == 1:
-        return lse2[0], rest[0], mean[0]
-    bring = mean.shape[1] > 0
-    width, rows = rows_of_program(mean.shape[2] if bring else 1)
+        return lse2[0], lse_residual[0], mean[0]
+    has_mean = mean.shape[1] > 0
+    width, rows = rows_of_program(mean.shape[2] if has_mean else 1)
     whole, lost, merged = lse2.new_empty(M), lse2.new_empty(M), mean.new_empty(mean.shape[1:])
     with on_device(lse2):
-        _merge_kernel[(cdiv(M, rows),)](
-            lse2, rest, mean, whole, lost, merged, M, splits, mean.shape[2], width, rows, bring
+        merge_splits_kernel[(cdiv(M, rows),)](
+            lse2, lse_residual, mean, whole, lost, merged, M, splits, mean.shape[2], width, rows, has_mean
         )
     return whole, lost, merged
 
 
-def settle(sums: Tensor, scale: Tensor, headroom: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2, rest, trusted), each (1, M), of partial sums (S, M) relative to the fixed shift of ``two_sided``."""
+def finalize_lse(sums: Tensor, scale: Tensor, headroom: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2, lse_residual, trusted), each (1, M), of partial sums (S, M) relative to the fixed shift of
+    ``two_sided``."""
     splits, M = sums.shape
-    lse2, rest = sums.new_empty(1, M), sums.new_empty(1, M)
+    lse2, lse_residual = sums.new_empty(1, M), sums.new_empty(1, M)
     trusted = torch.empty(1, M, dtype=torch.int8, device=sums.device)
     rows = 128
     with on_device(sums):
-        _settle_kernel[(cdiv(M, rows),)](sums, scale, lse2, rest, trusted, M, splits, headroom, rows)
-    return lse2, rest, trusted
+        finalize_lse_kernel[(cdiv(M, rows),)](sums, scale, lse2, lse_residual, trusted, M, splits, headroom, rows)
+    return lse2, lse_residual, trusted
 
 
-def role(lse2: Tensor, rest: Tensor, gradient: Tensor) -> Role:
+def role(lse2: Tensor, lse_residual: Tensor, gradient: Tensor) -> SoftmaxGrad:
     """The role of a softmax (M,) at whose log-sum-exp (in natural units of its lse2) ``gradient`` arrives."""
     top, weight, rows, gradient = torch.empty_like(lse2), torch.empty_like(lse2), 256, gradient.contiguous()
     with on_device(lse2):
-        _role_kernel[(cdiv(len(lse2), rows),)](gradient, lse2, rest, top, weight, len(lse2), rows)
-    return Role(top, weight, seen=True)
+        softmax_grad_kernel[(cdiv(len(lse2), rows),)](gradient, lse2, lse_residual, top, weight, len(lse2), rows)
+    return SoftmaxGrad(top, weight, seen=True)
 
 
 def positive_logits(
-    q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, twins: bool = False
+    q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, adjacent: bool = False
 ) -> Tensor:
     """scale log2(e) q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none;
-    with ``twins``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
+    with ``adjacent``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
     """
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
@@ -195,9 +199,9 @@ def positive_logits(
     width, rows = rows_of_program(D)
     if pairs:
         with on_device(q):
-            _logits_kernel[(cdiv(M, rows),)](
+            positive_logits_kernel[(cdiv(M, rows),)](
                 q, k, positive, scale, out, M, k.shape[0], D, q.stride(0), k.stride(0), diagonal or 0, width, rows,
-                positive is not None, pairs, int(twins),
+                positive is not None, pairs, int(adjacent),
             )  # fmt: skip
     return out
 
@@ -214,14 +218,14 @@ def pull(
     positive: Tensor | None = None,
     diagonal: int = 0,
     by_key: bool = False,
-    twins: bool = False,
+    adjacent: bool = False,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
     ``other`` (M, D), its product with that before the scale, summed: the gradient of the scale.
 
     The pairs of row i are the columns of ``positive`` (M, P), with ``pair_weight`` (M, P), or key i + ``diagonal``
-    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,), or with ``twins`` the other row of a pair,
+    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,), or with ``adjacent`` the other row of a pair,
     with the ``pair_weight`` (M, 1) of both. Without ``store`` the first, without ``other`` the second is empty.
     """
     M, D = base.shape
@@ -233,9 +237,9 @@ def pull(
     dots = base.new_empty(0 if other is None else M)
     strides = [0 if x is None else x.stride(0) for x in (k, other)]
     with on_device(base):
-        _pull_kernel[(cdiv(M, rows),)](
+        grad_epilogue_kernel[(cdiv(M, rows),)](
             base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
-            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, int(twins),
+            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, int(adjacent),
             other is not None, store,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
@@ -264,13 +268,13 @@ def specs() -> list[Spec]:
         positive_logits(q, q, matrix(), None, 0)
 
     def sums() -> None:
-        settle(matrix(8, rows), matrix(), 100.0)
+        finalize_lse(matrix(8, rows), matrix(), 100.0)
         role(matrix(rows), matrix(rows), matrix(rows))
 
     work = {"merge": (merge, 20.0 * rows * D), "gradient": (gradient, 10.0 * rows * D)}
     work |= {"gradient without pairs": (unpaired, 12.0 * rows * D)}
     work |= {"logits": (logits, 4.0 * rows * D), "sums": (sums, 64.0 * rows)}
     return [
-        Spec(f"rowwise {name} D={D}", launch, flops=0.0, min_bytes=least, tensor_cores=False)
+        Spec(f"epilogue {name} D={D}", launch, flops=0.0, min_bytes=least, tensor_cores=False)
         for name, (launch, least) in work.items()
     ]

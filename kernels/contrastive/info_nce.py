@@ -34,14 +34,12 @@ from vito_kernels._core.checks import (
     reduce,
     scale_tensor,
 )
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive import epilogue as rowwise
-from vito_kernels.contrastive import options
-from vito_kernels.contrastive.backward import pair_gradient, role_of
-from vito_kernels.contrastive.cpu import Exclusion
+from vito_kernels.contrastive import cpu, epilogue, options
+from vito_kernels.contrastive.backward import pair_gradient, softmax_grad
+from vito_kernels.contrastive.cpu import Mask
 from vito_kernels.contrastive.forward import launch_lse
-from vito_kernels.contrastive.softplus_loss import margin
-from vito_kernels.contrastive.tile_configs import in_tiles
+from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.tile_configs import runs_on_triton
 
 # ---- custom op
 
@@ -55,38 +53,48 @@ def contrast(
     k_group: Tensor | None,
     positive: Tensor | None,
     diagonal: int | None,
-    bring_mean: bool,
-    narrow: torch.dtype | None = None,
-    keep: bool = False,
+    compute_grad_q: bool,
+    matmul_dtype: torch.dtype | None = None,
+    cache_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(lse2 (M,) over the keys that a query may see, logits of its positives (M, P), mean (M, D) of the keys under the
-    softmax, what lse2 rounds away (M,), kept); lse2 and logits in units of log 2.
+    softmax, what lse2 rounds away (M,), logit_cache); lse2 and logits in units of log 2.
 
     Keys of the query's group, its positives, and key ``i + diagonal`` are not seen; the latter counts as its only
-    positive. ``mean`` is what the gradient of q needs: with ``bring_mean`` forward and backward together cost 4 M N D
-    flops. ``narrow`` is a dtype that holds the values of q and k exactly (see ``autocast``), for the tensor cores. With
-    ``keep`` the CPU path leaves tiles for the keys' gradient in the last output.
+    positive. ``mean`` is what the gradient of q needs: with ``compute_grad_q`` forward and backward together cost 4 M
+    N D
+    flops. ``matmul_dtype`` is a dtype that holds the values of q and k exactly (see ``autocast``), for the tensor
+    cores. With
+    ``cache_logits`` the CPU path leaves tiles for the keys' gradient in the last output.
     """
     if positive is not None and not positive.is_cuda:
         check_positive_range(positive, k.shape[0])
     check_finite(scale)
-    exclusion = Exclusion(q_group, k_group, positive, diagonal)
-    kept = tiled.room(q, k, scale, keep and not in_tiles(q))
-    if in_tiles(q):
-        lse2, rest, mean = launch_lse(narrowed(q, narrow), narrowed(k, narrow), scale, exclusion, bring_mean)
-        logits = rowwise.positive_logits(q, k, scale, positive, diagonal)
+    mask = Mask(q_group, k_group, positive, diagonal)
+    logit_cache = cpu.alloc_logit_cache(q, k, scale, cache_logits and not runs_on_triton(q))
+    if runs_on_triton(q):
+        lse2, lse_residual, mean = launch_lse(
+            to_matmul_dtype(q, matmul_dtype), to_matmul_dtype(k, matmul_dtype), scale, mask, compute_grad_q
+        )
+        logits = epilogue.positive_logits(q, k, scale, positive, diagonal)
     else:
         logits = scale.new_full((q.shape[0], _count(positive, diagonal)), math.nan)  # of a positive that is no key
-        lse2, rest, mean = tiled.forward(q, k, scale, exclusion, bring_mean, kept, logits)
-    return lse2, logits, mean, rest, kept
+        lse2, lse_residual, mean = cpu.forward(q, k, scale, mask, compute_grad_q, logit_cache, logits)
+    return lse2, logits, mean, lse_residual, logit_cache
 
 
 @contrast.register_fake
-def _(q, k, scale, q_group, k_group, positive, diagonal, bring_mean, narrow=None, keep=False):
+def _(q, k, scale, q_group, k_group, positive, diagonal, compute_grad_q, matmul_dtype=None, cache_logits=False):
     rows, width = q.shape
     new = lambda *shape: scale.new_empty(shape)  # noqa: E731
-    kept = tiled.room(q, k, scale, keep and not in_tiles(q))
-    return new(rows), new(rows, _count(positive, diagonal)), new(rows if bring_mean else 0, width), new(rows), kept
+    logit_cache = cpu.alloc_logit_cache(q, k, scale, cache_logits and not runs_on_triton(q))
+    return (
+        new(rows),
+        new(rows, _count(positive, diagonal)),
+        new(rows if compute_grad_q else 0, width),
+        new(rows),
+        logit_cache,
+    )
 
 
 @torch.library.custom_op("vito_kernels::contrast_backward", mutates_args=())
@@ -101,43 +109,43 @@ def contrast_backward(
     positive: Tensor | None,
     diagonal: int | None,
     lse2: Tensor,
-    rest: Tensor,
+    lse_residual: Tensor,
     mean: Tensor,
-    kept: Tensor,
+    logit_cache: Tensor,
     need_q: bool,
     need_k: bool,
     need_scale: bool,
-    narrow: torch.dtype | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale) of ``contrast``, each rounded once to its input's dtype; what is not needed comes back empty."""
     dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
     pairs: dict[str, Any] = {"pair_weight": g_positive, "positive": positive} if g_positive.shape[1] else {}
-    fused = in_tiles(q)
+    fused = runs_on_triton(q)
     if not pairs:  # lse itself was asked for, and anything may arrive at the -inf of a query that sees no key
         g_lse2 = g_lse2.masked_fill(lse2 == -math.inf, 0)
     if fused and (need_q or need_scale):
         own = pairs | {"k": k, "diagonal": diagonal or 0} if pairs else {}
         other = q if need_scale else None
-        dq, dscale = rowwise.pull(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **own)
+        dq, dscale = epilogue.pull(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **own)
     elif need_q or need_scale:
-        pull = mean * (g_lse2 * tiled.LOG2E)[:, None]
+        pull = mean * (g_lse2 * cpu.LOG2E)[:, None]
         for p, keys in enumerate(_positive_keys(q, k, positive, diagonal)):
             assert k is not None
-            pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None], value=tiled.LOG2E)
+            pull.addcmul_(k[keys].to(pull.dtype), g_positive[:, p, None], value=cpu.LOG2E)
         if need_scale:
             dscale = (pull * q).sum()
         if need_q:
             dq = pull.mul_(scale).to(q.dtype)
     if need_k and k is not None:
-        exclusion = Exclusion(q_group, k_group, positive, diagonal)
-        sides = narrowed(q, narrow), narrowed(k, narrow)
-        role = role_of(lse2, rest, g_lse2)
-        _, push = pair_gradient(*sides, scale, role, None, exclusion, need_x=False, need_y=True, kept=kept)
+        mask = Mask(q_group, k_group, positive, diagonal)
+        sides = to_matmul_dtype(q, matmul_dtype), to_matmul_dtype(k, matmul_dtype)
+        role = softmax_grad(lse2, lse_residual, g_lse2)
+        _, push = pair_gradient(*sides, scale, role, None, mask, need_x=False, need_y=True, logit_cache=logit_cache)
         if fused and positive is None:
             theirs = pairs | {"k": q, "diagonal": -(diagonal or 0), "by_key": True} if pairs else {}
-            return dq, rowwise.pull(push, scale, k.dtype, **theirs)[0], dscale
+            return dq, epilogue.pull(push, scale, k.dtype, **theirs)[0], dscale
         for p, keys in enumerate(_positive_keys(q, k, positive, diagonal)):
-            part = q.to(push.dtype) * (g_positive[:, p, None] * tiled.LOG2E)
+            part = q.to(push.dtype) * (g_positive[:, p, None] * cpu.LOG2E)
             if isinstance(keys, slice):
                 push[keys] += part
             elif push.is_cuda:
@@ -150,8 +158,9 @@ def contrast_backward(
 
 @contrast_backward.register_fake
 def _(
-    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, rest, mean, kept, need_q, need_k,
-    need_scale, narrow=None,
+    g_lse2, g_positive, q, k, scale, q_group, k_group, positive, diagonal, lse2, lse_residual, mean, logit_cache,
+    need_q, need_k,
+    need_scale, matmul_dtype=None,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape if need_q else 0),
@@ -174,21 +183,23 @@ def _positive_keys(q: Tensor, k: Tensor | None, positive: Tensor | None, diagona
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, scale, q_group, k_group, positive, ctx.diagonal, _, ctx.narrow, _ = inputs
-    lse2, _, mean, rest, kept = output
-    # Locked keys without positives are not kept: a queue may take new keys before the backward pass.
-    keep = k.requires_grad or positive is not None or ctx.diagonal is not None
-    ctx.save_for_backward(q, k if keep else None, scale, q_group, k_group, positive, lse2, rest, mean, kept)
+    q, k, scale, q_group, k_group, positive, ctx.diagonal, _, ctx.matmul_dtype, _ = inputs
+    lse2, _, mean, lse_residual, logit_cache = output
+    # Locked keys without positives are not saved: a queue may take new keys before the backward pass.
+    cache_logits = k.requires_grad or positive is not None or ctx.diagonal is not None
+    ctx.save_for_backward(
+        q, k if cache_logits else None, scale, q_group, k_group, positive, lse2, lse_residual, mean, logit_cache
+    )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this module: no gradient comes to them
-    *sets, positive, lse2, rest, mean, kept = ctx.saved_tensors
+    *sets, positive, lse2, lse_residual, mean, logit_cache = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2
     g_positive = lse2.new_zeros(lse2.shape[0], _count(positive, ctx.diagonal)) if g_positive is None else g_positive
-    hidden, sums = (positive, ctx.diagonal), (lse2, rest, mean, kept)
-    found = apply_contrast_backward(g_lse2, g_positive, *sets, *hidden, *sums, *needs, ctx.narrow)
+    hidden, sums = (positive, ctx.diagonal), (lse2, lse_residual, mean, logit_cache)
+    found = apply_contrast_backward(g_lse2, g_positive, *sets, *hidden, *sums, *needs, ctx.matmul_dtype)
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *(None,) * 7
 
 
@@ -211,12 +222,12 @@ def autocast(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
     return [x + (x.to(dtype) - x).detach() for x in wide], dtype
 
 
-def narrowed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def to_matmul_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x in ``dtype`` for the Triton kernels; the CPU path computes in float32 anyway."""
-    return x if dtype is None or not in_tiles(x) else x.to(dtype)
+    return x if dtype is None or not runs_on_triton(x) else x.to(dtype)
 
 
-def differentiable(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -247,7 +258,7 @@ def similarity_lse(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
-    return negatives_and_positives(q, k, scale, None, None, q_group, k_group)[0] / tiled.LOG2E
+    return lse_and_positives(q, k, scale, None, None, q_group, k_group)[0] / cpu.LOG2E
 
 
 def info_nce(
@@ -269,7 +280,7 @@ def info_nce(
     Equivalent, for one positive and no groups: ``cross_entropy(q @ k.T / temperature, positive)``. In this form the
     positive is not part of the sum, so the gradient does not cancel when its probability is close to one.
 
-    q (M, D), k (N, D): as for ``similarity_lse``; nothing is normalised here. ``positive`` (M,) or (M, P) holds key
+    q (M, D), k (N, D): as for ``similarity_lse``; nothing is normalized here. ``positive`` (M,) or (M, P) holds key
     indices, default ``arange(M)``; with P positives the loss of a query is the mean over them, each against the same
     negatives (on a GPU each logit is compared with P indices, which beyond some 8 costs more than its product). The
     negatives are the keys that are no positive of the query and, given groups, whose ``k_group``
@@ -277,7 +288,7 @@ def info_nce(
     grad.
 
     ``label_smoothing`` in [0, 1) is that of ``cross_entropy``, and needs one positive and no groups.
-    ``hard_negatives`` >= 0 weights each negative by ``exp(hard_negatives * logit)``, normalised to mean 1 (Robinson
+    ``hard_negatives`` >= 0 weights each negative by ``exp(hard_negatives * logit)``, normalized to mean 1 (Robinson
     et al., arXiv 2010.04592), at twice the cost; ``debias`` in [0, 1) is the share of the positive's class among the
     negatives, which is subtracted (Chuang et al., arXiv 2007.00224; for unit vectors). Both count the negatives as n
     of them, in a pass over 16 columns.
@@ -293,14 +304,16 @@ def info_nce(
     groups = (q_group, k_group)
     hard_negatives = float(hard_negatives)  # NumPy's would round the scales
     harder = scale * (1 + hard_negatives) if hard_negatives else scale
-    lse2, positives, rest = negatives_and_positives(q, k, harder, columns, 0, *groups, keep=not hard_negatives)
-    logits = positives / tiled.LOG2E
+    lse2, positives, lse_residual = lse_and_positives(
+        q, k, harder, columns, 0, *groups, cache_logits=not hard_negatives
+    )
+    logits = positives / cpu.LOG2E
     if hard_negatives or debias:
-        negatives = lse2 / tiled.LOG2E
+        negatives = lse2 / cpu.LOG2E
 
         def over_negatives(scale: float | Tensor, width: int = q.shape[1]) -> Tensor:
             sides = q[:, :width], k[:, :width]
-            return negatives_and_positives(*sides, scale, columns, 0, *groups, keep=False)[0] / tiled.LOG2E
+            return lse_and_positives(*sides, scale, columns, 0, *groups, cache_logits=False)[0] / cpu.LOG2E
 
         with torch.no_grad():  # at a scale of zero, the logarithm of how many keys are seen
             log_count = over_negatives(0.0, 16)
@@ -311,14 +324,14 @@ def info_nce(
         sums = options.debiased(negatives, logits, log_count, scale, debias) if debias else negatives[:, None]
         loss = softplus(sums - logits).mean(1)
     else:
-        loss = margin(lse2, rest, positives)
+        loss = softplus_loss(lse2, lse_residual, positives)
     if label_smoothing:
         (left, right), _ = autocast(q, k)
         loss = loss + label_smoothing * (logits[:, 0] - options.mean_logit(left, right, scale))
     return reduce(loss, reduction)
 
 
-def negatives_and_positives(
+def lse_and_positives(
     q: Tensor,
     k: Tensor,
     scale: float | Tensor,
@@ -326,18 +339,22 @@ def negatives_and_positives(
     diagonal: int | None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
-    keep: bool = True,
+    cache_logits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 over the negatives (M,), logits of the positives (M, P), rest of lse2 (M,)): what every loss here is made
-    of, by ``margin``.
+    """(lse2 over the negatives (M,), logits of the positives (M, P), lse_residual of lse2 (M,)): what every loss here
+    is made
+    of, by ``softplus_loss``.
 
     ``positive`` (M, P), or None where the positive of query i is key ``i + diagonal``: that layout needs no mask
-    elsewhere. Where both are None, no query has a positive. Without ``keep`` the CPU path leaves no tiles for the keys'
+    elsewhere. Where both are None, no query has a positive. Without ``cache_logits`` the CPU path leaves no tiles for
+    the keys'
     gradient: where passes add up.
     """
-    (q, k), narrow = autocast(q, k)
+    (q, k), matmul_dtype = autocast(q, k)
     scale = scale_tensor(scale, q)
     shift = None if positive is not None else diagonal
-    bring_mean, keep = differentiable(q, scale), keep and differentiable(k)
-    lse2, logits, _, rest, _ = apply_contrast(q, k, scale, q_group, k_group, positive, shift, bring_mean, narrow, keep)
-    return lse2, logits, rest
+    compute_grad_q, cache_logits = needs_grad(q, scale), cache_logits and needs_grad(k)
+    lse2, logits, _, lse_residual, _ = apply_contrast(
+        q, k, scale, q_group, k_group, positive, shift, compute_grad_q, matmul_dtype, cache_logits
+    )
+    return lse2, logits, lse_residual

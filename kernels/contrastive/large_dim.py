@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import interpreting, jit, on_device, processors
-from vito_kernels.contrastive.cpu import Exclusion, Role
-from vito_kernels.contrastive.device_functions import hide, product
+from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
+from vito_kernels.contrastive.device_functions import apply_mask, product
 from vito_kernels.contrastive.tile_configs import cdiv, columns_of, family
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ def _place(M, N, TILE: tl.constexpr):
 
 
 @jit
-def _weights_kernel(
+def large_dim_weights_kernel(
     x, y, scale, weights, row_sums, column_sums, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
     D, begin, end, first, last, x_stride, y_stride, w_stride, diagonal, TILE: tl.constexpr, DEPTH: tl.constexpr,
     RAGGED: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
-    X_ROLE: tl.constexpr, Y_ROLE: tl.constexpr, HEADROOM: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
+    X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, HEADROOM: tl.constexpr, STORE: tl.constexpr, COLUMNS:
+    tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weights of the rows ``begin .. end`` of x for the rows ``first .. last`` of y; without roles, their exponentials
@@ -74,14 +75,14 @@ def _weights_kernel(
             acc = product(tl.load(xs + d), tl.load(ys + d), acc, PRECISION)
     scale2 = tl.load(scale) * 1.4426950408889634
     s = acc * scale2
-    FLIPPED: tl.constexpr = X_ROLE or Y_ROLE
-    s = hide(s, own, other, M, last, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, FLIPPED)
-    if X_ROLE or Y_ROLE:
+    FLIPPED: tl.constexpr = X_SOFTMAX or Y_SOFTMAX
+    s = apply_mask(s, own, other, M, last, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, FLIPPED)
+    if X_SOFTMAX or Y_SOFTMAX:
         w = tl.zeros((TILE, TILE), tl.float32)
-        if X_ROLE:
+        if X_SOFTMAX:
             top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
             w += tl.exp2(s - top[:, None]) * tl.load(x_weight + own, mask=own < M, other=0.0)[:, None]
-        if Y_ROLE:
+        if Y_SOFTMAX:
             top = tl.load(y_lse2 + other, mask=other < N, other=0.0)
             w += tl.exp2(s - top[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
     else:
@@ -99,7 +100,7 @@ def _weights_kernel(
 
 
 @jit
-def _gather_kernel(
+def large_dim_weighted_sum_kernel(
     weights, y, out, M, N, D, begin, end, first, last, y_stride, w_stride, split_keys, TILE: tl.constexpr,
     DEPTH: tl.constexpr, STAGES: tl.constexpr, MORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +127,7 @@ def _gather_kernel(
 # ---- launchers
 
 
-def serves(kernel: str, D: int, dtype: torch.dtype) -> bool:
+def supports(kernel: str, D: int, dtype: torch.dtype) -> bool:
     """Whether a pass takes this way: "mean" or "lse" (the forward pass with and without the keys' mean), "gradient",
     "two_sided". Float32 does not, nor float16 whose P cannot hold the fixed shift.
     """
@@ -145,31 +146,31 @@ def _sizes() -> tuple[int, int, str]:
 
 
 def exponentials(
-    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion, headroom: float, *, gather: bool, columns: bool
+    x: Tensor, y: Tensor, scale: Tensor, mask: Mask, headroom: float, *, gather: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_sums (parts, M), column_sums (parts, N), out (M, D)) of the exponentials P relative to |scale| log2(e) -
     ``headroom``; without ``columns`` the second, without ``gather`` the third is empty. The queries are x.
     """
-    return _run(x, y, scale, exclusion, headroom, None, None, gather, columns)
+    return _run(x, y, scale, mask, headroom, None, None, gather, columns)
 
 
 def gradient(
-    x: Tensor, y: Tensor, scale: Tensor, x_role: Role | None, y_role: Role | None, hidden: Exclusion
+    x: Tensor, y: Tensor, scale: Tensor, x_softmax: SoftmaxGrad | None, y_softmax: SoftmaxGrad | None, mask: Mask
 ) -> Tensor:
     """``W @ y`` (M, D) of ``vito_kernels.contrastive.backward``. The queries are y."""
-    diagonal = None if hidden.diagonal is None else -hidden.diagonal
-    seen = Exclusion(hidden.k_group, hidden.q_group, hidden.positive, diagonal, hidden.width)
-    return _run(x, y, scale, seen, 0.0, x_role, y_role, True, False)[2]
+    diagonal = None if mask.diagonal is None else -mask.diagonal
+    seen = Mask(mask.k_group, mask.q_group, mask.positive, diagonal, mask.width)
+    return _run(x, y, scale, seen, 0.0, x_softmax, y_softmax, True, False)[2]
 
 
 def _run(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    seen: Exclusion,
+    seen: Mask,
     headroom: float,
-    x_role: Role | None,
-    y_role: Role | None,
+    x_softmax: SoftmaxGrad | None,
+    y_softmax: SoftmaxGrad | None,
     gather: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +182,7 @@ def _run(
     strip = min(keys, max(1, widest) * tile)
     splits = max(1, min(processors(x.device) // (cdiv(M, tile) * cdiv(D, tile)), strip // 1024))
     split_keys = cdiv(cdiv(strip, splits), depth) * depth
-    summed = not (x_role or y_role)
+    summed = not (x_softmax or y_softmax)
     row_sums = scale.new_empty(strip // tile if summed else 0, M)
     column_sums = scale.new_empty(cdiv(height, tile) if columns else 0, N)
     row_total = scale.new_zeros(1, M if summed and strip < N else 0)  # where it takes several strips
@@ -192,17 +193,19 @@ def _run(
         for begin, first in itertools.product(range(0, M, height), range(0, N, strip)):
             end, last = min(begin + height, M), min(first + strip, N)
             rows = cdiv(end - begin, tile)
-            _weights_kernel[(rows * cdiv(last - first, tile),)](
-                x, y, scale, weights, row_sums, column_sums, x_role and x_role.lse2, x_role and x_role.weight,
-                y_role and y_role.lse2, y_role and y_role.weight, seen.q_group, seen.k_group, seen.positive, M, N, D,
+            large_dim_weights_kernel[(rows * cdiv(last - first, tile),)](
+                x, y, scale, weights, row_sums, column_sums, x_softmax and x_softmax.lse2, x_softmax and
+                x_softmax.weight,
+                y_softmax and y_softmax.lse2, y_softmax and y_softmax.weight, seen.q_group, seen.k_group,
+                seen.positive, M, N, D,
                 begin, end, first, last, x.stride(0), y.stride(0), strip, seen.diagonal or 0, tile, depth,
                 D % depth > 0, STAGES, GROUPS=seen.q_group is not None, DIAGONAL=seen.blocks,
-                POSITIVES=columns_of(seen.positive), X_ROLE=x_role is not None, Y_ROLE=y_role is not None,
+                POSITIVES=columns_of(seen.positive), X_SOFTMAX=x_softmax is not None, Y_SOFTMAX=y_softmax is not None,
                 HEADROOM=headroom, STORE=gather, COLUMNS=columns, PRECISION=precision, num_warps=WARPS,
                 num_stages=STAGES,
             )  # fmt: skip
             if gather:
-                _gather_kernel[(rows * cdiv(D, tile), out.shape[0])](
+                large_dim_weighted_sum_kernel[(rows * cdiv(D, tile), out.shape[0])](
                     weights, y, out, M, N, D, begin, end, first, last, y.stride(0), strip, split_keys, tile, depth,
                     STAGES, MORE=first > 0, PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
                 )  # fmt: skip

@@ -1,7 +1,7 @@
 """The losses people know by name, on the primitives of ``info_nce`` and ``two_sided``: functions, then modules.
 
 All return float32, take float32, bfloat16, float16 or float64, never build the matrix of logits, and raise ValueError
-or TypeError that names what is wrong. Only NT-Xent and SupCon normalise their embeddings.
+or TypeError that names what is wrong. Only NT-Xent and SupCon normalize their embeddings.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vito_kernels._core.checks import (
     scale_tensor,
 )
 from vito_kernels.contrastive.cpu import LOG2E
-from vito_kernels.contrastive.info_nce import apply_contrast, autocast, differentiable, info_nce
+from vito_kernels.contrastive.info_nce import apply_contrast, autocast, info_nce, needs_grad
 from vito_kernels.contrastive.normalize import normalize
-from vito_kernels.contrastive.softplus_loss import margin
+from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.two_sided import apply_self, clip_loss, ntxent
 
 
@@ -34,19 +34,21 @@ def moco_loss(
     """MoCo: query i (M, D) finds its key k_i (M, D) among the keys of a queue (N, D). Keys and queue are locked.
 
     Equivalent: ``cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature, zeros(M))``.
-    Nothing is normalised here. float32, or (M,) with ``reduction="none"``; dtypes, errors and determinism as for
+    Nothing is normalized here. float32, or (M,) with ``reduction="none"``; dtypes, errors and determinism as for
     ``similarity_lse``, and ValueError where k or the queue requires grad.
     """
     check_paired(q, k, ("q", "k"))
     check_pair(q, queue, ("q", "queue"))
     check_locked("k", k)
     check_locked("queue", queue)
-    (q, k, queue), narrow = autocast(q, k, queue)
+    (q, k, queue), matmul_dtype = autocast(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
-    bring_mean, keep = differentiable(q, scale), False
-    lse2, _, _, rest, _ = apply_contrast(q, queue, scale, None, None, None, None, bring_mean, narrow, keep)
+    compute_grad_q, cache_logits = needs_grad(q, scale), False
+    lse2, _, _, lse_residual, _ = apply_contrast(
+        q, queue, scale, None, None, None, None, compute_grad_q, matmul_dtype, cache_logits
+    )
     positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
-    return reduce(margin(lse2, rest, positives), reduction)
+    return reduce(softplus_loss(lse2, lse_residual, positives), reduction)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
-    """SupCon (L_out): each row of z (M, D), normalised, against all others; its positives are the rows of its label
+    """SupCon (L_out): each row of z (M, D), normalized, against all others; its positives are the rows of its label
     (M,).
 
     Equivalent, with ``z = normalize(z)``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)`` and
@@ -73,20 +75,20 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
-    (z,), narrow = autocast(normalize(z))
+    (z,), matmul_dtype = autocast(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
     # A label goes by where it starts among the sorted ones, and has as many rows as lie before the next: no host sync.
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
-    keep = differentiable(z, scale)
-    lse2, positives, rest, _ = apply_self(z, scale, first, count, narrow, keep)
-    loss = torch.where(count > 0, (lse2 - positives[:, 0] + rest) / LOG2E, 0)
+    cache_logits = needs_grad(z, scale)
+    lse2, positives, lse_residual, _ = apply_self(z, scale, first, count, matmul_dtype, cache_logits)
+    loss = torch.where(count > 0, (lse2 - positives[:, 0] + lse_residual) / LOG2E, 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
 
 class InfoNCELoss(nn.Module):
-    """``info_nce`` with its options kept: the loss of VITO and MoCLR (groups: the same video is no negative), of
+    """``info_nce`` with its options: the loss of VITO and MoCLR (groups: the same video is no negative), of
     DetCon-B (positives (M, P) among the regions of both views), of any queries against any keys.
 
     ``forward(q (M, D), k (N, D), positive=None, q_group=None, k_group=None)``.
@@ -130,7 +132,7 @@ class InfoNCELoss(nn.Module):
 
 class MoCoLoss(nn.Module):
     """``moco_loss`` with its queue, a buffer (``queue_size``, ``width``) of unit vectors. In training mode
-    ``forward(q (M, width), k (M, width))`` puts the keys (already normalised, at most ``queue_size`` of them) in place
+    ``forward(q (M, width), k (M, width))`` puts the keys (already normalized, at most ``queue_size`` of them) in place
     of the oldest ones, after the loss.
     """
 

@@ -28,7 +28,7 @@ SHORTEST = 1e-12
 
 
 @jit
-def _normalize_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def normalize_fwd_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None]
     inside = (row < M) & (column < D)
@@ -38,7 +38,7 @@ def _normalize_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.co
 
 
 @jit
-def _normalize_gradient_kernel(
+def normalize_bwd_kernel(
     gradient, x, out, M, D, g_stride, x_stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -59,7 +59,7 @@ def launch_normalize(x: Tensor) -> Tensor:
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
     width, rows = rows_of_program(D)
     with on_device(x):
-        _normalize_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), SHORTEST, width, rows)
+        normalize_fwd_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), SHORTEST, width, rows)
     return out
 
 
@@ -68,7 +68,7 @@ def launch_normalize_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
     width, rows = rows_of_program(D)
     with on_device(x):
-        _normalize_gradient_kernel[(cdiv(M, rows),)](
+        normalize_bwd_kernel[(cdiv(M, rows),)](
             gradient, x, out, M, D, gradient.stride(0), x.stride(0), SHORTEST, width, rows
         )
     return out

@@ -2,7 +2,7 @@
 
     margin_i = mean over p of softplus(lse_i - logit_ip),     softplus(x) = log(1 + e^x)
 
-of log-sum-exps in two parts (``tiled.split_sum``) and logits in units of log 2, whose difference may be small,
+of log-sum-exps in two parts (``cpu.split_sum``) and logits in units of log 2, whose difference may be small,
 
 which is -log of the positive's share among itself and the negatives; in a loss of two sides it is the mean of that of
 the pair's row and that of its column. One kernel each way, in place of ten of PyTorch's that take longer than the
@@ -41,15 +41,16 @@ def _sigmoid(x):
 
 
 @jit
-def _margin_kernel(
-    lse2, rest, second, second_rest, logits, out, M, PAIRS: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr
+def softplus_loss_fwd_kernel(
+    lse2, lse_residual, second, second_residual, logits, out, M, PAIRS: tl.constexpr, SIDES: tl.constexpr, ROWS:
+    tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse2 + row, mask=row < M, other=0.0)
-    lost = tl.load(rest + row, mask=row < M, other=0.0)
+    lost = tl.load(lse_residual + row, mask=row < M, other=0.0)
     if SIDES == 2:
         other = tl.load(second + row, mask=row < M, other=0.0)
-        other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
+        other_lost = tl.load(second_residual + row, mask=row < M, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
     for p in range(PAIRS):
         logit = tl.load(logits + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0.0)
@@ -60,18 +61,19 @@ def _margin_kernel(
 
 
 @jit
-def _margin_gradient_kernel(
-    gradient, lse2, rest, second, second_rest, logits, g_lse2, g_second, g_logits, M, stride, PAIRS: tl.constexpr,
+def softplus_loss_bwd_kernel(
+    gradient, lse2, lse_residual, second, second_residual, logits, g_lse2, g_second, g_logits, M, stride, PAIRS:
+    tl.constexpr,
     SIDES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse2 + row, mask=row < M, other=0.0)
-    lost = tl.load(rest + row, mask=row < M, other=0.0)
+    lost = tl.load(lse_residual + row, mask=row < M, other=0.0)
     g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0) / (PAIRS * SIDES)
     total = tl.zeros((ROWS,), tl.float32)
     if SIDES == 2:
         other = tl.load(second + row, mask=row < M, other=0.0)
-        other_lost = tl.load(second_rest + row, mask=row < M, other=0.0)
+        other_lost = tl.load(second_residual + row, mask=row < M, other=0.0)
         other_total = total
     for p in range(PAIRS):
         place = row.to(tl.int64) * PAIRS + p
@@ -88,21 +90,23 @@ def _margin_gradient_kernel(
         tl.store(g_second + row, other_total * 0.6931471805599453, mask=row < M)
 
 
-Sides = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lse2 (M,) and its rest, of one side or of two
+Sides = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lse2 (M,) and its lse_residual, of one side or of two
 
 
-def launch_margin(sides: Sides, logits: Tensor) -> Tensor:
+def launch_softplus_loss(sides: Sides, logits: Tensor) -> Tensor:
     (rows, pairs), out = logits.shape, torch.empty_like(sides[0])
     with on_device(out):
-        _margin_kernel[(cdiv(rows, ROWS),)](*_dense(sides), logits.contiguous(), out, rows, pairs, _count(sides), ROWS)
+        softplus_loss_fwd_kernel[(cdiv(rows, ROWS),)](
+            *_dense(sides), logits.contiguous(), out, rows, pairs, _count(sides), ROWS
+        )
     return out
 
 
-def launch_margin_gradient(gradient: Tensor, sides: Sides, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_softplus_loss_bwd(gradient: Tensor, sides: Sides, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, (rows, pairs), count, lse2 = logits.contiguous(), logits.shape, _count(sides), sides[0]
     g_lse2, g_logits, g_second = torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(rows * (count - 1))
     with on_device(lse2):
-        _margin_gradient_kernel[(cdiv(rows, ROWS),)](
+        softplus_loss_bwd_kernel[(cdiv(rows, ROWS),)](
             gradient, *_dense(sides), logits, g_lse2, g_second, g_logits, rows, gradient.stride(0), pairs, count, ROWS
         )
     return g_lse2, g_logits, g_second
@@ -116,44 +120,51 @@ def _count(sides: Sides) -> int:
     return 1 if sides[2] is None else 2
 
 
-@torch.library.custom_op("vito_kernels::margin", mutates_args=())
-def margin_op(lse2: Tensor, rest: Tensor, second: Tensor | None, second_rest: Tensor | None, logits: Tensor) -> Tensor:
-    """See ``margin``."""
-    sides = lse2, rest, second, second_rest
+@torch.library.custom_op("vito_kernels::softplus_loss", mutates_args=())
+def softplus_loss_op(
+    lse2: Tensor, lse_residual: Tensor, second: Tensor | None, second_residual: Tensor | None, logits: Tensor
+) -> Tensor:
+    """See ``softplus_loss``."""
+    sides = lse2, lse_residual, second, second_residual
     if use_triton(lse2):
-        return launch_margin(sides, logits)
+        return launch_softplus_loss(sides, logits)
     return softplus(_over_logits(sides, logits)).mean((0, 2))
 
 
-@margin_op.register_fake
-def _(lse2, rest, second, second_rest, logits):
+@softplus_loss_op.register_fake
+def _(lse2, lse_residual, second, second_residual, logits):
     return torch.empty_like(lse2)
 
 
-@torch.library.custom_op("vito_kernels::margin_backward", mutates_args=())
-def margin_backward(
-    gradient: Tensor, lse2: Tensor, rest: Tensor, second: Tensor | None, second_rest: Tensor | None, logits: Tensor
+@torch.library.custom_op("vito_kernels::softplus_loss_backward", mutates_args=())
+def softplus_loss_backward(
+    gradient: Tensor,
+    lse2: Tensor,
+    lse_residual: Tensor,
+    second: Tensor | None,
+    second_residual: Tensor | None,
+    logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(of lse2 (M,), of the logits (M, P), of ``second`` (M,) or empty) where ``gradient`` (M,) arrives."""
-    sides = lse2, rest, second, second_rest
+    sides = lse2, lse_residual, second, second_residual
     if use_triton(lse2):
-        return launch_margin_gradient(gradient, sides, logits)
+        return launch_softplus_loss_bwd(gradient, sides, logits)
     shares = torch.sigmoid_(_over_logits(sides, logits))
     shares.mul_(gradient[:, None] / (shares.shape[0] * shares.shape[2] * LOG2E))
     return shares[0].sum(1), shares.sum(0).neg_(), shares[1:].sum((0, 2)) if len(shares) == 2 else shares.new_empty(0)
 
 
-@margin_backward.register_fake
-def _(gradient, lse2, rest, second, second_rest, logits):
+@softplus_loss_backward.register_fake
+def _(gradient, lse2, lse_residual, second, second_residual, logits):
     return torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(0 if second is None else lse2.shape)
 
 
 def _over_logits(sides: Sides, logits: Tensor) -> Tensor:
     """(sides, M, P): how far each log-sum-exp lies above each logit of its row, in natural units."""
-    lse2, rest, second, second_rest = sides
-    over = [(lse2[:, None] - logits).add_(rest[:, None])]
-    if second is not None and second_rest is not None:
-        over.append((second[:, None] - logits).add_(second_rest[:, None]))
+    lse2, lse_residual, second, second_residual = sides
+    over = [(lse2[:, None] - logits).add_(lse_residual[:, None])]
+    if second is not None and second_residual is not None:
+        over.append((second[:, None] - logits).add_(second_residual[:, None]))
     return torch.stack(over).div_(LOG2E)
 
 
@@ -167,17 +178,22 @@ def _backward(ctx, gradient):
     return g_lse2, None, None if sides[2] is None else g_second, None, g_logits
 
 
-apply_margin = autograd_op(margin_op, _setup_context, _backward)
-apply_backward = refuse_double_backward(margin_backward)
+apply_softplus_loss = autograd_op(softplus_loss_op, _setup_context, _backward)
+apply_backward = refuse_double_backward(softplus_loss_backward)
 
 
-def margin(
-    lse2: Tensor, rest: Tensor, logits: Tensor, second: Tensor | None = None, second_rest: Tensor | None = None
+def softplus_loss(
+    lse2: Tensor,
+    lse_residual: Tensor,
+    logits: Tensor,
+    second: Tensor | None = None,
+    second_residual: Tensor | None = None,
 ) -> Tensor:
-    """The margins (M,) of lse2 (M,), and the rest that it rounds away (M,), over logits (M, P), all in units of log 2;
-    with ``second`` (M,) and its rest, another side's lse2, the mean of both.
+    """The margins (M,) of lse2 (M,), and the lse_residual that it rounds away (M,), over logits (M, P), all in units
+    of log 2;
+    with ``second`` (M,) and its lse_residual, another side's lse2, the mean of both.
     """
-    return apply_margin(lse2, rest, second, second_rest, logits)
+    return apply_softplus_loss(lse2, lse_residual, second, second_residual, logits)
 
 
 def specs() -> list[Spec]:
@@ -187,10 +203,10 @@ def specs() -> list[Spec]:
         def launch() -> None:
             lse2, logits = torch.empty(rows, device="meta"), torch.empty(rows, 1, device="meta")
             second = lse2 if sides == 2 else None
-            launch_margin((lse2, lse2, second, second), logits)
-            launch_margin_gradient(lse2, (lse2, lse2, second, second), logits)
+            launch_softplus_loss((lse2, lse2, second, second), logits)
+            launch_softplus_loss_bwd(lse2, (lse2, lse2, second, second), logits)
 
-        name = "margin" if sides == 1 else "margin of two sides"
+        name = "softplus_loss" if sides == 1 else "softplus_loss of two sides"
         return Spec(name, launch, flops=0.0, min_bytes=(16.0 + 20.0 * sides) * rows, tensor_cores=False)
 
     return [spec(1), spec(2)]

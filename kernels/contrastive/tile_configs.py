@@ -29,8 +29,9 @@ class Tile:
     """How a program works: the rows it owns, the rows of the other matrix it takes at a time, the widest chunk of
     columns.
 
-    ``lanes``: partial sums kept for each row in the loop; 8 where each thread holds whole groups of 8 columns, else
-    all. ``span``: columns of output that a program keeps in registers (or tensor memory); a wider output takes
+    ``lanes``: partial sums logit_cache for each row in the loop; 8 where each thread holds whole groups of 8 columns,
+    else
+    all. ``out_columns``: columns of output that a program keeps in registers (or tensor memory); a wider output takes
     several launches.
     """
 
@@ -40,17 +41,17 @@ class Tile:
     warps: int
     stages: int
     lanes: int = 0
-    span: int = 512
+    out_columns: int = 512
 
 
 # Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 256 columns,
 # each of which computes the logits again (at D = 1024, 10 M N D flops and not 4). What most of them do at such widths
 # goes by ``large_dim``; float32 in one part, the mean of float16, and what is repeated, do not.
 WIDE = {
-    80: {1024: Tile(32, 32, 128, 4, 2, span=256)},
-    89: {512: Tile(32, 32, 128, 4, 2, span=256), 1024: Tile(32, 16, 128, 4, 2, span=256)},
-    90: {1024: Tile(64, 16, 256, 4, 2, 8, span=256)},
-    100: {1024: Tile(64, 16, 256, 8, 2, span=256)},
+    80: {1024: Tile(32, 32, 128, 4, 2, out_columns=256)},
+    89: {512: Tile(32, 32, 128, 4, 2, out_columns=256), 1024: Tile(32, 16, 128, 4, 2, out_columns=256)},
+    90: {1024: Tile(64, 16, 256, 4, 2, 8, out_columns=256)},
+    100: {1024: Tile(64, 16, 256, 8, 2, out_columns=256)},
 }
 
 # All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled. They would
@@ -60,14 +61,14 @@ MASKED_80 = {
     128: Tile(128, 64, 128, 8, 3, 8),
     192: Tile(64, 32, 64, 8, 3),
     256: Tile(64, 64, 128, 8, 3),
-    512: Tile(64, 64, 128, 8, 2, span=256),
+    512: Tile(64, 64, 128, 8, 2, out_columns=256),
     **WIDE[80],
 }
 
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
-# of the compiled kernels. Keys: family of GPUs and pass; then the largest D that a tile serves. "mean" and "lse" are
+# of the compiled kernels. Keys: family of GPUs and pass; then the largest D that a tile supports. "mean" and "lse" are
 # the forward pass with and without the keys' mean. A pass has a row of its own for the online variant, or for the fixed
-# one with exclusions anywhere ("masked"), where that needs another tile; it has the same chunks.
+# one with masks anywhere ("masked"), where that needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
@@ -89,7 +90,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
     # 99 KB a block. Of the tiles that fit and spill nothing, those whose warps compute no product twice, as eight warps
-    # do with 64 x 32; beyond D = 256 none is left, and what ``wide`` leaves over (float16's mean, pulls, what is
+    # do with 64 x 32; beyond D = 256 none is left, and what ``large_dim`` leaves over (float16's mean, pulls, what is
     # repeated) makes do. On sm_120 descriptors spill where pointers do not.
     (89, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
@@ -139,14 +140,16 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (100, "mean"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(128, 32, 256, 8, 2, span=256),
+        512: Tile(128, 32, 256, 8, 2, out_columns=256),
         **WIDE[100],
     },
     (100, "mean online"): {
         128: Tile(128, 64, 128, 8, 3, 8),
         256: Tile(128, 32, 256, 8, 3, 8),
-        512: Tile(128, 32, 256, 8, 2, span=256),
-        1024: Tile(64, 16, 256, 8, 1, span=256),  # two stages spill 20 B; nearly all of it is done by ``wide``
+        512: Tile(128, 32, 256, 8, 2, out_columns=256),
+        1024: Tile(
+            64, 16, 256, 8, 1, out_columns=256
+        ),  # two stages spill 20 B; nearly all of it is done by ``large_dim``
     },
     (100, "lse"): {
         128: Tile(128, 128, 256, 8, 2),
@@ -158,7 +161,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (100, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         256: Tile(128, 64, 256, 8, 3),
-        512: Tile(128, 32, 256, 8, 2, span=256),
+        512: Tile(128, 32, 256, 8, 2, out_columns=256),
         **WIDE[100],
     },
     (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
@@ -173,13 +176,13 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (90, "float32 gradient"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 128, 8, 2)},
     (90, "float32 two_sided"): {128: Tile(64, 64, 128, 4, 2), 256: Tile(64, 32, 256, 4, 2)},
 }
-EXACT = {512: Tile(32, 32, 32, 8, 2, span=256), 1024: Tile(16, 16, 32, 4, 2, span=256)}
-EXACT_89 = {512: Tile(16, 32, 32, 4, 2, span=256), 1024: Tile(8, 16, 32, 4, 2, span=256)}
-EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, span=256)}
-INTERPRETER = Tile(16, 16, 32, 4, 2, span=64)  # small, so that small matrices take every path
+EXACT = {512: Tile(32, 32, 32, 8, 2, out_columns=256), 1024: Tile(16, 16, 32, 4, 2, out_columns=256)}
+EXACT_89 = {512: Tile(16, 32, 32, 4, 2, out_columns=256), 1024: Tile(8, 16, 32, 4, 2, out_columns=256)}
+EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, out_columns=256)}
+INTERPRETER = Tile(16, 16, 32, 4, 2, out_columns=64)  # small, so that small matrices take every path
 
 
-def in_tiles(x: Tensor) -> bool:
+def runs_on_triton(x: Tensor) -> bool:
     """Whether the contrastive ops run Triton's kernels on these rows (M, D). Of D > 1024, what must stay in shared
     memory does not fit every GPU: there the CPU path computes, on the GPU.
     """
@@ -244,7 +247,7 @@ def precision(dtype: torch.dtype, D: int) -> str:
 
 
 class Matrix:
-    """What launches read: rows whose elements are neighbours, and, once one of them asks, the parts of float32."""
+    """What launches read: rows whose elements are neighbors, and, once one of them asks, the parts of float32."""
 
     def __init__(self, x: Tensor):
         self.tensor = rows_contiguous(x)
@@ -270,17 +273,17 @@ class Operand:
     def __init__(self, source: Matrix, rows: int, tile: Tile):
         x, D = source.tensor, source.tensor.shape[1]
         self.chunk = chunk_width(D, tile)
-        rest = D % self.chunk
-        self.tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+        remainder = D % self.chunk
+        self.tail = max(16, 1 << (remainder - 1).bit_length()) if remainder else 0
         self.precision = precision(x.dtype, D)
         if x.dtype == torch.float32 and self.precision in PARTS:
-            x = source.parts(D - rest + self.tail, PARTS[self.precision])
+            x = source.parts(D - remainder + self.tail, PARTS[self.precision])
         self.matrix, self.stride = x, x.stride(0)
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) >= x.shape[1]
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
         self.tma = family() >= 90 and aligned and x.dtype != torch.float32
-        self.wide = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
-        self.narrow = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.wide
+        self.source = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
+        self.tail_source = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.source
 
     @staticmethod
     def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
@@ -290,7 +293,7 @@ class Operand:
 
 
 @jit
-def _split_kernel(x, out, stride, D, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def split_bf16_kernel(x, out, stride, D, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """One row. Beyond 2^67, where products of the small parts alone could overflow, there is only the first."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -306,7 +309,7 @@ def split(x: Tensor, width: int, parts: int) -> Tensor:
     """float32 x (rows, D) as bfloat16 (rows, parts * width): x to 8, 16 or 24 bits in each row, zeros beyond D."""
     out = torch.empty(x.shape[0], parts * width, dtype=torch.bfloat16, device=x.device)
     with on_device(x):
-        _split_kernel[(x.shape[0],)](
+        split_bf16_kernel[(x.shape[0],)](
             x, out, x.stride(0), x.shape[1], width, parts, 1 << (width - 1).bit_length(), num_warps=1
         )
     return out
@@ -328,15 +331,16 @@ def on_tensor_cores(dtype: torch.dtype, D: int) -> bool:
     return precision(dtype, D) != "ieee"
 
 
-def spans(D: int, tile: Tile) -> list[tuple[int, int]]:
+def output_chunks(D: int, tile: Tile) -> list[tuple[int, int]]:
     """(first, last) column chunks of the output of each launch."""
     chunk = chunk_width(D, tile)
-    chunks, step = cdiv(D, chunk), max(1, tile.span // chunk)
+    chunks, step = cdiv(D, chunk), max(1, tile.out_columns // chunk)
     return [(first, min(first + step, chunks)) for first in range(0, chunks, step)]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """Rows may lie anywhere; the elements of one must be neighbours, and a tile must span less than 2^31 elements."""
+    """Rows may lie anywhere; the elements of one must be neighbors, and a tile must out_columns less than 2^31
+    elements."""
     return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
 
 

@@ -34,26 +34,24 @@ from vito_kernels._core.checks import (
     without_autocast,
 )
 from vito_kernels._core.lazy_triton import Spec, jit, on_device, processors
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive import epilogue as rowwise
-from vito_kernels.contrastive import large_dim as wide
-from vito_kernels.contrastive.backward import launch_gradient, pair_gradient, role_of
-from vito_kernels.contrastive.cpu import Exclusion, Pull
-from vito_kernels.contrastive.device_functions import dot_rows, hide, load_rows, plan_tiles
+from vito_kernels.contrastive import cpu, epilogue, large_dim
+from vito_kernels.contrastive.backward import launch_gradient, pair_gradient, softmax_grad
+from vito_kernels.contrastive.cpu import Mask, PositiveTerm
+from vito_kernels.contrastive.device_functions import apply_mask, dot_rows, load_rows, plan_tiles
 from vito_kernels.contrastive.forward import launch_lse, trusted_lse
-from vito_kernels.contrastive.info_nce import autocast, differentiable, narrowed
+from vito_kernels.contrastive.info_nce import autocast, needs_grad, to_matmul_dtype
 from vito_kernels.contrastive.normalize import normalize
-from vito_kernels.contrastive.softplus_loss import margin
+from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.tile_configs import (
     Matrix,
     Operand,
     Tile,
     cdiv,
     choose_tile,
-    in_tiles,
     matrices,
     on_tensor_cores,
     products,
+    runs_on_triton,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ STRIP_BYTES = 1 << 29  # of sums by column, one for each block of rows and colum
 
 
 @jit
-def _two_sided_step(
+def _two_sided_lse_fwd_step(
     t, total, x, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D: tl.constexpr,
     W: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr,
     DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,14 +82,14 @@ def _two_sided_step(
         s = dot_rows(rows, x, CHUNKS, PRECISION)
     s = s * scale2 - shifts[None]
     if not CLEAN:
-        s = tl.trans(hide(tl.trans(s), own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False))
+        s = tl.trans(apply_mask(tl.trans(s), own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False))
     p = tl.exp2(s)
     tl.store(column_sums + other, tl.sum(p, 1), mask=other < N)
     return total + p
 
 
 @jit
-def _two_sided_kernel(
+def two_sided_lse_fwd_kernel(
     x, y, y_tail, scale, row_sums, column_sums, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr,
     W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     DIAGONAL: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,13 +109,13 @@ def _two_sided_kernel(
     crossed, crossing, full = plan_tiles(block * BLOCK, N, first, last, diagonal, BLOCK, TILE, DIAGONAL)
     for i in tl.range(first, full - crossing, num_stages=STAGES):
         t = tl.where(i < crossed, i, i + crossing)
-        total = _two_sided_step(
+        total = _two_sided_lse_fwd_step(
             t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
             CHUNKS, True, DIAGONAL, TMA, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, crossing + last - full, num_stages=1, disable_licm=D > 512):  # as in ``lse``, where it pays
         t = tl.where(i < crossing, crossed + i, full)
-        total = _two_sided_step(
+        total = _two_sided_lse_fwd_step(
             t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
             CHUNKS, False, DIAGONAL, TMA, PRECISION,
         )  # fmt: skip
@@ -128,26 +126,25 @@ def _two_sided_kernel(
 
 
 def headroom(dtype: torch.dtype) -> float:
-    """Powers of two between the largest exponential and 1: the exponents of float32 shall keep their last bits."""
+    """Powers of two between the largest exponential and 1: the exponents of float32 shall keep their last
+    bits."""
     return 20.0 if dtype == torch.float32 else 100.0
 
 
-def launch_two_sided(
-    x: Tensor, y: Tensor, scale: Tensor, exclusion: Exclusion
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), its rest, column lse2 (N,), its rest), as ``tiled.two_sided``."""
+def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), its lse_residual, column lse2 (N,), its lse_residual), as ``cpu.two_sided``."""
     left, right = matrices(x, y)
     above, no_mean = headroom(x.dtype), scale.new_empty(0, x.shape[1])
-    if wide.serves("two_sided", x.shape[1], x.dtype):
+    if large_dim.supports("two_sided", x.shape[1], x.dtype):
         dense = left.tensor, right.tensor
-        rows, columns, _ = wide.exponentials(*dense, scale, exclusion, above, gather=False, columns=True)
+        rows, columns, _ = large_dim.exponentials(*dense, scale, mask, above, gather=False, columns=True)
     else:
-        rows, columns = _launch_sums(left, right, scale, exclusion)
-    side = trusted_lse(left, right, scale, exclusion, rows, above, no_mean)
-    return *side, *trusted_lse(right, left, scale, exclusion.flipped(), columns, above, no_mean)
+        rows, columns = _launch_sums(left, right, scale, mask)
+    side = trusted_lse(left, right, scale, mask, rows, above, no_mean)
+    return *side, *trusted_lse(right, left, scale, mask.transposed(), columns, above, no_mean)
 
 
-def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, exclusion: Exclusion) -> tuple[Tensor, Tensor]:
+def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """(row_sums (parts, M), column_sums (parts, N)) by the kernel above, of all blocks of rows, or of strips of them
     one after the other.
     """
@@ -155,20 +152,18 @@ def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, exclusion: Exclusion) -> t
     tile = choose_tile("two_sided", D, x.tensor.dtype)
     right, strip = Operand(y, tile.other, tile), max(1, STRIP_BYTES // (4 * N)) * tile.own
     if strip >= M:
-        return _strip_sums(x, right, N, scale, exclusion, tile)
+        return _strip_sums(x, right, N, scale, mask, tile)
     row_sums, column_sums = [], scale.new_zeros(1, N)
     for begin in range(0, M, strip):
-        diagonal = None if exclusion.diagonal is None else exclusion.diagonal + begin
-        seen, part = replace(exclusion, diagonal=diagonal), Matrix(x.tensor[begin : begin + strip])
+        diagonal = None if mask.diagonal is None else mask.diagonal + begin
+        seen, part = replace(mask, diagonal=diagonal), Matrix(x.tensor[begin : begin + strip])
         rows, columns = (sums.sum(0) for sums in _strip_sums(part, right, N, scale, seen, tile))
         row_sums.append(rows)
         column_sums += columns
     return torch.cat(row_sums)[None], column_sums
 
 
-def _strip_sums(
-    x: Matrix, right: Operand, N: int, scale: Tensor, exclusion: Exclusion, tile: Tile
-) -> tuple[Tensor, Tensor]:
+def _strip_sums(x: Matrix, right: Operand, N: int, scale: Tensor, mask: Mask, tile: Tile) -> tuple[Tensor, Tensor]:
     """(row_sums (splits, M), column_sums (blocks of rows, N))."""
     (M, D), dtype, device = x.tensor.shape, x.tensor.dtype, x.tensor.device
     left = Operand(x, tile.own, tile)
@@ -177,10 +172,10 @@ def _strip_sums(
     row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
     column_sums = scale.new_empty(blocks, N)
     with on_device(x.tensor):
-        _two_sided_kernel[(blocks, row_sums.shape[0])](
-            left.matrix, right.wide, right.narrow, scale, row_sums, column_sums, M, N, left.stride, right.stride,
-            exclusion.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other, tile.stages,
-            DIAGONAL=exclusion.blocks, HEADROOM=headroom(dtype), TMA=right.tma, PRECISION=left.precision,
+        two_sided_lse_fwd_kernel[(blocks, row_sums.shape[0])](
+            left.matrix, right.source, right.tail_source, scale, row_sums, column_sums, M, N, left.stride, right.stride,
+            mask.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.own, tile.other, tile.stages,
+            DIAGONAL=mask.blocks, HEADROOM=headroom(dtype), TMA=right.tma, PRECISION=left.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return row_sums, column_sums
@@ -201,7 +196,7 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
 
     def launch() -> None:
         x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
-        launch_two_sided(x, x, torch.full((), 10.0, device=device), Exclusion(diagonal=diagonal))
+        launch_two_sided(x, x, torch.full((), 10.0, device=device), Mask(diagonal=diagonal))
 
     return Spec(
         f"two-sided lse D={width} {str(dtype)[6:]}" + (" visiting" if diagonal is None else ""),
@@ -217,37 +212,51 @@ def _spec(width: int, dtype: torch.dtype, diagonal: int | None, device: str = "m
 
 
 def sums_and_pairs(
-    x: Tensor, y: Tensor, scale: Tensor, diagonal: int | None, narrow: torch.dtype | None, kept: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    diagonal: int | None,
+    matmul_dtype: torch.dtype | None,
+    logit_cache: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """(row lse2 (M,), its rest, column lse2 (N,), its rest), and the logits of pairs (M, 1), or (M, 0) without a
+    """(row lse2 (M,), its lse_residual, column lse2 (N,), its lse_residual), and the logits of pairs (M, 1), or (M, 0)
+    without a
     diagonal.
     """
-    hidden = Exclusion(diagonal=diagonal)
-    if in_tiles(x):
-        sums = launch_two_sided(narrowed(x, narrow), narrowed(y, narrow), scale, hidden)
-        return sums, rowwise.positive_logits(x, y, scale, None, diagonal)
+    mask = Mask(diagonal=diagonal)
+    if runs_on_triton(x):
+        sums = launch_two_sided(to_matmul_dtype(x, matmul_dtype), to_matmul_dtype(y, matmul_dtype), scale, mask)
+        return sums, epilogue.positive_logits(x, y, scale, None, diagonal)
     pairs = scale.new_empty(x.shape[0], int(diagonal is not None))
-    return tiled.two_sided(x, y, scale, hidden, kept, pairs), pairs
+    return cpu.two_sided(x, y, scale, mask, logit_cache, pairs), pairs
 
 
 @torch.library.custom_op("vito_kernels::two_sided", mutates_args=())
 def two_sided(
-    x: Tensor, y: Tensor, scale: Tensor, diagonal: int, narrow: torch.dtype | None = None, keep: bool = False
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    matmul_dtype: torch.dtype | None = None,
+    cache_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), column lse2 (N,), logits of the pairs (M, 1), the rests of both, kept): row i and column i +
-    diagonal are a pair, and do not see each other. ``narrow`` and ``keep`` as for ``contrast``.
+    """(row lse2 (M,), column lse2 (N,), logits of the pairs (M, 1), the lse_residuals of both, logit_cache): row i and
+    column i +
+    diagonal are a pair, and do not see each other. ``matmul_dtype`` and ``cache_logits`` as for ``contrast``.
     """
     check_finite(scale)
-    kept = tiled.room(x, y, scale, keep and not in_tiles(x))
-    (row, row_rest, column, column_rest), pairs = sums_and_pairs(x, y, scale, diagonal, narrow, kept)
-    return row, column, pairs, row_rest, column_rest, kept
+    logit_cache = cpu.alloc_logit_cache(x, y, scale, cache_logits and not runs_on_triton(x))
+    (row, row_residual, column, column_residual), pairs = sums_and_pairs(
+        x, y, scale, diagonal, matmul_dtype, logit_cache
+    )
+    return row, column, pairs, row_residual, column_residual, logit_cache
 
 
 @two_sided.register_fake
-def _(x, y, scale, diagonal, narrow=None, keep=False):
+def _(x, y, scale, diagonal, matmul_dtype=None, cache_logits=False):
     m, n = x.shape[0], y.shape[0]
-    kept = tiled.room(x, y, scale, keep and not in_tiles(x))
-    return *(scale.new_empty(shape) for shape in (m, n, (m, 1), m, n)), kept
+    logit_cache = cpu.alloc_logit_cache(x, y, scale, cache_logits and not runs_on_triton(x))
+    return *(scale.new_empty(shape) for shape in (m, n, (m, 1), m, n)), logit_cache
 
 
 @torch.library.custom_op("vito_kernels::two_sided_backward", mutates_args=())
@@ -261,44 +270,45 @@ def two_sided_backward(
     diagonal: int,
     row: Tensor,
     column: Tensor,
-    row_rest: Tensor,
-    column_rest: Tensor,
-    kept: Tensor,
+    row_residual: Tensor,
+    column_residual: Tensor,
+    logit_cache: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
-    narrow: torch.dtype | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, dscale), each rounded once; what is not needed comes back empty."""
     side, pairs = need_x or need_scale, slice(diagonal, diagonal + x.shape[0])
-    hidden = Exclusion(diagonal=diagonal)
-    x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
-    sides = narrowed(x, narrow), narrowed(y, narrow)
-    gx, gy = pair_gradient(*sides, scale, x_role, y_role, hidden, side, need_y, kept)
+    mask = Mask(diagonal=diagonal)
+    x_softmax, y_softmax = softmax_grad(row, row_residual, g_row), softmax_grad(column, column_residual, g_column)
+    sides = to_matmul_dtype(x, matmul_dtype), to_matmul_dtype(y, matmul_dtype)
+    gx, gy = pair_gradient(*sides, scale, x_softmax, y_softmax, mask, side, need_y, logit_cache)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
-    if in_tiles(x):
+    if runs_on_triton(x):
         if side:
             other = x if need_scale else None
-            dx, dscale = rowwise.pull(
+            dx, dscale = epilogue.pull(
                 gx, scale, x.dtype, store=need_x, pair_weight=g_pair, k=y, diagonal=diagonal, other=other
             )
         if need_y:
-            dy, _ = rowwise.pull(gy, scale, y.dtype, pair_weight=g_pair, k=x, diagonal=-diagonal, by_key=True)
+            dy, _ = epilogue.pull(gy, scale, y.dtype, pair_weight=g_pair, k=x, diagonal=-diagonal, by_key=True)
         return dx, dy, dscale
     if side:
-        gx.addcmul_(y[pairs].to(gx.dtype), g_pair, value=tiled.LOG2E)
+        gx.addcmul_(y[pairs].to(gx.dtype), g_pair, value=cpu.LOG2E)
         dscale = (gx * x).sum() if need_scale else dscale
         dx = gx.mul_(scale).to(x.dtype) if need_x else dx
     if need_y:
-        gy[pairs].addcmul_(x.to(gy.dtype), g_pair, value=tiled.LOG2E)
+        gy[pairs].addcmul_(x.to(gy.dtype), g_pair, value=cpu.LOG2E)
         dy = gy.mul_(scale).to(y.dtype)
     return dx, dy, dscale
 
 
 @two_sided_backward.register_fake
 def _(
-    g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_rest, column_rest, kept, need_x, need_y,
-    need_scale, narrow=None,
+    g_row, g_column, g_pair, x, y, scale, diagonal, row, column, row_residual, column_residual, logit_cache, need_x,
+    need_y,
+    need_scale, matmul_dtype=None,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -308,7 +318,7 @@ def _(
 
 
 def _two_sided_setup(ctx, inputs, output):
-    x, y, scale, ctx.diagonal, ctx.narrow, _ = inputs
+    x, y, scale, ctx.diagonal, ctx.matmul_dtype, _ = inputs
     row, column, _, *more = output
     ctx.save_for_backward(x, y, scale, row, column, *more)
     ctx.set_materialize_grads(False)
@@ -322,7 +332,7 @@ def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
         torch.zeros_like(x) if g is None else g.contiguous()
         for g, x in zip((g_row, g_column, g_pair), like, strict=True)
     ]
-    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs, ctx.narrow)
+    found = apply_two_sided_backward(*grads, x, y, scale, ctx.diagonal, *sums, *needs, ctx.matmul_dtype)
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None
 
 
@@ -338,32 +348,32 @@ def self_contrast(
     scale: Tensor,
     group: Tensor | None,
     count: Tensor | None,
-    narrow: torch.dtype | None = None,
-    keep: bool = False,
+    matmul_dtype: torch.dtype | None = None,
+    cache_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse2 (M,), logits (M, 1) of positives, rest (M,)) of each embedding over those of other samples.
+    """(lse2 (M,), logits (M, 1) of positives, lse_residual (M,)) of each embedding over those of other samples.
 
-    A sample is two neighbouring rows, each the other's positive. Given ``group`` (M,), ids in [0, M), and the
+    A sample is two neighboring rows, each the other's positive. Given ``group`` (M,), ids in [0, M), and the
     ``count`` (M,) of others in the same group, it is one row, and the logit the mean of theirs, 0 where there are none.
-    ``narrow``, ``keep``: as for ``contrast``.
+    ``matmul_dtype``, ``cache_logits``: as for ``contrast``.
     """
     check_finite(scale)
-    side, exclusion = narrowed(z, narrow), _others(group)
-    kept = tiled.room(z, z, scale, keep and not in_tiles(z), half=True)
-    if in_tiles(z):
-        lse2, rest, _ = launch_lse(side, side, scale, exclusion, False)
-        logits = rowwise.positive_logits(z, z, scale, None, 0 if group is None else None, twins=True)
+    side, mask = to_matmul_dtype(z, matmul_dtype), _others(group)
+    logit_cache = cpu.alloc_logit_cache(z, z, scale, cache_logits and not runs_on_triton(z), half=True)
+    if runs_on_triton(z):
+        lse2, lse_residual, _ = launch_lse(side, side, scale, mask, False)
+        logits = epilogue.positive_logits(z, z, scale, None, 0 if group is None else None, adjacent=True)
     else:
         logits = scale.new_empty(len(z), int(group is None))
-        lse2, rest = tiled.self_forward(side, scale, exclusion, kept, logits if group is None else None)
+        lse2, lse_residual = cpu.self_forward(side, scale, mask, logit_cache, logits if group is None else None)
     if group is not None and count is not None:
         logits = _group_logits(z, scale, group, count)
-    return lse2, logits, rest, kept
+    return lse2, logits, lse_residual, logit_cache
 
 
-def _others(group: Tensor | None) -> Exclusion:
+def _others(group: Tensor | None) -> Mask:
     """What a row does not see: itself, and without groups its twin."""
-    return Exclusion(diagonal=0, width=2 if group is None else 1)
+    return Mask(diagonal=0, width=2 if group is None else 1)
 
 
 def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Tensor:
@@ -372,15 +382,16 @@ def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Ten
     """
     wide = z.double()
     sums = torch.zeros_like(wide).index_put_((group,), wide, accumulate=True)[group].sub_(wide)
-    return (
-        (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None]).mul_(scale * tiled.LOG2E).to(scale.dtype)
-    )
+    return (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None]).mul_(scale * cpu.LOG2E).to(scale.dtype)
 
 
 @self_contrast.register_fake
-def _(z, scale, group, count, narrow=None, keep=False):
-    kept, rows = tiled.room(z, z, scale, keep and not in_tiles(z), half=True), z.shape[0]
-    return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), kept
+def _(z, scale, group, count, matmul_dtype=None, cache_logits=False):
+    logit_cache, rows = (
+        cpu.alloc_logit_cache(z, z, scale, cache_logits and not runs_on_triton(z), half=True),
+        z.shape[0],
+    )
+    return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), logit_cache
 
 
 @torch.library.custom_op("vito_kernels::self_contrast_backward", mutates_args=())
@@ -392,27 +403,27 @@ def self_contrast_backward(
     group: Tensor | None,
     count: Tensor | None,
     lse2: Tensor,
-    rest: Tensor,
-    kept: Tensor,
+    lse_residual: Tensor,
+    logit_cache: Tensor,
     need_z: bool,
     need_scale: bool,
-    narrow: torch.dtype | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). p_ij and p_ji come from one logit: z is the owner and the other side at once, and so the gradient
     of the scale meets each logit from both of its ends.
     """
-    role, pull = role_of(lse2, rest, g_lse2), None
+    role, pull = softmax_grad(lse2, lse_residual, g_lse2), None
     if group is not None and count is not None:
-        pull = Pull(group.int(), g_positive[:, 0] / count.clamp(min=1) * tiled.LOG2E)
-    side, exclusion = narrowed(z, narrow), _others(group)
-    if in_tiles(z):
-        gz = launch_gradient(*matrices(side, side), scale, role, role, exclusion, pull)
-        pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "twins": True} if group is None else {}
-        dz, dscale = rowwise.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
+        pull = PositiveTerm(group.int(), g_positive[:, 0] / count.clamp(min=1) * cpu.LOG2E)
+    side, mask = to_matmul_dtype(z, matmul_dtype), _others(group)
+    if runs_on_triton(z):
+        gz = launch_gradient(*matrices(side, side), scale, role, role, mask, pull)
+        pairs: dict[str, Any] = {"pair_weight": g_positive, "k": z, "adjacent": True} if group is None else {}
+        dz, dscale = epilogue.pull(gz, scale, z.dtype, store=need_z, other=z if need_scale else None, **pairs)
         return dz, dscale / 2 if need_scale else dscale
-    gz = tiled.self_gradient(side, scale, role, exclusion, kept, pull)
+    gz = cpu.self_gradient(side, scale, role, mask, logit_cache, pull)
     if group is None:
-        share = (g_positive[::2] + g_positive[1::2]) * tiled.LOG2E
+        share = (g_positive[::2] + g_positive[1::2]) * cpu.LOG2E
         gz[::2].addcmul_(z[1::2].to(gz.dtype), share)
         gz[1::2].addcmul_(z[::2].to(gz.dtype), share)
     dscale = (gz * z).sum() / 2 if need_scale else scale.new_empty(0)
@@ -420,12 +431,14 @@ def self_contrast_backward(
 
 
 @self_contrast_backward.register_fake
-def _(g_lse2, g_positive, z, scale, group, count, lse2, rest, kept, need_z, need_scale, narrow=None):
+def _(
+    g_lse2, g_positive, z, scale, group, count, lse2, lse_residual, logit_cache, need_z, need_scale, matmul_dtype=None
+):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, group, count, ctx.narrow, _ = inputs
+    z, scale, group, count, ctx.matmul_dtype, _ = inputs
     lse2, _, *more = output
     ctx.save_for_backward(z, scale, group, count, lse2, *more)
     ctx.set_materialize_grads(False)
@@ -437,7 +450,7 @@ def _self_backward(ctx, g_lse2, g_positive, *_):
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
     g_positive = lse2.new_zeros(len(lse2), 1) if g_positive is None else g_positive.contiguous()
     sets = z, scale, group, count
-    dz, dscale = apply_self_backward(g_lse2, g_positive, *sets, lse2, *more, *needs, ctx.narrow)
+    dz, dscale = apply_self_backward(g_lse2, g_positive, *sets, lse2, *more, *needs, ctx.matmul_dtype)
     return dz if need_z else None, dscale if need_scale else None, *(None,) * 4
 
 
@@ -453,49 +466,49 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     Equivalent, with ``s = scale * x @ y.T`` and ``labels = arange(M)``:
     ``(cross_entropy(s, labels) + cross_entropy(s.T, labels)) / 2``.
 
-    Nothing is normalised here. 2 M M D flops forward and 8 M M D backward; on the CPU, which keeps the first
+    Nothing is normalized here. 2 M M D flops forward and 8 M M D backward; on the CPU, which keeps the first
     logits, at most 6. ``scale`` is a number or a tensor of one element, which may require grad. Dtypes, errors,
     autocast and determinism as for ``similarity_lse``.
     """
     check_paired(x, y, ("x", "y"))
-    rows, columns, pairs, *rests = rows_and_columns(x, y, scale)
-    return margin(rows, rests[0], pairs, columns, rests[1]).mean()
+    rows, columns, pairs, *lse_residuals = two_sided_lse(x, y, scale)
+    return softplus_loss(rows, lse_residuals[0], pairs, columns, lse_residuals[1]).mean()
 
 
-def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, ...]:
+def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, ...]:
     """(lse2 of each row over the other rows of y, of each column over the other rows of x, logits of the pairs (M, 1),
-    the rests of both lse2).
+    the lse_residuals of both lse2).
     """
-    (x, y), narrow = autocast(x, y)
+    (x, y), matmul_dtype = autocast(x, y)
     scale = scale_tensor(scale, x)
-    keep = differentiable(x, y, scale)
-    return apply_two_sided(x, y, scale, diagonal, narrow, keep)[:5]
+    cache_logits = needs_grad(x, y, scale)
+    return apply_two_sided(x, y, scale, diagonal, matmul_dtype, cache_logits)[:5]
 
 
-def interleaved(z1: Tensor, z2: Tensor) -> Tensor:
+def interleave(z1: Tensor, z2: Tensor) -> Tensor:
     """Rows of both in turns (2B, D), in a dtype that holds either: under autocast ``stack`` refuses some."""
     with without_autocast(z1):
         return torch.stack([z1, z2], 1).flatten(0, 1)
 
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
-    """NT-Xent (SimCLR): each of the 2B embeddings, normalised, finds the other view of its sample among the 2B - 1
+    """NT-Xent (SimCLR): each of the 2B embeddings, normalized, finds the other view of its sample among the 2B - 1
     others.
 
     Equivalent: ``z = normalize(cat([z1, z2]))``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)``,
     ``cross_entropy(s, arange(2 * B).roll(B))``.
 
-    z1, z2 (B, D). The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops
+    z1, z2 (B, D). The matrix is symmetric, so one backward pass supports both roles of an embedding: 8 B B D flops
     forward, 16 B B D backward. The CPU path takes each tile of logits for both its rows and its columns and keeps the
     first of them: 4 and at most 12.
     ``reduction="none"`` gives (2B,), z1's rows first. Dtypes, errors, autocast and determinism as for
-    ``similarity_lse``; embeddings are normalised in their own dtype, before autocast rounds them.
+    ``similarity_lse``; embeddings are normalized in their own dtype, before autocast rounds them.
     """
     check_paired(z1, z2, ("z1", "z2"))
     scale = inverse_temperature(temperature)
-    (z,), narrow = autocast(normalize(interleaved(z1, z2)))
+    (z,), matmul_dtype = autocast(normalize(interleave(z1, z2)))
     factor = scale_tensor(scale, z)
-    keep = differentiable(z, factor)
-    lse2, logits, rest, _ = apply_self(z, factor, None, None, narrow, keep)
-    loss = margin(lse2, rest, logits)
+    cache_logits = needs_grad(z, factor)
+    lse2, logits, lse_residual, _ = apply_self(z, factor, None, None, matmul_dtype, cache_logits)
+    loss = softplus_loss(lse2, lse_residual, logits)
     return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)

@@ -106,5 +106,5 @@ class _Scatter(torch.autograd.Function):
 
 
 def gather_with_grad(x: Tensor, *, group: Group = None, sizes: list[int] | None = None) -> Tensor:
-    """x (B, ...) of all ranks, (N, ...) in the order of ranks, differentiable."""
+    """x (B, ...) of all ranks, (N, ...) in the order of ranks, needs_grad."""
     return _Gather.apply(x, checked_sizes(x, sizes, group), group)

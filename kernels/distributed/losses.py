@@ -40,10 +40,10 @@ from vito_kernels._core.checks import (
     scale_tensor,
 )
 from vito_kernels.contrastive.cpu import LOG2E
-from vito_kernels.contrastive.info_nce import negatives_and_positives
+from vito_kernels.contrastive.info_nce import lse_and_positives
 from vito_kernels.contrastive.normalize import normalize
-from vito_kernels.contrastive.softplus_loss import margin
-from vito_kernels.contrastive.two_sided import interleaved, rows_and_columns
+from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.two_sided import interleave, two_sided_lse
 from vito_kernels.distributed import ring
 from vito_kernels.distributed.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
 
@@ -130,8 +130,8 @@ def global_info_nce(
         check_groups(q_group, k_group, q, k)
         sizes = checked_sizes(k, sizes, group)
         if exchange == "ring":
-            lse2, positives, rest = ring.negatives_and_positives(q, k, scale, q_group, k_group, sizes, group)
-            return _share(margin(lse2, rest, positives), sizes, sum(sizes))
+            lse2, positives, lse_residual = ring.lse_and_positives(q, k, scale, q_group, k_group, sizes, group)
+            return _share(softplus_loss(lse2, lse_residual, positives), sizes, sum(sizes))
     if isinstance(k, Tensor) and k.requires_grad:
         assert sizes is not None
         offset = sum(sizes[: dist.get_rank(group)])
@@ -142,8 +142,8 @@ def global_info_nce(
         sizes, offset = pending.sizes, pending.offset
         keys, ids = pending.wait()
         check_groups(q_group, ids, q, keys)
-    lse2, positives, rest = negatives_and_positives(q, keys, scale, None, offset, q_group, ids)
-    return _share(margin(lse2, rest, positives), sizes, sum(sizes))
+    lse2, positives, lse_residual = lse_and_positives(q, keys, scale, None, offset, q_group, ids)
+    return _share(softplus_loss(lse2, lse_residual, positives), sizes, sum(sizes))
 
 
 def global_clip_loss(
@@ -166,15 +166,15 @@ def global_clip_loss(
     scale = scale_tensor(scale, x)
     sizes = checked_sizes(x, sizes, group)
     if exchange == "ring":
-        row, column, pair, *rests = ring.rows_and_columns(x, y, scale, sizes, group)
-        return _share(margin(row, rests[0], pair, column, rests[1]), sizes, sum(sizes))
+        row, column, pair, *lse_residuals = ring.two_sided_lse(x, y, scale, sizes, group)
+        return _share(softplus_loss(row, lse_residuals[0], pair, column, lse_residuals[1]), sizes, sum(sizes))
     rank = dist.get_rank(group)
     offset = sum(sizes[:rank])
     columns = slice(offset, offset + x.shape[0])
     keys = gather_with_grad(y, group=group, sizes=sizes)
-    row, part, pair, rest, _ = rows_and_columns(x, keys, scale, offset)
+    row, part, pair, lse_residual, _ = two_sided_lse(x, keys, scale, offset)
     column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
-    return _share(margin(row, rest, pair, column, torch.zeros_like(column)), sizes, sum(sizes))
+    return _share(softplus_loss(row, lse_residual, pair, column, torch.zeros_like(column)), sizes, sum(sizes))
 
 
 def _logsumexp(parts: Tensor) -> Tensor:
@@ -190,12 +190,12 @@ def global_ntxent(
     check_paired(z1, z2, ("z1", "z2"))
     scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)
-    z = normalize(interleaved(z1, z2)).unflatten(0, (-1, 2))
+    z = normalize(interleave(z1, z2)).unflatten(0, (-1, 2))
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)
     own = sample[2 * first : 2 * (first + z.shape[0])]
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
-    lse2, positive, rest = negatives_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
-    return _share(margin(lse2, rest, positive), sizes, 2 * sum(sizes))
+    lse2, positive, lse_residual = lse_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
+    return _share(softplus_loss(lse2, lse_residual, positive), sizes, 2 * sum(sizes))

@@ -22,11 +22,10 @@ from torch import Tensor
 from vito_kernels._core.autograd import once
 from vito_kernels._core.checks import check_finite, scale_tensor
 from vito_kernels._core.lazy_triton import use_triton
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive import epilogue as rowwise
-from vito_kernels.contrastive.backward import pair_gradient, role_of
-from vito_kernels.contrastive.cpu import Exclusion, Role
-from vito_kernels.contrastive.info_nce import autocast, contrast, contrast_backward, differentiable, narrowed
+from vito_kernels.contrastive import cpu, epilogue
+from vito_kernels.contrastive.backward import pair_gradient, softmax_grad
+from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
+from vito_kernels.contrastive.info_nce import autocast, contrast, contrast_backward, needs_grad, to_matmul_dtype
 from vito_kernels.contrastive.two_sided import sums_and_pairs
 from vito_kernels.distributed.collectives import Group
 
@@ -37,7 +36,7 @@ Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
 class _Transfer:
     """Rows on their way to the next rank, and the previous rank's on their way here."""
 
-    sent: Rows  # kept until it is done
+    sent: Rows  # held until it is done
     received: Rows
     works: list[Any]
 
@@ -98,13 +97,13 @@ class _Ring:
 
 
 def _merged(first: Rows, second: Rows) -> Rows:
-    """One (lse2, rest, mean) of two over different keys."""
-    merge_splits = rowwise.merge_splits if use_triton(first[0]) else tiled.merge_splits
+    """One (lse2, lse_residual, mean) of two over different keys."""
+    merge_splits = epilogue.merge_splits if use_triton(first[0]) else cpu.merge_splits
     return merge_splits(*(torch.stack(both) for both in zip(first, second, strict=True)))
 
 
 def _merged_sums(first: Rows, second: Rows) -> Rows:
-    """One (lse2, rest) of two."""
+    """One (lse2, lse_residual) of two."""
     nothing = first[0].new_empty(0, 0)
     return _merged((*first, nothing), (*second, nothing))[:2]
 
@@ -114,8 +113,9 @@ def _added(first: Rows, second: Rows) -> Rows:
 
 
 class _OneSided(torch.autograd.Function):
-    """(lse2 (B,), logits of the positives (B, 1), rest of lse2 (B,)) of q (B, D) over the keys of all ranks; its own
-    key i is query i's positive. Other ranks' keys are kept in neither pass.
+    """(lse2 (B,), logits of the positives (B, 1), lse_residual of lse2 (B,)) of q (B, D) over the keys of all ranks;
+    its own
+    key i is query i's positive. Other ranks' keys are logit_cache in neither pass.
     """
 
     @staticmethod
@@ -127,8 +127,8 @@ class _OneSided(torch.autograd.Function):
         q_group: Tensor | None,
         k_group: Tensor | None,
         ring: _Ring,
-        bring_mean: bool,
-        narrow: torch.dtype | None,
+        compute_grad_q: bool,
+        matmul_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         sums: Rows = ()
         logits = k.new_empty(0)
@@ -137,13 +137,15 @@ class _OneSided(torch.autograd.Function):
             nonlocal sums, logits
             keys, ids = block[0], block[1] if len(block) > 1 else None
             diagonal = 0 if own else None
-            lse2, positives, mean, rest, _ = contrast(q, keys, scale, q_group, ids, None, diagonal, bring_mean, narrow)
-            found = lse2, rest, mean
+            lse2, positives, mean, lse_residual, _ = contrast(
+                q, keys, scale, q_group, ids, None, diagonal, compute_grad_q, matmul_dtype
+            )
+            found = lse2, lse_residual, mean
             sums, logits = (found, positives) if own else (_merged(sums, found), logits)
             return ()
 
         ring.travel((k,) if k_group is None else (k, k_group), visit)
-        ctx.ring, ctx.narrow = ring, narrow
+        ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
         ctx.save_for_backward(q, k, scale, q_group, k_group, *sums)
         ctx.mark_non_differentiable(sums[1])
         return sums[0], logits, sums[1]
@@ -151,30 +153,45 @@ class _OneSided(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, scale, q_group, k_group, lse2, rest, mean = ctx.saved_tensors
+        q, k, scale, q_group, k_group, lse2, lse_residual, mean = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
         dq, _, dscale = contrast_backward(
-            g_lse2, g_positive, q, k, scale, None, None, None, 0, lse2, rest, mean, mean[:0], need_q, False, need_scale
+            g_lse2,
+            g_positive,
+            q,
+            k,
+            scale,
+            None,
+            None,
+            None,
+            0,
+            lse2,
+            lse_residual,
+            mean,
+            mean[:0],
+            need_q,
+            False,
+            need_scale,
         )
         dk = None
         if need_k:
-            role = role_of(lse2, rest, g_lse2)
-            sides = narrowed(q, ctx.narrow)
+            role = softmax_grad(lse2, lse_residual, g_lse2)
+            sides = to_matmul_dtype(q, ctx.matmul_dtype)
 
             def visit(block: Rows, own: bool) -> Rows:
-                keys, ids = narrowed(block[0], ctx.narrow), block[1] if len(block) > 1 else None
-                hidden = Exclusion(q_group, ids, diagonal=0 if own else None)
-                _, push = pair_gradient(sides, keys, scale, role, None, hidden, need_x=False, need_y=True)
+                keys, ids = to_matmul_dtype(block[0], ctx.matmul_dtype), block[1] if len(block) > 1 else None
+                mask = Mask(q_group, ids, diagonal=0 if own else None)
+                _, push = pair_gradient(sides, keys, scale, role, None, mask, need_x=False, need_y=True)
                 if own:
-                    push.addcmul_(q.to(push.dtype), g_positive, value=tiled.LOG2E)
+                    push.addcmul_(q.to(push.dtype), g_positive, value=cpu.LOG2E)
                 return (push.mul_(scale),)
 
             dk = ctx.ring.travel((k,) if k_group is None else (k, k_group), visit, _added)[0].to(k.dtype)
         return dq if need_q else None, dk, dscale if need_scale else None, *(None,) * 5
 
 
-def negatives_and_positives(
+def lse_and_positives(
     q: Tensor,
     k: Tensor,
     scale: float | Tensor,
@@ -183,21 +200,22 @@ def negatives_and_positives(
     sizes: list[int],
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``info_nce.negatives_and_positives`` of q (B, D) against all ranks' keys, of which k (B, D) are this rank's."""
-    (q, k), narrow = autocast(q, k)
+    """``info_nce.lse_and_positives`` of q (B, D) against all ranks' keys, of which k (B, D) are this rank's."""
+    (q, k), matmul_dtype = autocast(q, k)
     scale = scale_tensor(scale, q)
-    bring_mean = differentiable(q, scale)
-    return _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), bring_mean, narrow)
+    compute_grad_q = needs_grad(q, scale)
+    return _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), compute_grad_q, matmul_dtype)
 
 
 class _TwoSided(torch.autograd.Function):
-    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B, 1), the rests of both lse2) of x (B, D) against all
+    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B, 1), the lse_residuals of both lse2) of x (B, D)
+    against all
     ranks' y, and of this rank's y (B, D) against all ranks' x; a pair does not see each other. Blocks of y travel.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, narrow: torch.dtype | None
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, matmul_dtype: torch.dtype | None
     ) -> tuple[Tensor, ...]:
         check_finite(scale)
         rows: Rows = ()
@@ -205,12 +223,14 @@ class _TwoSided(torch.autograd.Function):
 
         def visit(block: Rows, own: bool) -> Rows:
             nonlocal rows, pairs
-            (*row, column, column_rest), logits = sums_and_pairs(x, block[0], scale, 0 if own else None, narrow)
+            (*row, column, column_residual), logits = sums_and_pairs(
+                x, block[0], scale, 0 if own else None, matmul_dtype
+            )
             rows, pairs = ((row[0], row[1]), logits) if own else (_merged_sums(rows, (row[0], row[1])), pairs)
-            return column, column_rest
+            return column, column_residual
 
         columns = ring.travel((y,), visit, _merged_sums)
-        ctx.ring, ctx.narrow = ring, narrow
+        ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
         ctx.save_for_backward(x, y, scale, *rows, *columns)
         ctx.mark_non_differentiable(rows[1], columns[1])
         return rows[0], columns[0], pairs, rows[1], columns[1]
@@ -218,30 +238,32 @@ class _TwoSided(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, row, row_rest, column, column_rest = ctx.saved_tensors
+        x, y, scale, row, row_residual, column, column_residual = ctx.saved_tensors
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         side = need_x or need_scale
-        x_role, y_role = role_of(row, row_rest, g_row), role_of(column, column_rest, g_column)
+        x_softmax, y_softmax = softmax_grad(row, row_residual, g_row), softmax_grad(column, column_residual, g_column)
         gx = torch.zeros_like(x, dtype=scale.dtype)
 
         def visit(block: Rows, own: bool) -> Rows:
-            hidden = Exclusion(diagonal=0 if own else None)
-            keys, other = narrowed(block[0], ctx.narrow), Role(block[1], block[2])
-            pull, push = pair_gradient(narrowed(x, ctx.narrow), keys, scale, x_role, other, hidden, side, need_y)
+            mask = Mask(diagonal=0 if own else None)
+            keys, other = to_matmul_dtype(block[0], ctx.matmul_dtype), SoftmaxGrad(block[1], block[2])
+            pull, push = pair_gradient(
+                to_matmul_dtype(x, ctx.matmul_dtype), keys, scale, x_softmax, other, mask, side, need_y
+            )
             if side:
                 gx.add_(pull)
             if need_y and own:
-                push.addcmul_(x.to(push.dtype), g_pair, value=tiled.LOG2E)
+                push.addcmul_(x.to(push.dtype), g_pair, value=cpu.LOG2E)
             return (push.mul_(scale),) if need_y else ()
 
-        pushes = ctx.ring.travel((y, y_role.lse2, y_role.weight), visit, _added)
-        gx.addcmul_(y.to(gx.dtype), g_pair, value=tiled.LOG2E)
+        pushes = ctx.ring.travel((y, y_softmax.lse2, y_softmax.weight), visit, _added)
+        gx.addcmul_(y.to(gx.dtype), g_pair, value=cpu.LOG2E)
         dscale = (gx * x).sum() if need_scale else None
         dx = gx.mul_(scale).to(x.dtype) if need_x else None
         return dx, pushes[0].to(y.dtype) if need_y else None, dscale, None, None
 
 
-def rows_and_columns(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group) -> tuple[Tensor, ...]:
-    """``two_sided.rows_and_columns`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
-    (x, y), narrow = autocast(x, y)
-    return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), narrow)
+def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group) -> tuple[Tensor, ...]:
+    """``two_sided.two_sided_lse`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
+    (x, y), matmul_dtype = autocast(x, y)
+    return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), matmul_dtype)

@@ -64,7 +64,13 @@ TARGETS = {
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255
 INTERPRETED = "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect"
-MATRIX = {"_lse_kernel", "_gradient_kernel", "_two_sided_kernel", "_weights_kernel", "_gather_kernel"}
+MATRIX = {
+    "similarity_lse_fwd_kernel",
+    "similarity_lse_bwd_kernel",
+    "two_sided_lse_fwd_kernel",
+    "large_dim_weights_kernel",
+    "large_dim_weighted_sum_kernel",
+}
 """Kernels that must use the tensor cores wherever a launch says that it does, be they its first or not."""
 ASSUMPTIONS = (
     "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
@@ -190,7 +196,7 @@ def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
         launched = list(driver.launched.values())
     if not launched:
         return [{**_empty_record(arch, spec), "problems": ["launched no kernel"]}]
-    main = next(kernel.name for kernel in launched if kernel.name != "_split_kernel")
+    main = next(kernel.name for kernel in launched if kernel.name != "split_bf16_kernel")
     variants = [kernel for kernel in launched if kernel.name == main]
     return [
         _record(arch, spec, kernel, main, variants.index(kernel) if kernel in variants else 0) for kernel in launched

@@ -1,16 +1,16 @@
 """The CPU path of :mod:`vito_kernels.photometric`: one image at a time, in buffers that stay in the second-level cache.
 
-A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorised pass over data in the
+A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorized pass over data in the
 cache and costs microseconds. Each operator divides it among PyTorch's threads: a thread for each image, which was
 tried, spends what that saves on waiting for the interpreter's lock. Buffers are kept between calls: to touch new memory
 takes as long as an image does. What makes it fast besides:
 
 - HSV is never formed. With V and C the largest channel and the largest minus the smallest, saturation times f moves
-  every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Colour._hue``, which needs no
+  every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Color._hue``, which needs no
   comparison and no branch.
 - Blur is two banded matrix products: 16 output rows (then columns) at a time need 16 + 2 radius input rows, and all
-  these blocks share one small Toeplitz matrix. Taps below 2^-24 of the centre are left out, so small sigmas cost less.
-- A grey image is blurred and solarised as one plane.
+  these blocks share one small Toeplitz matrix. Taps below 2^-24 of the center are left out, so small sigmas cost less.
+- A gray image is blurred and solarized as one plane.
 """
 
 import math
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.photometric import GREY_WEIGHTS, ORDERS
+from ..reference.photometric import GRAY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
 FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has made the default
 KEPT_PIXELS = 1 << 18  # of an image and its padding; the 16 planes of a larger one are made anew for each call
-TINY = 1e-30  # stands for a chroma of zero, where any finite quotient gives the same colour
+TINY = 1e-30  # stands for a chroma of zero, where any finite quotient gives the same color
 
 
 def photometric(
@@ -50,22 +50,22 @@ class _Augment:
 
     def __init__(self, height: int, width: int, radius: int):
         self.size = height, width, radius
-        self.colour, self.blur = _Colour(height, width), _Blur(height, width, radius)
+        self.color, self.blur = _Color(height, width), _Blur(height, width, radius)
 
     def __call__(
         self, image: Tensor, row: Sequence[float], hues: Tensor, toeplitz: Tensor, mean_C11: Tensor, std_C11: Tensor
     ) -> Tensor:
-        """image (H, W, 3) uint8, row of the parameters, what is made of them, the normalisation: to planes (3, H, W),
+        """image (H, W, 3) uint8, row of the parameters, what is made of them, the normalization: to planes (3, H, W),
         which the next call overwrites.
         """
-        *jitter, order, grey, sigma, threshold = row
-        x = self.colour(image, jitter, int(order), hues, grey > 0)
+        *jitter, order, gray, sigma, threshold = row
+        x = self.color(image, jitter, int(order), hues, gray > 0)
         reach = self.blur.reach(sigma)
         if reach > 0:
             x = self.blur(x, toeplitz, reach)
         if threshold <= 1:
-            _solarise(x, threshold)
-        return torch.sub(x, mean_C11, out=self.colour.planes).div_(std_C11)
+            _solarize(x, threshold)
+        return torch.sub(x, mean_C11, out=self.color.planes).div_(std_C11)
 
 
 _kept = local()
@@ -81,8 +81,8 @@ def _augment(height: int, width: int, radius: int) -> _Augment:
     return augment
 
 
-class _Colour:
-    """Jitter and grey. Every operation's result lies in [0, 1], as the planes do, but for rounding; only the first two
+class _Color:
+    """Jitter and gray. Every operation's result lies in [0, 1], as the planes do, but for rounding; only the first two
     need a clip.
     """
 
@@ -92,10 +92,10 @@ class _Colour:
         self.red_green_blue = self.planes.unbind()
         self.top, self.bottom, self.chroma, self.side = self.scratch.unbind()
         self.top_C, self.ratio_C = self.top.expand(3, -1, -1), self.chroma.expand(3, -1, -1)
-        self.grey_weights = torch.tensor(GREY_WEIGHTS, **FLOAT)
+        self.gray_weights = torch.tensor(GRAY_WEIGHTS, **FLOAT)
 
-    def __call__(self, image: Tensor, amounts: Sequence[float], order: int, hues: Tensor, grey: bool) -> Tensor:
-        """(H, W, 3) uint8 to planes (3, H, W), or (1, H, W) if grey, that the next call overwrites."""
+    def __call__(self, image: Tensor, amounts: Sequence[float], order: int, hues: Tensor, gray: bool) -> Tensor:
+        """(H, W, 3) uint8 to planes (3, H, W), or (1, H, W) if gray, that the next call overwrites."""
         x = self.planes.copy_(image.permute(2, 0, 1)).div_(255)
         brightness, contrast, saturation, _ = amounts
         for operation in ORDERS[order] if order >= 0 else ():
@@ -108,9 +108,9 @@ class _Colour:
                 self._saturation(x, saturation)
             else:
                 self._hue(x, hues)
-        if not grey:
+        if not gray:
             return x
-        torch.mv(x.flatten(1).t(), self.grey_weights, out=self.top.flatten())
+        torch.mv(x.flatten(1).t(), self.gray_weights, out=self.top.flatten())
         return self.scratch[:1]
 
     def _saturation(self, x: Tensor, factor: float) -> None:
@@ -155,7 +155,7 @@ def _hues(turns: Tensor) -> Tensor:
     return (own - (6 * turns - 2 * thirds)).float()[:, :, None, None]
 
 
-def _solarise(x: Tensor, threshold: float) -> None:
+def _solarize(x: Tensor, threshold: float) -> None:
     over = x.clone().ge_(threshold if threshold > 0 else -1.0)  # rounding leaves some of x below 0
     x.addcmul_(x, over, value=-2).add_(over)
 
@@ -214,7 +214,7 @@ def _overlapping(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> T
 
 
 def _toeplitz(sigma: Tensor, radius: int) -> Tensor:
-    """(B, BLOCK, BLOCK + 2 radius): row i holds an image's normalised taps from column i on; NaN without a blur."""
+    """(B, BLOCK, BLOCK + 2 radius): row i holds an image's normalized taps from column i on; NaN without a blur."""
     band = BLOCK + 2 * radius
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
     taps = torch.exp(offsets.square() / (-2 * sigma.double().square()[:, None]))

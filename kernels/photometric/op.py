@@ -1,8 +1,8 @@
-"""Photometric augmentation of a batch: jitter in each image's own order, grey, blur, solarise, normalise.
+"""Photometric augmentation of a batch: jitter in each image's own order, gray, blur, solarize, normalize.
 
-Equivalent to ``vito_kernels.reference.photometric``, the colour chain of BYOL and DetCon, on (B, H, W, 3) uint8 images
+Equivalent to ``vito_kernels.reference.photometric``, the color chain of BYOL and DetCon, on (B, H, W, 3) uint8 images
 and a (B, 8) table of parameters. On a GPU four launches do it, whatever the parameters' values: partial sums of the
-channels as they are when contrast needs their means; colour; and two passes of the blur, which only the images that
+channels as they are when contrast needs their means; color; and two passes of the blur, which only the images that
 have one take part in. An image without blur is read once or twice as bytes and written once. Nothing depends on values
 on the host, so the op can be captured in a CUDA graph. Deterministic: no atomics, sums in a fixed order. Not
 differentiable.
@@ -32,12 +32,12 @@ PARAMS = (
     "saturation",  # factor in HSV
     "hue",  # shift in turns
     "order",  # rank, 0 to 23, of the permutation of the four columns above in lexicographic order; -1: no jitter
-    "grey",  # 0 or 1
+    "gray",  # 0 or 1
     "sigma",  # of the blur in pixels; 0: none
-    "solarise",  # threshold in [0, 1]; above 1: none
+    "solarize",  # threshold in [0, 1]; above 1: none
 )
 SPLITS = 16  # programs that share the sums of an image
-PIXELS, ELEMENTS, WARPS = 1024, 2048, 4  # per program of the colour kernels and of the blur
+PIXELS, ELEMENTS, WARPS = 1024, 2048, 4  # per program of the color kernels and of the blur
 MOST_TAPS = 4095
 REACH = math.sqrt(48 * math.log(2))  # taps beyond REACH * sigma are below 2^-24 of the one in the middle
 
@@ -57,11 +57,11 @@ def load_jitter(table, b):
 def load_rest(table, b):
     """One image's other parameters, and whether all are valid; without blur (sigma 0) if not."""
     row = table + b * 8
-    order, grey, sigma, threshold = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    order, gray, sigma, threshold = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     valid = tl.sum(tl.abs(tl.load(row + tl.arange(0, 8))), 0) < float("inf")
     valid &= (order >= -1) & (order <= 23) & (tl.floor(order) == order)
-    valid &= ((grey == 0) | (grey == 1)) & (sigma >= 0)
-    return grey, tl.where(valid, sigma, 0.0), threshold, valid
+    valid &= ((gray == 0) | (gray == 1)) & (sigma >= 0)
+    return gray, tl.where(valid, sigma, 0.0), threshold, valid
 
 
 @jit
@@ -92,7 +92,7 @@ def clip(x, low, high):
 
 @jit
 def shift_hue(r, g, b, turns):
-    """See ``photometric_cpu._Colour._hue``, step by step the same."""
+    """See ``photometric_cpu._Color._hue``, step by step the same."""
     thirds = tl.floor(3 * turns + 0.5)
     rest = 6 * turns - 2 * thirds
     bottom = tl.minimum(tl.minimum(r, g), b)
@@ -136,13 +136,13 @@ def jitter(r, g, b, operations, count, brightness, contrast, saturation, hue, me
 
 @jit
 def finish(x, threshold, valid, mean, std):
-    """Solarise and normalise; NaN if the parameters are not valid."""
+    """Solarize and normalize; NaN if the parameters are not valid."""
     x = clip(tl.where(x < threshold, x, 1 - x), 0.0, 1.0)
     return tl.where(valid, (x - mean) / std, float("nan"))
 
 
 @jit
-def channel_sums(images, table, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.constexpr):
+def photometric_sums_kernel(images, table, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.constexpr):
     """A program adds up one split of one image, taken through the operations that come before contrast."""
     b_id = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
@@ -174,17 +174,17 @@ def channel_sums(images, table, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.c
 
 
 @jit
-def colour(
+def photometric_color_kernel(
     images, table, sums, blurred, out, pixels, radius, reach_per_sigma,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     SPLITS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes PIXELS pixels of one image through jitter and grey: to ``blurred``, or finished to ``out``."""
+    """A program takes PIXELS pixels of one image through jitter and gray: to ``blurred``, or finished to ``out``."""
     blocks = tl.cdiv(pixels, PIXELS)
     b_id = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * PIXELS + tl.arange(0, PIXELS)
     brightness, contrast, saturation, hue, order = load_jitter(table, b_id)
-    grey, sigma, threshold, valid = load_rest(table, b_id)
+    gray, sigma, threshold, valid = load_rest(table, b_id)
     r, g, b = load_pixels(images + b_id * pixels * 3, pixel, pixels)
     if order >= 0:
         part = sums + b_id * 3 * SPLITS + tl.arange(0, SPLITS)
@@ -195,7 +195,7 @@ def colour(
         r, g, b = jitter(
             r, g, b, operations, 4, brightness, contrast, saturation, hue, center_r, center_g, center_b
         )  # fmt: skip
-    if grey > 0:
+    if gray > 0:
         luma = 0.2989 * r + 0.5870 * g + 0.1140 * b
         r, g, b = luma, luma, luma
     inside = pixel < pixels
@@ -214,12 +214,12 @@ def colour(
 
 
 @jit
-def blur_pass(
+def photometric_blur_kernel(
     x, table, out, elements, period, step, radius, reach_per_sigma,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     TAPS: tl.constexpr, FINISH: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Gaussian along one axis of the flattened image: neighbours are ``step`` elements apart within each ``period``.
+    """Gaussian along one axis of the flattened image: neighbors are ``step`` elements apart within each ``period``.
 
     Along rows the period is a row of 3 W elements and the step 3; along columns the period is the image and the step 3
     W.
@@ -263,9 +263,9 @@ def launch(
     out = images.new_empty(images.shape, dtype=dtype)
     sums = launch_sums(images, params)
     between = torch.float32 if dtype == torch.float32 else torch.float16
-    coloured = launch_colour(images, params, sums, out, between, radius, mean, std)
+    colored = launch_color(images, params, sums, out, between, radius, mean, std)
     if radius > 0:
-        halfway = launch_blur(coloured, params, torch.empty_like(coloured), radius, None)
+        halfway = launch_blur(colored, params, torch.empty_like(colored), radius, None)
         launch_blur(halfway, params, out, radius, (*mean, *std))
     return out
 
@@ -273,34 +273,34 @@ def launch(
 def launch_sums(images: Tensor, params: Tensor) -> Tensor:
     batch, height, width, _ = images.shape
     sums = images.new_empty((batch, 3, SPLITS), dtype=torch.float32)
-    channel_sums[(batch * SPLITS,)](
+    photometric_sums_kernel[(batch * SPLITS,)](
         images, params, sums, height * width, SPLITS=SPLITS, PIXELS=PIXELS, num_warps=WARPS, num_stages=1
     )  # fmt: skip
     return sums
 
 
-def launch_colour(
+def launch_color(
     images: Tensor, params: Tensor, sums: Tensor, out: Tensor, between: torch.dtype,
     radius: int, mean: Sequence[float], std: Sequence[float],
 ) -> Tensor:  # fmt: skip
-    """Finishes images without blur into ``out``, and returns the others' colours."""
+    """Finishes images without blur into ``out``, and returns the others' colors."""
     batch, height, width, _ = images.shape
-    coloured = images.new_empty(images.shape if radius > 0 else (1,), dtype=between)
-    colour[(batch * -(-height * width // PIXELS),)](
-        images, params, sums, coloured, out, height * width, radius, REACH, *mean, *std,
+    colored = images.new_empty(images.shape if radius > 0 else (1,), dtype=between)
+    photometric_color_kernel[(batch * -(-height * width // PIXELS),)](
+        images, params, sums, colored, out, height * width, radius, REACH, *mean, *std,
         SPLITS=SPLITS, PIXELS=PIXELS, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
-    return coloured
+    return colored
 
 
-def launch_blur(x: Tensor, params: Tensor, out: Tensor, radius: int, normalise: Sequence[float] | None) -> Tensor:
-    """Blurs rows or, with ``normalise`` (three means, three deviations), columns; the latter finishes into ``out``."""
+def launch_blur(x: Tensor, params: Tensor, out: Tensor, radius: int, normalize: Sequence[float] | None) -> Tensor:
+    """Blurs rows or, with ``normalize`` (three means, three deviations), columns; the latter finishes into ``out``."""
     batch, height, width, _ = x.shape
     elements = height * width * 3
-    last = normalise is not None
+    last = normalize is not None
     period, step = (elements, width * 3) if last else (width * 3, 3)
-    blur_pass[(batch * -(-elements // ELEMENTS),)](
-        x, params, out, elements, period, step, radius, REACH, *(normalise or (0.0,) * 6),
+    photometric_blur_kernel[(batch * -(-elements // ELEMENTS),)](
+        x, params, out, elements, period, step, radius, REACH, *(normalize or (0.0,) * 6),
         TAPS=1 << radius.bit_length(), FINISH=last, ELEMENTS=ELEMENTS, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out
@@ -344,7 +344,7 @@ def photometric(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Jitter, grey, blur, solarise and normalise each image by its own row of parameters.
+    """Jitter, gray, blur, solarize and normalize each image by its own row of parameters.
 
     Computes ``vito_kernels.reference.photometric``, where the formulas and their source stand.
 
@@ -353,7 +353,7 @@ def photometric(
         params: (B, 8) float32 on the same device; columns as in ``from vito_kernels.photometric import PARAMS``.
         kernel_size: odd number of taps of the blur, at most 4095; by default ``2 * int(H / 10 / 2) + 1``, 23 for
             224 rows.
-        mean, std: per-channel normalisation, in units of [0, 1] intensities.
+        mean, std: per-channel normalization, in units of [0, 1] intensities.
         dtype: of the result: float32, bfloat16 or float16. Arithmetic is in float32.
 
     Returns:
@@ -362,7 +362,7 @@ def photometric(
     Raises:
         TypeError: images are not uint8, params not float32, dtype is another, or kernel_size is no int.
         ValueError: a shape, device, kernel size, mean or deviation is wrong; or, on a CPU, a parameter is: not finite,
-            an order that is no integer from -1 to 23, grey other than 0 and 1, a negative sigma. Reading values on a
+            an order that is no integer from -1 to 23, gray other than 0 and 1, a negative sigma. Reading values on a
             GPU would stall it, so there an image with such parameters comes out as NaN.
 
     Deterministic.
@@ -404,11 +404,11 @@ def _check(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
 
 def _check_values(params: Tensor) -> None:
     """Raises for the first row that has a value out of its range."""
-    order, grey, sigma = params[:, 4], params[:, 5], params[:, 6]
+    order, gray, sigma = params[:, 4], params[:, 5], params[:, 6]
     faults = {
         "finite numbers": ~params.isfinite().all(1),
         "an integer order from -1 to 23": (order < -1) | (order > 23) | (order != order.floor()),
-        "grey 0 or 1": (grey != 0) & (grey != 1),
+        "gray 0 or 1": (gray != 0) & (gray != 1),
         "sigma >= 0": sigma < 0,
     }
     for rule, broken in faults.items():
@@ -431,16 +431,16 @@ def specs() -> Iterator[Spec]:
     half = torch.empty(images.shape, dtype=torch.float16, device="meta")
     out = torch.empty(images.shape, dtype=torch.bfloat16, device="meta")
     shape = f"B={batch} {size}x{size}"
-    normalise = (*IMAGENET_MEAN, *IMAGENET_STD)
+    normalize = (*IMAGENET_MEAN, *IMAGENET_STD)
     launches = {
         "sums": (lambda: launch_sums(images, params), 20 * count, count),
-        "colour": (
-            lambda: launch_colour(images, params, sums, out, torch.float16, radius, IMAGENET_MEAN, IMAGENET_STD),
+        "color": (
+            lambda: launch_color(images, params, sums, out, torch.float16, radius, IMAGENET_MEAN, IMAGENET_STD),
             40 * count,
             3 * count,
         ),
         "blur rows": (lambda: launch_blur(half, params, half, radius, None), 3 * radius * count, 4 * count),
-        "blur columns": (lambda: launch_blur(half, params, out, radius, normalise), 3 * radius * count, 4 * count),
+        "blur columns": (lambda: launch_blur(half, params, out, radius, normalize), 3 * radius * count, 4 * count),
     }
     for name, (launch_one, flops, moved) in launches.items():
         yield Spec(f"photometric {name} {shape}", launch_one, flops=flops, min_bytes=moved, tensor_cores=False)

@@ -132,7 +132,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
-    """Each of the 2B embeddings, normalised, against all others; its positive is the other view of its sample."""
+    """Each of the 2B embeddings, normalized, against all others; its positive is the other view of its sample."""
     z = normalize(torch.cat([z1, z2]))
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)), reduction=reduction)

@@ -1,4 +1,4 @@
-"""Specification of the photometric augmentations in plain PyTorch: the colour chain of BYOL and DetCon, image by image.
+"""Specification of the photometric augmentations in plain PyTorch: the color chain of BYOL and DetCon, image by image.
 
 Formulas: ``byol/utils/augmentations.py`` of google-deepmind/deepmind-research (2020) and ``utils/augmentations.py`` of
 google-deepmind/detcon (2021), which agree. What is easily got wrong, and settled there:
@@ -6,10 +6,10 @@ google-deepmind/detcon (2021), which agree. What is easily got wrong, and settle
 - every jitter operation is followed by its own clip to [0, 1], not only the whole jitter;
 - brightness adds a delta; contrast scales about the mean of each channel *at that point of the order*;
 - saturation and hue go through HSV: s is scaled and clipped to [0, 1], h is shifted modulo one turn;
-- grey is 0.2989 R + 0.5870 G + 0.1140 B;
+- gray is 0.2989 R + 0.5870 G + 0.1140 B;
 - blur is separable and zero-padded ('SAME'), so borders darken; its radius is ``int(height / 10 / 2)``,
   whatever sigma is;
-- solarise replaces x >= threshold by 1 - x; a last clip to [0, 1] precedes the normalisation.
+- solarize replaces x >= threshold by 1 - x; a last clip to [0, 1] precedes the normalization.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ORDERS = tuple(permutations(range(4)))  # lexicographic; 0 brightness, 1 contrast, 2 saturation, 3 hue
@@ -34,13 +34,13 @@ def photometric(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Jitter, grey, blur, solarise and normalise each image by its own row of parameters.
+    """Jitter, gray, blur, solarize and normalize each image by its own row of parameters.
 
     Args:
         images: (B, H, W, 3) uint8.
         params: (B, 8), columns as in ``from vito_kernels.photometric import PARAMS``.
         kernel_size: odd number of taps of the blur; by default ``2 * int(H / 10 / 2) + 1``.
-        mean, std: per-channel normalisation, in units of [0, 1] intensities.
+        mean, std: per-channel normalization, in units of [0, 1] intensities.
         dtype: of the result. Arithmetic is in float64 if it is float64, else in float32.
 
     Returns:
@@ -57,8 +57,8 @@ def photometric(
 
 
 def _augment(x: Tensor, row: Tensor, radius: int) -> Tensor:
-    """One image (H, W, 3) in [0, 1] through everything but the normalisation."""
-    brightness, contrast, saturation, hue, order, grey, sigma, threshold = row
+    """One image (H, W, 3) in [0, 1] through everything but the normalization."""
+    brightness, contrast, saturation, hue, order, gray, sigma, threshold = row
     jitter = (
         lambda x: x + brightness,
         lambda x: adjust_contrast(x, contrast),
@@ -67,8 +67,8 @@ def _augment(x: Tensor, row: Tensor, radius: int) -> Tensor:
     )
     for operation in ORDERS[int(order)] if order >= 0 else ():
         x = jitter[operation](x).clamp(0, 1)
-    if grey:
-        x = (x @ x.new_tensor(GREY_WEIGHTS))[..., None].expand(x.shape).clamp(0, 1)
+    if gray:
+        x = (x @ x.new_tensor(GRAY_WEIGHTS))[..., None].expand(x.shape).clamp(0, 1)
     if sigma > 0:
         x = gaussian_blur(x, sigma, radius)
     return torch.where(x < threshold, x, 1 - x).clamp(0, 1)
@@ -90,7 +90,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, W, 3) to hue in turns [0, 1), saturation and value, each (H, W). A grey pixel has hue 0."""
+    """(H, W, 3) to hue in turns [0, 1), saturation and value, each (H, W). A gray pixel has hue 0."""
     r, g, b = x.unbind(-1)
     v = x.amax(-1)
     chroma = v - x.amin(-1)

@@ -16,12 +16,12 @@ def test_kernels_execute_what_the_method_costs():
         return 2 * (-(-rows // 16) * 16) * (-(-columns // 16) * 16) * width
 
     flops = {kernel: figures["flops"] for kernel, figures in executed.items()}
-    assert flops["info_nce: _lse_kernel"] == 2 * product(40, 72)  # logits, and the keys' mean
-    assert flops["info_nce: _gradient_kernel"] == 2 * product(72, 40)
-    assert flops["ntxent: _lse_kernel"] == product(80, 80)  # of both views against themselves
-    assert flops["ntxent: _gradient_kernel"] == 2 * product(80, 80)
-    assert flops["attention_pool: pool_forward"] == 0
-    read = executed["attention_pool: pool_forward"]["bytes_read"]
+    assert flops["info_nce: similarity_lse_fwd_kernel"] == 2 * product(40, 72)  # logits, and the keys' mean
+    assert flops["info_nce: similarity_lse_bwd_kernel"] == 2 * product(72, 40)
+    assert flops["ntxent: similarity_lse_fwd_kernel"] == product(80, 80)  # of both views against themselves
+    assert flops["ntxent: similarity_lse_bwd_kernel"] == 2 * product(80, 80)
+    assert flops["attention_pool: attention_pool_fwd_kernel"] == 0
+    read = executed["attention_pool: attention_pool_fwd_kernel"]["bytes_read"]
     assert read == 2 * (2 * 49 * 80) + 3 * (2 * 2 * 49)  # all features once; logits for maximum, sum and weights
 
 

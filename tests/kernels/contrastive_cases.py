@@ -122,8 +122,8 @@ def tight_classes(rows, width, classes, noise):
     """(z, labels) of classes whose members nearly coincide: gradients are what little is left between large sums."""
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(0, classes, (rows,), generator=draw)
-    centres = normalize(torch.randn(classes, width, generator=draw), dim=1)
-    return normalize(centres[labels] + noise * torch.randn(rows, width, generator=draw) / width**0.5, dim=1), labels
+    centers = normalize(torch.randn(classes, width, generator=draw), dim=1)
+    return normalize(centers[labels] + noise * torch.randn(rows, width, generator=draw) / width**0.5, dim=1), labels
 
 
 def assert_unseen_gets_nothing(device):

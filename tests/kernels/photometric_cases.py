@@ -28,7 +28,7 @@ def random_params(count, seed=0, hue=0.7):
     return params
 
 
-def grey_levels(a, b):
-    """Largest difference of two normalised batches, in 255ths of an intensity."""
+def gray_levels(a, b):
+    """Largest difference of two normalized batches, in 255ths of an intensity."""
     std = torch.tensor(IMAGENET_STD, device=a.device, dtype=torch.float64).view(3, 1, 1)
     return float(((a.double() - b.double()) * std).abs().max() * 255)

@@ -1,4 +1,4 @@
-"""What ``normalize`` and ``margin`` are compared with, on the CPU and by Triton."""
+"""What ``normalize`` and ``softplus_loss`` are compared with, on the CPU and by Triton."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from vito_kernels import normalize, reference
 from vito_kernels.contrastive.cpu import LOG2E
-from vito_kernels.contrastive.softplus_loss import margin
+from vito_kernels.contrastive.softplus_loss import softplus_loss
 
 SHAPES = [(1, 1), (3, 16), (37, 100), (5, 1024)]
 
 
-def fused_margin(logits: Tensor, *sides: Tensor) -> Tensor:
+def fused_softplus_loss(logits: Tensor, *sides: Tensor) -> Tensor:
     """Of log-sum-exps whose rest is 1 / 8."""
     first, *second = ((lse2, torch.full_like(lse2, 0.125)) for lse2 in sides)
-    return margin(*first, logits, *(second[0] if second else ()))
+    return softplus_loss(*first, logits, *(second[0] if second else ()))
 
 
-def plain_margin(logits: Tensor, *sides: Tensor) -> Tensor:
+def plain_softplus_loss(logits: Tensor, *sides: Tensor) -> Tensor:
     over = ((lse2[:, None] - logits + 0.125) / LOG2E for lse2 in sides)
     return sum(torch.nn.functional.softplus(x, threshold=50).mean(1) for x in over) / len(sides)
 
@@ -57,13 +57,13 @@ def check_strided_rows(device: str) -> None:
         torch.testing.assert_close(normalize(view), reference.normalize(view))
 
 
-def check_margin(device: str, pairs: int, sides: int) -> None:
+def check_softplus_loss(device: str, pairs: int, sides: int) -> None:
     draw = torch.Generator().manual_seed(pairs)
     lse2, logits = 30 * torch.randn(sides, 300, generator=draw), 20 * torch.randn(300, pairs, generator=draw)
-    assert_at_most_twice_torch(fused_margin, plain_margin, [x.to(device) for x in (logits, *lse2)])
+    assert_at_most_twice_torch(fused_softplus_loss, plain_softplus_loss, [x.to(device) for x in (logits, *lse2)])
 
 
-def check_margin_gradient_of_a_wide_matrix(device: str, path: Path) -> None:
+def check_softplus_loss_gradient_of_a_large_matrix(device: str, path: Path) -> None:
     """One column of it, whose last row begins 2^31 elements after the first: more than 32 bits count."""
     step = 1 << 30
     if device == "cpu":  # a file with holes: three of its pages exist, and a wrong address lies below the first row
@@ -73,16 +73,16 @@ def check_margin_gradient_of_a_wide_matrix(device: str, path: Path) -> None:
         column = torch.zeros(2 * step + 1, device=device)[::step]
     column.copy_(torch.tensor([0.5, 1.0, 2.0], device=device))
     lse2 = torch.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
-    value = margin(lse2, torch.zeros_like(lse2), torch.ones(3, 1, device=device))
+    value = softplus_loss(lse2, torch.zeros_like(lse2), torch.ones(3, 1, device=device))
     (found,) = torch.autograd.grad(value, lse2, column, retain_graph=True)
     assert torch.equal(found, torch.autograd.grad(value, lse2, column.contiguous())[0])
 
 
-def check_margin_at_its_ends(device: str) -> None:
+def check_softplus_loss_at_its_ends(device: str) -> None:
     """A row without negatives costs nothing, a confident one costs e^x and not 0, a hopeless one x."""
     lse2 = torch.tensor([-torch.inf, -40 * LOG2E, 0.0, 90 * LOG2E], device=device, requires_grad=True)
     logits = torch.zeros(4, 1, device=device, requires_grad=True)
-    loss = margin(lse2, torch.zeros(4, device=device), logits)
+    loss = softplus_loss(lse2, torch.zeros(4, device=device), logits)
     expected = torch.tensor([0.0, 4.248354e-18, 0.6931472, 90.0], device=device)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     g_lse2, g_logits = torch.autograd.grad(loss.sum(), (lse2, logits))

@@ -76,9 +76,9 @@ def test_rows_are_split_when_there_are_few(device, monkeypatch):
     torch.manual_seed(3)
     features, logits = torch.randn(1, 700, 24, device=device), torch.randn(1, 700, device=device)
     grids = []
-    kernel = module.pool_forward
+    kernel = module.attention_pool_fwd_kernel
     spy = type("Spy", (), {"__getitem__": lambda self, grid: grids.append(grid) or kernel[grid]})()
-    monkeypatch.setattr(module, "pool_forward", spy)
+    monkeypatch.setattr(module, "attention_pool_fwd_kernel", spy)
     assert_as_exact_as_torch(features, logits)
     assert grids[0][1] > 1, "the launcher did not split"
 

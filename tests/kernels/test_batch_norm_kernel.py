@@ -114,7 +114,7 @@ def test_parts_of_two_ranks_make_the_whole(device):
     g = as_rows(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device))
     found, totals = [], 0
     for share, rows in zip(shares, (slice(0, 3), slice(3, 7)), strict=True):
-        ours = module.normalise(share, weight, bias, as_rows(residual[rows]), mean, invstd, count, True)
+        ours = module.normalize(share, weight, bias, as_rows(residual[rows]), mean, invstd, count, True)
         sums, *of_parameters, masked = module.gradient_sums(
             as_rows(g[rows]), share, ours, weight, bias, mean, invstd, True
         )
@@ -136,7 +136,7 @@ def test_the_mask_computed_anew_is_that_of_the_output(device):
     x, weight, bias, _ = make((3, 64, 9, 8), torch.bfloat16, device)
     bias = bias.round()
     mean, invstd, count = module.merge_parts(module.part_of(x), None, None, 0.0, 1e-5)
-    y = module.normalise(x, weight, bias, None, mean, invstd, count, True)
+    y = module.normalize(x, weight, bias, None, mean, invstd, count, True)
     assert 0.1 < (y == 0).float().mean() < 0.9
     g = as_rows(torch.randn(x.shape, device=device).bfloat16())
     *by_output, masked = module.gradient_sums(g, x, y, weight, bias, mean, invstd, True)
@@ -203,11 +203,11 @@ def test_the_network_takes_the_kernels(device, monkeypatch):
     x = as_rows(torch.randn(2, 16, 6, 6, device=device))
     states = {name: value.clone() for name, value in block.state_dict().items()}
     launched = []
-    kernel = kernels.norm_apply
+    kernel = kernels.batch_norm_fwd_kernel
     spy = type("Spy", (), {"__getitem__": lambda self, grid: launched.append(grid) or kernel[grid]})()
     found = []
     for ours in (True, False):
-        monkeypatch.setattr(kernels, "norm_apply", spy)
+        monkeypatch.setattr(kernels, "batch_norm_fwd_kernel", spy)
         monkeypatch.setattr(module, "use_triton", lambda _, ours=ours: ours)
         block.load_state_dict(states)
         y = block(x)

@@ -85,12 +85,12 @@ PAIR_LOSSES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("narrow", [(True, False), (False, True)], ids=["first", "second"])
+@pytest.mark.parametrize("matmul_dtype", [(True, False), (False, True)], ids=["first", "second"])
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
-def test_autocast_mixes_dtypes(loss, narrow, dtype):
+def test_autocast_mixes_dtypes(loss, matmul_dtype, dtype):
     """As float32 embeddings of the same values: the side of 16 bits rounds its gradient once."""
     wide = [x.to(dtype).float().requires_grad_() for x in pair()]
-    mixed = [x.to(dtype) if narrow_one else x for x, narrow_one in zip(wide, narrow, strict=True)]
+    mixed = [x.to(dtype) if narrow_one else x for x, narrow_one in zip(wide, matmul_dtype, strict=True)]
     mixed = [x.detach().requires_grad_() for x in mixed]
     with torch.autocast("cpu", dtype):
         expected, found = (PAIR_LOSSES[loss](*sides) for sides in (wide, mixed))
@@ -292,7 +292,7 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
     q, k = pair()
     vk.info_nce(q.requires_grad_(), k, temperature=0.1).backward()
     assert {q.shape} <= set(entered)
-    assert len(entered) == 4  # contrast, margin, and their gradients
+    assert len(entered) == 4  # contrast, softplus_loss, and their gradients
 
 
 @pytest.mark.parametrize(("chosen", "precision"), [("tf32", "high"), ("ieee", "highest")])
@@ -300,7 +300,7 @@ def test_float32_precision_by_either_of_torchs_ways(chosen, precision):
     """In a process of its own: PyTorch has no way back from the later to the earlier."""
     code = (
         f"import torch; from vito_kernels import _tiles; torch.backends.cuda.matmul.fp32_precision = {chosen!r}\n"
-        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; print(_tiles._matmul_precision())"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; print(tile_configs._matmul_precision())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == precision

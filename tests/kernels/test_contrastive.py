@@ -25,23 +25,24 @@ from torch.utils.checkpoint import checkpoint
 
 import vito_kernels
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive.cpu import Exclusion, Role
+from vito_kernels.contrastive import cpu
+from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[None, 16], ids=["one tile", "many tiles"])
 def tile_rows(request, monkeypatch):
-    """Also with tiles so small that every shape has whole, ragged and diagonal ones, and a few of them are kept."""
+    """Also with tiles so small that every shape has whole, ragged and diagonal ones, and a few of them are
+    logit_cache."""
     if request.param:
-        small_tiles(monkeypatch, request.param, kept=3600)
+        small_tiles(monkeypatch, request.param, logit_cache=3600)
 
 
-def small_tiles(monkeypatch, rows, kept):
-    monkeypatch.setattr(tiled, "tile_rows", lambda: rows)
-    monkeypatch.setattr(tiled, "COLUMNS", rows + 8)
-    monkeypatch.setattr(tiled, "KEPT", kept)  # bytes
+def small_tiles(monkeypatch, rows, logit_cache):
+    monkeypatch.setattr(cpu, "tile_rows", lambda: rows)
+    monkeypatch.setattr(cpu, "COLUMNS", rows + 8)
+    monkeypatch.setattr(cpu, "KEPT", logit_cache)  # bytes
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
@@ -211,12 +212,12 @@ def test_ops_are_registered_in_full():
     ):
         torch.library.opcheck(ops.contrast.default, args)
     group, count = torch.tensor([0, 0, 2, 2, 2, 5]), torch.tensor([1, 1, 2, 2, 2, 0])
-    for keep in (False, True):
-        torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, keep))
-        torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, keep))
+    for cache_logits in (False, True):
+        torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, cache_logits))
+        torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, cache_logits))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, None, None, None, keep))
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, group, count, None, keep))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, None, None, None, cache_logits))
+            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, group, count, None, cache_logits))
 
 
 @pytest.mark.parametrize(
@@ -316,13 +317,13 @@ def test_no_gradient_costs_half():
     q, k = (embeddings(n, 16, torch.float32, "cpu", n) for n in (6, 9))
     seen = []
     ops = torch.ops.vito_kernels
-    original = tiled.forward
+    original = cpu.forward
 
     def spy(*args):
         seen.append(args[4:])
         return original(*args)
 
-    tiled.forward = spy
+    cpu.forward = spy
     try:
         similarity_lse(q, k, 2.0)
         similarity_lse(q, k.requires_grad_(), 2.0)
@@ -330,8 +331,8 @@ def test_no_gradient_costs_half():
         with torch.no_grad():
             similarity_lse(q, k, 2.0)
     finally:
-        tiled.forward = original
-    assert [(bring_mean, kept.numel() > 0) for bring_mean, kept, _ in seen] == [
+        cpu.forward = original
+    assert [(compute_grad_q, logit_cache.numel() > 0) for compute_grad_q, logit_cache, _ in seen] == [
         (False, False), (False, True), (True, True), (False, False)
     ]  # fmt: skip
     assert ops.contrast(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
@@ -354,18 +355,18 @@ def test_kept_tiles_change_no_gradient(loss, scale, monkeypatch):
     products = Mock(wraps=torch.mm)
     monkeypatch.setattr(torch, "mm", products)
 
-    def gradients(kept):
-        small_tiles(monkeypatch, 16, kept)
+    def gradients(logit_cache):
+        small_tiles(monkeypatch, 16, logit_cache)
         value = LOSSES[loss](x, y, scale)
-        small_tiles(monkeypatch, 16 if kept == 0 else 20, kept)
-        monkeypatch.setattr(tiled, "COLUMNS", 24)
+        small_tiles(monkeypatch, 16 if logit_cache == 0 else 20, logit_cache)
+        monkeypatch.setattr(cpu, "COLUMNS", 24)
         products.reset_mock()
         return [torch.autograd.grad(value, (x, y), retain_graph=True) for _ in range(2)]
 
     expected = gradients(0)[0]
     computed = products.call_count
-    for kept, share in ((700, 0.9), (1 << 20, 0.0)):
-        for found in gradients(kept):
+    for logit_cache, share in ((700, 0.9), (1 << 20, 0.0)):
+        for found in gradients(logit_cache):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert products.call_count <= share * computed
 
@@ -387,10 +388,10 @@ def test_one_sided_key_gradient_equals_the_two_role_form():
     x, y = embeddings(30, 16, torch.float32, "cpu", 0), embeddings(20, 16, torch.float32, "cpu", 1)
     scale, weight = torch.tensor(6.0), torch.rand(30)
     lse = similarity_lse(x, y, scale)
-    alone = tiled.gradient(x, y, scale, Role(lse * tiled.LOG2E, weight), None, Exclusion(), False, True)[1]
-    columns = Role(similarity_lse(y, x, scale) * tiled.LOG2E, torch.zeros(20))
+    alone = cpu.gradient(x, y, scale, SoftmaxGrad(lse * cpu.LOG2E, weight), None, Mask(), False, True)[1]
+    columns = SoftmaxGrad(similarity_lse(y, x, scale) * cpu.LOG2E, torch.zeros(20))
     torch.testing.assert_close(
-        alone, tiled.gradient(x, y, scale, Role(lse * tiled.LOG2E, weight), columns, Exclusion(), True, True)[1]
+        alone, cpu.gradient(x, y, scale, SoftmaxGrad(lse * cpu.LOG2E, weight), columns, Mask(), True, True)[1]
     )
 
 

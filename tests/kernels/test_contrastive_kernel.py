@@ -23,13 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._core.lazy_triton import interpreting, use_triton
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive import epilogue as rowwise
-from vito_kernels.contrastive import forward as lse
-from vito_kernels.contrastive import large_dim as wide
-from vito_kernels.contrastive import tile_configs as _tiles
-from vito_kernels.contrastive import two_sided as two_sides
-from vito_kernels.contrastive.cpu import LOG2E, Exclusion
+from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs, two_sided
+from vito_kernels.contrastive.cpu import LOG2E, Mask
 from vito_kernels.contrastive.info_nce import contrast
 from vito_kernels.contrastive.tile_configs import Tile
 from vito_kernels.contrastive.two_sided import launch_two_sided
@@ -62,7 +57,7 @@ def products(device, monkeypatch):
     def choose(precision):
         torch.set_float32_matmul_precision(precision)
         if interpreting():
-            monkeypatch.setattr(_tiles, "precision", lambda dtype, D: chosen[precision])
+            monkeypatch.setattr(tile_configs, "precision", lambda dtype, D: chosen[precision])
 
     yield choose
     torch.set_float32_matmul_precision(before)
@@ -91,11 +86,11 @@ def test_float32_in_two_parts_keeps_sixteen_bits(device, products):
 
 def test_a_matrix_is_split_once_in_each_pass(device, products, monkeypatch):
     """Whatever launches read it, as rows or as columns."""
-    splits = Mock(wraps=_tiles.split)
-    monkeypatch.setattr(_tiles, "split", splits)
+    splits = Mock(wraps=tile_configs.split)
+    monkeypatch.setattr(tile_configs, "split", splits)
     products("highest")
     x, y = (embeddings(20, 48, torch.float32, device, i).requires_grad_() for i in range(2))
-    in_parts = _tiles.precision(torch.float32, 48) in _tiles.PARTS  # not on every GPU
+    in_parts = tile_configs.precision(torch.float32, 48) in tile_configs.PARTS  # not on every GPU
     for loss, matrices in ((info_nce, 2), (lambda x, y: clip_loss(x, y, 5.0), 2), (lambda x, y: ntxent(x, y, 0.2), 1)):
         splits.reset_mock()
         value = loss(x, y)
@@ -146,7 +141,7 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
     """The transposed tile, which float32 does not take; ``visiting`` is the ring's, where nothing is hidden."""
     x, y = (embeddings(n, 40, torch.bfloat16, device, n) for n in (rows, columns))
     scale = torch.tensor(20.0, device=device)
-    found = launch_two_sided(x, y, scale, Exclusion(diagonal=diagonal))
+    found = launch_two_sided(x, y, scale, Mask(diagonal=diagonal))
     hidden = torch.eye(rows, columns, dtype=torch.bool, device=device) & (diagonal is not None)
     logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
     for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
@@ -157,13 +152,13 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_sided_sums_in_strips_of_rows(device, monkeypatch, dtype, diagonal):
     """Each strip knows where on the diagonal it lies; the last one is ragged, and one strip is what it was."""
-    own = _tiles.choose_tile("two_sided", 40, dtype).own
+    own = tile_configs.choose_tile("two_sided", 40, dtype).own
     x, y = embeddings(5 * own - 3, 40, dtype, device, 0), embeddings(5 * own + 2, 40, dtype, device, 1)
     scale = torch.tensor(20.0, device=device)
 
     def run(blocks):
-        monkeypatch.setattr(two_sides, "STRIP_BYTES", 4 * len(y) * blocks)
-        return launch_two_sided(x, y, scale, Exclusion(diagonal=diagonal))
+        monkeypatch.setattr(two_sided, "STRIP_BYTES", 4 * len(y) * blocks)
+        return launch_two_sided(x, y, scale, Mask(diagonal=diagonal))
 
     strips = run(2)
     for one, other in ((run(5), run(1000)), (strips, run(2))):
@@ -204,16 +199,20 @@ class Silent:
 def test_memory_of_two_sides_is_not_quadratic(monkeypatch, rows, width):
     """On tensors without memory, of which only the sizes count."""
     kernel = Silent()
-    for module, name in ((two_sides, "_two_sided_kernel"), (wide, "_weights_kernel"), (rowwise, "_settle_kernel")):
+    for module, name in (
+        (two_sided, "two_sided_lse_fwd_kernel"),
+        (large_dim, "large_dim_weights_kernel"),
+        (epilogue, "finalize_lse_kernel"),
+    ):
         monkeypatch.setattr(module, name, kernel)
-    monkeypatch.setattr(lse, "run_lse", lambda *_: None)
-    monkeypatch.setattr(_tiles, "interpreting", lambda: True)
-    monkeypatch.setattr(wide, "_sizes", lambda: (128, 64, "native"))
-    monkeypatch.setattr(wide, "serves", lambda *_: width == 1024)
-    monkeypatch.setattr(two_sides, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
+    monkeypatch.setattr(forward, "run_lse", lambda *_: None)
+    monkeypatch.setattr(tile_configs, "interpreting", lambda: True)
+    monkeypatch.setattr(large_dim, "_sizes", lambda: (128, 64, "native"))
+    monkeypatch.setattr(large_dim, "supports", lambda *_: width == 1024)
+    monkeypatch.setattr(two_sided, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
     x, scale = torch.empty(rows, width, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta")
     with Peak() as peak:
-        launch_two_sided(x, x, scale, Exclusion(diagonal=0))
+        launch_two_sided(x, x, scale, Mask(diagonal=0))
     assert kernel.launches > 50
     assert peak.bytes < 1 << 30  # of which x, where strips of it are seen, takes a quarter
 
@@ -299,17 +298,17 @@ def test_few_queries_split_the_keys(device):
     )
 
 
-@pytest.mark.parametrize("bring_mean", [True, False])
+@pytest.mark.parametrize("compute_grad_q", [True, False])
 @pytest.mark.parametrize("second", [0, 1])
-def test_what_a_visiting_block_adds_is_merged_by_one_kernel(device, monkeypatch, second, bring_mean):
-    """The queries' groups hide the first block of keys, the second, both or none of them."""
-    monkeypatch.setattr(tiled, "merge_splits", Mock(side_effect=AssertionError))
+def test_what_a_visiting_block_adds_is_merged_by_one_kernel(device, monkeypatch, second, compute_grad_q):
+    """The queries' groups apply_mask the first block of keys, the second, both or none of them."""
+    monkeypatch.setattr(cpu, "merge_splits", Mock(side_effect=AssertionError))
     q, k = (embeddings(n, 40, torch.float32, device, n) for n in (20, 30))
     ids, visitors = torch.arange(20, device=device) % 3, torch.arange(30, device=device) // 15 * second
     scale = torch.tensor(12.0, device=device)
 
     def sums(block):
-        lse2, _, mean, rest, _ = contrast(q, k[block], scale, ids, visitors[block], None, None, bring_mean)
+        lse2, _, mean, rest, _ = contrast(q, k[block], scale, ids, visitors[block], None, None, compute_grad_q)
         return lse2, rest, mean
 
     blocks, whole = [sums(slice(15)), sums(slice(15, 30))], sums(slice(30))
@@ -360,8 +359,10 @@ def test_a_wider_output_than_a_program_keeps(device):
 
 def test_columns_that_no_launch_would_bring_are_an_error(device, monkeypatch):
     """The fixed variant's launches go along with the online one's, which here begin at the first column only."""
-    spans = {"fixed": 32, "online": 128}
-    monkeypatch.setattr(lse, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=spans[kernel.split()[1]]))
+    output_chunks = {"fixed": 32, "online": 128}
+    monkeypatch.setattr(
+        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=output_chunks[kernel.split()[1]])
+    )
     x = embeddings(20, 80, torch.bfloat16, device, 0).requires_grad_()
     with pytest.raises(AssertionError):
         similarity_lse(x, x, 1.0)
@@ -370,8 +371,10 @@ def test_columns_that_no_launch_would_bring_are_an_error(device, monkeypatch):
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
 def test_the_online_variant_may_take_more_launches(device, monkeypatch, unit):
     """As on sm_80 at D = 512: the fixed variant brings all columns in one launch, the online one repairs in three."""
-    spans = {"fixed": 128, "online": 32}
-    monkeypatch.setattr(lse, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=spans[kernel.split()[1]]))
+    output_chunks = {"fixed": 128, "online": 32}
+    monkeypatch.setattr(
+        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=output_chunks[kernel.split()[1]])
+    )
     q, k = (embeddings(rows, 80, torch.bfloat16, device, rows, unit) for rows in (20, 40))
     scale = torch.tensor(100.0, device=device)
     assert_at_most_twice_torch(similarity_lse, reference.similarity_lse, [q, k, scale])

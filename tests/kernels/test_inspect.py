@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from vito_kernels._core import lazy_triton as _triton
+from vito_kernels._core import lazy_triton
 from vito_kernels._core.lazy_triton import Spec, jit, use_triton
-from vito_kernels.contrastive import forward as lse
-from vito_kernels.contrastive import tile_configs as _tiles
-from vito_kernels.contrastive import two_sided
+from vito_kernels.contrastive import forward, tile_configs, two_sided
 from vito_kernels.inspect import compiled as inspect
 from vito_kernels.inspect import sass
 
@@ -187,40 +185,46 @@ def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
 
     def problems(kernel, spec, arch=90):
         compiled = inspect.Compiled(kernel, 0, 4, 2, 0, b"")
-        return inspect._record(arch, spec, compiled, "_weights_kernel", 0)["problems"]
+        return inspect._record(arch, spec, compiled, "large_dim_weights_kernel", 0)["problems"]
 
-    half = lse._spec(1024, torch.bfloat16, True, "none", rows=1)
-    for kernel in ("_weights_kernel", "_gather_kernel", "_lse_kernel"):
+    half = forward._spec(1024, torch.bfloat16, True, "none", rows=1)
+    for kernel in ("large_dim_weights_kernel", "large_dim_weighted_sum_kernel", "similarity_lse_fwd_kernel"):
         assert problems(kernel, half) == ["has no tensor-core instruction"]
-    assert problems("_settle_kernel", half) == []
-    in_parts, exact = (lse._spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
-    assert problems("_lse_kernel", in_parts) == ["has no tensor-core instruction"]
-    assert problems("_lse_kernel", exact) == problems("_lse_kernel", in_parts, arch=100) == []
+    assert problems("finalize_lse_kernel", half) == []
+    in_parts, exact = (forward._spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
+    assert problems("similarity_lse_fwd_kernel", in_parts) == ["has no tensor-core instruction"]
+    assert (
+        problems("similarity_lse_fwd_kernel", exact) == problems("similarity_lse_fwd_kernel", in_parts, arch=100) == []
+    )
 
 
 def test_the_kernels_that_multiply_are_known_by_name():
-    from vito_kernels.contrastive import backward as gradient
-    from vito_kernels.contrastive import large_dim as wide
+    from vito_kernels.contrastive import backward, large_dim
 
-    found = {name for module in (lse, two_sided, gradient, wide) for name in vars(module) if name.endswith("_kernel")}
+    found = {
+        name
+        for module in (forward, two_sided, backward, large_dim)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert found == inspect.MATRIX
 
 
 @pytest.mark.parametrize(("arch", "width"), [(80, 128), (90, 256)])
 def test_float32_runs_on_the_tensor_cores(arch, width):
     """The default set holds no float32. In three parts, so at six times the flops."""
-    split, record = inspect.inspect(arch, lse._spec(width, torch.float32, True, "none"))
+    split, record = inspect.inspect(arch, forward._spec(width, torch.float32, True, "none"))
     assert record["problems"] == split["problems"] == []
     assert record["spill_bytes"] == 0
     assert record["mma"]
-    assert (split["kernel"], split["flops"]) == ("_split_kernel", 0)
+    assert (split["kernel"], split["flops"]) == ("split_bf16_kernel", 0)
     assert record["flops"] == 24 * 32768**2 * width
 
 
 @pytest.mark.parametrize(("arch", "width"), [(80, 512), (90, 512), (100, 128)])
 def test_other_float32_fits_the_registers(arch, width):
     """Its exact products once spilled 62 KB a thread on sm_90."""
-    (record,) = inspect.inspect(arch, lse._spec(width, torch.float32, False, "none"))
+    (record,) = inspect.inspect(arch, forward._spec(width, torch.float32, False, "none"))
     assert record["spill_bytes"] == 0
     assert record["mma"] == []
 
@@ -238,7 +242,7 @@ def test_flops_count_the_launches_of_each_gpu():
     for arch in (80, 90, 100):
         for layout in ("none", "groups"):
             with inspect.stand_in(arch):
-                flops[arch, layout] = lse._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
+                flops[arch, layout] = forward._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
     assert flops.pop((80, "groups")) == 6
     assert set(flops.values()) == {4}
 
@@ -257,20 +261,20 @@ def test_tiles_for_99_kilobytes(arch):
 )
 def test_known_gpus_have_a_family(capability, family):
     with inspect.stand_in(89):
-        assert _tiles._family.__wrapped__(capability) == family
+        assert tile_configs._family.__wrapped__(capability) == family
 
 
 @pytest.mark.parametrize(("limit", "family"), [(101_376, 89), (166_912, 80), (232_448, 80)])
 def test_an_unknown_gpu_takes_tiles_that_fit_its_memory(monkeypatch, limit, family):
-    monkeypatch.setattr(_tiles, "shared_limit", lambda: limit)
-    assert _tiles._family.__wrapped__(88) == family
+    monkeypatch.setattr(tile_configs, "shared_limit", lambda: limit)
+    assert tile_configs._family.__wrapped__(88) == family
 
 
 def test_gpus_without_bfloat16_tensor_cores_take_the_cpu_path(monkeypatch):
     tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
     for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
-        _triton._recent.cache_clear()
+        lazy_triton._recent.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert use_triton(tensor) is expected
-    _triton._recent.cache_clear()
+    lazy_triton._recent.cache_clear()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from rehearsal import no_gpu
 
-from vito_kernels._core import lazy_triton as _triton
+from vito_kernels._core import lazy_triton
 from vito_kernels.contrastive import two_sided
 
-if _triton.interpreting():
+if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
-# Functions of the same names hide these modules.
-attention_pool, info_nce, margin, normalize = (
+# Functions of the same names apply_mask these modules.
+attention_pool, info_nce, softplus_loss, normalize = (
     importlib.import_module(f"vito_kernels.{name}")
     for name in ("attention_pool", "contrastive.info_nce", "contrastive.softplus_loss", "contrastive.normalize")
 )
@@ -46,26 +46,45 @@ def test_one_sided(layout):
     group = empty(ROWS, dtype=torch.int64) if layout == "groups" else None
     positive = empty(ROWS, 9, dtype=torch.int64) if layout == "listed" else None
     hidden = group, group, positive, 0 if layout in ("diagonal", "groups") else None
-    lse2, logits, mean, rest, kept = call(info_nce.contrast, q, k, scale, *hidden, True, None, False)
+    lse2, logits, mean, rest, logit_cache = call(info_nce.contrast, q, k, scale, *hidden, True, None, False)
     for asked in ASKED:
-        call(info_nce.contrast_backward, lse2, logits, q, k, scale, *hidden, lse2, rest, mean, kept, *asked, None)
+        call(
+            info_nce.contrast_backward, lse2, logits, q, k, scale, *hidden, lse2, rest, mean, logit_cache, *asked, None
+        )
 
 
 def test_two_sided():
     x, y, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
-    row, column, pairs, *rests, kept = call(two_sided.two_sided, x, y, scale, 0, None, False)
+    row, column, pairs, *rests, logit_cache = call(two_sided.two_sided, x, y, scale, 0, None, False)
     for asked in ASKED:
-        call(two_sided.two_sided_backward, row, column, pairs, x, y, scale, 0, row, column, *rests, kept, *asked, None)
+        call(
+            two_sided.two_sided_backward,
+            row,
+            column,
+            pairs,
+            x,
+            y,
+            scale,
+            0,
+            row,
+            column,
+            *rests,
+            logit_cache,
+            *asked,
+            None,
+        )
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_one_set(grouped):
     z, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
     groups = (empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.int64)) if grouped else (None, None)
-    lse2, _, rest, kept = call(two_sided.self_contrast, z, scale, *groups, None, False)
+    lse2, _, rest, logit_cache = call(two_sided.self_contrast, z, scale, *groups, None, False)
     for asked in ((True, True), (True, False), (False, True)):
         g_positive = empty(ROWS, 1)
-        call(two_sided.self_contrast_backward, lse2, g_positive, z, scale, *groups, lse2, rest, kept, *asked, None)
+        call(
+            two_sided.self_contrast_backward, lse2, g_positive, z, scale, *groups, lse2, rest, logit_cache, *asked, None
+        )
 
 
 def test_rows():
@@ -74,8 +93,8 @@ def test_rows():
     call(normalize.normalize_backward, x, x)
     for pairs, sides in itertools.product((1, 100), (1, 2)):
         given = row, row, *((row, row) if sides == 2 else (None, None)), empty(ROWS, pairs)
-        call(margin.margin_op, *given)
-        call(margin.margin_backward, row, *given)
+        call(softplus_loss.softplus_loss_op, *given)
+        call(softplus_loss.softplus_loss_backward, row, *given)
 
 
 def test_pooling():

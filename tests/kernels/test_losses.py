@@ -18,7 +18,7 @@ import vito_kernels as vk
 from vito_kernels import reference
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
 from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
-from vito_kernels.contrastive import cpu as tiled
+from vito_kernels.contrastive import cpu
 
 B, D = 24, 32
 
@@ -65,8 +65,8 @@ def test_options_of_info_nce(options):
 
 def test_hard_negatives_take_two_passes(monkeypatch):
     """And one over 16 columns, which counts the negatives."""
-    forward = Mock(wraps=tiled.forward)
-    monkeypatch.setattr(tiled, "forward", forward)
+    forward = Mock(wraps=cpu.forward)
+    monkeypatch.setattr(cpu, "forward", forward)
     x, y = (t.requires_grad_() for t in pair())
     for options, widths in (({}, [D]), ({"debias": 0.1}, [D, 16]), ({"hard_negatives": 0.7}, [D, 16, D])):
         forward.reset_mock()

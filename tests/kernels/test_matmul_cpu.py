@@ -9,8 +9,7 @@ from torch.nn.functional import normalize
 
 import vito_kernels
 from vito_kernels import reference
-from vito_kernels.contrastive import cpu as tiled
-from vito_kernels.contrastive import cpu_matmul as matmul_cpu
+from vito_kernels.contrastive import cpu, cpu_matmul
 from vito_kernels.contrastive.cpu_matmul import add_product, product
 
 SHAPES = [(1, 1, 1), (1, 7, 16), (7, 1, 100), (33, 65, 17), (96, 512, 256), (40, 24, 1000)]
@@ -26,7 +25,7 @@ LAYOUTS = {
 def library(request, monkeypatch):
     if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(matmul_cpu, "_mkl_is_slow", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(cpu_matmul, "_mkl_is_slow", lambda: request.param == "oneDNN")
 
 
 @pytest.mark.parametrize("y_layout", LAYOUTS)
@@ -68,8 +67,8 @@ def test_losses_by_either_library(loss, temperature):
 @pytest.mark.parametrize("temperature", [0.1, 0.005], ids=["direct", "online"])
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss"])
 def test_autocast_rounds_embeddings_and_nothing_else(loss, temperature, monkeypatch):
-    """Nor in a backward pass within its block, of tiles that are not kept."""
-    monkeypatch.setattr(tiled, "KEPT", 4000)
+    """Nor in a backward pass within its block, of tiles that are not cached."""
+    monkeypatch.setattr(cpu, "KEPT", 4000)
     q, k = (normalize(embeddings(600, 48, torch.float32, "cpu", i), dim=1).requires_grad_() for i in range(2))
 
     def gradients(of, *sides):

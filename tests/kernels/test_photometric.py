@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from photometric_cases import IDENTITY, grey_levels, photographs, random_params
+from photometric_cases import IDENTITY, gray_levels, photographs, random_params
 
 from vito_kernels import photometric, reference
 from vito_kernels.photometric import cpu as photometric_cpu
@@ -42,7 +42,7 @@ def augment(images, function=reference.photometric, **values):
 # ------------------------------------------------------------------------------------------------------ the reference
 
 
-def test_reference_colour_operations_pixel_by_pixel():
+def test_reference_color_operations_pixel_by_pixel():
     """Against Python's own colorsys and the written formulas; jitter's four operations one at a time."""
     images = photographs(1, 6, 5)
     pixels = images[0].double() / 255
@@ -52,7 +52,7 @@ def test_reference_colour_operations_pixel_by_pixel():
         "contrast": augment(images, contrast=1.7, order=0),
         "saturation": augment(images, saturation=1.6, order=0),
         "hue": augment(images, hue=0.23, order=0),
-        "grey": augment(images, grey=1),
+        "gray": augment(images, gray=1),
     }
     for i in range(6):
         for j in range(5):
@@ -66,7 +66,7 @@ def test_reference_colour_operations_pixel_by_pixel():
                 ],
                 "saturation": colorsys.hsv_to_rgb(h, min(s * float(torch.tensor(1.6)), 1.0), v),
                 "hue": colorsys.hsv_to_rgb((h + float(torch.tensor(0.23))) % 1.0, s, v),
-                "grey": [0.2989 * r + 0.5870 * g + 0.1140 * b] * 3,
+                "gray": [0.2989 * r + 0.5870 * g + 0.1140 * b] * 3,
             }
             for name, value in expected.items():
                 torch.testing.assert_close(done[name][i, j], torch.tensor(value, dtype=torch.float64), msg=name)
@@ -118,10 +118,10 @@ def test_reference_blur_is_zero_padded_and_as_wide_as_the_image_says():
 @settings(max_examples=40, deadline=None)
 def test_equals_reference(height, width, seed, kernel_size):
     images, params = photographs(5, height, width, seed), random_params(5, seed)
-    params[:, 7] = torch.where(params[:, 7] < 0.75, 0.5, 2.0)  # solarise is continuous only at one half
+    params[:, 7] = torch.where(params[:, 7] < 0.75, 0.5, 2.0)  # solarize is continuous only at one half
     expected = reference.photometric(images, params, kernel_size=kernel_size, dtype=torch.float64)
     ours = photometric(images, params, kernel_size=kernel_size)
-    assert grey_levels(ours, expected) < 2e-3
+    assert gray_levels(ours, expected) < 2e-3
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -129,7 +129,7 @@ def test_a_threshold_of_zero_inverts_every_pixel():
     """Also those that saturation's rounding has left below zero."""
     images = photographs(24, 64, 64)
     params = torch.tensor([[0.1, 0.7, 1.4, 0.13, order, 0, 0, 0.0] for order in range(24)])
-    assert grey_levels(photometric(images, params), reference.photometric(images, params, dtype=torch.float64)) < 1e-2
+    assert gray_levels(photometric(images, params), reference.photometric(images, params, dtype=torch.float64)) < 1e-2
 
 
 @given(seed=st.integers(0, 999))
@@ -160,7 +160,7 @@ def test_dtypes_and_opcheck(dtype):
     images, params = photographs(3, 30, 20), random_params(3)
     ours = photometric(images, params, dtype=dtype)
     assert ours.dtype == dtype
-    assert grey_levels(ours, reference.photometric(images, params, dtype=dtype)) <= 1.01
+    assert gray_levels(ours, reference.photometric(images, params, dtype=dtype)) <= 1.01
     torch.library.opcheck(module.photometric_op, (images, params, 1, [0.5] * 3, [0.2] * 3, dtype))
 
 
@@ -171,7 +171,7 @@ def test_compiles_whole():
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-def test_compiles_whole_where_the_normalisation_varies(dynamic):
+def test_compiles_whole_where_the_normalization_varies(dynamic):
     images, params = photographs(2, 30, 20), random_params(2)
     compiled = torch.compile(
         lambda mean: photometric(images, params, mean=mean), fullgraph=True, backend="aot_eager", dynamic=dynamic
@@ -281,7 +281,7 @@ def test_number_of_threads_changes_nothing():
         ({"std": "one"}, TypeError, "'one'"),
         ({"params": row(order=24).expand(2, -1)}, ValueError, "order.*24"),
         ({"params": row(order=1.5).expand(2, -1)}, ValueError, "1.5"),
-        ({"params": row(grey=2).expand(2, -1)}, ValueError, "grey"),
+        ({"params": row(gray=2).expand(2, -1)}, ValueError, "gray"),
         ({"params": row(sigma=-1).expand(2, -1)}, ValueError, "sigma"),
         ({"params": row(contrast=float("nan")).expand(2, -1)}, ValueError, "nan"),
     ],
@@ -303,7 +303,7 @@ def eager_chain(images, params):
     out = []
     for image, values in zip(images, params, strict=True):
         x = image.float() / 255
-        brightness, contrast, saturation, hue, order, grey, sigma, threshold = values
+        brightness, contrast, saturation, hue, order, gray, sigma, threshold = values
         operations = (
             lambda x, d=brightness: x + d,
             lambda x, f=contrast: spec["adjust_contrast"](x, f),
@@ -312,8 +312,8 @@ def eager_chain(images, params):
         )
         for operation in spec["ORDERS"][int(order)] if order >= 0 else ():
             x = operations[operation](x).clamp(0, 1)
-        if grey:
-            x = (x @ torch.tensor(spec["GREY_WEIGHTS"]))[..., None].expand(-1, -1, 3)
+        if gray:
+            x = (x @ torch.tensor(spec["GRAY_WEIGHTS"]))[..., None].expand(-1, -1, 3)
         x = x.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
         offsets = torch.arange(-11.0, 12.0)
         taps = torch.exp(offsets.square() / (-2 * sigma * sigma))
@@ -339,7 +339,7 @@ def test_four_times_as_fast_as_eager():
 
 def measured_ratio(images, params):
     expected, ours = eager_chain(images, params), photometric(images, params)
-    assert grey_levels(ours, expected) < 1
+    assert gray_levels(ours, expected) < 1
     times = {photometric: [], eager_chain: []}
     for _ in range(5):
         for function, taken in times.items():

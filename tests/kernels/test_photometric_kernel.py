@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from photometric_cases import IDENTITY, grey_levels, photographs, random_params
+from photometric_cases import IDENTITY, gray_levels, photographs, random_params
 
 from vito_kernels import photometric, reference
 
 
 def assert_equals_reference(images, params, **options):
     ours = photometric(images, params, **options)
-    assert grey_levels(ours, reference.photometric(images, params, **options, dtype=torch.float64)) < 1e-3
+    assert gray_levels(ours, reference.photometric(images, params, **options, dtype=torch.float64)) < 1e-3
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -38,18 +38,18 @@ def test_sixteen_bits_err_at_most_as_rounding_does(dtype, device):
     assert error <= 2 * (reference.photometric(images, params, dtype=dtype).double() - exact).abs().max()
 
 
-def test_identity_only_normalises(device):
+def test_identity_only_normalizes(device):
     images = photographs(2, 17, 13).to(device)
     ours = photometric(images, IDENTITY.expand(2, -1).to(device), mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal(ours.permute(0, 2, 3, 1), images.float() / 255)
 
 
-def test_solarise_at_values_that_bytes_take(device):
+def test_solarize_at_values_that_bytes_take(device):
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(6, -1, -1, 3).contiguous().to(device)
     params = IDENTITY.expand(6, -1).clone()
     params[:, 7] = torch.tensor([0.0, 0.2, 0.4, 0.5, 0.6, 1.0])
     params = params.to(device)
-    assert grey_levels(photometric(images, params), reference.photometric(images, params)) < 1e-3  # float32 thresholds
+    assert gray_levels(photometric(images, params), reference.photometric(images, params)) < 1e-3  # float32 thresholds
 
 
 @pytest.mark.parametrize(

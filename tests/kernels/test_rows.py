@@ -1,4 +1,4 @@
-"""``normalize`` and ``margin`` on the CPU, and as ops of PyTorch."""
+"""``normalize`` and ``softplus_loss`` on the CPU, and as ops of PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vito_kernels import normalize
-from vito_kernels.contrastive.softplus_loss import margin
+from vito_kernels.contrastive.softplus_loss import softplus_loss
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
@@ -27,11 +27,11 @@ def test_strided_rows():
 
 @pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_margin_is_as_exact_as_torch(pairs, sides):
-    cases.check_margin("cpu", pairs, sides)
+    cases.check_softplus_loss("cpu", pairs, sides)
 
 
 def test_margin_at_its_ends():
-    cases.check_margin_at_its_ends("cpu")
+    cases.check_softplus_loss_at_its_ends("cpu")
 
 
 def test_gradcheck_in_float64():
@@ -39,16 +39,16 @@ def test_gradcheck_in_float64():
     torch.autograd.gradcheck(normalize, x)
     sides = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     rests = torch.randn(2, 4, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], rests[0], x), (sides, x))
-    torch.autograd.gradcheck(lambda sides, x: margin(sides[0], rests[0], x, sides[1], rests[1]), (sides, x))
+    torch.autograd.gradcheck(lambda sides, x: softplus_loss(sides[0], rests[0], x), (sides, x))
+    torch.autograd.gradcheck(lambda sides, x: softplus_loss(sides[0], rests[0], x, sides[1], rests[1]), (sides, x))
 
 
 @pytest.mark.parametrize(
     "loss",
     [
         lambda x: normalize(x)[:, 0].sum(),
-        lambda x: cases.fused_margin(x, x[:, 0]).sum(),
-        lambda x: cases.fused_margin(x, x[:, 0], x[:, 1]).sum(),
+        lambda x: cases.fused_softplus_loss(x, x[:, 0]).sum(),
+        lambda x: cases.fused_softplus_loss(x, x[:, 0], x[:, 1]).sum(),
     ],
 )
 def test_under_every_transform_of_pytorch(loss):
@@ -57,7 +57,7 @@ def test_under_every_transform_of_pytorch(loss):
         torch.library.opcheck(torch.ops.vito_kernels.normalize.default, (rows,))
     rest = torch.zeros(4)
     for second in ((None, None), (x[:, 1], rest)):
-        torch.library.opcheck(torch.ops.vito_kernels.margin.default, (x[:, 0], rest, *second, x))
+        torch.library.opcheck(torch.ops.vito_kernels.softplus_loss.default, (x[:, 0], rest, *second, x))
     (expected,) = torch.autograd.grad(loss(x), x)
     (held,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -77,6 +77,6 @@ def test_under_every_transform_of_pytorch(loss):
         ("rows", TypeError, "str"),
     ],
 )
-def test_what_cannot_be_normalised_is_named(x, error, said):
+def test_what_cannot_be_normalized_is_named(x, error, said):
     with pytest.raises(error, match=said):
         normalize(x)

@@ -1,4 +1,4 @@
-"""The kernels of ``normalize`` and ``margin``, on a GPU or in the interpreter."""
+"""The kernels of ``normalize`` and ``softplus_loss``, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_strided_rows(device):
 
 @pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_margin_is_as_exact_as_torch(device, pairs, sides):
-    cases.check_margin(device, pairs, sides)
+    cases.check_softplus_loss(device, pairs, sides)
 
 
 def test_margin_at_its_ends(device):
-    cases.check_margin_at_its_ends(device)
+    cases.check_softplus_loss_at_its_ends(device)
 
 
 def test_margin_gradient_of_a_wide_matrix(device, tmp_path):
     if device != "cpu" and torch.cuda.mem_get_info()[0] < 9e9:
         pytest.skip("its matrix takes 8.6 GB")
-    cases.check_margin_gradient_of_a_wide_matrix(device, tmp_path / "matrix")
+    cases.check_softplus_loss_gradient_of_a_large_matrix(device, tmp_path / "matrix")

@@ -7,13 +7,13 @@ import torch
 from contrastive_cases import LAYOUTS, assert_at_most_twice_torch, embeddings, layout, with_gradients
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
-from vito_kernels.contrastive import large_dim as wide
+from vito_kernels.contrastive import large_dim
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
 
 
 class Counted:
-    """``wide._run`` in strips of two tiles of keys and of rows, where there are that many."""
+    """``large_dim._run`` in strips of two tiles of keys and of rows, where there are that many."""
 
     def __init__(self, run):
         self.run, self.calls, self.tiles = run, 0, 2
@@ -21,17 +21,17 @@ class Counted:
     def __call__(self, x, *rest):
         self.calls += 1
         with pytest.MonkeyPatch.context() as patch:
-            height = 2 * wide._sizes()[0]
-            patch.setattr(wide, "STRIP_ROWS", height)
-            patch.setattr(wide, "STRIP_BYTES", 2 * min(height, len(x)) * self.tiles * wide._sizes()[0])
+            height = 2 * large_dim._sizes()[0]
+            patch.setattr(large_dim, "STRIP_ROWS", height)
+            patch.setattr(large_dim, "STRIP_BYTES", 2 * min(height, len(x)) * self.tiles * large_dim._sizes()[0])
             return self.run(x, *rest)
 
 
 @pytest.fixture(autouse=True)
 def run(device, monkeypatch):
     if device == "cpu":
-        monkeypatch.setattr(wide, "WIDER_THAN", dict.fromkeys(wide.WIDER_THAN, 0))
-    monkeypatch.setattr(wide, "_run", counted := Counted(wide._run))
+        monkeypatch.setattr(large_dim, "WIDER_THAN", dict.fromkeys(large_dim.WIDER_THAN, 0))
+    monkeypatch.setattr(large_dim, "_run", counted := Counted(large_dim._run))
     yield counted
     assert counted.calls > 0
 

@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vito_fast.errors import UserError
 from vito_kernels import batch_norm
 from vito_kernels._core.autograd import once
-from vito_kernels.batch_norm.op import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalise, part_of
+from vito_kernels.batch_norm.op import as_rows, fuses, gradient_sums, input_gradient, merge_parts, normalize, part_of
 from vito_kernels.distributed.collectives import gather_rows
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode normalise by their batch but do not move their running statistics.
+    """Inside, batch norms in training mode normalize by their batch but do not move their running statistics.
 
     For the second forward of a pass that is computed twice (cached gradients, recomputed activations), so that the
     buffers equal those of computing it once.
@@ -161,7 +161,7 @@ class _RanksNorm(torch.autograd.Function):
         everyone = part.new_empty(dist.get_world_size(), part.shape[1])
         gather_rows(everyone, part)  # waited for: of a transfer under way torch.compile cannot make a graph
         statistics = merge_parts(everyone, running_mean, running_var, momentum, eps)
-        y: Tensor = normalise(x, weight, bias, residual, *statistics, relu)
+        y: Tensor = normalize(x, weight, bias, residual, *statistics, relu)
         ctx.relu, ctx.has_residual = relu, residual is not None
         ctx.save_for_backward(x, weight, bias, *statistics, y if relu and ctx.has_residual else None)
         return y
