@@ -276,7 +276,7 @@ def test_wrong_input_is_named(kind, message, call):
 
 def test_a_positive_that_is_no_key_makes_the_loss_nan(monkeypatch):
     """Where positives are not checked, as on a GPU, for which the host would have to wait."""
-    module = sys.modules["vito_kernels.info_nce"]  # by its package's name it is the function
+    module = sys.modules["vito_kernels.contrastive.info_nce"]  # by its package's name it is the function
     monkeypatch.setattr(module, "check_positive_range", lambda *given: None)
     q, k = pair()
     positive = torch.arange(6)
