@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench.harness import Candidate, Result, Work
-from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.config import SamplerConfig
+from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.index import KEY, ClipRecord, Index, write_index
 
 pytestmark = pytest.mark.cpu_only

@@ -6,6 +6,7 @@ switchable), *ancestor* (exact, from the public BYOL and DetCon code of the same
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import types
@@ -14,11 +15,25 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.errors import UserError
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
+
+log = logging.getLogger("vito_fast")
 
 T = TypeVar("T")
+
+MAX_VIEWS = 4
+"""Views of a clip at most."""
+
+RENAMED = {
+    "sampler.area": "sampler.crop_area",
+    "sampler.aspect": "sampler.crop_aspect",
+    "sampler.grey": "sampler.grayscale",
+    "sampler.sigma": "sampler.blur_sigma",
+    "sampler.solarise": "sampler.solarize",
+    "sampler.window": "sampler.frame_window",
+}
+"""Old dotted names of fields, accepted for one release in files and on the command line. A section never changes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,74 @@ class DataConfig:
         _require(0 <= self.threads <= 1024, "data.threads", self.threads, "0 to 1024")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How samples are drawn. A value out of range raises ``ValueError`` with the field and the value."""
+
+    size: int = 224
+    """Side of a view in pixels, after the crop is resized (ancestor)."""
+    views: int = 2
+    """Views of a clip, 1 to 4 (paper: 2)."""
+    frame_window: float = 2.56
+    """Seconds that hold all views of a clip (recalled); 0 = all views are one frame (the MoCLR baseline)."""
+    crop_area: tuple[float, float] = (0.4, 1.0)
+    """Area of a crop as a share of the frame, uniform (lower bound: recalled; ancestor: 0.08)."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width / height of a crop, log-uniform (ancestor)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip (ancestor)."""
+    jitter: float = 0.8
+    """Probability of color jitter: four changes in random order (ancestor)."""
+    brightness: float = 0.4
+    """Largest shift of brightness (ancestor)."""
+    contrast: float = 0.4
+    """Largest deviation of the contrast factor from 1 (ancestor)."""
+    saturation: float = 0.2
+    """Largest deviation of the saturation factor from 1 (ancestor)."""
+    hue: float = 0.1
+    """Largest shift of hue in turns (ancestor)."""
+    grayscale: float = 0.2
+    """Probability of conversion to grayscale (ancestor)."""
+    blur: tuple[float, ...] = (1.0, 0.1)
+    """Probability of blur in each view; the last repeats (ancestor)."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, uniform (ancestor)."""
+    solarize: tuple[float, ...] = (0.0, 0.2)
+    """Probability of solarizing at 0.5 in each view; the last repeats (ancestor)."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "views"):
+            self._check(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer of at least 1"
+            )
+        self._check("views", self.views <= MAX_VIEWS, f"at most {MAX_VIEWS}")
+        for name in ("frame_window", "brightness"):
+            self._check(name, _within(getattr(self, name), 0, math.inf), "finite and at least 0")
+        for name in ("flip", "jitter", "grayscale", "contrast", "saturation"):
+            self._check(name, _within(getattr(self, name), 0, 1), "within 0 and 1")
+        self._check("hue", _within(self.hue, 0, 0.5), "within 0 and 0.5 turns")
+        for name, least, most, rule in (
+            ("crop_area", 0, 1, "a range within (0, 1]"),
+            ("crop_aspect", 1e-3, 1e3, "a range within 0.001 and 1000"),
+            ("blur_sigma", 0, math.inf, "a range above 0"),
+        ):
+            low, *rest = values = getattr(self, name)
+            good = len(rest) == 1 and all(_within(value, least, most) for value in values) and 0 < low <= rest[0]
+            self._check(name, good, rule)
+        for name in ("blur", "solarize"):
+            values = getattr(self, name)
+            good = 1 <= len(values) <= MAX_VIEWS and all(_within(value, 0, 1) for value in values)
+            self._check(name, good, f"1 to {MAX_VIEWS} probabilities within 0 and 1")
+
+    def _check(self, name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise ValueError(f"sampler.{name} is {getattr(self, name)!r}, must be {rule}")
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and low <= value <= high and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -294,7 +377,10 @@ def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = ""
     load_config."""
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
-    for key, value in mapping.items():
+    for written, value in mapping.items():
+        key = current_name(f"{prefix}{written}", source).removeprefix(prefix)
+        if key in changes:
+            raise UserError(f"{source}: '{prefix}{key}' is given twice, as '{prefix}{written}' too: remove one")
         if key not in hints:
             raise UserError(f"{source}: unknown key '{prefix}{key}'{nearest(f'{prefix}{key}', dotted_names(Config()))}")
         current = getattr(base, key)
@@ -308,6 +394,13 @@ def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = ""
         return replace(base, **changes)  # type: ignore[type-var]
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def current_name(name: str, source: str) -> str:
+    """Replace a field's old dotted name (see RENAMED) and log a notice that names ``source``."""
+    if name in RENAMED:
+        log.warning("%s: %s is now %s; the next release drops the old name", source, name, RENAMED[name])
+    return RENAMED.get(name, name)
 
 
 def dotted_names(config: Any, prefix: str = "") -> list[str]:
@@ -384,7 +477,7 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the whole configuration as YAML that ``load_config`` reads back to an equal object."""
     import yaml
 
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
 
 

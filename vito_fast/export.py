@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
-from vito_fast.files import check_outside_stores, whole
+from vito_fast.files import atomic_write, check_outside_stores
 from vito_fast.model.pair import build_backbone
 from vito_fast.model.resnet import RESNETS
 from vito_fast.train.checkpoint import Checkpoint, find, named_as_one
@@ -85,7 +85,7 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             if path.suffix == ".safetensors":
                 save_file(state, partial, metadata=about)
             else:

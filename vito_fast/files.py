@@ -1,5 +1,7 @@
-"""Files that are the old one or the whole new one at any moment: when the process is killed, when the power goes; and
-whether they can be written at all, and by whom.
+"""Atomic writes, advisory locks and checks of output paths.
+
+A file written by :func:`atomic_write` holds either its old or its new content at any moment, also after ``kill -9`` or
+a power cut.
 """
 
 import errno
@@ -16,8 +18,8 @@ from vito_fast.errors import UserError
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An OSError inside that names no file, as that of a full disk, names ``path``."""
+def name_errors(path: Path) -> Iterator[None]:
+    """Add ``path`` to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -27,14 +29,25 @@ def named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """What is written inside to the path that this yields becomes ``path`` at the end, on the disk; after an exception
-    ``path`` is as it was. Processes that write one file at the same time do not meet: what the last one wrote stays.
-    Its mode is the old file's, or a new file's here, also if what writes inside puts one of its own into the place.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file completely or not at all.
+
+    The content goes to the temporary path that this yields. It replaces ``path`` at the end and is synced to disk.
+    Concurrent writers do not mix: the last one wins. The mode stays that of the old file, or the default of a new one,
+    even if the writer replaces the temporary file.
+
+    Args:
+        path: File to write. Its folder must exist.
+
+    Yields:
+        A temporary path in the same folder.
+
+    Raises:
+        OSError: The file cannot be written. ``path`` is then unchanged, as after any other exception.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with named(path):
+        with name_errors(path):
             partial.touch()
             mode = stat.S_IMODE((path if path.exists() else partial).stat().st_mode)
             yield partial
@@ -48,7 +61,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's own entries (a rename) to the disk."""
+    """Sync a folder's entries to disk: without this, a rename may be lost in a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -57,18 +70,24 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, patience: float = 0.0) -> Iterator[bool]:
-    """Whether ``path``, an empty file, is this process's alone inside: False if another still has it after ``patience``
-    seconds. The system lets go of it however the process ends. True where the file system knows no locks.
+def file_lock(path: Path, timeout: float = 0.0) -> Iterator[bool]:
+    """Hold an exclusive lock on a file. The system releases it however the process ends.
+
+    Args:
+        path: Lock file. Created if missing.
+        timeout: Seconds to wait for another holder.
+
+    Yields:
+        Whether the lock is held. True on a file system without locks.
     """
     with open(path, "ab") as file:
-        until = time.monotonic() + patience
-        while not (mine := _lock(file)) and time.monotonic() < until:
+        deadline = time.monotonic() + timeout
+        while not (held := _try_lock(file)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        yield mine
+        yield held
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _try_lock(file: IO[bytes]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -80,7 +99,7 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """UserError if a file cannot be written there: to be known before long work, not after it."""
+    """Raise UserError if a file cannot be written at ``path``. Call this before long work, not after it."""
     check_outside_stores(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
@@ -91,8 +110,7 @@ def check_writable(path: Path) -> None:
 
 
 def check_outside_stores(path: Path) -> None:
-    """UserError if the file would lie in a store, where it might take the place of one of the store's own. Pictures
-    may."""
+    """Raise UserError if ``path`` lies in a store, where it could replace one of the store's files. PNGs may."""
     folder = path.resolve().parent
     if (folder / "store.json").exists() and path.suffix.lower() != ".png":
         raise UserError(f"cannot write {path}: {folder} is a store, choose another folder")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stores import SHARD, constant_clip, synthetic_index
 
 from vito_fast import _sampler
-from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.config import SamplerConfig
+from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.index import KEY, Index, write_index
 
 NUMBERS = np.arange(20_000)
@@ -144,7 +145,7 @@ def test_times_of_a_constant_rate(index: Index) -> None:
 
 def test_times_of_a_variable_rate(tmp_path: Path) -> None:
     index = irregular_index(tmp_path / "index.bin")
-    out = Sampler(index, SamplerConfig(window=0.5)).sample(np.arange(20_000))
+    out = Sampler(index, SamplerConfig(frame_window=0.5)).sample(np.arange(20_000))
     for clip in range(2):
         times = index.times(clip)
         assert np.all(np.diff(times) > 0)
@@ -160,13 +161,13 @@ def test_times_of_a_variable_rate(tmp_path: Path) -> None:
 
 
 def test_window_of_zero_gives_one_frame_to_all_views(index: Index) -> None:
-    out = Sampler(index, SamplerConfig(window=0, views=4)).sample(NUMBERS)
+    out = Sampler(index, SamplerConfig(frame_window=0, views=4)).sample(NUMBERS)
     assert np.all(out.frame == out.frame[:, :1])
     assert len(np.unique(out.frame)) == 250
 
 
 def test_window_longer_than_the_clip_is_the_clip(index: Index) -> None:
-    out = Sampler(index, SamplerConfig(window=1e9)).sample(NUMBERS)
+    out = Sampler(index, SamplerConfig(frame_window=1e9)).sample(NUMBERS)
     counts = np.bincount(out.frame.ravel(), minlength=250)
     assert len(counts) == 250
     assert counts.min() > 0.5 * counts.mean()
@@ -251,7 +252,9 @@ def test_parameters_are_independent(index: Index) -> None:
 
 
 def test_no_augmentation(index: Index) -> None:
-    config = SamplerConfig(area=(1, 1), aspect=(16 / 9, 16 / 9), flip=0, jitter=0, grey=0, blur=(0,), solarise=(0,))
+    config = SamplerConfig(
+        crop_area=(1, 1), crop_aspect=(16 / 9, 16 / 9), flip=0, jitter=0, grayscale=0, blur=(0,), solarize=(0,)
+    )
     out = Sampler(index, config).sample(NUMBERS[:100])
     assert np.all(out.crop == [0, 0, 180, 320])
     assert np.all(out.params == [0, 1, 1, 0, -1, 0, 0, 2])
@@ -260,10 +263,10 @@ def test_no_augmentation(index: Index) -> None:
 
 NAN, INF = float("nan"), float("inf")
 BAD = {
-    "size": [0, -1, 2.5], "views": [0, 5, 2.0], "window": [-1, NAN, INF], "flip": [-0.1, 1.1, NAN], "jitter": [2],
-    "area": [(0, 1), (0.5, 0.4), (0.5, 1.1), (1,)], "aspect": [(0, 1), (2, 1), (1, NAN)], "brightness": [-1],
-    "contrast": [1.5], "saturation": [-1], "hue": [0.6], "grey": [-1], "sigma": [(0, 1), (2, 1)],
-    "blur": [(), (0.5, 2), (0,) * 5], "solarise": [(-1,)],
+    "size": [0, -1, 2.5], "views": [0, 5, 2.0], "frame_window": [-1, NAN, INF], "flip": [-0.1, 1.1, NAN], "jitter": [2],
+    "crop_area": [(0, 1), (0.5, 0.4), (0.5, 1.1), (1,)], "crop_aspect": [(0, 1), (2, 1), (1, NAN)], "brightness": [-1],
+    "contrast": [1.5], "saturation": [-1], "hue": [0.6], "grayscale": [-1], "blur_sigma": [(0, 1), (2, 1)],
+    "blur": [(), (0.5, 2), (0,) * 5], "solarize": [(-1,)],
 }  # fmt: skip
 
 

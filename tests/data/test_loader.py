@@ -13,9 +13,10 @@ import torch
 from videos import pictures, rotate, write
 
 import vito_kernels
+from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.geometry import view
 from vito_fast.data.loader.loader import ClipLoader, _numbered
-from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.loader.thread_pool import Workers
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.decode import Decoder, decode_jpeg
@@ -198,7 +199,7 @@ def test_it_is_used_as_dalis_iterators_are(stores):
 
 
 def test_the_same_frame_when_the_window_is_zero(stores):
-    with loader(stores / "h264", sampler=SamplerConfig(size=32, window=0)) as data:
+    with loader(stores / "h264", sampler=SamplerConfig(size=32, frame_window=0)) as data:
         batch = next(iter(data))
     assert torch.equal(batch["frame"][:, 0], batch["frame"][:, 1])
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from test_exact import sequential
 from videos import pictures, write
 
-from vito_fast.data.pack.encode import PackedClip, PackedFile, ShotDetector
+from vito_fast.data.pack.clips import PackedClip, PackedFile
 from vito_fast.data.pack.journal import Journal, Rejected
 from vito_fast.data.pack.pack import pack
+from vito_fast.data.pack.shots import ShotDetector, mark_cuts
 from vito_fast.data.store.media import BadVideo, fitted, presentation_times
 from vito_fast.data.store.store import Store, frames
 
@@ -41,8 +42,29 @@ def test_fitted_keeps_the_shape(height, width, short):
 def test_shots_are_told_from_motion(seed):
     moving = pictures(24, seed=seed)
     detector = ShotDetector()
-    found = [n for n, picture in enumerate([*moving, *(255 - picture for picture in moving)]) if detector(picture)]
+    found = [n for picture in [*moving, *(255 - picture for picture in moving)] for n in detector.push(picture)]
     assert found == [24]
+
+
+def test_cuts_that_are_reported_late_mark_their_own_frames(monkeypatch):
+    """A detector may look ahead: frame n comes out once no later frame can change its mark."""
+
+    class Late:
+        DELAY = 2
+
+        def __init__(self):
+            self.seen = 0
+
+        def push(self, picture):
+            self.seen += 1
+            return [2] if self.seen == 5 else []
+
+        def finish(self):
+            return [self.seen - 1]
+
+    monkeypatch.setattr("vito_fast.data.pack.shots.ShotDetector", Late)
+    marked = list(mark_cuts(iter("abcdefg"), lambda frame: frame))
+    assert marked == [(frame, frame in "cg") for frame in "abcdefg"]
 
 
 def test_the_journal_gives_back_what_it_was_given(tmp_path):
@@ -91,7 +113,7 @@ def test_mutated_files_are_refused_or_read_exactly(tmp_path):
             for _ in range(rng.choice([1, 2, 5, 50])):
                 data[rng.randrange(len(data))] = rng.randrange(256)
         (source / f"{number}{original.suffix}").write_bytes(data)
-    report = pack(source, tmp_path / "s", format="copy", min_length=0, progress=False, patience=20)
+    report = pack(source, tmp_path / "s", format="copy", min_length=0, progress=False, decode_timeout=20)
     assert report.rejected
     store = Store(tmp_path / "s")
     clips: dict[str, list[int]] = {}

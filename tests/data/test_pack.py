@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data.pack import worker
-from vito_fast.data.pack.encode import PackOptions, bucket, choose_encoder
-from vito_fast.data.pack.pack import Report, pack
-from vito_fast.data.pack.process_pool import Crew
-from vito_fast.data.pack.remux import Copier, _ticks
+from vito_fast.data.formats import H264
+from vito_fast.data.pack.clips import ShardWriter
+from vito_fast.data.pack.encode import choose_encoder
+from vito_fast.data.pack.pack import pack
+from vito_fast.data.pack.process_pool import ProcessPool
+from vito_fast.data.pack.remux import Remuxer, _ticks
+from vito_fast.data.store.description import PackOptions, Report
 from vito_fast.data.store.index import Index
 from vito_fast.data.store.media import BadVideo, fitted, presentation_times
 from vito_fast.data.store.store import Store, frames
@@ -101,13 +103,13 @@ def test_other_options_or_files_into_a_finished_store(stores, folder, tmp_path):
 
 def test_parts_make_the_same_store(stores, folder, tmp_path):
     options = {"format": "jpeg", "clip_length": 1.6, **QUIET}
-    first = pack(folder, tmp_path / "s", part="2/3", **options)
+    first = pack(folder, tmp_path / "s", shard="2/3", **options)
     assert not first.complete
     assert not (tmp_path / "s" / "index.bin").exists()
     with pytest.raises(UserError, match=r"no finished store: run `vito-fast pack SRC"):
         Store(tmp_path / "s")
-    assert not pack(folder, tmp_path / "s", part="1/3", **options).complete
-    assert pack(folder, tmp_path / "s", part="3/3", **options).complete
+    assert not pack(folder, tmp_path / "s", shard="1/3", **options).complete
+    assert pack(folder, tmp_path / "s", shard="3/3", **options).complete
     assert contents(tmp_path / "s") == contents(stores / "jpeg")
 
 
@@ -150,11 +152,11 @@ def test_killed_and_resumed(stores, folder, tmp_path):
 
 
 def test_other_options_into_a_begun_store(folder, tmp_path):
-    pack(folder, tmp_path / "s", part="1/2", **QUIET)
+    pack(folder, tmp_path / "s", shard="1/2", **QUIET)
     with pytest.raises(UserError, match="begun with format=jpeg, not h264"):
-        pack(folder, tmp_path / "s", part="2/2", format="h264", **QUIET)
+        pack(folder, tmp_path / "s", shard="2/2", format="h264", **QUIET)
     with pytest.raises(UserError, match="begun with parts=2, not 3"):
-        pack(folder, tmp_path / "s", part="2/3", **QUIET)
+        pack(folder, tmp_path / "s", shard="2/3", **QUIET)
 
 
 @pytest.fixture
@@ -252,15 +254,15 @@ def test_a_folder_of_other_things_is_not_touched(folder, tmp_path):
 def test_senseless_options(folder, tmp_path):
     for options, message in (
         ({"quality": 0}, "quality is 0, must be 1 to 100"),
-        ({"format": "png"}, "format is 'png', must be jpeg, h264 or copy"),
+        ({"format": "png"}, "format is 'png', must be jpeg or h264 or copy"),
         ({"min_length": 11.0}, "min_length is 11.0"),
-        ({"part": "3/2"}, "part is '3/2'"),
-        ({"part": "all"}, "part is 'all'"),
-        ({"processes": -1, "part": "1/2"}, "processes is -1, must be at least 0"),
-        ({"patience": 0.0}, "patience is 0.0, must be above 0"),
-        ({"patience": -5.0}, "patience is -5.0, must be above 0"),
-        ({"patience": float("nan")}, "patience is nan, must be above 0"),
-        ({"patience": float("inf")}, "patience is inf, must be above 0"),
+        ({"shard": "3/2"}, "shard is '3/2'"),
+        ({"shard": "all"}, "shard is 'all'"),
+        ({"processes": -1, "shard": "1/2"}, "processes is -1, must be at least 0"),
+        ({"decode_timeout": 0.0}, "decode_timeout is 0.0, must be above 0"),
+        ({"decode_timeout": -5.0}, "decode_timeout is -5.0, must be above 0"),
+        ({"decode_timeout": float("nan")}, "decode_timeout is nan, must be above 0"),
+        ({"decode_timeout": float("inf")}, "decode_timeout is inf, must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             pack(folder, tmp_path / "s", **options)
@@ -268,7 +270,7 @@ def test_senseless_options(folder, tmp_path):
 
 
 def test_a_part_is_not_done_while_a_file_is_missing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Crew, "run", lambda self, names, progress: None)
+    monkeypatch.setattr(ProcessPool, "run", lambda self, names, progress: None)
     with pytest.raises(RuntimeError, match="6 files are neither packed nor rejected"):
         pack(folder, tmp_path / "s", **QUIET)
     assert list((tmp_path / "s" / ".pack").glob("*.done")) == []
@@ -325,7 +327,7 @@ def test_a_decoder_that_crashes_or_hangs(crash, folder, tmp_path, monkeypatch):
         return popen([command[0], str(script), command[3]], **options)
 
     monkeypatch.setattr("vito_fast.data.pack.process_pool.subprocess.Popen", start)
-    report = pack(folder, tmp_path / "s", patience=3.0, **QUIET)
+    report = pack(folder, tmp_path / "s", decode_timeout=3.0, **QUIET)
     reason = quarantine(tmp_path / "s")["v1.mp4"]
     assert ("crashed" if crash else "no frame decoded for 3 s") in reason
     assert report.videos == 5
@@ -337,19 +339,19 @@ def test_disk_full(folder, tmp_path, monkeypatch):
     """The pack stops with one line, and goes on when there is room."""
     script = tmp_path / "small.py"
     script.write_text(
-        "import errno, sys\nfrom vito_fast.data import worker\n"
-        "append = worker.ShardWriter.append\n"
+        "import errno, sys\nfrom vito_fast.data.pack import worker\nShardWriter = worker.ShardWriter\n"
+        "append = ShardWriter.append\n"
         "def full(self, payload):\n"
         "    if self.size > 60000: raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "    return append(self, payload)\n"
-        "worker.ShardWriter.append = full\nworker.main()\n"
+        "ShardWriter.append = full\nworker.main()\n"
     )
     popen = subprocess.Popen
     with monkeypatch.context() as patch:
         patch.setattr(
             "vito_fast.data.pack.process_pool.subprocess.Popen", lambda c, **o: popen([c[0], str(script), c[3]], **o)
         )
-        with pytest.raises(UserError, match=r"disk full: .*repeat the command, it goes on where it stopped"):
+        with pytest.raises(UserError, match=r"disk full: .*repeat the command, it continues from here"):
             pack(folder, tmp_path / "s", clip_length=1.6, **QUIET)
     assert not (tmp_path / "s" / "index.bin").exists()
     pack(folder, tmp_path / "s", clip_length=1.6, **QUIET)
@@ -368,7 +370,7 @@ def test_no_worker_outlives_an_error(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vito_fast.data.pack.process_pool.subprocess.Popen", start)
-    monkeypatch.setattr(Crew, "_heard", interrupt)
+    monkeypatch.setattr(ProcessPool, "_wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(folder, tmp_path / "s", **QUIET)
     assert started
@@ -376,7 +378,7 @@ def test_no_worker_outlives_an_error(folder, tmp_path, monkeypatch):
 
 
 def test_shard_taken_back(tmp_path):
-    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
+    shard = ShardWriter(tmp_path / "shard-00000.bin", 0)
     shard.append(b"kept")
     shard.append(b"x" * 3_000_000)
     shard.rewind(4)
@@ -389,8 +391,8 @@ def test_keys_that_do_not_serve_are_not_used(tmp_path, monkeypatch):
     """A key from which decoding goes astray loses its flag; the frames stay exact, read from the key before."""
     path = write(tmp_path / "a.mp4", pictures(36, seed=2), gop=12)
     monkeypatch.setattr("vito_fast.data.pack.remux.packet_flags", _always_key)
-    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
-    (clip,) = Copier(PackOptions("copy"), shard).run(path).clips
+    shard = ShardWriter(tmp_path / "shard-00000.bin", 0)
+    (clip,) = Remuxer(PackOptions("copy"), shard).run(path).clips
     assert np.flatnonzero(clip.flags & 1).tolist() == [0, 12, 24]
 
 
@@ -421,7 +423,7 @@ def test_hidden_pictures_do_not_move_the_shown_ones():
 
 def test_few_sizes(tmp_path):
     """h264 stores cut the middle out of odd shapes."""
-    assert [bucket(256, side) for side in (454, 456, 342, 48)] == [(256, 448), (256, 448), (256, 320), (256, 48)]
+    assert [H264.stored_size(256, side)[1] for side in (454, 456, 342, 48)] == [448, 448, 320, 48]
     for name, width in (("a", 100), ("b", 110), ("c", 126)):
         write(tmp_path / f"{name}.mp4", pictures(25, 64, width, seed=width))
     pack(tmp_path, tmp_path / "s", format="h264", progress=False, processes=1)
@@ -456,9 +458,9 @@ def test_a_size_that_the_encoder_does_not_take(format, width, tmp_path):
 
 def test_bad_video_names_the_reason(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
-    shard = worker.ShardWriter(tmp_path / "shard-00000.bin", 0)
+    shard = ShardWriter(tmp_path / "shard-00000.bin", 0)
     with pytest.raises(BadVideo, match="cannot be decoded"):
-        Copier(PackOptions("copy"), shard).run(tmp_path / "a.mp4")
+        Remuxer(PackOptions("copy"), shard).run(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -478,10 +480,12 @@ def test_the_encoder_is_the_one_that_works(works, monkeypatch):
 
 
 def test_a_begun_store_keeps_its_encoder(folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("vito_fast.data.pack.pack.choose_encoder", lambda: ("libx264", "encoding by libx264: no other"))
+    monkeypatch.setattr(
+        sys.modules["vito_fast.data.pack.pack"], "choose_encoder", lambda: ("libx264", "encoding by libx264: no other")
+    )
     with caplog.at_level("INFO", "vito_fast.data"):
         pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
     assert "encoding by libx264: no other" in caplog.text
-    monkeypatch.setattr("vito_fast.data.pack.pack.choose_encoder", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(sys.modules["vito_fast.data.pack.pack"], "choose_encoder", lambda: pytest.fail("asked again"))
     pack(folder / "v0.mp4", tmp_path / "s", format="h264", **QUIET)
     assert Store(tmp_path / "s").description["options"]["encoder"] == "libx264"

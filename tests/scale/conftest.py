@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from vito_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from vito_fast.data.pack.pack import pack
 
 

@@ -9,8 +9,7 @@ from ranks import spawn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
-from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.model import VitoModel
 from vito_fast.plan.dryrun import dry_run
 from vito_fast.plan.predict import collectives

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, load_config, preset_files
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch

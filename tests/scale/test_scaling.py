@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.model.norm import convert_sync_batchnorm
 from vito_fast.plan.hardware import GPUS, machine
 from vito_fast.plan.predict import PlanOptions, predict

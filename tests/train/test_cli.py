@@ -8,6 +8,7 @@ import pytest
 
 from vito_fast.cli import main as cli
 from vito_fast.cli.commands import TrainOptions, train_arguments
+from vito_fast.config import RENAMED
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_help_does_not_import_torch():
         (["train", "demo", "--loss.temperature", "-1"], ["loss.temperature", "above 0", "-1"]),
         (["train", "demo", "--loss.kind", "bryol"], ["bryol", "byol"]),
         (["train", "demo", "--train.batch-size", "1.5"], ["--train.batch-size", "1.5"]),
-        (["train", "demo", "--sampler.area", "0.4"], ["--sampler.area"]),
+        (["train", "demo", "--sampler.crop_area", "0.4"], ["--sampler.crop-area"]),
         (["train", "demo", "--sampler.views", "9"], ["views", "9"]),
         (["train", "demo", "--name", "a/b"], ["name", "a folder's name", "a/b"]),
         (["plan", "demo", "--name", "a/b"], ["name", "a folder's name", "a/b"]),
@@ -114,12 +115,20 @@ def test_mistakes_of_files_name_the_file(run, tmp_path):
 
 def test_overrides_reach_the_configuration():
     words = ["demo", "--resume", "--max-steps", "7", "--loss.temperature=0.2", "--train.batch_size", "8"]
-    words += ["--sampler.area", "0.5", "0.9", "--model.no-predictor", "--name", "x"]
+    words += ["--sampler.crop_area", "0.5", "0.9", "--model.no-predictor", "--name", "x"]
     config, options = train_arguments(words, cli.parse)
     assert isinstance(options, TrainOptions)
     assert (options.resume, options.max_steps) == (True, 7)
-    assert (config.loss.temperature, config.train.batch_size, config.sampler.area) == (0.2, 8, (0.5, 0.9))
+    assert (config.loss.temperature, config.train.batch_size, config.sampler.crop_area) == (0.2, 8, (0.5, 0.9))
     assert (config.model.predictor, config.name, config.model.backbone) == (False, "x", "resnet18")
+
+
+def test_an_old_option_still_works_and_says_so(caplog):
+    for words in (["--sampler.area", "0.5", "0.9"], ["--sampler.window=0"]):
+        config, _ = train_arguments(["demo", *words], cli.parse)
+        old = words[0].removeprefix("--").partition("=")[0]
+        assert f"command line: {old} is now {RENAMED[old]}" in caplog.messages[-1]
+        assert (config.sampler.crop_area, config.sampler.frame_window) in (((0.5, 0.9), 2.56), ((0.4, 1.0), 0))
 
 
 def test_pack_inspect_and_bench_say_what_they_made(run, make_clip, tmp_path):

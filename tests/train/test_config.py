@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 
 from vito_fast.config import (
+    RENAMED,
     Config,
     DataConfig,
     LossConfig,
@@ -17,6 +18,7 @@ from vito_fast.config import (
     method_differences,
     preset_files,
     save_config,
+    to_mapping,
 )
 from vito_fast.errors import UserError
 
@@ -42,7 +44,7 @@ def test_presets_load_and_survive_saving(name, tmp_path):
 
 def test_ablations_differ_from_the_demo_in_one_field_each():
     changed = {
-        "ablation_same_frame": {"sampler.window"},
+        "ablation_same_frame": {"sampler.frame_window"},
         "ablation_average_pooling": {"model.pooling"},
         "ablation_single_scale": {"model.scales"},
         "ablation_byol": {"loss.kind"},
@@ -92,9 +94,9 @@ def test_defaults_are_the_methods():
         ("train: 3\n", "'train' is a section"),
         ("model:\n  predictor: 1\n", "'model.predictor' must be true or false, got 1 (int)"),
         ("loss:\n  kind: bryol\n", "must be one of contrastive, byol, got 'bryol'; did you mean 'byol'?"),
-        ("sampler:\n  area: [0.4]\n", "'sampler.area' must be a list of 2 numbers, got [0.4]"),
-        ("sampler:\n  area: [0.4, x]\n", "'sampler.area' must be a number, got 'x'"),
-        ("sampler:\n  area: 0.4\n", "'sampler.area' must be a list of 2 numbers"),
+        ("sampler:\n  crop_area: [0.4]\n", "'sampler.crop_area' must be a list of 2 numbers, got [0.4]"),
+        ("sampler:\n  crop_area: [0.4, x]\n", "'sampler.crop_area' must be a number, got 'x'"),
+        ("sampler:\n  crop_area: 0.4\n", "'sampler.crop_area' must be a list of 2 numbers"),
         ("sampler:\n  views: 9\n", "views"),
         ("name: a/b\n", "name must be a folder's name, got 'a/b'"),
         ('name: "a\\nb"\n', "name must be a folder's name, got 'a\\nb'"),
@@ -169,6 +171,17 @@ def test_extends_changes_only_what_it_names(write):
     assert (config.seed, config.loss) == (7, LossConfig(temperature=0.2, negatives="both_views"))
 
 
+def test_old_names_still_work_and_say_so(write, caplog):
+    for old, new in RENAMED.items():
+        section, _, field = new.rpartition(".")
+        assert old.rpartition(".")[0] == section
+        value = to_mapping(Config())[section][field]
+        assert load_config(write(f"{section}: {{{old.rpartition('.')[2]}: {value}}}\n")) == Config()
+        assert f"{old} is now {new}" in caplog.messages[-1]
+    with pytest.raises(UserError, match=r"'sampler.crop_area' is given twice, as 'sampler.area' too"):
+        load_config(write("sampler: {crop_area: [0.1, 1], area: [0.2, 1]}\n"))
+
+
 def test_numbers_as_people_write_them(write):
     config = load_config(write("optimizer: {weight_decay: 1e-6, base_lr: 1}\n"))
     assert config.optimizer.weight_decay == 1e-6
@@ -187,5 +200,5 @@ def test_missing_files_and_empty_ones(write, tmp_path):
 
 def test_dotted_names_cover_sections_and_fields():
     names = dotted_names(Config())
-    assert {"seed", "loss", "loss.temperature", "sampler.window", "train.batch_size"} <= set(names)
+    assert {"seed", "loss", "loss.temperature", "sampler.frame_window", "train.batch_size"} <= set(names)
     assert len(names) == len(set(names))

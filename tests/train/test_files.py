@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vito_fast.files import locked, whole
+from vito_fast.files import atomic_write, file_lock
 from vito_fast.train.checkpoint import write
 from vito_fast.train.metrics import RowFile
 
@@ -18,14 +18,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("new")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
@@ -36,7 +36,7 @@ def mode_of(path):
 
 def test_modes_are_those_of_any_new_file_or_the_old_ones(tmp_path):
     def written(name):
-        with whole(tmp_path / name) as partial:
+        with atomic_write(tmp_path / name) as partial:
             save_file({}, partial)  # which puts a file of mode 0600 there
         return mode_of(tmp_path / name)
 
@@ -53,7 +53,7 @@ def test_modes_are_those_of_any_new_file_or_the_old_ones(tmp_path):
 
 def test_a_full_disk_is_named(tmp_path, full_disk):
     with full_disk(10):
-        with pytest.raises(OSError, match="File too large") as full, whole(tmp_path / "a") as partial:
+        with pytest.raises(OSError, match="File too large") as full, atomic_write(tmp_path / "a") as partial:
             partial.write_text("more than ten bytes")
         rows = RowFile(tmp_path / "rows", 0)
         with pytest.raises(OSError, match="File too large") as row:
@@ -68,24 +68,24 @@ def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, mon
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace(*names)))
-    with whole(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         partial.write_text("new")
     assert done == [str(partial), "renamed", str(tmp_path)]
 
 
 def test_two_that_write_one_file_do_not_meet(tmp_path, monkeypatch):
-    with whole(tmp_path / "a") as mine:
+    with atomic_write(tmp_path / "a") as mine:
         mine.write_text("mine")
         monkeypatch.setattr(os, "getpid", lambda: -1)
-        with whole(tmp_path / "a") as theirs:
+        with atomic_write(tmp_path / "a") as theirs:
             theirs.write_text("theirs")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "mine")]
 
 
 def test_a_lock_is_had_once_and_waited_for(tmp_path):
-    with locked(tmp_path / "lock") as mine, locked(tmp_path / "lock", patience=0.15) as theirs:
+    with file_lock(tmp_path / "lock") as mine, file_lock(tmp_path / "lock", timeout=0.15) as theirs:
         assert (mine, theirs) == (True, False)
-    with locked(tmp_path / "lock") as again:
+    with file_lock(tmp_path / "lock") as again:
         assert again
 
 
@@ -95,5 +95,5 @@ def test_where_the_file_system_has_no_locks_everyone_goes_on(tmp_path, monkeypat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with locked(tmp_path / "lock") as mine:
+    with file_lock(tmp_path / "lock") as mine:
         assert mine

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vito_fast.config import Config, ModelConfig, TrainConfig, from_mapping
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, from_mapping
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import dry_run, model_flops
 from vito_fast.plan.hardware import GPUS, arithmetic_peak

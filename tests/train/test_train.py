@@ -19,12 +19,12 @@ from vito_fast.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    SamplerConfig,
     ScheduleConfig,
     TrainConfig,
     save_config,
 )
 from vito_fast.data.loader.loader import ClipLoader
-from vito_fast.data.loader.sampler import SamplerConfig
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError

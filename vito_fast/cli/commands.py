@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vito_fast.config import Config, dotted_names, load_config, nearest
+from vito_fast.config import Config, current_name, dotted_names, load_config, nearest
+from vito_fast.data.formats import FormatName
 from vito_fast.errors import UserError
 
 Place = Annotated[Path, tyro.conf.Positional]
@@ -53,12 +54,23 @@ def configured(
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         raise UserError(f"a configuration is missing: vito-fast {command} CONFIG.yaml, or the name of a preset")
     config, rest = (Config(), arguments) if first.startswith("-") else (load_config(first), arguments[1:])
+    rest = [_current(word) for word in rest]
     known = [*dotted_names(config), *own]
     for word in rest:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
         if word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
             raise UserError(f"unknown option '{word}'{nearest(name, known)}")
     return parse(kind, list(rest), f"vito-fast {command} {first}", default=kind(config))
+
+
+def _current(word: str) -> str:
+    """A word of the command line, its option under the field's current name."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    written = name.replace("-", "_")
+    current = current_name(written, "command line")
+    return word if current == written else f"--{current}{equals}{value}"
 
 
 def train(config: Config, options: TrainOptions) -> int:
@@ -126,7 +138,7 @@ def doctor() -> int:
 def pack(
     src: Place,
     dst: Place,
-    format: Literal["jpeg", "h264", "copy"] = "jpeg",
+    format: FormatName = "jpeg",
     short_side: int = 256,
     quality: int = 90,
     crf: int = 20,
@@ -136,9 +148,9 @@ def pack(
     min_length: float = 1.0,
     shot_cuts: Annotated[bool, tyro.conf.FlagConversionOff] = True,
     shard_mib: int = 256,
-    part: str = "1/1",
+    shard: str = "1/1",
     processes: int = 0,
-    patience: float = 120.0,
+    decode_timeout: float = 120.0,
 ) -> int:
     """Turn a folder of videos into a store. Safe to kill and to repeat.
 
@@ -146,33 +158,33 @@ def pack(
         src: A folder of videos, searched through, or one video.
         dst: The store to write.
         format: jpeg (any frame in one read), h264 (short groups of pictures) or copy (no re-encoding).
-        short_side: Pixels; smaller videos keep their size.
+        short_side: Short side of a frame in pixels. Smaller videos keep their size.
         quality: JPEG quality, 1 to 100.
-        crf: x264's constant rate factor, 0 to 51.
+        crf: Constant rate factor of h264 stores, 0 to 51, lower is better.
         gop: Frames from key to key of h264 stores.
-        encoder: Of h264 stores; auto is h264_nvenc where it works, else libx264, and a line says which and why.
-        clip_length: Seconds at which a shot is split.
-        min_length: Seconds; what is shorter is left out.
+        encoder: Encoder of h264 stores. auto is h264_nvenc where it works, else libx264.
+        clip_length: Seconds after which a shot is split.
+        min_length: Seconds. Shorter shots are left out.
         shot_cuts: Whether clips end at shot changes.
-        shard_mib: Size at which a new shard begins.
-        part: i/n packs the i-th of n shares, for several machines.
-        processes: 0 = one a core. A file, however long, is packed by one of them.
-        patience: Seconds without a decoded frame after which a file is given up.
+        shard_mib: Size in MiB after which a new shard file begins.
+        shard: i/n packs the i-th of n shares of the files, for n machines.
+        processes: Worker processes, 0 = one per core. One of them packs a whole file.
+        decode_timeout: Seconds without a decoded frame after which a file is rejected.
     """
-    from vito_fast.data.pack import pack as packing
+    from vito_fast.data.pack import pack as pack_videos
 
     logging.basicConfig(format="%(message)s")
-    packing.log.setLevel(logging.INFO)
+    logging.getLogger("vito_fast.data").setLevel(logging.INFO)
     try:
-        report = packing.pack(
+        report = pack_videos(
             src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
-            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, part=part,
-            processes=processes, patience=patience,
+            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, shard=shard,
+            processes=processes, decode_timeout=decode_timeout,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
     print("\n".join(report.lines()))
-    print(f"packed: {dst}" if report.complete else f"packed: part {part} of {dst}; the last part completes the store")
+    print(f"packed: {dst}" if report.complete else f"packed: shard {shard} of {dst}; the last one completes the store")
     return 0
 
 

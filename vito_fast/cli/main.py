@@ -69,6 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"vito-fast {__version__}")
         return 0
     name, *rest = arguments
+    rest = [_current_flag(name, word) for word in rest]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else f"; the commands are {', '.join(COMMANDS)}"
@@ -83,6 +84,19 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "train":
         return commands.train(*commands.train_arguments(rest, parse))
     return int(parse(function, rest, f"vito-fast {name}"))
+
+
+RENAMED_FLAGS = {("pack", "--part"): "--shard", ("pack", "--patience"): "--decode-timeout"}
+"""Old names of flags, accepted for one release, by command."""
+
+
+def _current_flag(command: str, word: str) -> str:
+    flag, equals, value = word.partition("=")
+    current = RENAMED_FLAGS.get((command, flag))
+    if current is None:
+        return word
+    print(f"{flag} is now {current}; the next release drops the old name", file=sys.stderr)
+    return current + equals + value
 
 
 def _overview() -> str:

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.dali import Geometry
 from vito_fast.data.loader.loader import ClipLoader
-from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.peers import Frames, PairReader, installed
 from vito_fast.data.store.decode import BadPackets, Decoder
 from vito_fast.data.store.index import Read

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vito_fast.evaluate.task import digest
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,6 @@ class FeatureCache:
                 path.unlink()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file(tensors, partial)
         return tensors

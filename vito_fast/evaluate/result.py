@@ -18,7 +18,7 @@ import torch
 
 from vito_fast import __version__
 from vito_fast.errors import UserError
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
 
 SCHEMA = "vito-fast evaluation result, 1"
 
@@ -83,7 +83,7 @@ class Result:
         """Writes the file, whole or not at all; numbers that are not finite become null."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
 

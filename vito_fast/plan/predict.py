@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vito_fast.config import Config, TrainConfig, from_mapping
-from vito_fast.data.loader.sampler import SamplerConfig
+from vito_fast.config import Config, SamplerConfig, TrainConfig, from_mapping
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import DryRun, dry_run
 from vito_fast.plan.hardware import Machine, machine

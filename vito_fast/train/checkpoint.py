@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vito_fast.errors import UserError
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
 
 FORMAT = "vito-fast checkpoint"
 VERSION = "1"
@@ -80,7 +80,7 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
     text = json.dumps(state, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _checksum(tensors, text)}
     try:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file(tensors, partial, metadata=header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None

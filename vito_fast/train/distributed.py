@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_fast.errors import UserError
-from vito_fast.files import locked
+from vito_fast.files import file_lock
 from vito_fast.train.loss import Keys
 from vito_kernels.distributed import gather_keys
 
@@ -195,7 +195,7 @@ def sole_writer(folder: Path, world: World) -> Iterator[None]:
         if world.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                mine = held.enter_context(locked(lock, patience))
+                mine = held.enter_context(file_lock(lock, patience))
             except OSError as error:
                 raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
         if any_rank(not mine, world.device):  # nor do the other ranks read there before

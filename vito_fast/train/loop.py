@@ -26,7 +26,7 @@ from vito_fast.data.loader.batch import sent
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.export import config_of
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
 from vito_fast.train import probe as monitor
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, path_of, read_newest
 from vito_fast.train.distributed import World, any_rank, greatest, join, leave, sole_writer, told_by_ranks
@@ -183,7 +183,7 @@ class _Run:
             "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
             "retrieval": {"trained": next(reversed(self.retrieval().values()), None), **self.baselines},
         }
-        with whole(self.folder / "summary.json") as partial:
+        with atomic_write(self.folder / "summary.json") as partial:
             partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.recorder.close()
         _print_summary(summary, stopped_by)

@@ -19,7 +19,7 @@ import torch
 
 from vito_fast.config import Config, to_mapping
 from vito_fast.errors import UserError
-from vito_fast.files import named, whole
+from vito_fast.files import atomic_write, name_errors
 from vito_fast.plan.hardware import arithmetic_peak
 from vito_fast.train.distributed import World
 
@@ -48,7 +48,7 @@ class RowFile:
     def __init__(self, path: Path, step: int) -> None:
         self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
         self.path = path
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
 
@@ -56,7 +56,7 @@ class RowFile:
         """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
-        with named(self.path):
+        with name_errors(self.path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 

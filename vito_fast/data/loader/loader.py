@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.batch import Batch, Recipe
 from vito_fast.data.loader.fetch import Failure, Fetcher, Part
-from vito_fast.data.loader.sampler import Sampler, SamplerConfig
+from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.loader.thread_pool import Workers
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError

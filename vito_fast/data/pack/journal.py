@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vito_fast.data.pack.encode import PackedClip, PackedFile
+from vito_fast.data.pack.clips import PackedClip, PackedFile
 
 
 @dataclass(frozen=True)

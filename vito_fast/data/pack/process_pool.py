@@ -1,4 +1,4 @@
-"""The packing processes of one run: hands out files, takes back results, survives a process that crashes or hangs."""
+"""The worker processes of one packing run: distributes files, collects results, replaces workers that crash or hang."""
 
 import contextlib
 import os
@@ -13,42 +13,54 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vito_fast.data.pack.encode import PackOptions
 from vito_fast.data.pack.journal import Journal, Rejected
 from vito_fast.data.pack.listing import Listing
+from vito_fast.data.store.description import PackOptions
 from vito_fast.errors import UserError
 
 
-@dataclass
-class _Member:
+@dataclass(eq=False)
+class _Worker:
     process: subprocess.Popen
     connection: Connection
-    shard: int
+    shard: int = -1
+    """Number of the shard it appends to, -1 for none yet."""
     size: int = 0
-    name: str | None = None
-    """The file it is at."""
-    heard: float = 0.0
-    ready: bool = False
-    """Whether it has ever answered."""
-    words: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
-    """Its standard error."""
+    """Bytes of the shard that the journal knows."""
+    file: str | None = None
+    """The file it is packing."""
+    last_message: float = 0.0
+    """Monotonic time in seconds."""
+    started: bool = False
+    """Whether it has sent any message."""
+    stderr: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
 
-    def last_words(self) -> str:
-        self.words.seek(0)
-        lines = self.words.read().decode(errors="replace").strip().splitlines()
+    def last_error(self) -> str:
+        """``: `` and the last line on its standard error, or nothing."""
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
+    def send(self, message: object) -> None:
+        """Send to a process that may have ended. The loss shows when its answer is awaited."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(message)
 
-class Crew:
-    """Packs files with ``processes`` workers; each appends to a shard of its own, a new one at the size limit."""
 
-    def __init__(self, listing: Listing, journal: Journal, options: PackOptions, processes: int, patience: float):
+class ProcessPool:
+    """Packs files with ``processes`` workers. Each appends to its own shard, and to a new one at the size limit."""
+
+    def __init__(self, listing: Listing, journal: Journal, options: PackOptions, processes: int, decode_timeout: float):
         self._listing, self._journal, self._options = listing, journal, options
-        self._processes, self._patience = processes, patience
-        self._members: list[_Member] = []
+        self._processes, self._decode_timeout = processes, decode_timeout
+        self._workers: list[_Worker] = []
 
     def run(self, names: Sequence[str], progress: bool) -> None:
-        """Returns when every file is in the journal, packed or rejected. UserError if the store cannot be written."""
+        """Pack ``names``. Returns once the journal has an entry for each.
+
+        Raises:
+            UserError: The store cannot be written, or no worker can start.
+        """
         queue = list(reversed(names))
         columns = (
             TextColumn("packing"),
@@ -60,105 +72,97 @@ class Crew:
         with Progress(*columns, disable=not progress, transient=True) as bar:
             task, start, done = bar.add_task("packing", total=len(names), rate=""), time.monotonic(), 0
             try:
-                while len(self._members) < min(self._processes, len(queue)):
-                    self._members.append(self._hire())
-                for member in self._members:
-                    self._give(member, queue)
-                while any(member.name for member in self._members):
-                    for member in self._heard():
+                while len(self._workers) < min(self._processes, len(queue)):
+                    self._workers.append(self._start_worker())
+                for worker in self._workers:
+                    self._assign(worker, queue)
+                while any(worker.file for worker in self._workers):
+                    for worker in self._wait():
                         done += 1
                         rate = done / (time.monotonic() - start)
                         bar.update(task, completed=done, rate=f"{rate:.1f} files/s")
-                        self._give(member, queue)
+                        self._assign(worker, queue)
             finally:
-                self._dismiss()
+                self._stop_workers()
 
-    def _hire(self) -> _Member:
-        mine, theirs = Pipe()
-        words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+    def _start_worker(self) -> _Worker:
+        ours, theirs = Pipe()
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "vito_fast.data.pack.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()], env=environment,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
         )  # fmt: skip
         theirs.close()
-        member = _Member(process, mine, -1, words=words)
-        _send(member, ("options", self._options))
-        return member
+        worker = _Worker(process, ours, stderr=stderr)
+        worker.send(("options", self._options))
+        return worker
 
-    def _give(self, member: _Member, queue: list[str]) -> None:
+    def _assign(self, worker: _Worker, queue: list[str]) -> None:
+        """Send the next file of the queue, if any, and a new shard if the old one is full."""
         if not queue:
-            member.name = None
+            worker.file = None
             return
-        if member.shard < 0 or member.size >= self._options.shard_mib << 20:
-            member.shard, member.size = self._journal.new_shard(), 0
-            _send(member, ("shard", str(self._journal.shard_path(member.shard)), member.shard))
-        member.name, member.heard = queue.pop(), time.monotonic()
-        _send(member, ("file", str(self._listing.path(member.name))))
+        if worker.shard < 0 or worker.size >= self._options.shard_mib << 20:
+            worker.shard, worker.size = self._journal.new_shard(), 0
+            worker.send(("shard", str(self._journal.shard_path(worker.shard)), worker.shard))
+        worker.file, worker.last_message = queue.pop(), time.monotonic()
+        worker.send(("file", str(self._listing.path(worker.file))))
 
-    def _heard(self) -> list[_Member]:
-        """Waits for news; returns the members whose file is settled."""
-        busy = [member for member in self._members if member.name]
-        ready = wait([member.connection for member in busy], timeout=1.0)
-        settled = []
-        for member in busy:
-            if member.connection in ready:
-                if self._take(member):
-                    settled.append(member)
-            elif time.monotonic() - member.heard > self._patience:
-                self._replace(member, f"no frame decoded for {self._patience:.0f} s")
-                settled.append(member)
-        return settled
+    def _wait(self) -> list[_Worker]:
+        """Wait for messages and return the workers whose file is packed or rejected."""
+        busy = [worker for worker in self._workers if worker.file]
+        ready = wait([worker.connection for worker in busy], timeout=1.0)
+        finished = []
+        for worker in busy:
+            if worker.connection in ready:
+                finished += self._receive(worker)
+            elif time.monotonic() - worker.last_message > self._decode_timeout:
+                finished.append(self._replace(worker, f"no frame decoded for {self._decode_timeout:.0f} s"))
+        return finished
 
-    def _take(self, member: _Member) -> bool:
-        assert member.name
+    def _receive(self, worker: _Worker) -> list[_Worker]:
+        """Take one message. Returns the worker, or the one in its place, if its file is packed or rejected."""
+        assert worker.file
         try:
-            message = member.connection.recv()
+            message = worker.connection.recv()
         except (EOFError, ConnectionResetError):
-            code, said = member.process.wait(), member.last_words()
-            if not member.ready:
-                raise UserError(f"a packing process cannot start (exit status {code}){said}") from None
-            self._replace(member, f"the decoder crashed (exit status {code}){said}")
-            return True
-        member.heard = time.monotonic()
-        member.ready = True
+            status, reason = worker.process.wait(), worker.last_error()
+            if not worker.started:
+                raise UserError(f"a packing process cannot start (exit status {status}){reason}") from None
+            return [self._replace(worker, f"the decoder crashed (exit status {status}){reason}")]
+        worker.last_message, worker.started = time.monotonic(), True
         if message[0] == "beat":
-            return False
-        kind, value, member.size = message
+            return []
+        kind, value, worker.size = message
         if kind == "fatal":
-            raise UserError(f"{value}: mend that and repeat the command, it goes on where it stopped")
-        self._journal.add(member.name, Rejected(value) if kind == "rejected" else value)
-        return True
+            raise UserError(f"{value}: fix that and repeat the command, it continues from here")
+        self._journal.add(worker.file, Rejected(value) if kind == "rejected" else value)
+        return [worker]
 
-    def _replace(self, member: _Member, reason: str) -> None:
-        """A new process for a dead or hanging one; its file is rejected, its shard cut back and left as it is."""
-        assert member.name
-        self._journal.add(member.name, Rejected(reason))
-        member.process.kill()
-        member.process.wait()
-        member.connection.close()
-        os.truncate(self._journal.shard_path(member.shard), member.size)
-        fresh = self._hire()
-        member.process, member.connection, member.shard = fresh.process, fresh.connection, -1
-        member.ready, member.words = False, fresh.words
+    def _replace(self, worker: _Worker, reason: str) -> _Worker:
+        """Reject the file of a dead or hanging worker, truncate its shard and start another process."""
+        assert worker.file
+        self._journal.add(worker.file, Rejected(reason))
+        worker.process.kill()
+        worker.process.wait()
+        worker.connection.close()
+        os.truncate(self._journal.shard_path(worker.shard), worker.size)
+        fresh = self._start_worker()
+        self._workers[self._workers.index(worker)] = fresh
+        return fresh
 
-    def _dismiss(self) -> None:
-        for member in self._members:
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
             try:
-                if member.name is None:
-                    member.connection.send(None)
-                else:
-                    member.process.kill()  # after an error: what it wrote is not recorded and is cut off on resume
+                if worker.file is None:
+                    worker.connection.send(None)
+                else:  # after an error: its packets have no record, and resuming removes them
+                    worker.process.kill()
             except OSError:
-                member.process.kill()
-        for member in self._members:
-            member.process.wait()
-            member.connection.close()
-
-
-def _send(member: _Member, message: object) -> None:
-    """To a process that may have died: that shows when its answer is awaited."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        member.connection.send(message)
+                worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+            worker.connection.close()

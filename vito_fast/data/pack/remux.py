@@ -1,9 +1,8 @@
-"""``copy`` stores: the packets of the source as they are, with an index good enough to decode any frame exactly.
+"""Copying: the packets of a video as they are, with an index from which any frame decodes exactly.
 
-The file is decoded once in order, by a decoder that knows all its container says. Then every group of pictures is
-decoded again the way training will, from bare packets and planned from its key, and each picture must be the same bit
-for bit.
-Keys from which that fails are not used; a file that cannot be read exactly at all is rejected.
+The file is decoded once in order, by a decoder that has all the information of its container. Then each group of
+pictures is decoded from bare packets, planned from its key, as training does. Each frame must be identical, bit for
+bit. A key that fails is not used. A file that fails without it is rejected.
 """
 
 import tempfile
@@ -17,17 +16,11 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.pack.encode import (
-    GAP,
-    PackedClip,
-    PackedFile,
-    PackOptions,
-    Shard,
-    ShotDetector,
-    frame_time,
-    too_short,
-)
+from vito_fast.data.formats import COPY
+from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
+from vito_fast.data.pack.shots import ShotDetector
 from vito_fast.data.store.decode import BadPackets, Decoder
+from vito_fast.data.store.description import PackOptions
 from vito_fast.data.store.index import (
     DISCARD,
     KEY,
@@ -53,12 +46,12 @@ from vito_fast.data.store.media import (
 )
 
 THUMBNAIL = 64
-"""Short side in pixels of the pictures by which shot changes are told."""
+"""Short side in pixels of the frames that the shot detector gets."""
 
 
 @dataclass
 class _Stream:
-    """One source: its packets in decoding order, and what came out of the decoder."""
+    """One source: its packets in decoding order and the frames decoded from them."""
 
     codec: str
     width: int
@@ -73,22 +66,30 @@ class _Stream:
     sizes: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
-    """Packet numbers of the pictures in the order in which they come out."""
-    pictures: dict[int, int] = field(default_factory=dict)
-    """Checksum of the picture of each packet."""
+    """Packet number of each frame, in the decoder's output order."""
+    frame_sums: dict[int, int] = field(default_factory=dict)
+    """Checksum of the frame of each packet."""
     shots: set[int] = field(default_factory=set)
-    """Packet numbers of pictures that begin a shot."""
+    """Packet numbers of the frames that begin a shot."""
 
 
-class Copier:
-    """Copies the packets of one source to a shard and makes clips of them."""
+class Remuxer:
+    """Copies the packets of one source to a shard and indexes them as clips."""
 
-    def __init__(self, options: PackOptions, shard: Shard):
+    def __init__(self, options: PackOptions, shard: ShardWriter):
         self.options, self.shard = options, shard
         self.result = PackedFile()
 
     def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
-        """Packs ``path``; raises BadVideo."""
+        """Pack one file.
+
+        Args:
+            path: The source.
+            heartbeat: Called after each frame.
+
+        Raises:
+            BadVideo: The file cannot be packed. The caller then rewinds the shard.
+        """
         start = self.shard.size
         stream = self._copy(path, heartbeat)
         self._cut(stream)
@@ -107,27 +108,28 @@ class Copier:
             time_base = video.time_base or Fraction(1, 90000)
             stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
             context.thread_count, context.options = 1, strictness(codec)
-            detector = ShotDetector()
+            detector, cuts = ShotDetector(), list[int]()
             for packet in chain(demuxed(container, video), [None]):
                 if packet is not None and packet.is_corrupt:
                     raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
                 for frame in context.decode(None if packet is None else self._take(stream, packet)):
                     number = frame.pts
-                    if frame.is_corrupt or number is None or number in stream.pictures:
+                    if frame.is_corrupt or number is None or number in stream.frame_sums:
                         raise BadVideo(f"frame {len(stream.outputs)} is damaged")
                     small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
-                    if detector(small) and self.options.shot_cuts:
-                        stream.shots.add(number)
+                    cuts += detector.push(small)
                     stream.outputs.append(number)
-                    stream.pictures[number] = picture_sum(frame)
+                    stream.frame_sums[number] = frame_checksum(frame)
                     heartbeat()
+        if self.options.shot_cuts:
+            stream.shots = {stream.outputs[cut] for cut in cuts + detector.finish()}
         expected = sum(not flags & NO_PICTURE for flags in stream.flags)
         if len(stream.outputs) < max(1, 0.9 * expected):
             raise BadVideo(f"only {len(stream.outputs)} of {expected} frames can be decoded")
         return stream
 
     def _take(self, stream: _Stream, packet: av.Packet) -> av.Packet:
-        """Records and copies one packet; returns it without times and edit list, which its decoder must not obey."""
+        """Record and copy one packet. Returns it without times and edit list, which its decoder must not apply."""
         payload = bytes(packet)
         flags = packet_flags(stream.codec, stream.extradata, payload)
         if flags is None:
@@ -144,14 +146,14 @@ class Copier:
         return bare
 
     def _cut(self, stream: _Stream) -> None:
-        """Ranges of shown pictures, split at shots and at the clip length, become clips."""
+        """Make clips of the shown frames, split at shots, at gaps and at the clip length."""
         step = max(1, round(1 / (stream.rate * stream.time_base)))
         shown = [place for place, number in enumerate(stream.outputs) if not stream.flags[number] & DISCARD]
         if not shown:
             raise BadVideo("its edit list shows no frame")
         ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step)
         tick = float(stream.time_base)
-        self.result.rate = 1 / frame_time(ticks[shown] * tick, stream.rate)
+        self.result.rate = 1 / frame_duration(ticks[shown] * tick, stream.rate)
         length = self.options.clip_length / stream.time_base
         first = 0
         for place in range(1, len(shown) + 1):
@@ -166,7 +168,7 @@ class Copier:
                         continue
             times = ticks[shown[first:place]]
             if end is None:
-                end = int(times[-1]) + round(frame_time(times * tick, stream.rate) / tick)
+                end = int(times[-1]) + round(frame_duration(times * tick, stream.rate) / tick)
             if not too_short(times[0] * tick, end * tick, self.options):
                 self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
             else:
@@ -174,7 +176,7 @@ class Copier:
             first = place
 
     def _clip(self, stream: _Stream, ticks: np.ndarray, places: list[int], end: int) -> PackedClip:
-        """The clip of the pictures at ``places`` of the output order: all packets from the last key before them on."""
+        """The clip of the frames at ``places`` of the output order: all packets from the last key before them."""
         flags = np.array(stream.flags, np.uint8)
         pts = np.full(len(flags), ticks[0])
         pts[stream.outputs] = ticks
@@ -199,15 +201,13 @@ class Copier:
         )  # fmt: skip
 
     def _make_exact(self, stream: _Stream, heartbeat: Callable[[], None]) -> None:
-        """Stops using keys from which a picture comes out other than in order; BadVideo if that does not mend it."""
+        """Clear the flags of keys from which a frame decodes differently. BadVideo if that does not help."""
         for clip in self.result.clips:
             bad = self._inexact_keys(stream, clip, heartbeat)
-            if bad:
+            if bad:  # its first key stays: without it the clip has no start
                 clip.flags[[key for key in bad if key]] &= np.uint8(0xFF & ~(KEY | OPEN))
                 if self._inexact_keys(stream, clip, heartbeat):
-                    raise BadVideo(
-                        "cannot be decoded exactly from its keys alone: the formats jpeg and h264 may hold it"
-                    )
+                    raise BadVideo("cannot be decoded exactly from its keys alone: pack it into another format")
 
     def _inexact_keys(self, stream: _Stream, clip: PackedClip, heartbeat: Callable[[], None]) -> list[int]:
         base = stream.offsets.index(int(clip.offsets[0]))
@@ -215,7 +215,7 @@ class Copier:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index.bin"
             record = ClipRecord(video=0, source="", **{**vars(clip), "shard": 0})
-            write_index(path, [record], format="copy", shards=[(self.shard.path.name, self.shard.size)])
+            write_index(path, [record], format=COPY.name, shards=[(self.shard.path.name, self.shard.size)])
             index = Index(path)
             reader, decoder = Reader(index, self.shard.path.parent, threads=1), Decoder()
             order = index.packets(0).order
@@ -228,8 +228,8 @@ class Copier:
                     if read.code != "ok":
                         raise BadVideo(f"cannot be read back: {read.error}")
                     wanted = set(order[frames].tolist())
-                    sums = decoder.each(index.clip(0), read, wanted, picture_sum)
-                    if any(sums[number] != stream.pictures[base + number] for number in wanted):
+                    sums = decoder.each(index.clip(0), read, wanted, frame_checksum)
+                    if any(sums[number] != stream.frame_sums[base + number] for number in wanted):
                         bad.append(int(keys[group]))
                 except BadPackets:
                     bad.append(int(keys[group]))
@@ -238,10 +238,10 @@ class Copier:
 
 
 def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
-    """Times of all pictures in output order, strictly increasing; hidden ones do not move shown ones."""
+    """Times of all frames in output order, strictly increasing. Hidden frames do not move shown ones."""
     ticks = presentation_times(pts, step)
     own = presentation_times([pts[place] for place in shown], step)
-    if not np.array_equal(ticks[shown], own):  # times out of order: hidden pictures are squeezed in between
+    if not np.array_equal(ticks[shown], own):  # times out of order: squeeze hidden frames in between
         known, squeezed = dict(zip(shown, own.tolist(), strict=True)), [int(own[0]) - len(pts) - 1]
         for place in range(len(pts)):
             squeezed.append(known.get(place, squeezed[-1] + 1))
@@ -250,8 +250,8 @@ def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
     return ticks
 
 
-def picture_sum(frame: VideoFrame) -> int:
-    """Checksum of a frame's samples, line padding left out."""
+def frame_checksum(frame: VideoFrame) -> int:
+    """Checksum of a frame's samples without the padding of its lines."""
     try:
         samples = frame.to_ndarray()
     except ValueError:  # a sample format that PyAV does not lay out as an array
@@ -260,7 +260,7 @@ def picture_sum(frame: VideoFrame) -> int:
 
 
 def _rotation(path: Path) -> int:
-    """Degrees clockwise by which the file's frames are to be turned."""
+    """Degrees clockwise by which the file's frames are rotated for display."""
     with opened(path) as (container, video):
         for frame in container.decode(video):
             return -round(frame.rotation / 90) * 90 % 360

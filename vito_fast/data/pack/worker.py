@@ -1,7 +1,7 @@
-"""A packing process: ``python -m vito_fast.data.pack.worker FD`` serves one :mod:`.pack` over the pipe FD.
+"""A packing process: ``python -m vito_fast.data.pack.worker FD`` packs the files that it receives over the pipe FD.
 
-A process of its own, not a fork, so that a decoder that crashes or hangs on a bad file takes nothing else with it, and
-so that it holds none of its parent's memory. It dies with its parent.
+It is a process of its own, so that a decoder that crashes or hangs on a bad file ends nothing else. It is no fork, so
+that it holds none of its parent's memory. It ends with its parent.
 """
 
 import ctypes
@@ -10,72 +10,53 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from vito_fast.data.pack.encode import Cutter, EncoderMissing, PackOptions
-from vito_fast.data.pack.remux import Copier
+from vito_fast.data.formats import FORMATS
+from vito_fast.data.pack.clips import ShardWriter
+from vito_fast.data.pack.encode import EncoderMissing, Transcoder
+from vito_fast.data.pack.remux import Remuxer
+from vito_fast.data.store.description import PackOptions
 from vito_fast.data.store.media import BadVideo
-
-
-class ShardWriter:
-    """Appends packets to one shard file; what a failed source wrote is taken back."""
-
-    def __init__(self, path: Path, number: int):
-        self.number, self.path = number, path
-        self._file = open(path, "ab", buffering=1 << 20)  # noqa: SIM115 - open until close
-        self.size = self._file.tell()
-
-    def append(self, payload: bytes) -> int:
-        self._file.write(payload)
-        offset, self.size = self.size, self.size + len(payload)
-        return offset
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def rewind(self, size: int) -> None:
-        self._file.flush()
-        os.ftruncate(self._file.fileno(), size)
-        self.size = size
-
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
 
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
-def _pack_one(path: Path, shard: ShardWriter, options: PackOptions, heartbeat) -> tuple[str, object]:
+def _pack_one(
+    path: Path, shard: ShardWriter, options: PackOptions, heartbeat: Callable[[], None]
+) -> tuple[str, object]:
     start = shard.size
     try:
-        packer = Copier(options, shard) if options.format == "copy" else Cutter(options, shard)
-        result = packer.run(path, heartbeat)
+        packer = Transcoder if FORMATS[options.format].codec else Remuxer
+        result = packer(options, shard).run(path, heartbeat)
         shard.flush()
         return "done", result
     except BadVideo as error:
         shard.rewind(start)
         return "rejected", str(error)
-    except OSError as error:  # of the shard: those of the source are BadVideo
+    except OSError as error:  # of the shard: an OSError of the source is a BadVideo
         space = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return "fatal", f"disk full: {shard.path.parent}" if space else f"cannot write {shard.path}: {error.strerror}"
     except EncoderMissing as error:
         return "fatal", str(error)
-    except Exception as error:  # one strange file must not end the run
+    except Exception as error:  # one file must not end the run
         shard.rewind(start)
         return "rejected", f"unexpected {type(error).__name__}: {error}".splitlines()[0]
 
 
 def serve(connection: Connection, parent: int) -> None:
-    """Messages in: ("options", PackOptions), ("shard", path, number), ("file", path), None to end.
+    """Pack files until the parent sends None.
 
-    Messages out: ("beat",) at the start and every second of work, then ("done", PackedFile, shard size), ("rejected",
-    reason, size) or ("fatal", line, size).
+    Messages in: ("options", PackOptions), ("shard", path, number), ("file", path), None.
+
+    Messages out: ("beat",) at the start and each second of work. After each file ("done", PackedFile, shard size),
+    ("rejected", reason, shard size) or ("fatal", message, shard size).
     """
     options, shard = PackOptions(), None
     connection.send(("beat",))
@@ -110,7 +91,7 @@ def main() -> None:
     try:
         serve(Connection(int(sys.argv[1])), parent)
     except (EOFError, BrokenPipeError):
-        sys.exit(1)  # the parent is gone; what it has not recorded, the next run takes back
+        sys.exit(1)  # the parent is gone; the next run removes packets without a record
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast.files import whole
+from vito_fast.files import atomic_write
 from vito_fast.native import sampler as _sampler
 
 KEY = 1
@@ -231,7 +231,7 @@ def write_index(
     sizes in bytes. Raises ``ValueError`` naming the clip and the field for a record that makes no sense, ``OSError`` if
     the file cannot be written; the old file, if any, then stays.
     """
-    with whole(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         writer = _sampler.IndexWriter(os.fsencode(partial), format, [(str(name), int(size)) for name, size in shards])
         for number, clip in enumerate(clips):
             _add(writer, number, clip)

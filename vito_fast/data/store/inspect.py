@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vito_fast.data.pack.pack import Report
+from vito_fast.data.store.description import Report
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 from vito_fast.files import check_writable

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast.data.pack.pack import open_index, read_description
 from vito_fast.data.store.decode import BadPackets, Decoder, Picture, decode_jpeg
+from vito_fast.data.store.description import open_index, read_description
 from vito_fast.data.store.index import ClipInfo, Read, Reader
 
 Numbers = npt.NDArray[np.int32] | npt.NDArray[np.int64]

@@ -1,0 +1,178 @@
+"""``store.json``: the options a store was packed with and the report of packing."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vito_fast.data.formats import FORMATS, H264, JPEG
+from vito_fast.data.store.index import Index
+from vito_fast.errors import UserError
+
+VERSION = 1
+"""Version of the store's layout. Readers refuse any other."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Options that decide the clips of a store. Equal options and files give equal clips.
+
+    Raises:
+        ValueError: A value is out of range. The message names option, value and range.
+    """
+
+    format: str = JPEG.name
+    """Name of a store format (see :mod:`vito_fast.data.formats`)."""
+    short_side: int = 256
+    """Short side of a frame in pixels. Smaller videos keep their size."""
+    quality: int = 90
+    """JPEG quality, 1 to 100 (jpeg)."""
+    crf: int = 20
+    """Constant rate factor, 0 to 51, lower is better (h264)."""
+    gop: int = 8
+    """Frames from key to key (h264)."""
+    encoder: str = H264.encoders[0]
+    """FFmpeg's encoder (h264)."""
+    clip_length: float = 10.0
+    """Seconds after which a shot is split."""
+    min_length: float = 1.0
+    """Seconds. Shorter shots are left out."""
+    shot_cuts: bool = True
+    """Whether clips end at shot changes."""
+    shard_mib: int = 256
+    """Size in MiB after which a new shard begins."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "format": (self.format in FORMATS, " or ".join(FORMATS)),
+            "short_side": (16 <= self.short_side <= 4096, "16 to 4096"),
+            "quality": (1 <= self.quality <= 100, "1 to 100"),
+            "crf": (0 <= self.crf <= 51, "0 to 51"),
+            "gop": (1 <= self.gop <= 1000, "1 to 1000"),
+            "encoder": (self.encoder in H264.encoders, " or ".join(H264.encoders)),
+            "clip_length": (0 < self.clip_length < float("inf"), "above 0"),
+            "min_length": (0 <= self.min_length <= self.clip_length, "from 0 to clip_length"),
+            "shard_mib": (1 <= self.shard_mib <= 1 << 20, "1 to 1048576"),
+        }
+        for name, (valid, rule) in rules.items():
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {rule}")
+
+
+@dataclass
+class Report:
+    """Result of packing. Also the ``report`` of ``store.json``."""
+
+    clips: int = 0
+    videos: int = 0
+    frames: int = 0
+    hours: float = 0.0
+    bytes: int = 0
+    frame_rates: dict[str, int] = field(default_factory=dict)
+    """Videos by frames per second."""
+    short_shots: int = 0
+    """Shots left out because they are shorter than ``min_length``."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Files by reason, up to its first colon. ``quarantine.jsonl`` has the full reasons."""
+    packets_per_frame: float = 0.0
+    """Packets decoded per frame used (d/u), as planned for pairs within 2.56 s."""
+    complete: bool = True
+    """False until all machines have packed their share. The store then has no index yet."""
+
+    def lines(self) -> list[str]:
+        """The report as text, one line each. Empty for an incomplete store."""
+        if not self.complete:
+            return []
+        rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items())
+        result = [
+            f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, "
+            f"{self.frames} frames, {self.bytes / 1e6:.1f} MB",
+            f"frame rates: {rates}; packets decoded per frame used: {self.packets_per_frame:.2f}",
+        ]
+        if self.short_shots:
+            result.append(f"left out: {self.short_shots} shots shorter than the shortest clip")
+        result += [f"rejected {count}: {reason}" for reason, count in self.rejected.items()]
+        return result
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """The error for a file of a store that is not as packing left it. The index raises the same for itself."""
+    return UserError(f"{path} is damaged: {reason}; delete the store and pack again")
+
+
+def open_index(store: Path) -> Index:
+    """Open ``index.bin`` of a store. Raises UserError if it cannot be read or is damaged."""
+    try:
+        return Index(store / "index.bin")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot read {store / 'index.bin'}: {error.strerror or error}") from None
+
+
+def read_description(store: Path) -> dict[str, Any]:
+    """Read and check ``store.json``.
+
+    Args:
+        store: Folder of a finished store.
+
+    Returns:
+        ``version``, ``options`` (fields of :class:`PackOptions`), ``sources`` (fingerprint of the source files) and
+        ``report`` (fields of :class:`Report`).
+
+    Raises:
+        UserError: The store is unfinished, damaged or of another version.
+    """
+    path = store / "store.json"
+    if not (store / "index.bin").exists():
+        unfinished = (store / ".pack").exists()
+        raise UserError(f"{store} is no {'finished ' if unfinished else ''}store: run `vito-fast pack SRC {store}`")
+    values = read_json(path)
+    version = values.get("version")
+    if type(version) is not int:
+        raise damaged(path, "it has no version")
+    if version != VERSION:
+        raise UserError(
+            f"{store} is a store of version {version}, this program reads version {VERSION}: "
+            "delete the store and pack again"
+        )
+    if not isinstance(values.get("sources"), str):
+        raise damaged(path, "it has no sources")
+    return {
+        **values,
+        "options": asdict(parse_options(path, values.get("options"))),
+        "report": asdict(_parse_report(path, values.get("report"))),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError if the file holds none."""
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise damaged(path, "it is missing or holds no JSON object")
+    return values
+
+
+def parse_options(path: Path, values: Any) -> PackOptions:
+    """The options read from ``path``. Raises UserError for unknown names and values out of range."""
+    try:
+        return PackOptions(**values)
+    except (TypeError, ValueError):
+        raise damaged(path, "its options make no sense") from None
+
+
+def _parse_report(path: Path, values: Any) -> Report:
+    try:
+        report = Report(**values)
+    except TypeError:
+        raise damaged(path, "its report makes no sense") from None
+    for name, example in asdict(Report()).items():
+        value = getattr(report, name)
+        counts = value.values() if isinstance(value, dict) else []
+        types = (int, float) if isinstance(example, float) else (type(example),)
+        if type(value) not in types or any(type(count) is not int for count in counts):
+            raise damaged(path, f"its report's {name} makes no sense")
+    return report
