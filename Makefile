@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist clean
+.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -47,6 +47,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 
 # Races against the peers: bench/results/<machine>.json and bench/report.html. QUICK=1: under three minutes. See docs/benchmarks.md.
 bench: $(VENV)/.bench
@@ -67,9 +68,18 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
-# The tables of README.md and docs/ from the committed results; a test fails when they differ.
+# The tables and the chart of README.md and docs/ from the committed results; a test fails when they differ.
 readme-tables: setup
 	$(BIN)/python -m bench.tables
+
+# The site, in build/site; warnings are errors.
+docs: docs-reference
+	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels
+	$(BIN)/mkdocs build --strict
+
+# docs/config.md and docs/cli.md from the code; a test fails when they differ.
+docs-reference: setup
+	$(BIN)/python docs/generate.py
 
 # sdist and wheel in an isolated environment, as for a release.
 dist: setup

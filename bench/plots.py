@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: logarithmic or linear axes, colours by CSS class so that light and dark both read well."""
+"""Line charts as SVG, inline or as a file: logarithmic or linear axes, colors by CSS class for light and dark."""
 
 from __future__ import annotations
 
@@ -84,6 +84,37 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
+    )
+
+
+STYLE = """
+svg{font:11px system-ui,sans-serif;background:#fff} text{fill:#444} .grid{stroke:#ddd}
+polyline{fill:none;stroke:currentColor;stroke-width:2} circle{fill:currentColor}
+.ours{color:#d2492a} .ours polyline{stroke-width:3.5} .reference{color:#888} .peer0{color:#2a6fb0} .peer1{color:#3a9a5c}
+.name{fill:currentColor;font-weight:600}
+@media(prefers-color-scheme:dark){svg{background:#1c1c1e} text{fill:#ccc} .grid{stroke:#3a3a3c}}
+"""
+
+
+def picture(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
+    """A chart as an SVG file of its own: the names of the lines stand in the upper left corner.
+
+    Args:
+        title: the text above.
+        x: the axis across.
+        y: the axis up.
+        series: the lines, none of them empty.
+    """
+    across = _Scale(x, [point[0] for one in series for point in one.points], LEFT, WIDTH - RIGHT)
+    up = _Scale(y, [point[1] for one in series for point in one.points], HEIGHT - BOTTOM, TOP)
+    parts = [*_grid(x, y, across, up), *(_line(one, across, up, x, y) for one in series)]
+    for line, one in enumerate(series):
+        at = f'x="{LEFT + 14}" y="{TOP + 18 + 16 * line}"'
+        parts.append(f'<text class="name {one.style}" {at}>{escape(one.name)}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -26 {WIDTH + 10} {HEIGHT + 28}" role="img" '
+        f'aria-label="{escape(title)}"><style>{STYLE}</style>'
+        f'<text x="{LEFT}" y="-8" style="font-size:13px;font-weight:600">{escape(title)}</text>{"".join(parts)}</svg>\n'
     )
 
 

@@ -4,7 +4,7 @@ Between ``<!-- bench:TABLE MACHINE -->`` and ``<!-- /bench -->`` stands the tabl
 ``bench/results/MACHINE.json``, for a table of cases with only those whose ids follow, if any do.
 ``bench:value MACHINE CASE PATH`` puts a single figure into a sentence, where PATH is ``vs.limit``, ``ours.peak_bytes``,
 ``rates.items`` and the like, and ``bench:at MACHINE KEY/KEY/...`` any other number of the file. Whatever else stands
-there is replaced; nothing else is touched.
+there is replaced; nothing else is touched. Without files it also writes the chart ``docs/h200.svg``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench.plots import Axis, Series, picture
 from bench.text import bytes_text, count_text, seconds_text, significant
 
 Record = dict[str, Any]
@@ -141,6 +142,28 @@ TABLES: dict[str, Callable[[Record], str]] = {
 }
 
 
+CHART = ROOT / "docs/h200.svg"
+CHARTED = {
+    "vito_kernels": "ours",
+    "memeff (LiT)": "peer0",
+    "info-nce-pytorch": "peer1",
+    "reference": "reference",
+}
+
+
+def h200_chart() -> str:
+    """SVG of the time of InfoNCE with its gradient against N on the H200, ours and the others'."""
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in CHARTED}
+    for record in load("nvidia-h200")["cases"]:
+        if record["case"] == "info_nce" and record["params"] == {"N": record["params"].get("N"), "D": 256}:
+            for row in record["candidates"]:
+                if row["name"] in points and "median_s" in row:
+                    points[row["name"]].append((record["params"]["N"], row["median_s"]))
+    series = [Series(name, sorted(points[name]), style) for name, style in CHARTED.items()]
+    x, y = Axis("N keys of width 256, bfloat16", lambda n: f"{n / 1024:g}k", base=4), Axis("time", seconds_text)
+    return picture("InfoNCE forward and backward on one H200", x, y, series)
+
+
 def value(results: Record, case: str, path: str) -> str:
     """One figure. ValueError if the results do not hold it."""
     node: Any = next((record | {"ours": ours_of(record)} for record in results["cases"] if record["id"] == case), {})
@@ -207,11 +230,16 @@ def main() -> int:
         prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "files", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        "files", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file differs")
     options = parser.parse_args()
     different = []
+    drawn = h200_chart()
+    if not CHART.exists() or CHART.read_text(encoding="utf-8") != drawn:
+        different.append(CHART)
+        if not options.check:
+            CHART.write_text(drawn, encoding="utf-8")
     for file in options.files:
         try:
             text = file.read_text(encoding="utf-8")
