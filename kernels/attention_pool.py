@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vito_kernels._core.autograd import autograd_op, refuse_double_backward
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import FLOATS, check_whole, without_autocast
 from vito_kernels._core.lazy_triton import Spec, jit, on_device, processors, use_triton
 
@@ -218,6 +218,8 @@ def _backward(ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None) -> tu
     return _apply_backward(g_pooled, g_weights, features, logits_like, weights, pooled)
 
 
+register_flops(attention_pool_op)
+register_flops(attention_pool_backward_op)
 _apply = autograd_op(attention_pool_op, _setup_context, _backward)
 _apply_backward = refuse_double_backward(attention_pool_backward_op)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from vito_kernels._core.lazy_triton import on_device
 
@@ -70,6 +71,26 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
 def _refuse_vmap(name: str, *_: Any) -> None:
     name = name.removesuffix("_backward")
     raise RuntimeError(f"vito_kernels is fused ({name}) and has no vmap; loop over the batch, or use its reference")
+
+
+def register_flops(op: Any, formula: Callable[..., int] | None = None) -> None:
+    """Registers the matrix-product flops of ``op`` with ``torch.utils.flop_counter``.
+
+    Args:
+        op: a custom op.
+        formula: takes the op's arguments by name, optional ones with their defaults, and returns flops. None for an op
+            without matrix products, which memory traffic bounds: 0 flops.
+    """
+    arguments = op._opoverload._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        if formula is None:
+            return 0
+        named = {a.name: value for a, value in zip(arguments, args, strict=False)}
+        return formula(**defaults | named | kwargs)
+
+    register_flop_formula(op._opoverload.overloadpacket, get_raw=True)(count)
 
 
 def refuse_double_backward(op: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vito_kernels._core.autograd import autograd_op, past_dispatcher, refuse_double_backward
+from vito_kernels._core.autograd import autograd_op, past_dispatcher, refuse_double_backward, register_flops
 from vito_kernels._core.checks import FLOATS
 from vito_kernels._core.lazy_triton import Spec, on_device, use_triton
 from vito_kernels.batch_norm.triton_kernels import (
@@ -227,6 +227,8 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
+for op in (part_op, merge_op, statistics_op, apply_op, sums_op, input_gradient_op):
+    register_flops(op)
 part_of, merge_parts = past_dispatcher(part_op), past_dispatcher(merge_op)
 normalize, gradient_sums, input_gradient = (past_dispatcher(op) for op in (apply_op, sums_op, input_gradient_op))
 _statistics = past_dispatcher(statistics_op)

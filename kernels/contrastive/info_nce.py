@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vito_kernels._core.autograd import autograd_op, refuse_double_backward, softplus
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.checks import (
     autocasts,
     check_finite,
@@ -203,6 +203,13 @@ def _backward(ctx, g_lse2, g_positive, *_):  # the others do not leave this modu
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *(None,) * 7
 
 
+register_flops(
+    contrast, lambda q, k, compute_grad_q, **_: (4 if compute_grad_q else 2) * q.shape[0] * k.shape[0] * q.shape[1]
+)
+register_flops(
+    contrast_backward,
+    lambda q, k, need_k, **_: 4 * q.shape[0] * k.shape[0] * q.shape[1] if need_k and k is not None else 0,
+)
 apply_contrast = autograd_op(contrast, _setup_context, _backward)
 apply_contrast_backward = refuse_double_backward(contrast_backward)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.autograd import autograd_op, refuse_double_backward
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import check_pair
 from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
 from vito_kernels.contrastive.epilogue import rows_of_program
@@ -116,6 +116,8 @@ def _backward(ctx, gradient):
     return apply_backward(gradient, *ctx.saved_tensors)
 
 
+register_flops(normalize_op)
+register_flops(normalize_backward)
 apply_normalize = autograd_op(normalize_op, _setup_context, _backward)
 apply_backward = refuse_double_backward(normalize_backward)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.autograd import autograd_op, refuse_double_backward, softplus
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
 from vito_kernels.contrastive.cpu import LOG2E
 from vito_kernels.contrastive.tile_configs import cdiv
@@ -178,6 +178,8 @@ def _backward(ctx, gradient):
     return g_lse2, None, None if sides[2] is None else g_second, None, g_logits
 
 
+register_flops(softplus_loss_op)
+register_flops(softplus_loss_backward)
 apply_softplus_loss = autograd_op(softplus_loss_op, _setup_context, _backward)
 apply_backward = refuse_double_backward(softplus_loss_backward)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._core.autograd import autograd_op, refuse_double_backward
+from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
     check_finite,
     check_paired,
@@ -336,6 +336,11 @@ def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None
 
 
+register_flops(two_sided, lambda x, y, **_: 2 * len(x) * len(y) * x.shape[1])
+register_flops(
+    two_sided_backward,
+    lambda x, y, need_x, need_y, need_scale, **_: 4 * ((need_x or need_scale) + need_y) * len(x) * len(y) * x.shape[1],
+)
 apply_two_sided = autograd_op(two_sided, _two_sided_setup, _two_sided_backward)
 apply_two_sided_backward = refuse_double_backward(two_sided_backward)
 
@@ -454,6 +459,8 @@ def _self_backward(ctx, g_lse2, g_positive, *_):
     return dz if need_z else None, dscale if need_scale else None, *(None,) * 4
 
 
+register_flops(self_contrast, lambda z, **_: 2 * len(z) ** 2 * z.shape[1])
+register_flops(self_contrast_backward, lambda z, **_: 4 * len(z) ** 2 * z.shape[1])
 apply_self = autograd_op(self_contrast, _self_setup, _self_backward)
 apply_self_backward = refuse_double_backward(self_contrast_backward)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vito_kernels._core.autograd import register_flops
 from vito_kernels._core.checks import without_autocast
 from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
 from vito_kernels.photometric import cpu as photometric_cpu
@@ -331,6 +332,8 @@ def _(
 ) -> Tensor:
     return images.new_empty(images.shape, dtype=dtype)
 
+
+register_flops(photometric_op)
 
 # ------------------------------------------------------------------------------------------------------ public function
 

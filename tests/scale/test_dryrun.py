@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import vito_kernels
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, load_config, preset_files
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
@@ -38,12 +39,19 @@ def test_counts_the_arithmetic_of_a_real_step():
         trainer.step(views, torch.arange(8), measure=False)
     dry = dry_run(config)
     assert dry.problems == ()
-    matrix = sum(dry.total(kind=kind)[0] for kind in ("convolution", "matmul"))
-    assert matrix == counter.get_total_flops()
+    products = sum(dry.total(kind=kind)[0] for kind in ("convolution", "matmul", "fused"))
+    assert products == counter.get_total_flops()
     loss = sum(dry.total(phase)[0] for phase in ("loss", "backward", "loss, backward"))
     pairs, scales = 2, 2
     assert dry.total("loss", "fused")[0] == scales * pairs * 4 * 8 * 8 * 32
     assert loss > 0
+
+
+def test_an_op_without_registered_flops_is_an_error(monkeypatch):
+    packet = torch.ops.vito_kernels.normalize
+    monkeypatch.delitem(flop_registry, packet)
+    with fake_cuda(), Ledger(), pytest.raises(Problem, match="has no flop formula"):
+        vito_kernels.normalize(torch.ones(2, 3, device="cuda"))
 
 
 def test_gradients_have_the_shapes_and_dtypes_of_autograds():

@@ -45,22 +45,6 @@ FREE = {
 """Move no data, beside views."""
 
 
-def _contrast(q: Tensor, k: Tensor, bring_mean: bool, **_: Any) -> int:
-    return (4 if bring_mean else 2) * q.shape[0] * k.shape[0] * q.shape[1]
-
-
-def _contrast_backward(q: Tensor, k: Tensor | None, need_k: bool, **_: Any) -> int:
-    return 4 * q.shape[0] * k.shape[0] * q.shape[1] if need_k and k is not None else 0
-
-
-CUSTOM_FLOPS: dict[str, Callable[..., int]] = {
-    "vito_kernels::contrast": _contrast,
-    "vito_kernels::contrast_backward": _contrast_backward,
-}
-"""Arithmetic of this project's ops, from their arguments by name; those that are not here are bound by memory and count
-by their bytes."""
-
-
 class Problem(Exception):
     """A step that a GPU would not run, or not without waiting for the host."""
 
@@ -288,10 +272,9 @@ def _bytes(tensor: Tensor) -> int:
 def _kind_and_flops(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float]:
     packet = func.overloadpacket
     if func.namespace == "vito_kernels":
-        formula = CUSTOM_FLOPS.get(func._schema.name)
-        # By name: trailing arguments that have their default may be missing.
-        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-        return "fused", float(formula(**named, **kwargs)) if formula else 0.0
+        if packet not in flop_registry:
+            raise Problem(f"{func} has no flop formula; register one beside the op (vito_kernels register_flops)")
+        return "fused", float(flop_registry[packet](*args, **kwargs, out_val=out))
     flops = float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
     return KINDS.get(packet, "pointwise"), flops
 
