@@ -85,7 +85,7 @@ class Recipe:
     """bfloat16 is autocast, on a GPU alone."""
 
     def steps(self, samples: int) -> int:
-        """Updates in all, at least one."""
+        """Updates in all."""
         return max(1, math.ceil(self.epochs * samples / self.batch_size))
 
     def rate(self, step: int, total: int, samples: int) -> float:
@@ -113,7 +113,7 @@ def finetune(
     checkpoint_every: int = 200,
     label: str = "fine-tuning",
 ) -> nn.Module:
-    """Trains ``model`` on ``data`` and returns it in eval mode, the same on every rank.
+    """Trains ``model`` on ``data``; returns it in eval mode, the same on every rank.
 
     Args:
         model: A ``Model``; its part named ``backbone``, if any, learns at ``recipe.backbone_lr`` times the rate.
@@ -122,7 +122,7 @@ def finetune(
         work: Folder of ``checkpoints/`` and ``metrics.jsonl``; a run killed there goes on from its newest checkpoint.
         device: Place of the model.
         seed: Decides the order and the augmentation of samples.
-        workers: Loading processes; by default the cores that the ranks here leave to each.
+        workers: Loading processes; by default one a core but one, and none where a rank has two cores.
         checkpoint_every: Steps between checkpoints.
         label: Of the progress line.
     Returns:
@@ -242,7 +242,8 @@ def _batches(
         for step in range(start, total)
         for part in range(parts)
     ]
-    count = max(0, len(os.sched_getaffinity(0)) // world.local_size - 1) if workers is None else workers
+    cores = len(os.sched_getaffinity(0)) // world.local_size
+    count = workers if workers is not None else cores - 1 if cores > 2 else 0
     loader = DataLoader(
         _Numbered(data, seed),
         batch_sampler=numbers,
