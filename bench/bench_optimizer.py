@@ -94,7 +94,7 @@ def one_by_one(weights: list[Any], config: OptimizerConfig) -> Callable[[], None
             gradient = weight.grad
             if weight.dim() > 1:
                 gradient = gradient + config.weight_decay * weight
-                gradient = gradient * (config.eta * weight.norm() / gradient.norm())
+                gradient = gradient * (config.trust_coefficient * weight.norm() / gradient.norm())
             buffer.mul_(config.momentum).add_(gradient)
             weight.sub_(LEARNING_RATE * buffer)
 
@@ -124,8 +124,8 @@ def test_lars(race: Any, device: torch.device, drawn: Drawn) -> None:
         Candidate("vito_fast", moved(lambda: lars.step(LEARNING_RATE), weights), "ours"),
         Candidate("reference", moved(one_by_one(plain, config), plain), "reference"),
         not_compiled("takes over 20 s to compile, and may be the fastest then: not raced yet"),
-        package_peer("timm", "timm.optim.lars", drawn, trust_coeff=config.eta),
-        package_peer("lightly", "lightly.utils.lars", drawn, trust_coefficient=config.eta),
+        package_peer("timm", "timm.optim.lars", drawn, trust_coeff=config.trust_coefficient),
+        package_peer("lightly", "lightly.utils.lars", drawn, trust_coefficient=config.trust_coefficient),
     ]
     count = sum(weight.numel() for weight in weights)
     whole, gradient, momentum = (torch.zeros(count, device=device) for _ in range(3))

@@ -26,6 +26,9 @@ MAX_VIEWS = 4
 """Views of a clip at most."""
 
 RENAMED = {
+    "loss.kind": "loss.name",
+    "model.scales": "model.levels",
+    "optimizer.eta": "optimizer.trust_coefficient",
     "sampler.area": "sampler.crop_area",
     "sampler.aspect": "sampler.crop_aspect",
     "sampler.grey": "sampler.grayscale",
@@ -38,12 +41,12 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the frames come from, and how many threads bring them."""
+    """The store and the threads that read it."""
 
     store: str = "data/demo/store"
     """Directory written by ``vito-fast pack`` (ours)."""
     threads: int = 0
-    """Decoding threads of each process; 0 = the cores this process may use, shared among the ranks here (ours)."""
+    """Decoding threads of each process; 0 = the usable cores, divided among the ranks of this machine (ours)."""
     prefetch: int = 2
     """Batches prepared ahead of the step (ours)."""
     max_bad_share: float = 0.05
@@ -129,11 +132,11 @@ class ModelConfig:
 
     backbone: str = "resnet50"
     """resnet18, resnet34, resnet50 (recalled: ResNet-50), or ``timm:NAME`` when timm is installed (ours)."""
-    scales: int = 2
+    levels: int = 2
     """How many last stages are pooled and contrasted: 2 = strides 16 and 32 (recalled); 1 = the last alone
     (ablation)."""
     pooling: Literal["attention", "average"] = "attention"
-    """Spatial pooling of each scale: learned attention (paper) or the mean (ablation)."""
+    """Spatial pooling of each level: learned attention (paper) or the mean (ablation)."""
     attention_hidden: int = 0
     """Hidden width of the attention MLP; 0 = the stage's channels (recalled, the paper's width is unknown)."""
     projector_hidden: int = 4096
@@ -143,12 +146,12 @@ class ModelConfig:
     predictor: bool = True
     """Whether the online network has a predictor after its projector (ancestor)."""
     zero_init_residual: bool = True
-    """Start each residual block as the identity: the last norm's scale is 0 (ours, usual for large batches)."""
+    """Start each residual block as the identity: the last norm's weight is 0 (ours, usual for large batches)."""
     checkpoint_activations: bool = False
     """Recompute each residual block in the backward pass instead of keeping its activations (ours)."""
 
     def __post_init__(self) -> None:
-        _require(self.scales in (1, 2, 3, 4), "model.scales", self.scales, "1 to 4")
+        _require(self.levels in (1, 2, 3, 4), "model.levels", self.levels, "1 to 4")
         for name in ("projector_hidden", "projector_out"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _require(self.attention_hidden >= 0, "model.attention_hidden", self.attention_hidden, "0 or more")
@@ -156,9 +159,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the two networks are asked to agree on."""
+    """The objective."""
 
-    kind: Literal["contrastive", "byol"] = "contrastive"
+    name: Literal["contrastive", "byol"] = "contrastive"
     """InfoNCE against other videos (paper), or BYOL's cosine regression without negatives (ancestor, ablation)."""
     temperature: float = 0.1
     """Softmax temperature (recalled; DetCon: 0.1)."""
@@ -179,19 +182,19 @@ class OptimizerConfig:
     """Added to the gradient before the trust ratio (ancestor: BYOL, 300 epochs)."""
     momentum: float = 0.9
     """Heavy-ball momentum, applied after the trust ratio and before the learning rate (ancestor)."""
-    eta: float = 1e-3
-    """LARS trust coefficient (ancestor)."""
+    trust_coefficient: float = 1e-3
+    """Ratio of the update's norm to the parameter's, before the learning rate (ancestor: eta of LARS)."""
 
     def __post_init__(self) -> None:
         _require(self.base_lr > 0, "optimizer.base_lr", self.base_lr, "above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
-        _require(self.eta > 0, "optimizer.eta", self.eta, "above 0")
+        _require(self.trust_coefficient > 0, "optimizer.trust_coefficient", self.trust_coefficient, "above 0")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how learning rate and target network move."""
+    """Length of the run, learning rate and moving average."""
 
     epochs: float = 300.0
     """Passes over the clips; one pass shows each clip once (recalled)."""
@@ -209,13 +212,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The machine's side of the loop: none of these changes what is learned, but for rounding and ``batch_size``."""
+    """The machine's side of the loop. Only ``batch_size`` and ``micro_batches`` change the result beyond rounding."""
 
     batch_size: int = 4096
     """Clips in one step over all ranks together (recalled)."""
     micro_batches: int = 1
-    """Parts a rank's share is computed in; the loss still sees the whole batch by cached gradients. Batch norm then
-    takes its statistics over one part (ours)."""
+    """Micro-batches of a rank's share; cached gradients keep the loss over the whole batch. Batch norm takes its
+    statistics over one micro-batch (ours)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU if there is one (ours)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -225,8 +228,8 @@ class TrainConfig:
     compile: bool = False
     """``torch.compile`` of both networks and of the update (ours)."""
     cuda_graphs: bool = False
-    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU. Has
-    not run on a GPU yet: only its rules for memory are tested, by a stand-in (ours)."""
+    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU.
+    Untested on a GPU; a stand-in tests its rules for memory (ours)."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500
@@ -238,17 +241,17 @@ class TrainConfig:
     evaluate_every: int = 0
     """Steps between retrieval evaluations; 0 = at the start and the end only (ours)."""
     evaluate_clips: int = 264
-    """Clips that the retrieval evaluation uses at most; fewer are asked for up to four times (ours)."""
+    """Maximum clips of the retrieval evaluation; fewer are drawn up to four times each (ours)."""
     collapse_std: float = 0.05
-    """Below this ``embedding_std`` of a scale (1 = spread evenly over the sphere, 0 = one point) a logged step warns
-    of collapse; 0 = never (ours)."""
+    """A logged step warns of collapse if a level's ``embedding_std`` is below this (1 = spread evenly over the sphere,
+    0 = one point); 0 = never (ours)."""
     collapse_rank: float = 2.0
-    """Likewise for ``embedding_rank``, the dimensions that a scale's embeddings use (1 = a line); not where a rank has
-    fewer than eight times as many clips; 0 = never (ours)."""
+    """Likewise for ``embedding_rank``, the dimensions of a level's embeddings (1 = a line); not where a rank has fewer
+    than eight times as many clips; 0 = never (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
     wandb: str = ""
-    """Project of Weights & Biases to which the rows go too, under the run's name; empty = none (ours)."""
+    """Project of Weights & Biases for the rows, under the run's name; empty = none (ours)."""
     runs: str = "runs"
     """Directory that holds the runs, each in a folder of its name (ours)."""
 
@@ -266,13 +269,13 @@ class TrainConfig:
         for wanted, holds in (("train.compile", self.compile), ("a GPU", self.device != "cpu")):
             _require(holds or not self.cuda_graphs, "train.cuda_graphs", True, f"false without {wanted}")
         known = not any("\ud800" <= letter <= "\udfff" for letter in self.runs)
-        _require(known, "train.runs", self.runs, "UTF-8, which TensorBoard takes alone")
+        _require(known, "train.runs", self.runs, "UTF-8, for TensorBoard")
         _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
         for name in ("keep_every", "evaluate_every", "collapse_rank"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
     def clips(self, ranks: int) -> int:
-        """Clips of one of ``ranks`` processes in a step. UserError if the batch cannot be shared out evenly."""
+        """Clips of one of ``ranks`` processes in a step. UserError if the batch does not divide among them."""
         if self.batch_size % (ranks * self.micro_batches):
             raise UserError(
                 f"train.batch_size {self.batch_size} does not divide among {ranks} processes x {self.micro_batches} "
@@ -288,7 +291,7 @@ class Config:
     name: str = "run"
     """Folder of the run inside ``train.runs``."""
     seed: int = 0
-    """Decides the weights' start and every sample; the same seed gives the same run on one machine."""
+    """Determines the initial weights and every sample; the same seed gives the same run on one machine."""
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -303,7 +306,7 @@ class Config:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         views = self.sampler.views
         _require(views >= 2, "sampler.views", views, "2 to 4: the loss compares views of a clip")
-        alone = self.loss.kind == "contrastive" and self.train.batch_size == 1
+        alone = self.loss.name == "contrastive" and self.train.batch_size == 1
         _require(not alone, "train.batch_size", 1, "at least 2 with the contrastive loss: negatives are other clips")
 
 
@@ -315,11 +318,16 @@ def _require(holds: bool, key: str, value: object, wanted: str) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """The configuration in a YAML file, defaults for what it leaves out.
+    """Loads a YAML file over the defaults.
 
-    ``extends: other.yaml`` (relative to the file) starts from another file. A name without a folder that is no file
-    here is looked up among the shipped presets. Raises UserError naming file and key for a missing file, an unknown
-    key (with the nearest valid name), a wrong type or a value out of range.
+    ``extends: other.yaml`` (relative to the file) starts from another file.
+
+    Args:
+        path: A file, or the name of a shipped preset.
+
+    Raises:
+        UserError: a missing file, an unknown key (with the nearest valid name), a wrong type or a value out of range;
+            the message names file and key.
     """
     return _load(find_preset(path), ())
 
@@ -329,7 +337,7 @@ def _load(path: Path, seen: tuple[str, ...]) -> Config:
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # of the file, its encoding, or a date or number that is none
+    except (OSError, ValueError) as error:  # of the file, its encoding, or a malformed date or number
         raise UserError(f"cannot read the configuration {path}: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: not a configuration: nested too deeply") from None
@@ -349,8 +357,7 @@ def _load(path: Path, seen: tuple[str, ...]) -> Config:
 
 
 def find_preset(path: str | Path) -> Path:
-    """The file itself, or the shipped preset of that name. Raises UserError that lists the presets if neither
-    exists."""
+    """The file itself, or the shipped preset of that name. UserError with the presets' names if neither exists."""
     wanted = Path(path)
     if wanted.exists():
         return wanted
@@ -373,8 +380,17 @@ def preset_files() -> list[Path]:
 
 
 def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = "") -> T:
-    """``base`` (a frozen dataclass) with the fields of ``mapping`` replaced, types checked; errors as in
-    load_config."""
+    """Replaces the fields of ``base``, a frozen dataclass, by those of ``mapping``, with their types checked.
+
+    Args:
+        base: Values of fields that the mapping lacks.
+        mapping: Nested, as from YAML.
+        source: The file's name, for messages.
+        prefix: Dotted name of the section, with a dot at its end.
+
+    Raises:
+        UserError: as ``load_config``.
+    """
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
     for written, value in mapping.items():
@@ -482,8 +498,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def method_differences(a: Config, b: Config) -> list[str]:
-    """Dotted names in which two configurations differ and that change what is learned: a run cannot be resumed over
-    them."""
+    """Dotted names of differing fields that change the result; a run cannot resume with another value of them."""
     left, right = to_mapping(a), to_mapping(b)
 
     def value(mapping: Any, dotted: str) -> Any:

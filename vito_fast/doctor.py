@@ -1,4 +1,4 @@
-"""What this machine can do, and what a run here will use or fall back to. Reads only; nothing is started or changed."""
+"""``vito-fast doctor``: this machine, and the code paths that a run here will use. It only reads."""
 
 import ctypes
 import importlib
@@ -11,8 +11,14 @@ from types import ModuleType
 from vito_fast.errors import UserError
 
 
+def doctor() -> int:
+    """Describe this machine and the code paths a run here will use."""
+    print(report())
+    return 0
+
+
 def report() -> str:
-    """Lines of ``name: finding``, then what training and packing here will use; the last line is the verdict."""
+    """Lines of ``name  finding``, then the code paths of training and packing here; the last line is the verdict."""
     torch = _module("torch")
     gpus = _gpus(torch)
     dali, av, triton = _module("nvidia.dali"), _module("av"), _module("triton")
@@ -106,7 +112,7 @@ def _driver() -> str:
 
 
 def _memory() -> str:
-    """Physical memory, or what a container may use of it."""
+    """Physical memory, or a container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"

@@ -7,12 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, check_outside_stores
-from vito_fast.model.pair import build_backbone
-from vito_fast.model.resnet import RESNETS
-from vito_fast.train.checkpoint import Checkpoint, find, named_as_one
+from vito_fast.model.backbones import RESNETS, build_backbone
+from vito_fast.train.checkpoint import Checkpoint, config_of, find, named_as_one
 
 Extension = Literal["safetensors", "pth"]
 
@@ -29,15 +27,6 @@ def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = 
     return backbone.eval()
 
 
-def config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was made with. UserError if it has none, or one that makes no sense here."""
-    mapping = checkpoint.value("config")
-    try:
-        return from_mapping(Config(), mapping, str(checkpoint.path))
-    except UserError as error:
-        raise UserError(f"{error} (the checkpoint may come from a newer version of this program)") from None
-
-
 def export(
     run: Path,
     out: Path,
@@ -45,11 +34,21 @@ def export(
     ext: Extension | None = None,
     network: Literal["online", "target"] = "online",
 ) -> tuple[Path, str]:
-    """Writes the encoder of a run or checkpoint; returns the file's path and a line of Python that loads it.
+    """Writes the encoder of a run or checkpoint, without a classifier; the file appears whole or not at all.
 
-    The file holds no classifier. It appears whole or not at all. UserError for an unusable run, an extension that
-    contradicts ``ext``, a timm backbone asked for in torchvision's format, or a place that cannot be written or belongs
-    to a checkpoint or a store.
+    Args:
+        run: A run's folder, or one checkpoint file.
+        out: The file; without .safetensors or .pth at its end, ``ext`` is added.
+        format: The library whose names the file follows.
+        ext: safetensors (the default) or pth.
+        network: The online network, or its moving average.
+
+    Returns:
+        The file's path, and a line of Python that loads it.
+
+    Raises:
+        UserError: an unusable run, an extension that contradicts ``ext``, a timm backbone in torchvision's format, or a
+            place that cannot be written or belongs to a checkpoint or a store.
     """
     path = _with_extension(out, ext)
     check_outside_stores(path)
@@ -89,7 +88,7 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
             if path.suffix == ".safetensors":
                 save_file(state, partial, metadata=about)
             else:
-                buffer = io.BytesIO()  # torch tells a full disk as a failed check of its own
+                buffer = io.BytesIO()  # torch reports a full disk as a failed check of its own
                 torch.save(state, buffer)
                 partial.write_bytes(buffer.getbuffer())
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.model import VitoModel
 from vito_fast.plan.dryrun import dry_run
 from vito_fast.plan.predict import collectives
-from vito_fast.train.distributed import join
+from vito_fast.train.distributed import init_distributed
 from vito_fast.train.trainer import Trainer
 
 CLIPS = 4  # of a rank
@@ -29,7 +29,7 @@ CASES = {
 
 
 def _rank(rank, folder):
-    world = join("cpu")
+    world = init_distributed("cpu")
     found = {}
     for name, config in CASES.items():
         trainer = Trainer(config, world, 5)

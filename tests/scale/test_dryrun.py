@@ -15,7 +15,7 @@ from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch
 from vito_fast.plan.dryrun import dry_run, graph_breaks
-from vito_fast.plan.op_counter import Ledger, Problem, fake_cuda, to_fake_cuda, total
+from vito_fast.plan.op_counter import OpCounter, Problem, fake_cuda, to_fake_cuda, total
 from vito_fast.train import trainer as step
 from vito_fast.train.distributed import World
 from vito_kernels import info_nce
@@ -42,8 +42,8 @@ def test_counts_the_arithmetic_of_a_real_step():
     products = sum(dry.total(kind=kind)[0] for kind in ("convolution", "matmul", "fused"))
     assert products == counter.get_total_flops()
     loss = sum(dry.total(phase)[0] for phase in ("loss", "backward", "loss, backward"))
-    pairs, scales = 2, 2
-    assert dry.total("loss", "fused")[0] == scales * pairs * 4 * 8 * 8 * 32
+    pairs, levels = 2, 2
+    assert dry.total("loss", "fused")[0] == levels * pairs * 4 * 8 * 8 * 32
     assert loss > 0
 
 
@@ -65,12 +65,12 @@ def test_gradients_have_the_shapes_and_dtypes_of_autograds():
     (out.square().mean() + out[:, :2].sum()).backward()
     with torch.device("meta"):
         fake = net()
-    with fake_cuda(), Ledger() as ledger:
+    with fake_cuda(), OpCounter() as counter:
         to_fake_cuda(fake)
-        with ledger.saving():
+        with counter.saving():
             out = fake(torch.empty(4, 3, 8, 8, device="cuda"))
             loss = out.square().mean() + out[:, :2].sum()
-        ledger.backward((loss, torch.ones_like(loss)))
+        counter.backward((loss, torch.ones_like(loss)))
     for a, b in zip(real.parameters(), fake.parameters(), strict=True):
         assert (a.grad.shape, a.grad.dtype, "cuda") == (b.grad.shape, b.grad.dtype, b.grad.device.type)
 
@@ -78,38 +78,38 @@ def test_gradients_have_the_shapes_and_dtypes_of_autograds():
 def test_memory_by_hand():
     with torch.device("meta"):
         layer = nn.Linear(256, 512, bias=False)
-    with fake_cuda(), Ledger() as ledger:
-        with ledger.in_phase("parameters"):
+    with fake_cuda(), OpCounter() as counter:
+        with counter.in_phase("parameters"):
             to_fake_cuda(layer)
-        with ledger.in_phase("input"):
+        with counter.in_phase("input"):
             x = torch.empty(64, 256, device="cuda")
-        with ledger.in_phase("forward"), ledger.saving():
+        with counter.in_phase("forward"), counter.saving():
             out = layer(x).relu().square().sum()
-        assert ledger.live["parameters"] == 256 * 512 * 4
-        assert ledger.live["input"] == 64 * 256 * 4
-        with ledger.in_phase("backward"):
-            ledger.backward((out, torch.ones_like(out)))
+        assert counter.live["parameters"] == 256 * 512 * 4
+        assert counter.live["input"] == 64 * 256 * 4
+        with counter.in_phase("backward"):
+            counter.backward((out, torch.ones_like(out)))
         # relu keeps its result, which square keeps as well: one storage; the product of the matrices is gone.
-        assert ledger.saved == {"forward": 64 * 512 * 4, "input": 64 * 256 * 4}
-        assert ledger.peak_phase == "backward"
+        assert counter.saved == {"forward": 64 * 512 * 4, "input": 64 * 256 * 4}
+        assert counter.peak_phase == "backward"
         del out
-        assert ledger.live["forward"] == 0
-        assert ledger.live["gradients"] == 256 * 512 * 4
+        assert counter.live["forward"] == 0
+        assert counter.live["gradients"] == 256 * 512 * 4
 
 
 def test_a_backward_frees_what_it_has_used():
     """The peak of a chain is its saved activations and little more, not twice them."""
-    with fake_cuda(), Ledger() as ledger:
-        with ledger.in_phase("x"):
+    with fake_cuda(), OpCounter() as counter:
+        with counter.in_phase("x"):
             x = torch.empty(1024, 1024, device="cuda", requires_grad=True)
-        with ledger.in_phase("forward"), ledger.saving():
+        with counter.in_phase("forward"), counter.saving():
             y = x
             for _ in range(20):
                 y = torch.tanh(y)
             loss = y.sum()
-        with ledger.in_phase("backward"):
-            ledger.backward((loss, torch.ones_like(loss)))
-    assert sum(ledger.peak.values()) <= (1 + 20 + 2) * 4 * 1024**2 + 64
+        with counter.in_phase("backward"):
+            counter.backward((loss, torch.ones_like(loss)))
+    assert sum(counter.peak.values()) <= (1 + 20 + 2) * 4 * 1024**2 + 64
 
 
 def test_micro_batches_and_recomputation_trade_arithmetic_for_memory():
@@ -129,33 +129,33 @@ def test_a_norm_with_its_residual_and_relu_moves_what_its_passes_do():
     size, small = 2 * 4 * 64 * 8 * 8, 4 * 64  # bytes of a map, and of a number for each channel
     with torch.device("meta"):
         norm, relu = BatchNorm2d(64), nn.ReLU(inplace=True)
-    with fake_cuda(), Ledger() as ledger:
+    with fake_cuda(), OpCounter() as counter:
         to_fake_cuda(norm)
         new = functools.partial(torch.empty, 4, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
         x, shortcut = (new(memory_format=torch.channels_last, requires_grad=True) for _ in range(2))
-        with ledger.in_phase("forward"), ledger.saving():
+        with counter.in_phase("forward"), counter.saving():
             y = norm(x, shortcut, relu)
-        with ledger.in_phase("backward"):
-            ledger.backward((y, y.detach()))
+        with counter.in_phase("backward"):
+            counter.backward((y, y.detach()))
     assert y.stride() == x.stride()
-    assert 4 * size <= total(ledger.ops, "forward", "fused")[1] <= 4 * size + 16 * small
-    assert 7 * size <= total(ledger.ops, "backward", "fused")[1] <= 7 * size + 32 * small
-    assert ledger.saved["forward"] <= size + 4 * small, "y beside x, mean and deviation; no mask"
+    assert 4 * size <= total(counter.ops, "forward", "fused")[1] <= 4 * size + 16 * small
+    assert 7 * size <= total(counter.ops, "backward", "fused")[1] <= 7 * size + 32 * small
+    assert counter.saved["forward"] <= size + 4 * small, "y beside x, mean and deviation; no mask"
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("query", "key", "passes"), [(0, 0, (2, 0)), (1, 0, (4, 0)), (0, 1, (2, 4)), (1, 1, (4, 4))])
 def test_a_loss_counts_the_products_of_its_passes(query, key, passes, autocast):
     """Of 64 queries with 32 keys of 16 numbers, with gradient of the queries, the keys, both or neither."""
-    with fake_cuda(), Ledger() as ledger:
+    with fake_cuda(), OpCounter() as counter:
         q, k = (torch.empty(n, 16, device="cuda", requires_grad=bool(r)) for n, r in ((64, query), (32, key)))
         own = torch.empty(64, dtype=torch.int64, device="cuda")
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), ledger.in_phase("forward"), ledger.saving():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), counter.in_phase("forward"), counter.saving():
             loss = info_nce(q, k, positive=own)
         if loss.requires_grad:
-            with ledger.in_phase("backward"):
-                ledger.backward((loss, torch.ones_like(loss)))
-    counted = [total(ledger.ops, phase, "fused")[0] / (64 * 32 * 16) for phase in ("forward", "backward")]
+            with counter.in_phase("backward"):
+                counter.backward((loss, torch.ones_like(loss)))
+    counted = [total(counter.ops, phase, "fused")[0] / (64 * 32 * 16) for phase in ("forward", "backward")]
     assert counted == list(passes)
 
 
@@ -204,7 +204,7 @@ def test_finds_graph_breaks():
 
 
 def test_a_read_of_the_gpu_between_ops_is_refused():
-    with fake_cuda(), Ledger(), pytest.raises(Problem, match="host waits"):
+    with fake_cuda(), OpCounter(), pytest.raises(Problem, match="host waits"):
         torch.empty(3, device="cuda").to("cpu")
 
 

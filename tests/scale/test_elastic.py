@@ -17,7 +17,7 @@ from ranks import spawn
 from vito_fast.config import save_config
 from vito_fast.train import loop as train
 from vito_fast.train.checkpoint import Checkpointer, checkpoints, read, step_of
-from vito_fast.train.distributed import _store_of_this_attempt, join
+from vito_fast.train.distributed import _store_of_this_attempt, init_distributed
 from vito_fast.train.metrics import TIMINGS, read_rows
 from vito_fast.train.trainer import Trainer
 
@@ -43,7 +43,7 @@ def whole(small_run, tmp_path_factory):
     """What nothing disturbed: the last checkpoint and the rows."""
     config = shorter(small_run(tmp_path_factory.mktemp("whole")))
     checkpoint, rows, out = end(config, _torchrun(config, ONE_NODE))
-    assert "goes on after" not in out
+    assert "continues after" not in out
     return checkpoint, rows
 
 
@@ -109,7 +109,7 @@ def test_a_killed_rank_ends_in_a_restart_and_the_same_weights(config, torchrun, 
     await_step(config, STEPS // 2, launcher)
     os.kill(rank_process(launcher, victim), signal.SIGKILL)
     again, rows, out = end(config, launcher)
-    assert f"{folder(config)} goes on after step" in out
+    assert f"{folder(config)} continues after step" in out
     assert_same_run(again, rows, *whole)
 
 
@@ -138,7 +138,7 @@ def test_two_nodes_go_on_after_one_lost_a_rank_or_was_replaced(config, torchrun,
     again, rows, out = end(config, keeper)
     out += other.communicate(timeout=60)[0]
     assert other.returncode == 0, out[-3000:]
-    assert f"{folder(config)} goes on after step" in out
+    assert f"{folder(config)} continues after step" in out
     assert_same_run(again, rows, *whole)
 
 
@@ -165,7 +165,7 @@ def _told(rank, config, out):
         honest(saver, *args)
 
     Trainer.step, Checkpointer._write, train.ASK_EVERY = told, slow, 0.1
-    with train._open(config, join("cpu"), False, None) as run:
+    with train._open(config, init_distributed("cpu"), False, None) as run:
         told_by = train._train(run, False)["signal"]
     saved = [step_of(path) for path in checkpoints(folder(config) / "checkpoints")]
     (out / f"{rank}").write_text(f"{told_by} after {run.trainer.step_count}, saved {saved}")

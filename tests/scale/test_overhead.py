@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vito_fast.config import Config, ModelConfig, TrainConfig
-from vito_fast.model.pair import normalise
+from vito_fast.model.pair import normalize
 from vito_fast.train.distributed import World
-from vito_fast.train.loss import Keys, objective
+from vito_fast.train.keys import GatheredKeys
+from vito_fast.train.loss import objective
 from vito_fast.train.trainer import Trainer
 
 CONFIG = Config(model=ModelConfig(backbone="resnet18"), train=TrainConfig(batch_size=12, device="cpu"))
@@ -22,9 +23,9 @@ def bare(trainer, views, video):
     for p in trainer.model.online.parameters():
         p.grad = None
     with torch.no_grad():
-        keys = [normalise(z).unflatten(0, (2, -1)) for z in trainer.model.target(images).embeddings]
-    queries = [normalise(z).unflatten(0, (2, -1)) for z in trainer.model.online(images).embeddings]
-    objective(queries, Keys(keys, video, 0), CONFIG.loss)[0].backward()
+        keys = [normalize(z).unflatten(0, (2, -1)) for z in trainer.model.target(images).embeddings]
+    queries = [normalize(z).unflatten(0, (2, -1)) for z in trainer.model.online(images).embeddings]
+    objective(queries, GatheredKeys(keys, video, 0), CONFIG.loss)[0].backward()
     trainer.optimizer.step(0.1)
     trainer.model.update_target(0.99)
 

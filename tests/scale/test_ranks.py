@@ -13,7 +13,8 @@ from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
 from vito_fast.errors import UserError
 from vito_fast.train import checkpoint
 from vito_fast.train import loop as train
-from vito_fast.train.distributed import PendingKeys, World, join, shares
+from vito_fast.train.distributed import World, init_distributed
+from vito_fast.train.keys import PendingKeys, shares
 from vito_fast.train.trainer import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -24,7 +25,7 @@ CONFIG = Config(
 CASES = {
     "plain": CONFIG,
     "both views": dataclasses.replace(CONFIG, loss=LossConfig(negatives="both_views")),
-    "byol": dataclasses.replace(CONFIG, loss=LossConfig(kind="byol")),
+    "byol": dataclasses.replace(CONFIG, loss=LossConfig(name="byol")),
     "cached": dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batches=2)),
 }
 
@@ -56,7 +57,7 @@ def gradients(name, world, clips):
 
 
 def _rank(rank, clips, folder):
-    world = join("cpu")
+    world = init_distributed("cpu")
     torch.save({name: gradients(name, world, clips) for name in CASES}, folder / f"{rank}.pt")
 
 
@@ -67,9 +68,9 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
     for name in CASES:
         row, whole, buffers = gradients(name, ALONE, clips)
         for theirs, found, moved in (results[name] for results in everyone):
-            for key in ("loss", "loss_scale0", "gradient_norm"):
+            for key in ("loss", "loss_level0", "gradient_norm"):
                 assert theirs[key] == pytest.approx(row[key], rel=1e-9), (name, key)
-            for key in ("chance", "accuracy_scale0"):  # counted in float32
+            for key in ("chance", "accuracy_level0"):  # counted in float32
                 assert theirs[key] == pytest.approx(row[key], rel=1e-6), (name, key)
             least = 1e-8 * row["gradient_norm"]  # of a bias before a batch norm only rounding is left
             for parameter, gradient in whole.items():
@@ -80,7 +81,7 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
 
 
 def _sees(rank, folder, config, sight):
-    run, world = folder / "run", join("cpu")
+    run, world = folder / "run", init_distributed("cpu")
     if rank == 1 and sight == "an old listing":
         train.read_newest = lambda _: checkpoint.read(checkpoint.path_of(run / "checkpoints", 1))
     if rank == 1 and sight == "no answer":
@@ -140,4 +141,4 @@ def test_an_environment_that_no_launcher_makes_is_named(launched, message, monke
     for pair in launched.split():
         monkeypatch.setenv(*pair.split("="))
     with pytest.raises(UserError, match=message):
-        join("cpu")
+        init_distributed("cpu")

@@ -19,7 +19,7 @@ from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.model.norm import convert_sync_batchnorm
 from vito_fast.plan.hardware import GPUS, machine
 from vito_fast.plan.predict import PlanOptions, predict
-from vito_fast.train.distributed import join, leave
+from vito_fast.train.distributed import init_distributed, shutdown
 from vito_fast.train.trainer import Trainer
 
 CLIPS = 16
@@ -41,7 +41,7 @@ def _rank(process, ranks, clips, port, folder):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    world, share = join("cpu"), clips // ranks
+    world, share = init_distributed("cpu"), clips // ranks
     trainer = Trainer(with_clips(clips), world, 5)
     if ranks == 1:  # the batch norm that several ranks have, which is not torch's fused one
         convert_sync_batchnorm(trainer.model)
@@ -53,7 +53,7 @@ def _rank(process, ranks, clips, port, folder):
         spent.append(time.process_time() - before)
     reduced = [_all_reduce_seconds(513, 200), _all_reduce_seconds(LARGE, 10)] if ranks > 1 else [0.0, 0.0]
     (folder / f"{process}.json").write_text(json.dumps([min(spent[1:]), *reduced]))
-    leave()
+    shutdown()
 
 
 def _all_reduce_seconds(numbers, repeats):

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from vito_fast.cli import main as cli
-from vito_fast.cli.commands import TrainOptions, train_arguments
-from vito_fast.config import RENAMED
+from vito_fast.cli.overrides import configured
+from vito_fast.cli.train import Train
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_help_does_not_import_torch():
         (["train", "demo", "--loss.temprature=1"], ["loss.temprature", "loss.temperature"]),
         (["train", "demo", "--loss.temperature", "warm"], ["--loss.temperature", "warm"]),
         (["train", "demo", "--loss.temperature", "-1"], ["loss.temperature", "above 0", "-1"]),
-        (["train", "demo", "--loss.kind", "bryol"], ["bryol", "byol"]),
+        (["train", "demo", "--loss.name", "bryol"], ["bryol", "byol"]),
         (["train", "demo", "--train.batch-size", "1.5"], ["--train.batch-size", "1.5"]),
         (["train", "demo", "--sampler.crop_area", "0.4"], ["--sampler.crop-area"]),
         (["train", "demo", "--sampler.views", "9"], ["views", "9"]),
@@ -116,19 +116,35 @@ def test_mistakes_of_files_name_the_file(run, tmp_path):
 def test_overrides_reach_the_configuration():
     words = ["demo", "--resume", "--max-steps", "7", "--loss.temperature=0.2", "--train.batch_size", "8"]
     words += ["--sampler.crop_area", "0.5", "0.9", "--model.no-predictor", "--name", "x"]
-    config, options = train_arguments(words, cli.parse)
-    assert isinstance(options, TrainOptions)
+    options = configured("train", Train, words)
+    config = options.config
+    assert isinstance(options, Train)
     assert (options.resume, options.max_steps) == (True, 7)
     assert (config.loss.temperature, config.train.batch_size, config.sampler.crop_area) == (0.2, 8, (0.5, 0.9))
     assert (config.model.predictor, config.name, config.model.backbone) == (False, "x", "resnet18")
 
 
-def test_an_old_option_still_works_and_says_so(caplog):
-    for words in (["--sampler.area", "0.5", "0.9"], ["--sampler.window=0"]):
-        config, _ = train_arguments(["demo", *words], cli.parse)
-        old = words[0].removeprefix("--").partition("=")[0]
-        assert f"command line: {old} is now {RENAMED[old]}" in caplog.messages[-1]
-        assert (config.sampler.crop_area, config.sampler.frame_window) in (((0.5, 0.9), 2.56), ((0.4, 1.0), 0))
+def test_old_names_of_options_work_and_say_so(caplog):
+    words = [
+        "demo",
+        "--loss.kind=byol",
+        "--optimizer.eta",
+        "0.5",
+        "--model.scales",
+        "1",
+        "--sampler.area",
+        "0.5",
+        "0.9",
+    ]
+    config = configured("train", Train, words).config
+    assert (config.loss.name, config.optimizer.trust_coefficient, config.model.levels) == ("byol", 0.5, 1)
+    assert config.sampler.crop_area == (0.5, 0.9)
+    assert [r.getMessage().split(";")[0] for r in caplog.records] == [
+        "command line: loss.kind is now loss.name",
+        "command line: optimizer.eta is now optimizer.trust_coefficient",
+        "command line: model.scales is now model.levels",
+        "command line: sampler.area is now sampler.crop_area",
+    ]
 
 
 def test_pack_inspect_and_bench_say_what_they_made(run, make_clip, tmp_path):
@@ -199,6 +215,6 @@ def test_bugs_are_not_disguised_as_mistakes(run, monkeypatch):
 
 def test_an_installation_without_the_extra_says_which_one(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, "vito_fast.cli.commands")
-    monkeypatch.delattr("vito_fast.cli.commands")
+    monkeypatch.delitem(sys.modules, "vito_fast.cli.overrides")
+    monkeypatch.delattr("vito_fast.cli.overrides")
     assert_one_line(*run("doctor")[::2], "tyro", "vito-fast[train]")

@@ -46,15 +46,15 @@ def test_ablations_differ_from_the_demo_in_one_field_each():
     changed = {
         "ablation_same_frame": {"sampler.frame_window"},
         "ablation_average_pooling": {"model.pooling"},
-        "ablation_single_scale": {"model.scales"},
-        "ablation_byol": {"loss.kind"},
+        "ablation_single_level": {"model.levels"},
+        "ablation_byol": {"loss.name"},
     }
     base = load_config("demo")
     for name, changes in changed.items():
         assert set(method_differences(base, load_config(name))) == changes
 
 
-def test_detcon_b_and_the_paper_scale_presets_state_the_method():
+def test_detcon_b_and_the_paper_level_presets_state_the_method():
     detcon = load_config("detcon_b")
     assert (detcon.optimizer.base_lr, detcon.optimizer.weight_decay, detcon.schedule.base_ema) == (0.2, 1.5e-6, 0.996)
     assert detcon.loss.negatives == "both_views"
@@ -64,14 +64,14 @@ def test_detcon_b_and_the_paper_scale_presets_state_the_method():
 
 def test_defaults_are_the_methods():
     c = Config()
-    assert (c.optimizer.base_lr, c.optimizer.weight_decay, c.optimizer.momentum, c.optimizer.eta) == (
+    assert (c.optimizer.base_lr, c.optimizer.weight_decay, c.optimizer.momentum, c.optimizer.trust_coefficient) == (
         0.3,
         1e-6,
         0.9,
         1e-3,
     )
     assert (c.schedule.epochs, c.schedule.base_ema, c.train.batch_size) == (300, 0.99, 4096)
-    assert (c.model.projector_hidden, c.model.projector_out, c.model.scales, c.loss.temperature) == (4096, 256, 2, 0.1)
+    assert (c.model.projector_hidden, c.model.projector_out, c.model.levels, c.loss.temperature) == (4096, 256, 2, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_defaults_are_the_methods():
         ),
         ("train: 3\n", "'train' is a section"),
         ("model:\n  predictor: 1\n", "'model.predictor' must be true or false, got 1 (int)"),
-        ("loss:\n  kind: bryol\n", "must be one of contrastive, byol, got 'bryol'; did you mean 'byol'?"),
+        ("loss:\n  name: bryol\n", "must be one of contrastive, byol, got 'bryol'; did you mean 'byol'?"),
         ("sampler:\n  crop_area: [0.4]\n", "'sampler.crop_area' must be a list of 2 numbers, got [0.4]"),
         ("sampler:\n  crop_area: [0.4, x]\n", "'sampler.crop_area' must be a number, got 'x'"),
         ("sampler:\n  crop_area: 0.4\n", "'sampler.crop_area' must be a list of 2 numbers"),
@@ -129,7 +129,7 @@ def test_mistakes_name_key_and_file_in_one_line(write, text, says):
 
 
 def test_one_clip_is_a_batch_without_negatives(write):
-    assert load_config(write("loss: {kind: byol}\ntrain: {batch_size: 1}\n")).train.batch_size == 1
+    assert load_config(write("loss: {name: byol}\ntrain: {batch_size: 1}\n")).train.batch_size == 1
 
 
 def test_one_view_has_no_other_to_be_compared_with(write):
@@ -188,6 +188,19 @@ def test_numbers_as_people_write_them(write):
     assert config.optimizer.base_lr == 1.0
     assert isinstance(config.optimizer.base_lr, float)
     assert load_config(write("sampler: {blur: [1, 0.5, 0.1]}\n")).sampler.blur == (1.0, 0.5, 0.1)
+
+
+def test_old_names_of_fields_work_with_a_notice_or_clash_with_the_new_ones(write, caplog):
+    old = load_config(write("loss: {kind: byol}\nmodel: {scales: 1}\noptimizer: {eta: 0.5}\n"))
+    assert (old.loss.name, old.model.levels, old.optimizer.trust_coefficient) == ("byol", 1, 0.5)
+    assert len(caplog.records) == 3
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .endswith("c.yaml: loss.kind is now loss.name; the next release drops the old name")
+    )
+    with pytest.raises(UserError, match=r"'loss\.name' is given twice, as 'loss\.kind' too: remove one"):
+        load_config(write("loss: {name: byol, kind: byol}\n"))
 
 
 def test_missing_files_and_empty_ones(write, tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from vito_fast.config import LossConfig
-from vito_fast.train.loss import Keys, accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
+from vito_fast.train.keys import GatheredKeys
+from vito_fast.train.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 
 
 def explicit(queries, keys, video, first, config):
@@ -37,15 +38,15 @@ def explicit(queries, keys, video, first, config):
     return total
 
 
-def batch(views, clips, total, first, scales=2, dim=24, videos=5, seed=0):
+def batch(views, clips, total, first, levels=2, dim=24, videos=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    raw = [torch.randn(views, clips, dim, generator=generator, dtype=torch.float64) for _ in range(scales)]
+    raw = [torch.randn(views, clips, dim, generator=generator, dtype=torch.float64) for _ in range(levels)]
     keys = [
         normalize(torch.randn(views, total, dim, generator=generator, dtype=torch.float64), dim=-1)
-        for _ in range(scales)
+        for _ in range(levels)
     ]
     video = torch.randint(videos, (total,), generator=generator)
-    return [r.requires_grad_() for r in raw], Keys(keys, video, first)
+    return [r.requires_grad_() for r in raw], GatheredKeys(keys, video, first)
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,10 +61,10 @@ def batch(views, clips, total, first, scales=2, dim=24, videos=5, seed=0):
 def test_objective_and_its_gradient_equal_explicit_logits(views, clips, extra, negatives, temperature, seed):
     config = LossConfig(temperature=temperature, negatives=negatives)
     raw, keys = batch(views, clips, clips + extra, extra // 2, videos=3, seed=seed)
-    total, per_scale = objective([normalize(r, dim=-1) for r in raw], keys, config)
+    total, per_level = objective([normalize(r, dim=-1) for r in raw], keys, config)
     expected = explicit([normalize(r, dim=-1) for r in raw], keys.embeddings, keys.video, keys.first, config)
     torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(per_scale.sum() * views * (views - 1), total.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(per_level.sum() * views * (views - 1), total.detach(), rtol=1e-10, atol=1e-12)
     got = torch.autograd.grad(total, raw)
     want = torch.autograd.grad(expected, raw, allow_unused=True)
     for g, w in zip(got, want, strict=True):
@@ -71,7 +72,7 @@ def test_objective_and_its_gradient_equal_explicit_logits(views, clips, extra, n
 
 
 def test_detcon_has_two_b_minus_one_logits_and_moclr_b():
-    keys = Keys([torch.zeros(2, 8, 4)], torch.arange(8), 0)
+    keys = GatheredKeys([torch.zeros(2, 8, 4)], torch.arange(8), 0)
     assert chance(keys, 8, LossConfig()).item() == pytest.approx(math.log(8))
     assert chance(keys, 8, LossConfig(negatives="both_views")).item() == pytest.approx(math.log(15))
 
@@ -79,10 +80,10 @@ def test_detcon_has_two_b_minus_one_logits_and_moclr_b():
 def test_identical_embeddings_give_exactly_chance():
     config = LossConfig()
     one = normalize(torch.ones(2, 6, 8, dtype=torch.float64), dim=-1)
-    keys = Keys([one], torch.tensor([0, 0, 1, 2, 3, 4]), 0)
-    total, per_scale = objective([one], keys, config)
-    assert per_scale.item() == pytest.approx(chance(keys, 6, config).item(), rel=1e-6)
-    assert total.item() == pytest.approx(2 * per_scale.item())
+    keys = GatheredKeys([one], torch.tensor([0, 0, 1, 2, 3, 4]), 0)
+    total, per_level = objective([one], keys, config)
+    assert per_level.item() == pytest.approx(chance(keys, 6, config).item(), rel=1e-6)
+    assert total.item() == pytest.approx(2 * per_level.item())
 
 
 def test_clips_of_one_video_alone_have_no_negatives():
@@ -93,9 +94,9 @@ def test_clips_of_one_video_alone_have_no_negatives():
 
 
 def test_byol_is_the_squared_distance_of_unit_vectors():
-    raw, keys = batch(2, 4, 4, 0, scales=1)
+    raw, keys = batch(2, 4, 4, 0, levels=1)
     q = normalize(raw[0], dim=-1)
-    total, _ = objective([q], keys, LossConfig(kind="byol"))
+    total, _ = objective([q], keys, LossConfig(name="byol"))
     k = keys.embeddings[0]
     expected = (q[0] - k[1]).square().sum(-1).mean() + (q[1] - k[0]).square().sum(-1).mean()
     torch.testing.assert_close(total, expected)
@@ -103,10 +104,10 @@ def test_byol_is_the_squared_distance_of_unit_vectors():
 
 def test_accuracy_counts_queries_nearest_to_their_own_key():
     eye = torch.eye(4).expand(2, 4, 4)
-    keys = Keys([eye], torch.arange(4), 0)
+    keys = GatheredKeys([eye], torch.arange(4), 0)
     assert accuracy([eye], keys, LossConfig()).item() == 1
     assert accuracy([eye.roll(1, dims=1)], keys, LossConfig()).item() == 0
-    same_video = Keys([eye.roll(1, dims=1)], torch.zeros(4, dtype=torch.int64), 0)
+    same_video = GatheredKeys([eye.roll(1, dims=1)], torch.zeros(4, dtype=torch.int64), 0)
     assert accuracy([eye], same_video, LossConfig()).item() == 1  # no negatives
 
 

@@ -10,10 +10,9 @@ import torch
 
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, from_mapping
 from vito_fast.errors import UserError
-from vito_fast.plan.dryrun import dry_run, model_flops
+from vito_fast.plan.dryrun import clips_at_peak, dry_run, model_flops
 from vito_fast.plan.hardware import GPUS, arithmetic_peak
 from vito_fast.train import metrics
-from vito_fast.train.distributed import World
 from vito_fast.train.loss import embedding_rank, embedding_std
 from vito_fast.train.metrics import Clock, Recorder
 from vito_fast.train.probe import CollapseAlarm, knn_top1
@@ -70,24 +69,29 @@ def test_mfu_counts_the_method_not_what_saves_memory(monkeypatch):
     flops = model_flops(thrifty, 4, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert flops == dry_run(CONFIG, clips=4, world=2).total()[0] < dry_run(thrifty, clips=4, world=2).total()[0]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    at_peak = metrics.pairs_at_peak(thrifty, World(0, 2, 2, GPU))
-    assert at_peak == pytest.approx(2 * 989e12 / (flops / 4))  # two GPUs, a step of 4 clips on each
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
-    assert metrics.pairs_at_peak(thrifty, World(0, 2, 2, GPU)) is None
+    assert clips_at_peak(thrifty) is None  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert clips_at_peak(thrifty) == pytest.approx(2 * 989e12 / (flops / 4))  # two GPUs, a step of 4 clips on each
+    monkeypatch.setenv("RANK", "1")
+    assert clips_at_peak(thrifty) is None  # the first rank alone reports it
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    assert clips_at_peak(thrifty) is None
 
 
 def test_the_collapse_alarm_rings_once_per_onset(capsys):
     alarm = CollapseAlarm(TrainConfig(collapse_std=0.05), 1)
     spreads = [(0.9, 0.8), (0.04, 0.8), (0.01, 0.02), (0.5, 0.5), (math.nan, 0.5), (0.5, 0.0)]
     found = [
-        alarm({"step": i, "embedding_std_scale0": a, "embedding_std_scale1": b, "loss": 0.0})["collapsed_scales"]
+        alarm({"step": i, "embedding_std_level0": a, "embedding_std_level1": b, "loss": 0.0})["collapsed_levels"]
         for i, (a, b) in enumerate(spreads)
     ]
     assert found == [0, 1, 2, 0, 0, 1]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in said] == ["step 1", "step 5"]
-    assert "embedding_std_scale0 0.04" in said[0]
+    assert "embedding_std_level0 0.04" in said[0]
 
 
 def test_batches_without_negatives_are_told_once_per_onset(capsys):
@@ -105,11 +109,11 @@ def test_the_collapse_alarm_sees_a_line_that_the_spread_does_not_show(capsys):
     whole = torch.nn.functional.normalize(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     spread, rank = embedding_std([line, whole]).tolist(), embedding_rank([line, whole]).tolist()
     assert spread[0] == pytest.approx(32**0.5 / 32)
-    row = {"step": 3} | {f"embedding_std_scale{i}": value for i, value in enumerate(spread)}
-    row |= {f"embedding_rank_scale{i}": value for i, value in enumerate(rank)}
-    assert CollapseAlarm(train, 1)(row) == {"collapsed_scales": 1}
-    assert "step 3: embeddings collapse: embedding_rank_scale0 1 (" in capsys.readouterr().out
-    assert CollapseAlarm(train, 8)(row) == {"collapsed_scales": 0}  # of eight clips a rank one expects no more
+    row = {"step": 3} | {f"embedding_std_level{i}": value for i, value in enumerate(spread)}
+    row |= {f"embedding_rank_level{i}": value for i, value in enumerate(rank)}
+    assert CollapseAlarm(train, 1)(row) == {"collapsed_levels": 1}
+    assert "step 3: embeddings collapse: embedding_rank_level0 1 (" in capsys.readouterr().out
+    assert CollapseAlarm(train, 8)(row) == {"collapsed_levels": 0}  # of eight clips a rank one expects no more
 
 
 def test_neighbours_of_other_videos_vote_with_their_weight():

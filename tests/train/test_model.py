@@ -9,8 +9,9 @@ from torch import nn
 from vito_fast.config import ModelConfig, OptimizerConfig
 from vito_fast.errors import UserError
 from vito_fast.model import RESNETS, ResNet, VitoModel
+from vito_fast.model.backbones import build_backbone
 from vito_fast.model.norm import frozen_statistics
-from vito_fast.model.pair import AveragePool, build_backbone, mlp, normalise
+from vito_fast.model.pair import AveragePool, mlp, normalize
 from vito_fast.train.optim import Lars
 
 SMALL = ModelConfig(backbone="resnet18", projector_hidden=32, projector_out=16)
@@ -34,7 +35,7 @@ def randomise_statistics(net):
 @pytest.mark.parametrize("peer", ["torchvision", "timm"])
 def test_state_dict_loads_strictly_into_the_peer_with_the_same_features(name, peer):
     torch.manual_seed(0)
-    ours = randomise_statistics(RESNETS[name](scales=2))
+    ours = randomise_statistics(RESNETS[name](levels=2))
     if peer == "torchvision":
         import torchvision
 
@@ -59,12 +60,12 @@ def test_zero_init_makes_blocks_start_as_the_identity():
     assert all(b.last_norm.weight.min() == 1 for b in RESNETS["resnet50"](zero_init_residual=False).layer2.children())
 
 
-@pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("pooling", ["attention", "average"])
-def test_branch_gives_one_embedding_a_scale(scales, pooling):
-    model = VitoModel(ModelConfig(**{**vars(SMALL), "scales": scales, "pooling": pooling}))
+def test_branch_gives_one_embedding_a_level(levels, pooling):
+    model = VitoModel(ModelConfig(**{**vars(SMALL), "levels": levels, "pooling": pooling}))
     out = model.online(images())
-    assert [z.shape for z in out.embeddings] == [(4, 16)] * scales
+    assert [z.shape for z in out.embeddings] == [(4, 16)] * levels
     assert [w.shape[1] for w in out.weights] == [(64 // s) ** 2 for s in model.online.backbone.strides]
     for w in out.weights:
         torch.testing.assert_close(w.sum(1), torch.ones(4))
@@ -120,7 +121,7 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics():
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        net = RESNETS["resnet18"](scales=1, zero_init_residual=False, checkpoint_activations=recompute)
+        net = RESNETS["resnet18"](levels=1, zero_init_residual=False, checkpoint_activations=recompute)
         net(images())[0].square().mean().backward()
         results.append((dict(net.named_buffers()), [p.grad for p in net.parameters()]))
     (buffers, grads), (buffers2, grads2) = results
@@ -131,7 +132,7 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics():
 def test_timm_backbone_has_timms_names_and_stage_features():
     import timm
 
-    backbone = build_backbone(ModelConfig(backbone="timm:convnext_atto", scales=2))
+    backbone = build_backbone(ModelConfig(backbone="timm:convnext_atto", levels=2))
     peer = timm.create_model("convnext_atto", num_classes=0)
     peer.load_state_dict(backbone.body.state_dict(), strict=True)
     finest, coarsest = backbone(images(1))
@@ -144,7 +145,7 @@ def test_what_no_feature_of_a_timm_network_depends_on_is_left_alone():
     import timm
 
     torch.manual_seed(0)
-    backbone = build_backbone(ModelConfig(backbone="timm:test_efficientnet", scales=1))
+    backbone = build_backbone(ModelConfig(backbone="timm:test_efficientnet", levels=1))
     torch.manual_seed(0)
     peer = timm.create_model("test_efficientnet", num_classes=0)
     torch.testing.assert_close(backbone.body.state_dict(), peer.state_dict(), rtol=0, atol=0)
@@ -159,7 +160,7 @@ def test_what_no_feature_of_a_timm_network_depends_on_is_left_alone():
 
 
 def test_a_timm_network_made_for_one_size_says_so():
-    backbone = build_backbone(ModelConfig(backbone="timm:vit_tiny_patch16_224", scales=1))
+    backbone = build_backbone(ModelConfig(backbone="timm:vit_tiny_patch16_224", levels=1))
     with pytest.raises(UserError, match=r"'timm:vit_\w+' takes no images of 64 x 64 \(.*sampler\.size .*224 x 224"):
         backbone(images(1))
 
@@ -173,15 +174,15 @@ def test_unknown_backbones_are_refused_by_name(name, says):
         build_backbone(ModelConfig(backbone=name))
 
 
-def test_scales_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"model\.scales must be 1 to 4, got 5"):
-        ModelConfig(scales=5)
-    with pytest.raises(ValueError, match="scales must be 1 to 4"):
-        ResNet(type("x", (), {}), (1, 1, 1, 1), scales=0)
+def test_levels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"model\.levels must be 1 to 4, got 5"):
+        ModelConfig(levels=5)
+    with pytest.raises(ValueError, match="levels must be 1 to 4"):
+        ResNet(type("x", (), {}), (1, 1, 1, 1), levels=0)
 
 
 def test_normalise_gives_unit_rows_in_float32_at_least():
-    rows = normalise(torch.randn(3, 8, dtype=torch.bfloat16))
+    rows = normalize(torch.randn(3, 8, dtype=torch.bfloat16))
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
-    assert normalise(torch.randn(3, 8, dtype=torch.float64)).dtype == torch.float64
+    assert normalize(torch.randn(3, 8, dtype=torch.float64)).dtype == torch.float64

@@ -24,14 +24,14 @@ def plain_lars(weights, gradients, momentum, lr, config):
         if w.dim() > 1:
             g = g + config.weight_decay * w
             if w.norm() > 0 and g.norm() > 0:
-                g = g * (config.eta * w.norm() / g.norm())
+                g = g * (config.trust_coefficient * w.norm() / g.norm())
         momentum[name] = config.momentum * momentum[name] + g
         weights[name] = w - lr * momentum[name]
 
 
-@pytest.mark.parametrize("cached", [1 << 20, 90], ids=["one part", "three parts"])
-def test_lars_equals_the_formula_over_steps(cached, monkeypatch):
-    monkeypatch.setattr(optim, "CACHED", cached)
+@pytest.mark.parametrize("chunk", [1 << 20, 90], ids=["one chunk", "three chunks"])
+def test_lars_equals_the_formula_over_steps(chunk, monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", chunk)
     config = OptimizerConfig(weight_decay=1e-2)
     net = network()
     optimizer = Lars(net.named_parameters(), config)
@@ -47,7 +47,7 @@ def test_lars_equals_the_formula_over_steps(cached, monkeypatch):
         optimizer.step(0.1 * step, torch.tensor(True) if step % 2 else None)
         for name, p in net.named_parameters():
             torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
-    assert len(optimizer.parts) == (1 if cached > 90 else 3)
+    assert len(optimizer.chunks) == (1 if chunk > 90 else 3)
     assert {n for n, p in optimizer.plain} == {"1.weight", "1.bias", "3.bias"}
 
 

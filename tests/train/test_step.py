@@ -10,12 +10,12 @@ from ranks import spawn
 from vito_fast.config import Config, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from vito_fast.errors import UserError
 from vito_fast.train.checkpoint import read, write
-from vito_fast.train.distributed import World, join
+from vito_fast.train.distributed import World, init_distributed
 from vito_fast.train.trainer import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 CONFIG = Config(
-    model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8, scales=2),
+    model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8, levels=2),
     optimizer=OptimizerConfig(base_lr=8.0, weight_decay=1e-4),
     schedule=ScheduleConfig(epochs=10, warmup_epochs=0, base_ema=0.9),
     train=TrainConfig(batch_size=8, dtype="float64", channels_last=False),
@@ -51,14 +51,14 @@ def test_a_measured_step_has_the_values_of_the_docs_and_changes_nothing_else():
     assert silent.step(*batch(), measure=False) == {}
     assert_same(tensors_of(measured), tensors_of(silent))
     assert {"loss", "chance", "gradient_norm", "target_distance", "lr", "tau", "skipped"} <= row.keys()
-    for scale in (0, 1):
-        assert row[f"loss_scale{scale}"] > 0
-        assert 0 <= row[f"attention_entropy_scale{scale}"] <= 1 + 1e-9
-    assert row["loss"] == pytest.approx((row["loss_scale0"] + row["loss_scale1"]) / 2)
+    for level in (0, 1):
+        assert row[f"loss_level{level}"] > 0
+        assert 0 <= row[f"attention_entropy_level{level}"] <= 1 + 1e-9
+    assert row["loss"] == pytest.approx((row["loss_level0"] + row["loss_level1"]) / 2)
     assert row["skipped"] == 0
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(negatives="both_views"), LossConfig(kind="byol")])
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(negatives="both_views"), LossConfig(name="byol")])
 def test_a_few_steps_on_one_batch_lower_the_loss(loss):
     trainer = Trainer(dataclasses.replace(CONFIG, loss=loss), ALONE, 5)
     losses = [trainer.step(*batch(), measure=True)["loss"] for _ in range(12)]
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
 
 def _rank(rank, config, folder):
     warnings.filterwarnings("error", ".*broadcast_buffers")  # which torch is about to take away
-    world = join("cpu")
+    world = init_distributed("cpu")
     trainer = Trainer(config, world, 5)
     half = slice(4 * rank, 4 * rank + 4)
     rows = []

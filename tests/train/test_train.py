@@ -105,7 +105,7 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
         assert {"step", "loss", "pairs_per_s", "data_wait", *TIMINGS} <= row.keys()
         assert 0 <= row["data_wait"] <= 1
         assert row["pairs_per_s"] > 0
-        assert row["collapsed_scales"] == 0
+        assert row["collapsed_levels"] == 0
         if not torch.cuda.is_available():
             assert row["mfu"] is None
     assert [row["step"] for row in rows(config, "evaluations.jsonl")] == [0, 4, 8, 10]
@@ -305,7 +305,7 @@ def test_signals_are_as_they_were_after_an_error_before_the_first_step(config, m
     def fails(*_):
         raise RuntimeError("before the first step")
 
-    monkeypatch.setattr("vito_fast.train.loop.pairs_at_peak", fails)
+    monkeypatch.setattr("vito_fast.train.loop.Clock", fails)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with pytest.raises(RuntimeError, match="before the first step"):
         train(config)
@@ -378,7 +378,7 @@ def test_two_runs_of_one_name_are_not_written_at_once(config, monkeypatch):
     process = start(long)
     wait_for_step(long, 4, process)
     with monkeypatch.context() as patch:
-        patch.setattr("vito_fast.train.distributed.PATIENCE", 0.2)
+        patch.setattr("vito_fast.train.distributed.LOCK_TIMEOUT", 0.2)
         with pytest.raises(UserError, match=rf"another process is writing the run {run_of(long)}: .*another --name"):
             train(long, resume=True)
     threading.Timer(0.5, process.kill).start()  # as a launcher that starts the ranks again while the old ones end
@@ -412,7 +412,7 @@ def test_a_store_of_one_video_has_no_negatives(config, tmp_path, make_clip):
     one = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path / "store")))
     with pytest.raises(UserError, match=r"all \d+ clips .*of one video, one\.mp4, .*pack more videos, or .*byol"):
         train(one)
-    train(dataclasses.replace(one, loss=LossConfig(kind="byol")), max_steps=1)
+    train(dataclasses.replace(one, loss=LossConfig(name="byol")), max_steps=1)
 
 
 def test_a_run_that_stays_non_finite_stops_with_evidence(config):
@@ -462,7 +462,7 @@ def test_the_online_branch_of_a_checkpoint_gives_attention(config):
     assert [z.shape for z in out.embeddings] == [(2, 8), (2, 8)]
 
 
-PARTS = ["data", "target", "online", "loss", "backward", "optimiser", "average"]
+PARTS = ["data", "target", "online", "loss", "backward", "optimizer", "average"]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

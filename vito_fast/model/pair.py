@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vito_fast.config import ModelConfig
-from vito_fast.errors import UserError
-from vito_fast.model.resnet import RESNETS
+from vito_fast.model.backbones import build_backbone
 from vito_kernels import AttentionPool
 
 
 class BranchOutput(NamedTuple):
-    """What a branch makes of B images, one entry a scale, finest first."""
+    """Outputs of a branch for B images, one entry a level, finest first."""
 
     embeddings: list[Tensor]
-    """(B,D), not normalised: predictions of the online branch, projections of the target."""
+    """(B,D), not normalized: predictions of the online branch, projections of the target."""
     weights: list[Tensor]
     """(B,L) pooling weights, each row summing to 1."""
 
@@ -32,21 +31,6 @@ class AveragePool(nn.Module):
         return features.mean((2, 3)), features.new_full((features.shape[0], locations), 1 / locations)
 
 
-def build_backbone(config: ModelConfig) -> nn.Module:
-    """The backbone named in the configuration; UserError for an unknown name or a timm network that will not do."""
-    if config.backbone.startswith("timm:"):
-        from vito_fast.model.timm_backbone import TimmBackbone
-
-        return TimmBackbone(config.backbone.removeprefix("timm:"), config.scales)
-    if config.backbone not in RESNETS:
-        raise UserError(f"model.backbone must be {', '.join(RESNETS)} or timm:NAME, got {config.backbone!r}")
-    return RESNETS[config.backbone](
-        scales=config.scales,
-        zero_init_residual=config.zero_init_residual,
-        checkpoint_activations=config.checkpoint_activations,
-    )
-
-
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear(bias) - BN - ReLU - Linear(no bias), the ancestors' projector and predictor."""
     return nn.Sequential(
@@ -55,7 +39,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Branch(nn.Module):
-    """Backbone, then for each scale: pooling, projector and, in the online branch, predictor."""
+    """Backbone, then for each level: pooling, projector and, in the online branch, predictor."""
 
     def __init__(self, config: ModelConfig, predictor: bool) -> None:
         super().__init__()
@@ -70,12 +54,12 @@ class Branch(nn.Module):
         self.predictors = nn.ModuleList(mlp(out, hidden, out) for _ in channels) if predictor else None
 
     def forward(self, images: Tensor) -> BranchOutput:
-        """(B,3,H,W) -> embeddings and pooling weights of each scale."""
+        """(B,3,H,W) -> embeddings and pooling weights of each level."""
         embeddings, weights = [], []
-        for scale, features in enumerate(self.backbone(images)):
-            pooled, weight = self.pools[scale](features)
-            z = self.projectors[scale](pooled)
-            embeddings.append(z if self.predictors is None else self.predictors[scale](z))
+        for level, features in enumerate(self.backbone(images)):
+            pooled, weight = self.pools[level](features)
+            z = self.projectors[level](pooled)
+            embeddings.append(z if self.predictors is None else self.predictors[level](z))
             weights.append(weight)
         return BranchOutput(embeddings, weights)
 
@@ -83,7 +67,7 @@ class Branch(nn.Module):
 class VitoModel(nn.Module):
     """The online branch, which learns, and the target branch, a moving average of it that makes the keys.
 
-    Both start equal. The target is in training mode as in the ancestors' code: its batch norms normalise by the
+    Both start equal. The target is in training mode as in the ancestors' code: its batch norms normalize by the
     batch and its running statistics move by its own forwards; the average is taken over parameters only.
     """
 
@@ -110,7 +94,7 @@ class VitoModel(nn.Module):
             torch._foreach_lerp_(target, online, 1 - tau)
             return
         move: Any = (1 - tau) * finite.double()
-        keep, move = ((1 - move).to(target[0].dtype), move.to(target[0].dtype))  # one launch, not one for each tensor
+        keep, move = ((1 - move).to(target[0].dtype), move.to(target[0].dtype))  # one launch for all tensors
         torch._foreach_mul_(target, keep)
         torch._foreach_add_(target, torch._foreach_mul(online, move))
 
@@ -122,6 +106,6 @@ class VitoModel(nn.Module):
         return torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(size))
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Rows of unit length, in float32 at least."""
     return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1)

@@ -1,10 +1,11 @@
-"""The CUDA training step without CUDA: what it would compute, move and keep in memory, and what would go wrong.
+"""The CUDA training step without CUDA: its arithmetic, traffic and memory, and its problems.
 
-The trainer's own step (step.py) runs once on tensors without data (ledger.py): keys, queries, loss, backward,
-optimiser, moving average. A tensor on the wrong device, a wait for the host or a break in the compiled graph is found
-here, in seconds and on any machine, instead of on a rented GPU.
+The trainer's own step (train/trainer.py) runs once on tensors without data (op_counter.py): keys, queries, loss,
+backward, optimizer, moving average. A tensor on the wrong device, a wait for the host or a break in the compiled graph
+shows here, in seconds and on any machine, instead of on a rented GPU.
 """
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from vito_fast.config import Config
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import convert_sync_batchnorm
-from vito_fast.plan.op_counter import Ledger, Op, Problem, fake_cuda, to_fake_cuda, total
-from vito_fast.train import trainer as step
-from vito_fast.train.distributed import World
-from vito_fast.train.loss import Keys
+from vito_fast.plan.hardware import arithmetic_peak
+from vito_fast.plan.op_counter import Op, OpCounter, Problem, fake_cuda, to_fake_cuda, total
+from vito_fast.train import trainer
+from vito_fast.train.distributed import World, environment_number
+from vito_fast.train.keys import GatheredKeys
 
 GPU = World(rank=0, size=1, local_size=1, device=torch.device("cuda", 0))
 
@@ -50,7 +52,7 @@ class DryRun:
     key_bytes: int
     """Bytes of keys that a rank contributes to the gather."""
     problems: tuple[str, ...]
-    """What would go wrong, and where; empty for a step that runs."""
+    """Each problem and its place; empty for a step that runs."""
 
     @property
     def peak_bytes(self) -> int:
@@ -62,53 +64,63 @@ class DryRun:
 
 
 def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryRun:
-    """One CUDA step of ``config`` on one of ``world`` ranks, with ``clips`` clips (default: its share of the batch).
+    """Counts one CUDA step of one rank. Deterministic; needs neither GPU nor store.
 
-    Ends at the first problem, and the books go as far as the step went; ``train.compile`` adds the search for graph
-    breaks. Deterministic; needs neither GPU nor store. Raises UserError for a model that cannot be built, or a batch
-    that cannot be shared out evenly.
+    The step ends at the first problem, and so do the counts. ``train.compile`` adds the search for graph breaks.
+
+    Args:
+        config: The run.
+        clips: Clips of the rank; by default its share of the batch.
+        world: Number of ranks.
+
+    Raises:
+        UserError: a model that cannot be built, or a batch that does not divide among the ranks.
     """
     clips = clips or config.train.clips(world)
     eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
     breaks = graph_breaks(config, world) if config.train.compile else []
-    ledger, problems = Ledger(), []
+    counter, problems = OpCounter(), []
     with torch.device("meta"):
         model = _Fake(config.model)
-    with fake_cuda(), _instead(ledger, model, clips, world), ledger:
-        with ledger.in_phase("parameters"):
-            trainer = _Counted(eager, GPU, 1)
-            trainer.ledger = ledger
-        for tensor in (*trainer.model.target.parameters(), *trainer.model.target.buffers()):
-            ledger.own(tensor, "target")
-        for tensor in trainer.optimizer.momentum.values():
-            ledger.own(tensor, "optimiser state")
+    with fake_cuda(), _instead(counter, model, clips, world), counter:
+        with counter.in_phase("parameters"):
+            counted = _Counted(eager, GPU, 1)
+            counted.counter = counter
+        for tensor in (*counted.model.target.parameters(), *counted.model.target.buffers()):
+            counter.own(tensor, "target")
+        for tensor in counted.optimizer.momentum.values():
+            counter.own(tensor, "optimizer state")
         try:
-            with ledger.in_phase("images"):
+            with counter.in_phase("images"):
                 views, video = _batch(config, clips)
-            with ledger.in_phase("guards"):
-                trainer.step(views, video, measure=False)
+            with counter.in_phase("guards"):
+                counted.step(views, video, measure=False)
         except (Problem, RuntimeError, NotImplementedError) as error:
             problems.append(f"{_explain(error)} [{_place(error)}]")
-        learned = [p for p in trainer.model.online.parameters() if p.requires_grad]
+        learned = [p for p in counted.model.online.parameters() if p.requires_grad]
         return DryRun(
             clips=clips,
             world=world,
-            ops=ledger.ops,
-            peak={owner: size for owner, size in ledger.peak.most_common() if size},
-            peak_phase=ledger.peak_phase,
-            saved={owner: size for owner, size in ledger.saved.most_common() if size},
+            ops=counter.ops,
+            peak={owner: size for owner, size in counter.peak.most_common() if size},
+            peak_phase=counter.peak_phase,
+            saved={owner: size for owner, size in counter.saved.most_common() if size},
             parameters=sum(p.numel() for p in learned),
             gradient_bytes=sum(p.numel() * p.element_size() for p in learned),
-            norms=sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trainer.model.modules()),
-            key_bytes=config.sampler.views * clips * config.model.projector_out * 4 * config.model.scales,
+            norms=sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in counted.model.modules()),
+            key_bytes=config.sampler.views * clips * config.model.projector_out * 4 * config.model.levels,
             problems=tuple(problems + breaks),
         )
 
 
 def model_flops(config: Config, clips: int, world: int) -> float | None:
-    """Arithmetic of one rank's step on ``clips`` clips, as MFU counts it: what the method needs, without what
-    micro-batches and recomputed activations repeat to save memory. None for a step that cannot be traced to its end.
-    Takes some seconds; leaves the random state as it was.
+    """Arithmetic of one rank's step on ``clips`` clips, as MFU counts it.
+
+    Work that micro-batches and recomputed activations repeat to save memory is left out. Takes some seconds; leaves
+    the random state as it was.
+
+    Returns:
+        Flops; None for a step with a problem.
     """
     plain = replace(
         config,
@@ -120,10 +132,30 @@ def model_flops(config: Config, clips: int, world: int) -> float | None:
     return None if dry.problems else dry.total()[0]
 
 
+def clips_at_peak(config: Config) -> float | None:
+    """The rate at which a run on the GPUs here would use all of their peak arithmetic (an MFU of 1).
+
+    Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    Returns:
+        Clips a second over all ranks; None without a GPU of known peak, or on another rank than the first.
+    """
+    if config.train.device == "cpu" or not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
+        return None
+    peak = arithmetic_peak(torch.cuda.get_device_name(), config.train.dtype)
+    if peak is None:
+        return None
+    world = environment_number("WORLD_SIZE", 1, least=1)
+    clips = config.train.clips(world)
+    flops = model_flops(config, clips, world)
+    return peak * world * clips / flops if flops else None
+
+
 def graph_breaks(config: Config, world: int = 1) -> list[str]:
-    """The first place in each compiled part of the step (both branches' forwards, the optimiser's step, the target's
-    average) where ``torch.compile`` would have to leave the graph; one line each. Of several ranks, the batch norms'
-    collectives are in it.
+    """Finds the first graph break of ``torch.compile`` in each compiled part of the step, one line each.
+
+    The parts are both branches' forwards, the optimizer's step and the target's average. With several ranks they hold
+    the batch norms' collectives.
     """
     with torch.device("meta"):
         model = VitoModel(config.model)
@@ -141,10 +173,10 @@ def graph_breaks(config: Config, world: int = 1) -> list[str]:
 
 def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
     found = []
-    dtype, size = step.WEIGHTS[config.train.dtype], config.sampler.size
+    dtype, size = trainer.WEIGHTS[config.train.dtype], config.sampler.size
     with fake_cuda():
         to_fake_cuda(model, dtype)
-        optimizer = step.Lars(model.online.named_parameters(), config.optimizer)
+        optimizer = trainer.Lars(model.online.named_parameters(), config.optimizer)
         optimizer.gradients()
         images = (torch.empty(2, 3, size, size, dtype=dtype, device="cuda:0"),)
         rate = (
@@ -154,7 +186,7 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
         for name, part, given, narrow in (
             ("online branch", model.online, images, config.train.dtype == "bfloat16"),
             ("target branch", model.target, images, config.train.dtype == "bfloat16"),
-            ("optimiser's step", optimizer.step, rate, False),
+            ("optimizer's step", optimizer.step, rate, False),
             ("target's average", model.update_target, rate, False),
         ):
             torch._dynamo.reset()
@@ -167,28 +199,28 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
     return found
 
 
-class _Counted(step.Trainer):
-    """The trainer, its forwards in their phases, and autograd's engine replaced by the ledger's."""
+class _Counted(trainer.Trainer):
+    """The trainer with its forwards in their phases."""
 
-    ledger: Ledger
+    counter: OpCounter
 
-    def _forward(self, branch: nn.Module, part: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    def _forward(self, branch: nn.Module, views: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         phase = "target"
         if branch is self.online:
             phase = "online" if torch.is_grad_enabled() else "online, first pass"
-        with self.ledger.in_phase(phase), self.ledger.saving(), self.ledger.watch(branch, _part):
-            return super()._forward(branch, part)
+        with self.counter.in_phase(phase), self.counter.saving(), self.counter.watch(branch, _owner):
+            return super()._forward(branch, views)
 
 
 class _Gathered:
     """Keys of all ranks without ranks: this one's clips come first."""
 
-    def __init__(self, ledger: Ledger, total: int, embeddings: list[Tensor], video: Tensor) -> None:
-        with ledger.in_phase("keys"):
+    def __init__(self, counter: OpCounter, total: int, embeddings: list[Tensor], video: Tensor) -> None:
+        with counter.in_phase("keys"):
             every = [k.new_empty(len(k), total, k.shape[-1]) for k in embeddings]
-            self.keys = Keys(every, video.new_empty(total), 0)
+            self.keys = GatheredKeys(every, video.new_empty(total), 0)
 
-    def wait(self) -> Keys:
+    def wait(self) -> GatheredKeys:
         return self.keys
 
 
@@ -202,51 +234,51 @@ class _Fake(VitoModel):
 
 
 @contextmanager
-def _instead(ledger: Ledger, model: VitoModel, clips: int, world: int) -> Iterator[None]:
-    """Inside, the trainer's step takes the ledger's stand-ins for what needs a driver, and its parts are told apart."""
+def _instead(counter: OpCounter, model: VitoModel, clips: int, world: int) -> Iterator[None]:
+    """Inside, the trainer's step uses stand-ins for calls that need a driver, each in its phase."""
 
     def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with ledger.in_phase(name), ledger.saving():
+            with counter.in_phase(name), counter.saving():
                 return function(*args, **kwargs)
 
         return call
 
     def backward(roots: Tensor | list[Tensor], gradients: list[Tensor] | None = None) -> None:
         roots = [roots] if isinstance(roots, Tensor) else list(roots)
-        with ledger.in_phase("backward"):
-            ledger.backward(*zip(roots, gradients or [torch.ones_like(r) for r in roots], strict=True))
+        with counter.in_phase("backward"):
+            counter.backward(*zip(roots, gradients or [torch.ones_like(r) for r in roots], strict=True))
 
     def gathered(embeddings: list[Tensor], video: Tensor, _: World, __: int | None) -> _Gathered:
-        return _Gathered(ledger, clips * world, embeddings, video)
+        return _Gathered(counter, clips * world, embeddings, video)
 
-    lars = step.Lars
+    lars = trainer.Lars
     with ExitStack() as stack:
         for owner, name, stand_in in (
-            (step, "VitoModel", lambda _: model),
-            (step, "PendingKeys", gathered),
-            (step, "objective", in_phase("loss", step.objective)),
-            (lars, "gradient_norm", in_phase("optimiser", lars.gradient_norm)),
-            (lars, "step", in_phase("optimiser", lars.step)),
+            (trainer, "VitoModel", lambda _: model),
+            (trainer, "PendingKeys", gathered),
+            (trainer, "objective", in_phase("loss", trainer.objective)),
+            (lars, "gradient_norm", in_phase("optimizer", lars.gradient_norm)),
+            (lars, "step", in_phase("optimizer", lars.step)),
             (VitoModel, "update_target", in_phase("average", VitoModel.update_target)),
             (Tensor, "backward", backward),
             (torch.autograd, "backward", backward),
-            (torch.autograd, "grad", in_phase("loss, backward", ledger.gradients)),
+            (torch.autograd, "grad", in_phase("loss, backward", counter.gradients)),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         yield
 
 
 def _batch(config: Config, clips: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What the loader brings: views (B,3,S,S) channels-last, and the videos' numbers."""
+    """A batch as the loader makes it: views (B,3,S,S) channels-last, and the videos' numbers (B,)."""
     shape = (clips, 3, config.sampler.size, config.sampler.size)
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     new = lambda: torch.empty(shape, dtype=dtype, device="cuda:0", memory_format=torch.channels_last)  # noqa: E731
     return tuple(new() for _ in range(config.sampler.views)), torch.empty(clips, dtype=torch.int64, device="cuda:0")
 
 
-def _part(name: str) -> str:
-    """The owner of what a module allocates: the stage of the backbone, or the head."""
+def _owner(name: str) -> str:
+    """The owner of a module's allocations: the stage of the backbone, or the head."""
     pieces = name.split(".")
     return ".".join(pieces[:2]) if pieces[0] == "backbone" else pieces[0]
 
@@ -262,8 +294,8 @@ def _explain(error: Exception) -> str:
 
 
 def _place(error: Exception) -> str:
-    """File and line of the innermost frame outside torch and the books: who asked for it."""
-    books = tuple(str(Path(__file__).with_name(name)) for name in ("op_counter.py", "dryrun.py"))
+    """File and line of the innermost frame outside torch and the counter."""
+    counter = tuple(str(Path(__file__).with_name(name)) for name in ("op_counter.py", "dryrun.py"))
     library = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((library, *books))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((library, *counter))]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "unknown"

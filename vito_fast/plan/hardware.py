@@ -1,4 +1,4 @@
-"""Every number that the plan takes from outside the program, with its source: the one table behind ``--assumptions``.
+"""The plan's constants, each with its source: the one table behind ``--assumptions``.
 
 A source is one of: *datasheet* (the vendor's, by name), *published* (somebody else's measurement, by name), *measured*
 (by this project, machine named), *recalled* (a vendor's figure from memory, not looked up again), *assumption* (a
@@ -41,7 +41,6 @@ _GPU_UNITS = {
     "tf32": "flop/s",
     "memory": "bytes",
     "bandwidth": "bytes/s",
-    "power": "W",
     "link": "bytes/s",
     "jpeg": "pixels/s",
     "h264": "pixels/s",
@@ -54,7 +53,7 @@ _GPU_UNITS = {
     "node_storage": "bytes",
     "node_read": "bytes/s",
 }
-"""Peak dense arithmetic (bf16 or fp16; tf32), memory and its bandwidth, board power, NVLink in one direction, what the
+"""Peak dense arithmetic (bf16 or fp16; tf32), memory and its bandwidth, NVLink in one direction, what the
 JPEG and H.264 engines of one GPU decode, host to GPU; then a node of eight: cores, memory, power, network in one
 direction, local storage and its read rate."""
 
@@ -80,7 +79,7 @@ GPUS: dict[str, dict[str, Constant]] = {
         _H100,
         "NVIDIA DGX H100",
         dict(
-            bf16=989e12, tf32=494e12, memory=80e9, bandwidth=3.35e12, power=700, link=450e9, host_link=48e9,
+            bf16=989e12, tf32=494e12, memory=80e9, bandwidth=3.35e12, link=450e9, host_link=48e9,
             jpeg=7 * 1000 * _IMAGE, h264=170 * _STREAM, node_gpus=8, node_cores=112, node_memory=2e12,
             node_power=10200, node_network=400e9, node_storage=30.7e12, node_read=24e9,
         ),
@@ -90,7 +89,7 @@ GPUS: dict[str, dict[str, Constant]] = {
         _H200,
         "NVIDIA DGX H200",
         dict(
-            bf16=989e12, tf32=494e12, memory=141e9, bandwidth=4.8e12, power=700, link=450e9, host_link=48e9,
+            bf16=989e12, tf32=494e12, memory=141e9, bandwidth=4.8e12, link=450e9, host_link=48e9,
             jpeg=7 * 1000 * _IMAGE, h264=170 * _STREAM, node_gpus=8, node_cores=112, node_memory=2e12,
             node_power=10200, node_network=400e9, node_storage=30.7e12, node_read=24e9,
         ),
@@ -100,7 +99,7 @@ GPUS: dict[str, dict[str, Constant]] = {
         _A100,
         "NVIDIA DGX A100 640 GB",
         dict(
-            bf16=312e12, tf32=156e12, memory=80e9, bandwidth=2.039e12, power=400, link=300e9, host_link=24e9,
+            bf16=312e12, tf32=156e12, memory=80e9, bandwidth=2.039e12, link=300e9, host_link=24e9,
             jpeg=5 * 1000 * _IMAGE, h264=75 * _STREAM, node_gpus=8, node_cores=128, node_memory=2e12,
             node_power=6500, node_network=200e9, node_storage=30.7e12, node_read=24e9,
         ),
@@ -110,7 +109,7 @@ GPUS: dict[str, dict[str, Constant]] = {
         _B200,
         "NVIDIA DGX B200",
         dict(
-            bf16=2250e12, tf32=1125e12, memory=180e9, bandwidth=8e12, power=1000, link=900e9, host_link=48e9,
+            bf16=2250e12, tf32=1125e12, memory=180e9, bandwidth=8e12, link=900e9, host_link=48e9,
             jpeg=7 * 1000 * _IMAGE, h264=170 * _STREAM, node_gpus=8, node_cores=112, node_memory=2e12,
             node_power=14300, node_network=400e9, node_storage=30.7e12, node_read=24e9,
         ),
@@ -125,8 +124,14 @@ _DEVICES = {"h100": r"NVIDIA H100 80GB HBM3", "h200": r"NVIDIA H200", "a100": r"
 
 
 def arithmetic_peak(device_name: str, dtype: str) -> float | None:
-    """Dense flop/s of the GPU that CUDA calls ``device_name``, in a run's ``train.dtype``; None for what the table does
-    not hold: another board, a MIG slice, float64. float32 is TF32, in which torch's convolutions run by default.
+    """Peak dense arithmetic of a GPU.
+
+    Args:
+        device_name: CUDA's name of the board.
+        dtype: A run's ``train.dtype``; float32 means TF32, torch's default for convolutions.
+
+    Returns:
+        flop/s; None for another board, a MIG slice or float64.
     """
     unit = {"bfloat16": "bf16", "float32": "tf32"}.get(dtype)
     known = [
@@ -169,7 +174,7 @@ COMMON: dict[str, Constant] = {
     "fragmentation": Constant(0.05, "share", "assumption: what the caching allocator holds beyond what is allocated"),
     "power_share": Constant(0.85, "share", "assumption: of the node's maximum power while training"),
 }  # fmt: skip
-"""What does not depend on the GPU."""
+"""Constants of every GPU."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +189,14 @@ class Machine:
 
 
 def machine(gpu: str, calibration: str | Path | None = None) -> Machine:
-    """The constants for ``gpu``, with those of a calibration file in their place.
+    """The constants of a GPU; measured ones replace the table's.
 
-    The file is JSON like ``CALIBRATION``, with any of the table's constants. Raises UserError for an
-    unknown GPU or constant, a file that cannot be read, or ``cpu`` without measured values.
+    Args:
+        gpu: A name in ``GPUS``.
+        calibration: JSON file like ``CALIBRATION``, with any of the table's constants.
+
+    Raises:
+        UserError: an unknown GPU or constant, a file that cannot be read, or ``cpu`` without measured values.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
@@ -201,7 +210,7 @@ def machine(gpu: str, calibration: str | Path | None = None) -> Machine:
 
 
 CALIBRATION = '{"machine": "what was measured", "constants": {"bandwidth_efficiency": 0.6}}'
-"""What a calibration file looks like."""
+"""An example of a calibration file."""
 
 
 def _measured(path: Path, known: Mapping[str, Constant]) -> dict[str, Constant]:

@@ -1,9 +1,9 @@
-"""Runs CUDA code on tensors that have shapes but no data, without a GPU, and keeps the books of what it would do.
+"""Runs CUDA code on tensors with shapes but no data, without a GPU, and counts its operations and memory.
 
-``FakeTensorMode`` gives every op's output shape, dtype and device, and refuses what cannot work: a CPU tensor among
-CUDA tensors, or a value read back to the host. ``Ledger`` sees each op pass and adds up its arithmetic, the bytes it
-moves and the memory that is alive. Autograd's engine will not start a CUDA backward without a driver, so
-``Ledger.backward`` walks the same graph and calls the same nodes itself.
+``FakeTensorMode`` gives every op's output shape, dtype and device. It refuses a CPU tensor among CUDA tensors and a
+value read back to the host. ``OpCounter`` adds up the arithmetic of each op, the bytes that it moves and the live
+memory. Autograd's engine does not start a CUDA backward without a driver. ``OpCounter.backward`` therefore walks the
+same graph and calls the same nodes.
 """
 
 import functools
@@ -26,13 +26,13 @@ aten = torch.ops.aten
 KINDS = {
     **dict.fromkeys([aten.convolution, aten.convolution_backward], "convolution"),
     **dict.fromkeys([aten.mm, aten.addmm, aten.bmm, aten.baddbmm], "matmul"),
-    **dict.fromkeys([aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward], "normalisation"),
-    **dict.fromkeys([aten.native_batch_norm, aten.native_batch_norm_backward], "normalisation"),
+    **dict.fromkeys([aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward], "normalization"),
+    **dict.fromkeys([aten.native_batch_norm, aten.native_batch_norm_backward], "normalization"),
 }
-"""What kind of op has which name; the rest is ``fused`` (this project's) or ``pointwise`` (everything else)."""
+"""Kinds of torch's ops. This project's ops are ``fused``; all others are ``pointwise``."""
 READ_TWICE = {aten.cudnn_batch_norm: 1, aten.native_batch_norm: 1}
 READ_TWICE |= {aten.cudnn_batch_norm_backward: 2, aten.native_batch_norm_backward: 2}
-"""How many of its first inputs a batch norm reads a second time: once for the statistics, once to normalise."""
+"""Number of leading inputs that a batch norm reads twice: for the statistics and to normalize."""
 FREE = {
     aten.empty,
     aten.empty_like,
@@ -42,7 +42,7 @@ FREE = {
     aten.detach,
     aten._unsafe_view,
 }
-"""Move no data, beside views."""
+"""Ops other than views that move no data."""
 
 
 class Problem(Exception):
@@ -50,7 +50,7 @@ class Problem(Exception):
 
 
 class Op(NamedTuple):
-    """One op as the books know it; equal ones are counted together."""
+    """One op; equal ones are counted together."""
 
     phase: str
     kind: str
@@ -76,11 +76,14 @@ class _Box:
         self.tensor: Tensor | None = tensor
 
 
-class Ledger(TorchDispatchMode):
-    """Books of all ops executed inside (``ops``: how often each), and live and peak bytes of memory by owner.
+class OpCounter(TorchDispatchMode):
+    """Counts all ops executed inside (``ops``: how often each), and live and peak bytes of memory by owner.
 
-    ``in_phase`` and ``watch`` say which phase and owner the ops belong to; a storage belongs to the owner under which
-    it was allocated until ``own`` moves it. Raises Problem when a CUDA value is copied to the host. Deterministic.
+    ``in_phase`` and ``watch`` set the phase and owner of the ops. A storage belongs to the owner under which it was
+    allocated until ``own`` moves it. Deterministic.
+
+    Raises:
+        Problem: a CUDA value is copied to the host.
     """
 
     def __init__(self) -> None:
@@ -128,8 +131,8 @@ class Ledger(TorchDispatchMode):
             self.phase, self.owner = before
 
     @contextmanager
-    def watch(self, module: nn.Module, part: Callable[[str], str]) -> Iterator[None]:
-        """Inside, what a forward of a child named ``name`` allocates is owned by ``part(name)``."""
+    def watch(self, module: nn.Module, owner_of: Callable[[str], str]) -> Iterator[None]:
+        """Inside, what a forward of a child named ``name`` allocates is owned by ``owner_of(name)``."""
         stack: list[str] = []
 
         def enter(owner: str, *_: Any) -> None:
@@ -142,7 +145,7 @@ class Ledger(TorchDispatchMode):
         handles = []
         for name, child in module.named_modules():
             if name:
-                handles.append(child.register_forward_pre_hook(functools.partial(enter, part(name))))
+                handles.append(child.register_forward_pre_hook(functools.partial(enter, owner_of(name))))
                 handles.append(child.register_forward_hook(leave))
         try:
             yield

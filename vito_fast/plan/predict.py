@@ -1,21 +1,20 @@
-"""What a run will cost before anything is rented: time, memory, storage and energy, and what holds it up.
+"""Predicts a run's time, memory, storage and energy, and its bottleneck, before a machine is rented.
 
-Everything here is a prediction. The step's arithmetic and traffic are counted, op by op, on the model itself
-(dryrun.py); rates come from one table with a source for each (hardware.py). A step takes as long as the slowest of what
-runs side by side:
+Nothing here is measured. The dry run counts the step's arithmetic and traffic op by op on the model itself (dryrun.py).
+The rates come from one table with a source for each (hardware.py). A step takes as long as its slowest resource:
 
-    GPU      views, target, online, loss, backward, optimiser, average, guards, one after the other; each op takes the
-             longer of flops / (peak x efficiency) and bytes / (bandwidth x efficiency), and a launch; plus the
-             communication that nothing hides
+    GPU      views, target, online, loss, backward, optimizer, average, guards, one after the other; each op takes the
+             longer of flops / (peak x efficiency) and bytes / (bandwidth x efficiency), and a launch; plus the exposed
+             communication
     decode   frames / capacity of the decoder chosen
     storage  bytes read / read rate of the nodes' drives
     link     bytes to the GPU / rate of its PCIe link
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vito_fast.config import Config, SamplerConfig, TrainConfig, from_mapping
@@ -60,26 +59,26 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of the GPU's step: its work on one GPU and the time it takes."""
+class Phase:
+    """One phase of the GPU's step: its work on one GPU and its time."""
 
     name: str
     flops: float
     bytes: float
     seconds: float
     limit: str
-    """What it waits for: arithmetic, memory bandwidth or communication."""
+    """Its bottleneck: arithmetic, memory bandwidth or communication."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """All that the plan says of one configuration on one machine. Seconds and bytes."""
+    """The plan of one configuration on one machine. Seconds and bytes."""
 
     config: Config
     options: PlanOptions
     machine: Machine
     dry: DryRun
-    parts: tuple[Part, ...]
+    phases: tuple[Phase, ...]
     communication: dict[str, tuple[float, float]]
     """What travels: (seconds it takes, seconds that nothing hides)."""
     resources: dict[str, float]
@@ -94,7 +93,6 @@ class Prediction:
     store_bytes: float
     steps: int
     kwh: float
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def step_seconds(self) -> float:
@@ -125,21 +123,26 @@ class Prediction:
         if slowest != "gpu":
             return {"decode": f"decode ({decoder_name(self)})", "storage": "storage", "link": "host link"}[slowest]
         waits: dict[str, float] = {}
-        for part in self.parts:
-            waits[part.limit] = waits.get(part.limit, 0.0) + part.seconds
+        for phase in self.phases:
+            waits[phase.limit] = waits.get(phase.limit, 0.0) + phase.seconds
         return max(waits, key=lambda limit: waits[limit])
 
     @property
     def mfu(self) -> float:
         """Share of the GPUs' peak bfloat16 arithmetic that the step's matrix products use."""
-        return sum(p.flops for p in self.parts) / self.step_seconds / self.machine["bf16"]
+        return sum(p.flops for p in self.phases) / self.step_seconds / self.machine["bf16"]
 
 
 def predict(config: Config, options: PlanOptions, constants: Machine | None = None) -> Prediction:
-    """The prediction for one configuration and machine. Deterministic.
+    """Predicts one configuration on one machine. Deterministic.
 
-    Raises UserError for a machine that is not known, a batch that does not divide or is more than all clips, or a step
-    that would not run.
+    Args:
+        config: The run.
+        options: The machine and the store.
+        constants: Rates to use instead of the table's.
+
+    Raises:
+        UserError: an unknown machine, a batch that does not divide or exceeds the clips, or a step that would not run.
     """
     m = constants or machine(options.gpu, options.calibrate or None)
     if options.clips < config.train.batch_size:
@@ -150,11 +153,11 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
     dry = counted_step(config, config.train.clips(options.gpus), options.gpus)
     if dry.problems:
         raise UserError(f"the step would not run: {dry.problems[0]}")
-    parts = _gpu_parts(config, options, m, dry)
-    communication = _communication(config, options, m, dry, parts)
-    busy = sum(p.seconds for p in parts)
+    phases = _gpu_phases(config, options, m, dry)
+    communication = _communication(config, options, m, dry, phases)
+    busy = sum(p.seconds for p in phases)
     exposed = sum(wait for _, wait in communication.values())
-    parts += (Part("communication", 0.0, 0.0, exposed, "communication"),)
+    phases += (Phase("communication", 0.0, 0.0, exposed, "communication"),)
     frames = config.train.batch_size * config.sampler.views
     capacity = _decode_capacity(options, m)
     encoded = frame_bytes(options, m)
@@ -175,7 +178,7 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
         options=options,
         machine=m,
         dry=dry,
-        parts=parts,
+        phases=phases,
         communication=communication,
         resources=resources,
         decode=capacity,
@@ -189,7 +192,7 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
 
 
 def counted_step(config: Config, clips: int, world: int) -> DryRun:
-    """The dry run of a rank's step. Predictions that differ in nothing that it depends on share one."""
+    """The dry run of a rank's step, cached by the fields that it depends on."""
     train = TrainConfig(
         micro_batches=config.train.micro_batches, dtype=config.train.dtype, channels_last=config.train.channels_last
     )
@@ -228,26 +231,26 @@ def frame_bytes(options: PlanOptions, m: Machine) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- the GPU
 
-PARTS = {
+PHASES = {
     "target forward": ("target", "keys"),
     "online forward, first pass": ("online, first pass",),
     "online forward": ("online",),
     "loss": ("loss", "loss, backward"),
     "backward": ("backward",),
-    "optimiser": ("optimiser",),
+    "optimizer": ("optimizer",),
     "moving average": ("average",),
     "guards": ("guards",),
 }
-"""The step's parts, and the dry run's phases that each one holds."""
+"""The plan's phases of a step, and the dry run's phases that make up each one."""
 
 
-def _gpu_parts(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> tuple[Part, ...]:
+def _gpu_phases(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> tuple[Phase, ...]:
     crowding = max(1.0, min(options.gpus, m["node_gpus"]) / m["node_cores"]) if options.gpu == "cpu" else 1.0
-    parts = [_views(config, options, m, dry)] if options.gpu != "cpu" else []
-    for name, phases in PARTS.items():
+    phases = [_views(config, options, m, dry)] if options.gpu != "cpu" else []
+    for name, traced in PHASES.items():
         flops = moved = seconds = arithmetic = 0.0
         for op, count in dry.ops.items():
-            if op.phase not in phases:
+            if op.phase not in traced:
                 continue
             share = m["compile_bytes"] if config.train.compile and op.kind == "pointwise" else 1.0
             peak = m["bf16"] if op.width == 2 else m["tf32"]
@@ -260,12 +263,12 @@ def _gpu_parts(config: Config, options: PlanOptions, m: Machine, dry: DryRun) ->
             arithmetic += takes if compute > traffic else 0.0
         if seconds:
             limit = "GPU arithmetic" if arithmetic > seconds / 2 else "GPU memory bandwidth"
-            parts.append(Part(name, flops, moved, seconds, limit))
-    return tuple(parts)
+            phases.append(Phase(name, flops, moved, seconds, limit))
+    return tuple(phases)
 
 
-def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Part:
-    """Resize and colour on the GPU: each frame is written by the decoder, read and written by the resize (8 bits a
+def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Phase:
+    """Resize and color on the GPU: each frame is written by the decoder, read and written by the resize (8 bits a
     value), read by ``photometric`` and written at the step's width; a blurred view is read and written twice more."""
     s = config.sampler
     width = 2 if config.train.dtype == "bfloat16" else 4
@@ -273,12 +276,12 @@ def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Par
     source = 3 * m["frame_width"] * m["frame_height"] * 2
     view = 3 * s.size**2 * (1 + 1 + width + blurred * 4 * width)
     moved = s.views * dry.clips * (source + view)
-    return Part("views", 0.0, moved, moved / (m["bandwidth"] * m["bandwidth_efficiency"]), "GPU memory bandwidth")
+    return Phase("views", 0.0, moved, moved / (m["bandwidth"] * m["bandwidth_efficiency"]), "GPU memory bandwidth")
 
 
 def _gpu_memory(config: Config, m: Machine, dry: DryRun) -> dict[str, float]:
     """The peak of the dry run by what it holds, and what lies outside the allocator."""
-    kept = ("parameters", "target", "gradients", "optimiser state", "images")
+    kept = ("parameters", "target", "gradients", "optimizer state", "images")
     memory = {name: float(dry.peak.get(name, 0)) for name in kept}
     memory["gradients"] = float(dry.gradient_bytes)  # the buckets, whole from the first step on
     memory["activations and temporaries"] = float(sum(size for name, size in dry.peak.items() if name not in kept))
@@ -306,7 +309,7 @@ def collectives(config: Config, dry: DryRun) -> dict[str, int]:
     Gradients go in buckets, one of 1 MiB and then of 25; keys in one gather and their videos' numbers in another; each
     batch norm's statistics once forward and once backward; and one flag tells whether all ranks' numbers are finite.
     """
-    predictors = config.model.scales if config.model.predictor else 0
+    predictors = config.model.levels if config.model.predictor else 0
     in_target = (dry.norms - predictors) // 2
     in_online = in_target + predictors
     parts = config.train.micro_batches
@@ -320,7 +323,7 @@ def collectives(config: Config, dry: DryRun) -> dict[str, int]:
 
 
 def _communication(
-    config: Config, options: PlanOptions, m: Machine, dry: DryRun, parts: tuple[Part, ...]
+    config: Config, options: PlanOptions, m: Machine, dry: DryRun, phases: tuple[Phase, ...]
 ) -> dict[str, tuple[float, float]]:
     """Gradients (ring all-reduce), keys (ring all-gather), batch norm's statistics and the flag (too small for their
     bytes to count); compute hides the first two."""
@@ -330,7 +333,7 @@ def _communication(
     nodes = node_count(options, m)
     bus = (m["link"] if nodes == 1 else min(m["link"], m["node_network"])) * m["link_efficiency"]
     latency = m["link_latency"] if nodes == 1 else m["network_latency"]
-    computes = {part.name: part.seconds for part in parts}
+    computes = {phase.name: phase.seconds for phase in phases}
     moved = {"gradients": 2 * (n - 1) / n * dry.gradient_bytes, "keys": (n - 1) * dry.key_bytes}
     hidden = {"gradients": m["overlap"] * computes["backward"], "keys": computes["online forward"]}
     times = {name: moved.get(name, 0.0) / bus + count * latency for name, count in counts.items()}
@@ -354,106 +357,41 @@ def _decode_capacity(options: PlanOptions, m: Machine) -> dict[str, float]:
     return capacity
 
 
-# -------------------------------------------------------------------------------------------------------------- advice
+# -------------------------------------------------------------------------------------------------------- alternatives
 
 
-@dataclass(frozen=True)
-class Change:
-    """Something to do about a bottleneck: fields to override, by dotted name, and what it costs."""
+def alternatives(p: Prediction) -> list[tuple[str, Prediction]]:
+    """Predicts the run again after each of a few single changes.
 
-    what: str
-    cost: str
-    """``a setting``, ``packing again`` or ``hardware``, cheapest first."""
-    options: tuple[tuple[str, object], ...] = ()
-    config: tuple[tuple[str, object], ...] = ()
+    Args:
+        p: The prediction to change.
 
-    def apply(self, config: Config, options: PlanOptions) -> tuple[Config, PlanOptions]:
-        nested: dict[str, dict[str, object]] = {}
-        for name, value in self.config:
-            section, key = name.split(".")
-            nested.setdefault(section, {})[key] = value
-        return from_mapping(config, nested, "advice"), replace(options, **dict(self.options))  # type: ignore[arg-type]
-
-    @property
-    def flags(self) -> list[str]:
-        """The same change on the command line of ``vito-fast plan``."""
-        flags: list[str] = []
-        for name, value in (*self.options, *self.config):
-            if value is False:
-                section, key = name.split(".")
-                name, value = f"{section}.no_{key}", True
-            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return flags
-
-
-def changes(p: Prediction) -> Iterator[Change]:
-    """What could help at all, cheapest first; whether it does is for ``advise`` to compute."""
-    train, options = p.config.train, p.options
-    if train.dtype == "float32" and options.gpu != "cpu":
-        yield Change("compute in bfloat16", "a setting", config=(("train.dtype", "bfloat16"),))
-    if not train.compile and options.gpu != "cpu":
-        yield Change("compile the networks", "a setting", config=(("train.compile", True),))
-    if options.gpu != "cpu":
-        other: Decoder = "cpu" if decoder_of(options) == "engine" else "engine"
-        yield Change(f"decode by {'CPU cores' if other == 'cpu' else 'engines'}", "a setting", (("decoder", other),))
-    if train.micro_batches > 1:
-        half = train.micro_batches // 2
-        yield Change(f"only {half} micro-batches", "a setting", config=(("train.micro_batches", half),))
-    if p.config.model.checkpoint_activations:
-        yield Change("keep all activations", "a setting", config=(("model.checkpoint_activations", False),))
-    if not p.fits:
-        yield from _smaller(p)
-    if not options.store:
-        for name in ("jpeg", "h264"):
-            if name != options.format:
-                yield Change(f"store as {name}", "packing again", (("format", name), ("frame_bytes", 0.0)))
-    if decoder_of(options) == "cpu":
-        cores = 2 * cores_of(options, p.machine)
-        yield Change(f"{cores} cores a node", "hardware", (("cores", cores),))
-    if train.batch_size >= 2 * options.gpus:
-        yield Change(f"{2 * options.gpus} GPUs", "hardware", (("gpus", 2 * options.gpus),))
-    better = {"a100": "h100", "h100": "b200", "h200": "b200"}.get(options.gpu)
-    if better and not options.calibrate:
-        yield Change(f"{better} instead of {options.gpu}", "hardware", (("gpu", better),))
-
-
-def _smaller(p: Prediction) -> Iterator[Change]:
-    """Recomputed activations, and as many micro-batches as the activations' share of the memory asks for."""
-    if not p.config.model.checkpoint_activations:
-        yield Change("recompute activations", "a setting", config=(("model.checkpoint_activations", True),))
-    parts, now = p.config.train.micro_batches, p.gpu_memory["activations and temporaries"]
-    room = p.machine["memory"] - (p.gpu_bytes - now * (1 + p.machine["fragmentation"]))
-    if room > 0:
-        parts *= 2 ** math.ceil(math.log2(now * (1 + p.machine["fragmentation"]) / room))
-        yield Change(f"{parts} micro-batches", "a setting", config=(("train.micro_batches", parts),))
-
-
-GAIN = 0.03
-"""Share of the step's time that a change must save to be worth naming."""
-
-
-def advise(p: Prediction) -> tuple[Change, Prediction] | None:
-    """The cheapest change that moves the bottleneck, and the prediction after it; None if nothing here does.
-
-    Among changes of one cost the one with the shortest step. When memory does not suffice: that makes it fit.
+    Returns:
+        (flag of ``vito-fast plan`` that makes the change, prediction after it), for changes that are possible. Smaller
+        memory is tried only where memory does not suffice.
     """
-    for cost in ("a setting", "packing again", "hardware"):
-        tried = []
-        for change in changes(p):
-            if change.cost != cost:
-                continue
-            after = _try(change, p)
-            if after and after.fits and (not p.fits or after.step_seconds < (1 - GAIN) * p.step_seconds):
-                tried.append((change, after))
-        if tried:
-            return min(tried, key=lambda pair: pair[1].step_seconds)
-    return None
-
-
-def _try(change: Change, p: Prediction) -> Prediction | None:
-    """The prediction after a change, or None where the change cannot be made."""
-    try:
-        config, options = change.apply(p.config, p.options)
-        return predict(config, options, p.machine if options.gpu == p.options.gpu else None)
-    except UserError:
-        return None
+    train, options = p.config.train, p.options
+    configs: dict[str, dict[str, dict[str, object]]] = {}
+    settings: dict[str, dict[str, object]] = {f"--gpus {2 * options.gpus}": {"gpus": 2 * options.gpus}}
+    if options.gpu != "cpu":
+        configs |= {"--train.dtype bfloat16": {"train": {"dtype": "bfloat16"}}}
+        configs |= {"--train.compile": {"train": {"compile": True}}}
+        other = "cpu" if decoder_of(options) == "engine" else "engine"
+        settings |= {f"--decoder {other}": {"decoder": other}}
+    if not options.store:
+        formats = [name for name in ("jpeg", "h264") if name != options.format]
+        settings |= {f"--format {name}": {"format": name, "frame_bytes": 0.0} for name in formats}
+    if not p.fits:
+        configs |= {"--model.checkpoint-activations": {"model": {"checkpoint_activations": True}}}
+        for more in (2, 4, 8):
+            count = more * train.micro_batches
+            configs |= {f"--train.micro-batches {count}": {"train": {"micro_batches": count}}}
+    changed = [(flag, from_mapping(p.config, change, flag), options) for flag, change in configs.items()]
+    changed += [(flag, p.config, replace(options, **change)) for flag, change in settings.items()]  # type: ignore[arg-type]
+    found = []
+    for flag, config, chosen in changed:
+        if (config, chosen) == (p.config, options):
+            continue
+        with contextlib.suppress(UserError):  # a batch that does not divide
+            found.append((flag, predict(config, chosen, p.machine)))
+    return found

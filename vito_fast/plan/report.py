@@ -1,81 +1,31 @@
-"""``vito-fast plan``: its arguments, and the prediction as tables for people or JSON for programs."""
+"""The plan and the dry run as tables for people, or as JSON for programs."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vito_fast.cli.commands import configured
 from vito_fast.config import Config
-from vito_fast.data.store.index import Index
-from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import DryRun, dry_run
-from vito_fast.plan.hardware import Machine, machine
-from vito_fast.plan.predict import Change, Format, PlanOptions, Prediction, advise, decoder_name, decoder_of, predict
+from vito_fast.plan.hardware import Machine
+from vito_fast.plan.predict import Prediction, decoder_name, decoder_of
 from vito_fast.train.distributed import environment_number
 
-
-@dataclass(frozen=True)
-class PlanCommand:
-    """Predict time, memory, storage and energy of a run, and what holds it up.
-
-    usage: vito-fast plan CONFIG [--gpu h100 --gpus 8 ...] [--section.field VALUE ...]
-    """
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
-    json: bool = False
-    """Print the prediction as JSON."""
-    assumptions: bool = False
-    """Print every constant with its source, and nothing else."""
-
-
-def run(arguments: Sequence[str], parse: Callable[..., Any]) -> int:
-    """The command, from the words after ``vito-fast plan``; UserError for words that make no sense."""
-    own = (*PlanOptions.__dataclass_fields__, "json", "assumptions")
-    command: PlanCommand = configured("plan", arguments, parse, PlanCommand, own)
-    options = from_store(command.options) if command.options.store else command.options
-    constants = machine(options.gpu, options.calibrate or None)
-    console = _console()
-    if command.assumptions:
-        console.print(assumptions(constants))
-        return 0
-    prediction = predict(command.config, options, constants)
-    advice = advise(prediction)
-    if command.json:
-        print(json.dumps(as_json(prediction, advice), indent=1))
-    else:
-        show(prediction, advice, console)
-    return 0
-
-
-def from_store(options: PlanOptions) -> PlanOptions:
-    """The options with clips, format and bytes a frame of the store that they name."""
-    try:
-        index = Index(f"{options.store}/index.bin")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot plan for the store {options.store}: {error}") from None
-    if not index.num_clips:
-        raise UserError(f"the store {options.store} holds no clips")
-    size = sum(size for _, size in index.shards) / max(1, index.num_frames)
-    form: Format = "jpeg" if index.format == "jpeg" else "h264" if index.format == "h264" else "copy"
-    return replace(options, clips=index.num_clips, format=form, frame_bytes=size)
+Alternatives = list[tuple[str, Prediction]]
+"""Flags of single changes and the predictions after them."""
 
 
 def assumptions(m: Machine) -> Table:
-    """Every constant that the plan uses for a machine, with its source."""
+    """The constants of a machine, each with its source."""
     table = Table("constant", "value", "unit", "source", title=f"Constants for {m.gpu}", title_justify="left")
     for name, (value, unit, source) in m.constants.items():
         table.add_row(name, f"{value:.4g}", unit, source)
     return table
 
 
-def show(p: Prediction, advice: tuple[Change, Prediction] | None, console: Console) -> None:
-    """Prints the prediction and how to check it by hand."""
+def show(p: Prediction, others: Alternatives, console: Console) -> None:
+    """Prints the prediction, with the numbers to check it by hand, and its alternatives."""
     o, c = p.options, p.config
     console.print(
         f"PREDICTION, not a measurement: {c.name} on {o.gpus} x {o.gpu}, {o.clips:,} clips stored as {o.format}, "
@@ -87,23 +37,14 @@ def show(p: Prediction, advice: tuple[Change, Prediction] | None, console: Conso
     console.print(_decode_table(p))
     console.print(_memory_table(p))
     console.print(_total_table(p))
+    console.print(_alternatives_table(p, others))
     console.print(f"in one line: {summary(p)}", soft_wrap=True)
-    if advice is None:
-        console.print("advice: none of the changes this plan knows moves it")
-    else:
-        change, after = advice
-        became = f"{_ms(p.step_seconds)} -> {_ms(after.step_seconds)} a step, {p.hours:.1f} -> {after.hours:.1f} hours"
-        if not p.fits:
-            became = f"{_gb(p.gpu_bytes)} -> {_gb(after.gpu_bytes)} a GPU, {_ms(after.step_seconds)} a step"
-        console.print(
-            f"advice ({change.cost}): {change.what}, {' '.join(change.flags)}: {became}; then {after.bottleneck}"
-        )
 
 
 def summary(p: Prediction) -> str:
     """The prediction in one line, as the presets' headers quote it."""
-    room = f"{p.gpu_bytes / 1e9:.0f} of {p.machine['memory'] / 1e9:.0f} GB a GPU"
-    return f"{_ms(p.step_seconds)} a step, {p.hours:.3g} hours, {p.kwh:.3g} kWh, {room}; bottleneck: {p.bottleneck}"
+    memory = f"{p.gpu_bytes / 1e9:.0f} of {p.machine['memory'] / 1e9:.0f} GB a GPU"
+    return f"{_ms(p.step_seconds)} a step, {p.hours:.3g} hours, {p.kwh:.3g} kWh, {memory}; bottleneck: {p.bottleneck}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -114,12 +55,16 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _step_table(p: Prediction) -> Table:
-    table = _table("One step of one GPU", "part", "TFLOP", "GB moved", "ms", "waits for")
-    for part in p.parts:
+    table = _table("One step of one GPU", "phase", "TFLOP", "GB moved", "ms", "bottleneck")
+    for phase in p.phases:
         table.add_row(
-            part.name, f"{part.flops / 1e12:.3f}", f"{part.bytes / 1e9:.2f}", f"{part.seconds * 1e3:.2f}", part.limit
+            phase.name,
+            f"{phase.flops / 1e12:.3f}",
+            f"{phase.bytes / 1e9:.2f}",
+            f"{phase.seconds * 1e3:.2f}",
+            phase.limit,
         )
-    flops, moved = sum(x.flops for x in p.parts), sum(x.bytes for x in p.parts)
+    flops, moved = sum(x.flops for x in p.phases), sum(x.bytes for x in p.phases)
     rates = f"{p.machine['bf16'] * p.machine['matmul_efficiency'] / 1e12:.0f} TFLOP/s, "
     rates += f"{p.machine['bandwidth'] * p.machine['bandwidth_efficiency'] / 1e12:.2f} TB/s"
     table.add_row("all", f"{flops / 1e12:.3f}", f"{moved / 1e9:.2f}", f"{p.resources['gpu'] * 1e3:.2f}", f"at {rates}")
@@ -136,16 +81,16 @@ def _side_table(p: Prediction) -> Table:
         "storage": f"{p.resources['storage'] * node_read / 1e6:.1f} MB a node at {node_read / 1e9:.1f} GB/s",
         "link": f"to the GPU at {p.machine['host_link'] / 1e9:.1f} GB/s",
     }
-    table = _table("What runs side by side: the slowest sets the pace", "resource", "ms a step", "how")
+    table = _table("Resources: the slowest sets the pace", "resource", "ms a step", "how")
     for name, seconds in p.resources.items():
         table.add_row(name, f"{seconds * 1e3:.2f}", how[name])
     for name, (takes, waits) in p.communication.items():
-        table.add_row(f"communication: {name}", f"{takes * 1e3:.2f}", f"{waits * 1e3:.2f} ms of it hidden by nothing")
+        table.add_row(f"communication: {name}", f"{takes * 1e3:.2f}", f"{waits * 1e3:.2f} ms of it exposed")
     return table
 
 
 def _decode_table(p: Prediction) -> Table:
-    table = _table("Decoding", "format, decoder", "frames/s", "times what the GPUs could take")
+    table = _table("Decoding", "format, decoder", "frames/s", "times the GPUs' need")
     for name, rate in p.decode.items():
         table.add_row(name, f"{rate:,.0f}", f"{rate / p.frames_needed:.2f}")
     return table
@@ -168,7 +113,7 @@ def _memory_table(p: Prediction) -> Table:
 
 def _total_table(p: Prediction) -> Table:
     c, o = p.config, p.options
-    table = _table("The whole schedule", "what", "value", "how")
+    table = _table("The whole schedule", "quantity", "value", "how")
     per_epoch = o.clips // c.train.batch_size
     table.add_row(
         "steps", f"{p.steps:,}", f"{c.schedule.epochs:g} epochs x {o.clips:,} // {c.train.batch_size} = {per_epoch}"
@@ -181,12 +126,20 @@ def _total_table(p: Prediction) -> Table:
     return table
 
 
-def as_json(p: Prediction, advice: tuple[Change, Prediction] | None) -> dict[str, Any]:
-    """The same numbers in SI units."""
-    result: dict[str, Any] = {
+def _alternatives_table(p: Prediction, others: Alternatives) -> Table:
+    table = _table("Alternatives, one change each", "flag", "ms a step", "hours", "kWh", "GB a GPU", "bottleneck")
+    for flag, x in [("as configured", p), *others]:
+        times = f"{x.step_seconds * 1e3:.1f}", f"{x.hours:.2f}", f"{x.kwh:.1f}"
+        table.add_row(flag, *times, f"{x.gpu_bytes / 1e9:.0f}", x.bottleneck)
+    return table
+
+
+def as_json(p: Prediction, others: Alternatives) -> dict[str, Any]:
+    """The prediction in SI units, and the totals of its alternatives."""
+    return {
         "kind": "prediction",
         "options": asdict(p.options),
-        "parts": [asdict(part) for part in p.parts],
+        "phases": [asdict(phase) for phase in p.phases],
         "communication": {name: {"takes": t, "exposed": e} for name, (t, e) in p.communication.items()},
         "resources": p.resources,
         "decode_frames_per_s": p.decode,
@@ -201,32 +154,27 @@ def as_json(p: Prediction, advice: tuple[Change, Prediction] | None) -> dict[str
         "kwh": p.kwh,
         "mfu": p.mfu,
         "bottleneck": p.bottleneck,
-        "advice": None,
+        "alternatives": {
+            flag: {name: getattr(x, name) for name in ("step_seconds", "hours", "kwh", "gpu_bytes", "bottleneck")}
+            for flag, x in others
+        },
     }
-    if advice:
-        change, after = advice
-        told = {"what": change.what, "cost": change.cost, "flags": change.flags}
-        result["advice"] = told | {k: v for k, v in as_json(after, None).items() if k in _TOLD}
-    return result
-
-
-_TOLD = ("step_seconds", "hours", "kwh", "gpu_bytes", "bottleneck")
 
 
 def report_dry_run(config: Config) -> int:
-    """``vito-fast train CONFIG --dry-run``: the step of one of the ranks that the launcher's environment names."""
+    """Prints the dry run of one of the launcher's ranks; returns the exit status of ``vito-fast train --dry-run``."""
     dry = dry_run(config, world=environment_number("WORLD_SIZE", 1, least=1))
-    show_dry_run(dry, _console())
+    show_dry_run(dry, console())
     return 1 if dry.problems else 0
 
 
-def _console() -> Console:
-    """As wide as the terminal, or as a page where there is none."""
+def console() -> Console:
+    """A console as wide as the terminal, or 118 columns without one."""
     return Console(width=None if Console().is_terminal else 118, highlight=False)
 
 
 def show_dry_run(dry: DryRun, console: Console) -> None:
-    """Prints what a dry run counted, and what would go wrong."""
+    """Prints the counts of a dry run, and its problems."""
     table = _table(
         f"One CUDA step, run dry: {dry.clips} clips on one of {dry.world} GPUs", "phase", "TFLOP", "GB moved", "ops"
     )
@@ -248,7 +196,3 @@ def show_dry_run(dry: DryRun, console: Console) -> None:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""Where the encoder looks: attention maps of a video's frames as a picture grid. People would rather look."""
+"""Attention maps of a video's frames as a grid of pictures."""
 
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vito_fast.errors import UserError
-from vito_fast.export import config_of
 from vito_fast.model.pair import Branch
-from vito_fast.train.checkpoint import Checkpoint, find
+from vito_fast.train.checkpoint import Checkpoint, config_of, find
 from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 Pixels = npt.NDArray[np.uint8]
@@ -26,10 +25,19 @@ def load_online(checkpoint: Checkpoint) -> Branch:
 
 
 def video_frames(path: Path, count: int, size: int) -> Pixels:
-    """``count`` frames (n,H,W,3) evenly spaced over a video, upright, short side about ``size``, both sides multiples
-    of 32; of a store, the middle frames of clips evenly spaced over it.
+    """Reads frames evenly spaced over a video, or the middle frames of clips evenly spaced over a store.
 
-    Fewer if the video has fewer. UserError if it cannot be read; OSError or ValueError for a damaged clip of a store.
+    Args:
+        path: A video file or a store.
+        count: Frames; fewer if there are fewer.
+        size: Short side in pixels, about; both sides become multiples of 32.
+
+    Returns:
+        Upright frames (n,H,W,3) uint8.
+
+    Raises:
+        UserError: the video cannot be read.
+        OSError, ValueError: a damaged clip of a store.
     """
     import av
 
@@ -62,8 +70,7 @@ def _store_frames(store: Path, count: int) -> list[Pixels]:
 
 
 def _resized(pictures: list[Pixels], size: int) -> Pixels:
-    """All to the first one's shape at short side ``size``, rounded to 32. UserError if that is more than FFmpeg scales
-    to."""
+    """Resizes all to the first one's shape at short side ``size``, rounded to 32. UserError above FFmpeg's limit."""
     from av import FFmpegError, VideoFrame
 
     sides = pictures[0].shape[:2]
@@ -79,8 +86,11 @@ def _resized(pictures: list[Pixels], size: int) -> Pixels:
 
 @torch.no_grad()
 def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
-    """Pooling weights as maps (n,h,w) of each scale, finest first, each summing to 1, of uint8 frames (n,H,W,3):
-    float32 on the CPU, wherever the branch is and in whichever mode."""
+    """Pooling weights of uint8 frames (n,H,W,3), in the branch's current mode.
+
+    Returns:
+        Maps (n,h,w) of each level, finest first, each summing to 1: float32 on the CPU.
+    """
     images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     images = (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     maps = []
@@ -90,9 +100,9 @@ def attention_maps(branch: Branch, frames: Pixels) -> list[Tensor]:
 
 
 def overlay(frames: Pixels, maps: Tensor) -> Pixels:
-    """Frames (n,H,W,3) in grey, coloured by maps (n,h,w): red where a location weighs most in its frame, blue least.
+    """Gray frames (n,H,W,3) colored by maps (n,h,w): red at a frame's largest weight, blue at its smallest.
 
-    A frame whose map is not finite (of a run that has failed) stays grey: nothing is known of it.
+    A frame whose map is not finite stays gray.
     """
     known = torch.isfinite(maps).flatten(1).all(1)
     maps = torch.where(known[:, None, None], maps, 0.0)
@@ -100,16 +110,24 @@ def overlay(frames: Pixels, maps: Tensor) -> Pixels:
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     t = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()[..., None]
     hot = np.concatenate([1.5 - np.abs(4 * t - 3), 1.5 - np.abs(4 * t - 2), 1.5 - np.abs(4 * t - 1)], -1).clip(0, 1)
-    grey = frames.mean(-1, keepdims=True) / 255
-    hot = np.where(known.numpy()[:, None, None, None], hot, grey)
-    mixed: Pixels = ((0.55 * grey + 0.45 * hot) * 255).round().astype(np.uint8)
+    gray = frames.mean(-1, keepdims=True) / 255
+    hot = np.where(known.numpy()[:, None, None, None], hot, gray)
+    mixed: Pixels = ((0.55 * gray + 0.45 * hot) * 255).round().astype(np.uint8)
     return mixed
 
 
 def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> None:
-    """The grid of a run's newest checkpoint for ``count`` frames of a video or store (see ``write_grid``).
+    """Writes the grid of a run's newest checkpoint (see ``write_grid``).
 
-    UserError if the run has no attention pooling, or run, video or output cannot be used.
+    Args:
+        run: A run's folder, or one checkpoint file.
+        video: A video file or a store.
+        out: The PNG.
+        count: Frames.
+        size: Short side of a frame in pixels, 32 to 2048.
+
+    Raises:
+        UserError: the run has no attention pooling, or run, video or output cannot be used.
     """
     if count < 1 or not 32 <= size <= 2048:
         raise UserError(f"--frames must be at least 1 and --size 32 to 2048, got {count} and {size}")
@@ -127,8 +145,15 @@ def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> 
 
 
 def write_grid(branch: Branch, frames: Pixels, out: Path) -> None:
-    """Writes a PNG, one column for each frame of uint8 (n,H,W,3): the frame itself, then its attention at each scale,
-    finest first. The branch must pool by attention; its mode is left alone. UserError if ``out`` cannot be written.
+    """Writes a PNG with one column a frame: the frame, then its attention at each level, finest first.
+
+    Args:
+        branch: Pools by attention; its mode does not change.
+        frames: uint8 (n,H,W,3).
+        out: The PNG.
+
+    Raises:
+        UserError: ``out`` cannot be written.
     """
     from PIL import Image, ImageDraw
 

@@ -1,13 +1,12 @@
-"""Checkpoints: one safetensors file each, written whole or not at all, checked when read, never unpickled.
+"""Checkpoints: one safetensors file each, written whole or not at all, verified when read, never unpickled.
 
-A file ``step-00000123.safetensors`` holds the tensors, and in its header the rest of the state as JSON and a SHA-256
-over both. It is written under another name, flushed to the disk and renamed, so that a name that matches is a whole
-file unless the disk itself failed, which the checksum tells.
+A file ``step-00000123.safetensors`` holds the tensors. Its header holds the rest of the state as JSON and a SHA-256
+over both. It is written under another name, flushed to the disk and renamed. A matching name is therefore a whole file
+unless the disk failed, which the checksum shows.
 
 Why not torch.distributed.checkpoint: it pays where each rank holds a shard of the state. Here every rank holds all of
-it, equal to the others' (DDP replicates, nothing is sharded), and it is small: 0.56 GB for ResNet-50 with the
-ancestors' heads (online, target, momentum). So rank 0 writes one file, which any number of ranks reads, whole or not
-at all, and which is no pickle; a folder of parts would be neither one rename nor one checksum.
+it, and it is small: 0.56 GB for ResNet-50 with the ancestors' heads (online, target, momentum). Rank 0 writes one file,
+which any number of ranks reads.
 """
 
 import hashlib
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vito_fast.config import Config, from_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 
@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds: tensors by name (on the CPU) and the rest as plain JSON values."""
+    """Contents of a file: tensors by name (on the CPU), and the rest as plain JSON values."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -48,6 +48,15 @@ class Checkpoint(NamedTuple):
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix``, by the rest of their names."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration of the run that made a checkpoint. UserError if it has none, or one that makes no sense."""
+    mapping = checkpoint.value("config")
+    try:
+        return from_mapping(Config(), mapping, str(checkpoint.path))
+    except UserError as error:
+        raise UserError(f"{error} (the checkpoint may come from a newer version of this program)") from None
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -87,13 +96,16 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and checks a checkpoint; UserError naming the file if it is missing, torn, changed or not one, OSError if
-    the disk or the network does not answer, which says nothing about the file.
+    """Reads and verifies a checkpoint.
+
+    Raises:
+        UserError: the file is missing, torn, changed or no checkpoint.
+        OSError: the disk or the network does not answer; the file may be whole.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb"):  # safetensors says of whatever it cannot open that it is missing
+        with open(path, "rb"):  # safetensors reports any file that it cannot open as missing
             pass
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -117,9 +129,18 @@ def warn(message: str) -> None:
 
 
 def read_newest(folder: Path, refused: Callable[[str], None] = warn) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that is whole, or None if there is no file of that kind; ``refused`` is told
-    each newer one that is not, by name. UserError if there are files and none is whole: they are not nothing. OSError
-    if one cannot be read, which may well be whole: going on from an older one would undo what it holds.
+    """Reads the newest whole checkpoint of a folder.
+
+    Args:
+        folder: Where the files are.
+        refused: Called with a message for each newer file that is not whole.
+
+    Returns:
+        The checkpoint; None if there is no such file.
+
+    Raises:
+        UserError: there are files and none is whole.
+        OSError: a file cannot be read. It may be whole, and an older one would undo its steps.
     """
     reasons: list[str] = []
     found = checkpoints(folder)
@@ -161,13 +182,16 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
 
 
 class Checkpointer:
-    """Writes checkpoints of one run behind the training's back, and deletes those that are no longer wanted.
+    """Writes the checkpoints of one run in the background, and deletes old ones.
 
-    ``save`` copies the state and returns; one write at a time. ``wait`` returns once the last one is on the disk and
-    raises what it raised. After a write that failed, as on a disk that is full for a moment, ``save`` warns, and waits
-    for its own of a newer state. The newest ``keep_last`` stay, and each whose step is a multiple of ``keep_every``.
-    Files of later steps than ``start``, which the run goes on after, are those that were refused: they take nobody's
-    place.
+    ``save`` copies the state and returns; one write at a time. ``wait`` returns once the last one is on the disk. After
+    a failed write, as on a disk that is full for a moment, ``save`` warns and waits for its own write.
+
+    Args:
+        folder: Where the files are; it is made if it is absent.
+        keep_last: How many newest checkpoints stay.
+        keep_every: Checkpoints whose step is a multiple of this stay too; 0 keeps none.
+        start: The step that the run continues after. Files of later steps were refused and do not count.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, start: int | None = None) -> None:
@@ -180,7 +204,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Starts writing the state after ``step`` steps; returns the path it will have. OSError after two failures."""
+        """Starts to write the state after ``step`` steps; returns its path. OSError after two failures."""
         try:
             self.wait()
             failed = None
@@ -201,7 +225,7 @@ class Checkpointer:
             pending.result()
 
     def close(self) -> None:
-        """Waits and lets the thread go."""
+        """Waits, and ends the thread."""
         try:
             self.wait()
         finally:

@@ -1,4 +1,4 @@
-"""Which process of how many this is, the gathering of keys from all of them, and that they alone write their run.
+"""This process's rank, reductions over ranks, and the lock of a run's folder.
 
 One process needs no launcher. Under ``torchrun`` the same program reads its rank from the environment and joins the
 group: NCCL on CUDA, gloo on CPU.
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from vito_fast.errors import UserError
 from vito_fast.files import file_lock
-from vito_fast.train.loss import Keys
-from vito_kernels.distributed import gather_keys
 
-PATIENCE = 10.0
-"""Seconds to wait for a run's lock on one machine; ten times as long on several."""
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for a run's lock on one machine; ten times as many on several."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,15 @@ class World:
         return self.rank == 0
 
 
-def join(device: Literal["auto", "cpu", "cuda"]) -> World:
-    """Joins the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone.
+def init_distributed(device: Literal["auto", "cpu", "cuda"]) -> World:
+    """Joins the process group of the environment (RANK, WORLD_SIZE, LOCAL_RANK), if there is one.
 
-    UserError if CUDA is asked for and absent, if there are more local ranks than GPUs, or if what the environment says
-    makes no sense or the others are not to be found there.
+    Args:
+        device: ``train.device``; auto takes a GPU if there is one.
+
+    Raises:
+        UserError: CUDA is asked for and absent, there are more local ranks than GPUs, the environment makes no sense,
+            or the other ranks are not at its address.
     """
     size = environment_number("WORLD_SIZE", 1, least=1)
     rank = environment_number("RANK", 0 if size == 1 else None, most=size - 1)
@@ -72,7 +74,7 @@ def join(device: Literal["auto", "cpu", "cuda"]) -> World:
 
 
 def environment_number(name: str, default: int | None, *, least: int = 0, most: int | None = None) -> int:
-    """The whole number that the launcher has put there; without a ``default`` it must have."""
+    """A whole number from the environment. UserError if it is out of range, or absent without a ``default``."""
     text = os.environ.get(name, default)
     try:
         number = int(text)  # type: ignore[arg-type]
@@ -88,9 +90,9 @@ def environment_number(name: str, default: int | None, *, least: int = 0, most: 
 def _store_of_this_attempt() -> dist.Store:
     """The launcher's key-value store, under a prefix that no earlier attempt has used.
 
-    torchrun's agent keeps one store over its restarts, with the addresses of the processes that are dead in it: who
-    reads before all have written anew waits for them without end. Agents of several nodes count their restarts each for
-    itself, so there is no number they share: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes stores anew.
+    torchrun's agent keeps one store over its restarts, with the addresses of dead processes in it. A rank that reads
+    them before the others have written new ones waits forever. Agents of several nodes count their restarts separately
+    and share no number. They need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes a new store each time.
     """
     store: dist.Store = next(dist.rendezvous("env://"))[0]
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -98,56 +100,26 @@ def _store_of_this_attempt() -> dist.Store:
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def leave(*, failed: bool = False) -> None:
-    """Leaves the process group if there is one. Not NCCL's if this rank ``failed``: that would wait for the others, who
-    wait for it in a collective, and keep what it has to say until their watchdogs end them.
+def shutdown(*, failed: bool = False) -> None:
+    """Leaves the process group, if there is one.
+
+    A rank that ``failed`` does not leave NCCL's: it would wait for ranks that wait for it in a collective, and its
+    error would appear only after their watchdogs end them.
     """
     if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
 def replicate(module: nn.Module, world: World, *, static_graph: bool) -> nn.Module:
-    """``module`` with its gradients averaged over ranks. Its buffers do not travel: batch norms that see every rank's
-    batch move theirs alike. (At the start some versions of torch send rank 0's, which all ranks have.)
+    """Wraps ``module`` to average its gradients over ranks.
+
+    Buffers are not sent: batch norms that see every rank's batch move theirs alike.
     """
     parallel = nn.parallel.DistributedDataParallel
     known = inspect.signature(parallel).parameters  # torch 2.14 renamed the option, and warns of its old name
     own: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     ids = [world.device.index] if world.device.type == "cuda" else None
     return parallel(module, ids, gradient_as_bucket_view=True, static_graph=static_graph, **own)
-
-
-def shares(total: int, ranks: int) -> list[int]:
-    """Clips of each rank: as equal as can be, the first ones one more. ValueError if a rank would have none."""
-    if total < ranks:
-        raise ValueError(f"{total} clips leave some of {ranks} ranks without any")
-    return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
-
-
-class PendingKeys:
-    """Keys on their way: started by the constructor, complete after ``wait``; the online forward can run meanwhile.
-
-    ``embeddings``: one (V,B,D) a scale without gradient, ``video`` (B,) int64. ``total`` clips of all ranks are shared
-    out as ``shares`` says; by default every rank has as many as this one.
-    """
-
-    def __init__(self, embeddings: list[Tensor], video: Tensor, world: World, total: int | None = None) -> None:
-        # Clips lead, so that ranks concatenate along rows; every (scale, view) is then a row-strided (N,D) view.
-        self.local = torch.stack(embeddings).permute(2, 0, 1, 3).contiguous()
-        self.video = video
-        sizes = shares(total or world.size * len(video), world.size)
-        if (share := sizes[world.rank]) != len(video):
-            raise ValueError(f"rank {world.rank} has {len(video)} clips, its share of {total} is {share}")
-        self.gathered = gather_keys(self.local.flatten(1), video, sizes=sizes) if world.size > 1 else None
-
-    def wait(self) -> Keys:
-        """The keys of all ranks in rank order, and where this rank's begin."""
-        if self.gathered is None:
-            return Keys(list(self.local.permute(1, 2, 0, 3)), self.video, 0)
-        rows, video = self.gathered.wait()
-        assert video is not None
-        every = rows.unflatten(1, self.local.shape[1:])
-        return Keys(list(every.permute(1, 2, 0, 3)), video, self.gathered.offset)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -159,12 +131,12 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds on any rank; waits for all of them."""
-    return bool(greatest([flag], device)[0])
+    """Whether ``flag`` holds on any rank; waits for all ranks."""
+    return bool(all_max([flag], device)[0])
 
 
-def greatest(values: list[float], device: torch.device) -> list[float]:
-    """The greatest of each of ``values`` on any rank; waits for all of them."""
+def all_max(values: list[float], device: torch.device) -> list[float]:
+    """The maximum over ranks of each of ``values``; waits for all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     gathered = torch.tensor(values, dtype=torch.float64, device=device)
@@ -172,8 +144,8 @@ def greatest(values: list[float], device: torch.device) -> list[float]:
     return gathered.tolist()
 
 
-def told_by_ranks(word: str) -> list[str]:
-    """What each rank has to say; waits for all of them."""
+def all_gather_str(word: str) -> list[str]:
+    """Each rank's ``word``, in rank order; waits for all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return [word]
     words = [""] * dist.get_world_size()
@@ -183,19 +155,21 @@ def told_by_ranks(word: str) -> list[str]:
 
 @contextmanager
 def sole_writer(folder: Path, world: World) -> Iterator[None]:
-    """Inside, no other processes than these ranks write ``folder``, which is made if need be. UserError if others do,
-    on every rank, or if it cannot be made.
+    """Inside, these ranks alone write ``folder``, which is made if it is absent.
 
-    A predecessor that was killed may take a moment to end. One on another machine may be dead with it: a network file
-    system then takes back its lock after a minute and a half.
+    A killed predecessor may take a moment to end. If its machine died with it, a network file system releases its lock
+    after a minute and a half.
+
+    Raises:
+        UserError: on every rank, if another process holds the folder or it cannot be made.
     """
-    lock, patience = folder / ".lock", PATIENCE if world.size == world.local_size else 10 * PATIENCE
+    lock, timeout = folder / ".lock", LOCK_TIMEOUT if world.size == world.local_size else 10 * LOCK_TIMEOUT
     with ExitStack() as held:
         mine = True
         if world.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                mine = held.enter_context(file_lock(lock, patience))
+                mine = held.enter_context(file_lock(lock, timeout))
             except OSError as error:
                 raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
         if any_rank(not mine, world.device):  # nor do the other ranks read there before

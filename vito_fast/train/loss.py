@@ -1,37 +1,23 @@
-"""The objective: every view's queries must find the same clip's key in every other view, at every scale.
+"""The objective: the queries of each view find the same clip's key in each other view, at each level.
 
-Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, S scales.
-The contrastive term of view a looking for view b is, with unit queries q and keys k and temperature t,
+Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, S levels.
+The contrastive term of view a against view b is, with unit queries q and keys k and temperature t,
 
     -log  exp(q_i.k_i/t) / (exp(q_i.k_i/t) + sum over keys j of other videos exp(q_i.k_j/t))
 
-averaged over the clips i. Keys are those of view b (``cross_view``, MoCLR), or of views a and b (``both_views``,
+averaged over the clips i. The keys are those of view b (``cross_view``, MoCLR), or of views a and b (``both_views``,
 DetCon-B: a batch of distinct videos gives 2N-1 logits). The objective is the sum over ordered pairs (a,b) of views
-and over scales.
+and over levels.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vito_fast.config import LossConfig
+from vito_fast.train.keys import GatheredKeys
 from vito_kernels import info_nce
-
-
-class Keys(NamedTuple):
-    """The target's unit keys of all ranks' clips; this rank's are rows ``first`` to ``first + B``."""
-
-    embeddings: list[Tensor]
-    """One (V,N,D) a scale."""
-    video: Tensor
-    """(N,) int64: clips with equal numbers come from one video and are never each other's negatives."""
-    first: int
-
-    def own(self, clips: int) -> slice:
-        """Rows of this rank's clips."""
-        return slice(self.first, self.first + clips)
 
 
 def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
@@ -40,49 +26,54 @@ def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
 
 
 def _key_rows(keys: Tensor, video: Tensor, a: int, b: int, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Keys (N or 2N, D) that queries of view a choose among when they look for view b, and their videos."""
+    """The candidate keys (N or 2N, D) of view a's queries for view b, and their videos."""
     if config.negatives == "cross_view":
         return keys[b], video
     return torch.cat([keys[b], keys[a]]), torch.cat([video, video])
 
 
-def objective(queries: list[Tensor], keys: Keys, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """(objective (), its mean term per scale (S,), detached). Queries: one (V,B,D) of unit rows a scale.
+def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Sums the terms over ordered pairs of views and levels. Gradient flows to the queries only.
 
-    The mean term is what compares with ``chance``: the objective over the number of ordered pairs, by scale. With kind
-    ``byol`` a term is 2 - 2 q_i.k_i. Gradient flows to the queries only.
+    Args:
+        queries: One (V,B,D) of unit rows a level.
+        keys: GatheredKeys of all ranks.
+        config: The loss; with ``byol`` a term is 2 - 2 q_i.k_i.
+
+    Returns:
+        (objective (), mean term of each level (S,), detached). The mean term compares with ``chance``.
     """
     views, clips, _ = queries[0].shape
     own = keys.own(clips)
     video, positive = keys.video[own], torch.arange(own.start, own.stop, device=queries[0].device)
-    scales = []
+    levels = []
     for q, k in zip(queries, keys.embeddings, strict=True):
         terms = []
         for a, b in ordered_pairs(views):
-            if config.kind == "byol":
+            if config.name == "byol":
                 terms.append((2 - 2 * (q[a] * k[b, own]).sum(-1)).mean())
                 continue
             rows, groups = _key_rows(k, keys.video, a, b, config)
             terms.append(
                 info_nce(q[a], rows, temperature=config.temperature, positive=positive, q_group=video, k_group=groups)
             )
-        scales.append(torch.stack(terms))
-    by_scale = torch.stack(scales)
-    return by_scale.sum(), by_scale.detach().mean(1)
+        levels.append(torch.stack(terms))
+    by_level = torch.stack(levels)
+    return by_level.sum(), by_level.detach().mean(1)
 
 
 @torch.no_grad()
-def chance(keys: Keys, clips: int, config: LossConfig) -> Tensor:
-    """log(negatives + 1), averaged over this rank's queries (): the loss of a network that cannot tell clips apart."""
-    if config.kind == "byol":
+def chance(keys: GatheredKeys, clips: int, config: LossConfig) -> Tensor:
+    """log(negatives + 1), averaged over this rank's queries (): the loss of a network with equal similarities."""
+    if config.name == "byol":
         return torch.tensor(2.0, device=keys.video.device)
     negatives = (keys.video[keys.own(clips), None] != keys.video).sum(1)
     return torch.log1p(negatives * (2 if config.negatives == "both_views" else 1)).mean()
 
 
 @torch.no_grad()
-def accuracy(queries: list[Tensor], keys: Keys, config: LossConfig) -> Tensor:
-    """Share of queries of view 0 that are nearer to their own key in view 1 than to every negative, by scale (S,)."""
+def accuracy(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> Tensor:
+    """Share of view 0's queries that are nearer to their key in view 1 than to every negative, by level (S,)."""
     own = keys.own(queries[0].shape[1])
     video = keys.video[own]
     result = []
@@ -97,27 +88,27 @@ def accuracy(queries: list[Tensor], keys: Keys, config: LossConfig) -> Tensor:
 
 @torch.no_grad()
 def embedding_std(queries: list[Tensor]) -> Tensor:
-    """Collapse alarm, by scale (S,): sqrt(D) times the mean over dimensions of the standard deviation over clips of
+    """Collapse alarm, by level (S,): sqrt(D) times the mean over dimensions of the standard deviation over clips of
     view 0's unit rows. 1 = spread evenly over the sphere, 0 = all alike."""
     return torch.stack([q[0].std(0, correction=0).mean() * q.shape[-1] ** 0.5 for q in queries])
 
 
 @torch.no_grad()
 def embedding_rank(queries: list[Tensor]) -> Tensor:
-    """How many dimensions the unit rows of view 0 use, by scale (S,): the participation ratio (sum l)^2 / sum l^2 of
+    """How many dimensions the unit rows of view 0 use, by level (S,): the participation ratio (sum l)^2 / sum l^2 of
     the eigenvalues l of their covariance over clips. D or clips - 1 = all alike, 1 = a line, 0 = a point.
     """
     ratios = []
     for q in queries:
-        centred = q[0] - q[0].mean(0)
-        square = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T  # equal eigenvalues
+        centered = q[0] - q[0].mean(0)
+        square = centered.T @ centered if len(centered) > centered.shape[1] else centered @ centered.T
         ratios.append(square.trace().square() / square.square().sum().clamp(min=torch.finfo(square.dtype).tiny))
     return torch.stack(ratios)
 
 
 @torch.no_grad()
 def attention_entropy(weights: list[Tensor]) -> Tensor:
-    """Mean entropy of the pooling weights (B,L) as a share of log L, by scale (S,): 1 = plain averaging."""
+    """Mean entropy of the pooling weights (B,L) as a share of log L, by level (S,): 1 = plain averaging."""
     shares = []
     for w in weights:
         entropy = torch.special.entr(w.float()).sum(1).mean()

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal.
+"""Writes a run's numbers to metrics.jsonl, TensorBoard and the terminal.
 
 metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit,
 except those of ``TIMINGS``, which are about this machine and this moment.
@@ -20,12 +20,10 @@ import torch
 from vito_fast.config import Config, to_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, name_errors
-from vito_fast.plan.hardware import arithmetic_peak
-from vito_fast.train.distributed import World
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
-"""pairs_per_s: clips a second over all ranks since the last row. mfu: model flops utilisation, the share of the GPUs'
-peak arithmetic that the method's own needs; null unless the peak is known. data_wait: share of the time in which the
+"""pairs_per_s: clips a second over all ranks since the last row. mfu: model flops utilization, the method's own
+arithmetic as a share of the GPUs' peak; null unless the peak is known. data_wait: share of the time in which the
 main process waited for data, 0 to 1 (a GPU may still have been busy with earlier steps). seconds: since the process
 began training. peak_memory: bytes, of the GPU, or resident in main memory without one. decode_failures: samples
 replaced because they could not be decoded, since the process began."""
@@ -120,25 +118,13 @@ def _wandb_run(run: Path, config: Config) -> Any:
     return wandb.init(project=config.train.wandb, name=config.name, id=config.name, **options)
 
 
-def pairs_at_peak(config: Config, world: World) -> float | None:
-    """Clips a second over all ranks at which the GPUs' peak arithmetic would be used up (MFU 1), or None if unknown.
-
-    Counts the step's flops once (``dryrun.model_flops``); costs nothing without a GPU that the table knows.
-    """
-    if world.device.type != "cuda":
-        return None
-    peak = arithmetic_peak(torch.cuda.get_device_name(world.device), config.train.dtype)
-    if peak is None:
-        return None
-    from vito_fast.plan.dryrun import model_flops
-
-    clips = config.train.batch_size // world.size
-    flops = model_flops(config, clips, world.size)
-    return peak * world.size * clips / flops if flops else None
-
-
 class Clock:
-    """Rate and waiting time between rows. ``at_peak``: the rate that is an MFU of 1 (``pairs_at_peak``)."""
+    """Rate and waiting time between rows.
+
+    Args:
+        device: Whose memory is reported.
+        at_peak: Clips a second at an MFU of 1, if known.
+    """
 
     def __init__(self, device: torch.device, at_peak: float | None = None) -> None:
         self.device, self.at_peak = device, at_peak
@@ -171,7 +157,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (an evaluation) counts neither as training nor as waiting."""
+        """Inside (an evaluation), time counts neither as training nor as waiting."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps still under way belong to the time before
         began = time.perf_counter()

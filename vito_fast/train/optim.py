@@ -1,8 +1,8 @@
 """LARS and the schedules of learning rate and target average: pure functions of the step.
 
-LARS as the BYOL code chains it: weight decay is added to the gradient, the sum is scaled by eta |w|/|g + wd w|,
-momentum gathers it, and the learning rate multiplies the momentum. Parameters with fewer than two dimensions
-(biases, norms) skip weight decay and trust ratio.
+LARS as in the BYOL code: weight decay is added to the gradient, the sum is scaled by eta |w|/|g + wd w| with the trust
+coefficient eta, momentum accumulates it, and the learning rate multiplies the momentum. Parameters with fewer than two
+dimensions (biases, norms) skip weight decay and trust ratio.
 """
 
 import math
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from vito_fast.config import Config, OptimizerConfig, ScheduleConfig
 
-CACHED = 1 << 20  # elements of a part, unless one parameter has more
+CHUNK = 1 << 20  # elements of a chunk on the CPU, unless one parameter has more
 
 
 class Lars:
-    """Holds one momentum buffer per parameter. All work is in multi-tensor calls and nothing waits for the device.
+    """LARS with one momentum buffer per parameter, in multi-tensor calls; nothing waits for the device. Deterministic.
 
-    Deterministic. ``step(lr, finite)`` with ``finite`` (a bool tensor ()) false leaves parameters and momentum
-    exactly as they were, whatever the gradients hold.
+    Args:
+        named_parameters: Parameters by name; those without ``requires_grad`` are left out.
+        config: Its constants.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
@@ -30,14 +31,14 @@ class Lars:
         self.adapted = [(name, p) for name, p in named if p.dim() > 1]
         self.plain = [(name, p) for name, p in named if p.dim() <= 1]
         self.momentum = {name: torch.zeros_like(p) for name, p in self.adapted + self.plain}
-        self.parts = _parts(self.parameters)
+        self.chunks = _chunks(self.parameters)
 
     @property
     def parameters(self) -> list[Tensor]:
         return [p.detach() for _, p in self.adapted + self.plain]
 
     def gradients(self) -> list[Tensor]:
-        """The parameters' gradients, zeros where a parameter took no part (which allocates them once)."""
+        """The parameters' gradients; a parameter without one gets zeros."""
         named = self.adapted + self.plain
         for _, p in named:
             if p.grad is None:
@@ -51,14 +52,17 @@ class Lars:
 
     @torch.no_grad()
     def step(self, lr: float, finite: Tensor | None = None) -> None:
-        """One update at learning rate ``lr``; uses up the gradients (they are overwritten).
+        """Updates the parameters once, and overwrites the gradients.
 
-        ``lr`` may be a tensor () where ``finite`` is given.
+        Args:
+            lr: Learning rate; may be a tensor () where ``finite`` is given.
+            finite: Bool tensor (). False leaves parameters and momentum exactly as they were, even if the gradients are
+                not finite.
         """
         gradients, momentum, weights = self.gradients(), list(self.momentum.values()), self.parameters
-        for part in self.parts:
-            adapted = max(0, len(self.adapted) - part.start)
-            self._step(weights[part], gradients[part], momentum[part], adapted, lr, finite)
+        for chunk in self.chunks:
+            adapted = max(0, len(self.adapted) - chunk.start)
+            self._step(weights[chunk], gradients[chunk], momentum[chunk], adapted, lr, finite)
 
     def _step(
         self,
@@ -69,11 +73,11 @@ class Lars:
         lr: float,
         finite: Tensor | None,
     ) -> None:
-        """Of these parameters, of which the first ``adapted`` have weight decay and trust ratio."""
+        """Updates one chunk; its first ``adapted`` parameters have weight decay and trust ratio."""
         keep: Any = self.config.momentum
         if finite is not None:
             bits = torch.int64 if gradients[0].dtype == torch.float64 else torch.int32
-            torch._foreach_mul_([g.view(bits) for g in gradients], finite.to(bits))  # of NaN times 0, the bits are 0
+            torch._foreach_mul_([g.view(bits) for g in gradients], finite.to(bits))
             # Scalars of the tensors' own dtype: with any other, multi-tensor calls launch a kernel for each tensor.
             usable = finite.to(gradients[0].dtype)
             keep = keep * usable + (1 - usable)
@@ -93,7 +97,7 @@ class Lars:
         weight_norm = torch.stack(torch._foreach_norm(weights))
         update_norm = torch.stack(torch._foreach_norm(gradients))
         usable = (weight_norm > 0) & (update_norm > 0)
-        ratio = torch.where(usable, self.config.eta * weight_norm / update_norm, 1.0)
+        ratio = torch.where(usable, self.config.trust_coefficient * weight_norm / update_norm, 1.0)
         if finite is not None:
             ratio = torch.where(finite, ratio, 0.0)
         torch._foreach_mul_(gradients, list(ratio.unbind()))
@@ -104,22 +108,22 @@ class Lars:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies momentum in; ValueError if the names are not exactly this optimiser's."""
+        """Copies momentum in; ValueError if the names are not exactly this optimizer's."""
         if state.keys() != self.momentum.keys():
             raise ValueError(f"momentum of other parameters: {sorted(state.keys() ^ self.momentum.keys())[:3]} ...")
         for name, buffer in self.momentum.items():
             buffer.copy_(state[name])
 
 
-def _parts(tensors: list[Tensor]) -> list[slice]:
-    """What to update at a time: on a GPU everything, on a CPU what its cache holds while several calls pass over it."""
-    parts, start, size = [], 0, 0
+def _chunks(tensors: list[Tensor]) -> list[slice]:
+    """Splits the parameters: one chunk on a GPU; on a CPU, chunks that stay in its cache between calls."""
+    chunks, start, size = [], 0, 0
     for i, tensor in enumerate(tensors):
-        if size and tensor.device.type == "cpu" and size + tensor.numel() > CACHED:
-            parts.append(slice(start, i))
+        if size and tensor.device.type == "cpu" and size + tensor.numel() > CHUNK:
+            chunks.append(slice(start, i))
             start, size = i, 0
         size += tensor.numel()
-    return [*parts, slice(start, len(tensors))]
+    return [*chunks, slice(start, len(tensors))]
 
 
 class Schedule:

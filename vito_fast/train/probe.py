@@ -1,10 +1,9 @@
-"""A cheap evaluation during pretraining: does an augmented frame find another augmented frame of its own clip?
+"""A cheap evaluation during pretraining: retrieval of a clip by another augmented frame.
 
-For each clip two frames are drawn and augmented as in training, from a seed of their own. The first looks for the
-second among those of all clips, by cosine of the encoder's averaged last features. The untrained network (the run's
-own start) and the raw pixels answer the same question on the same frames. Where the videos lie in folders that name
-classes, their frames are also classified by their nearest neighbours in other videos; the labels are used for nothing
-else. Beside the numbers, a picture: where the pools look in a few frames that stay the same.
+Two frames of each clip are drawn and augmented as in training, from another seed. The first retrieves the second among
+those of all clips, by cosine of the encoder's averaged last features. The baselines are the untrained network and the
+raw pixels on the same frames. Where the videos' folders name classes, the frames are also classified by their nearest
+neighbors in other videos; labels have no other use. A picture shows the attention in a few fixed frames.
 """
 
 import math
@@ -20,17 +19,18 @@ from torch.nn import functional as F
 from vito_fast.config import Config, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.store.store import Store
-from vito_fast.model.pair import Branch, build_backbone
+from vito_fast.model.backbones import build_backbone
+from vito_fast.model.pair import Branch
 from vito_fast.train.attention_maps import Pixels, video_frames, write_grid
 
 SEED_OFFSET = 1_000_003
-"""The evaluation's frames come from the run's seed plus this: other frames, crops and colours than training's."""
-NEIGHBOURS = 20
-"""That vote on a frame's class; DINO's choice for its tables."""
+"""Added to the run's seed for the evaluation: other frames, crops and colors than training's."""
+NEIGHBORS = 20
+"""Voters on a frame's class, as in DINO's tables."""
 SHOWN = 6
 """Frames in an attention picture."""
 DRAWS = 4
-"""How often each of a few clips is asked for at most, with other frames each time: once alone gives a coarse number."""
+"""Maximum draws of each clip, with other frames each time: one draw of a few clips gives a coarse number."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,40 @@ class Frames:
 
     @property
     def clips(self) -> int:
-        """N, among which a frame is looked for: shares of the same number compare."""
+        """N, the candidates of a retrieval; shares compare only for the same number."""
         return self.query.shape[1]
 
 
 class CollapseAlarm:
-    """Watches logged rows for embeddings that have all become one point or lie on a line, and for batches of one video,
-    which teach the contrastive loss nothing: one line when that begins.
+    """Watches logged rows and prints one warning at the onset of collapse, or of batches of one video.
+
+    Collapsed embeddings are one point or lie on a line. A batch of one video has no negatives.
+
+    Args:
+        config: The thresholds.
+        ranks: Number of ranks.
     """
 
     def __init__(self, config: TrainConfig, ranks: int) -> None:
-        self.least, self.ringing, self.alone = {"embedding_std": config.collapse_std}, False, False
+        self.minimum, self.warned, self.alone = {"embedding_std": config.collapse_std}, False, False
         if config.batch_size // ranks >= 8 * config.collapse_rank:  # a few clips span few dimensions anyway
-            self.least["embedding_rank"] = config.collapse_rank
+            self.minimum["embedding_rank"] = config.collapse_rank
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """``collapsed_scales`` for metrics.jsonl: how many scales are below a threshold."""
+        """``collapsed_levels`` for metrics.jsonl: how many levels are below a threshold."""
         low: dict[str, Any] = {}
         for key, value in row.items():
-            name, _, scale = key.partition("_scale")
-            if name in self.least and value < self.least[name]:
-                low.setdefault(scale, []).append(f"{key} {value:.2g}")
-        if low and not self.ringing:
+            name, _, level = key.partition("_level")
+            if name in self.minimum and value < self.minimum[name]:
+                low.setdefault(level, []).append(f"{key} {value:.2g}")
+        if low and not self.warned:
             values = ", ".join(text for texts in low.values() for text in texts)
             print(
                 f"warning: step {row['step']}: embeddings collapse: {values} "
                 "(std: 1 = spread evenly, 0 = a point; rank: dimensions used)",
                 flush=True,
             )
-        self.ringing = bool(low)
+        self.warned = bool(low)
         alone = row.get("chance") == 0
         if alone and not self.alone:
             print(
@@ -85,18 +90,18 @@ class CollapseAlarm:
                 flush=True,
             )
         self.alone = alone
-        return {"collapsed_scales": len(low)}
+        return {"collapsed_levels": len(low)}
 
 
 def draw(config: Config, clips: int) -> Frames:
-    """Augmented frames of up to ``train.evaluate_clips`` of the store's ``clips`` clips, the same for the same seed."""
+    """Draws augmented frames of up to ``train.evaluate_clips`` of the store's clips; a function of the seed."""
     wanted = min(clips, config.train.evaluate_clips)
     draws = max(1, min(DRAWS, config.train.evaluate_clips // wanted))
     batches = -(-wanted // 64)
     size = wanted // batches  # the loader drops an incomplete batch, so the batches are made to fit
     seed, threads = config.seed + SEED_OFFSET, config.data.threads
     query, gallery, clip, video = [], [], [], []
-    bad = config.data.max_bad_share  # as training: a store good enough for that is so here
+    bad = config.data.max_bad_share  # as in training
     with ClipLoader(
         config.data.store, size, seed=seed, sampler=config.sampler, threads=threads, max_bad_share=bad
     ) as loader:
@@ -112,9 +117,9 @@ def draw(config: Config, clips: int) -> Frames:
 
 
 def labels(store: Store, clips: list[int]) -> Tensor | None:
-    """The class of each of ``clips``, (M,) int64 from 0: the folder that its video lay in when it was packed.
+    """The class of each of ``clips``, (M,) int64 from 0: the folder of its video when it was packed.
 
-    None if they all lay in one folder, or one of them in none.
+    None if all were in one folder, or one of them in none.
     """
     folders = [Path(store.index.clip(clip).source).parent.name for clip in clips]
     classes = sorted(set(folders))
@@ -122,44 +127,48 @@ def labels(store: Store, clips: list[int]) -> Tensor | None:
 
 
 def _shown(config: Config) -> Pixels | None:
-    """The frames of ``picture``; a damaged clip among them costs the pictures, with a warning, and not the run."""
+    """The frames of ``picture``; None, with a warning, if a clip among them is damaged."""
     if config.model.pooling != "attention":
         return None
     try:
         return video_frames(Path(config.data.store), SHOWN, config.sampler.size)
-    except (OSError, ValueError) as error:  # of its packets, of its record in the index
+    except (OSError, ValueError) as error:  # damaged packets, or a damaged record in the index
         print(f"warning: no attention pictures: {error}", flush=True)
         return None
 
 
 def top1(query: Tensor, gallery: Tensor) -> float:
-    """Share of rows of ``query`` (K,N,...) whose nearest row of ``gallery`` (K,N,...) of the same draw, by cosine, is
-    the one of the same number."""
+    """Share of rows of ``query`` (K,N,...) whose nearest row of ``gallery`` (K,N,...), by cosine in the same draw, has
+    the same number."""
     query, gallery = (F.normalize(x.flatten(2), dim=2) for x in (query, gallery))
     nearest = (query @ gallery.mT).argmax(2)
     return (nearest == torch.arange(nearest.shape[1], device=nearest.device)).double().mean().item()
 
 
 def knn_top1(rows: Tensor, label: Tensor, video: Tensor) -> float:
-    """Share of features (M,C) whose class, of ``label`` (M,) int64, wins the vote of the ``NEIGHBOURS`` nearest among
-    those of other videos, ``video`` (M,): by cosine, each with weight exp(cosine/0.07), as in InstDisc (1805.01978) and
-    DINO. NaN for features that are not finite.
+    """Accuracy of nearest-neighbor classification, as in InstDisc (1805.01978) and DINO.
+
+    Args:
+        rows: Features (M,C).
+        label: (M,) int64.
+        video: (M,) int64; neighbors are of other videos.
+
+    Returns:
+        Share of rows whose class wins the vote of the ``NEIGHBORS`` nearest by cosine, each of weight
+        exp(cosine / 0.07). NaN for features that are not finite.
     """
     if not torch.isfinite(rows).all():
         return math.nan
     rows = F.normalize(rows, dim=1)
     similarity = (rows @ rows.T).masked_fill(video[:, None] == video, -torch.inf)
-    nearest, at = similarity.topk(min(NEIGHBOURS, len(rows)))
+    nearest, at = similarity.topk(min(NEIGHBORS, len(rows)))
     votes = rows.new_zeros(len(rows), int(label.max()) + 1).scatter_add_(1, label[at], (nearest / 0.07).exp())
     return (votes.argmax(1) == label).double().mean().item()
 
 
 @torch.no_grad()
 def features(backbone: nn.Module, images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """(K,N,C) float32:
-
-    the spatial mean of the coarsest stage, in whichever mode the backbone is, of images (K,N,3,S,S).
-    """
+    """Spatial means (K,N,C) float32 of the coarsest stage, for images (K,N,3,S,S), in the backbone's current mode."""
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     rows = []
     for part in images.flatten(0, 1).split(64):
@@ -169,7 +178,7 @@ def features(backbone: nn.Module, images: Tensor, device: torch.device, channels
 
 
 def rank_me(rows: Tensor) -> float:
-    """Effective rank of features (N,C): exp of the entropy of their normalised singular values (RankMe, 2210.02885).
+    """Effective rank of features (N,C): exp of the entropy of their normalized singular values (RankMe, 2210.02885).
 
     NaN for features that are not finite, of a run that has failed.
     """
@@ -181,10 +190,11 @@ def rank_me(rows: Tensor) -> float:
 
 
 def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
-    """Retrieval (share, 0 to 1) among how many ``clips``, and RankMe, of the network in evaluation mode; the network is
-    left as it was.
+    """Evaluates the network in evaluation mode, and leaves its mode as it was.
 
-    Where there are classes also ``knn_top1``, and the share of the commonest class as ``knn_chance``.
+    Returns:
+        ``retrieval`` (a share, 0 to 1) among ``clips`` clips, and ``rank_me``. With classes also ``knn_top1``, and the
+        share of the commonest class as ``knn_chance``.
     """
     was_training = backbone.training
     backbone.eval()
@@ -200,8 +210,10 @@ def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.
 
 
 def picture(branch: Branch, frames: Frames, out: Path) -> None:
-    """Writes the PNG ``out`` of the branch's attention in evaluation mode, if there is any; the branch is left as it
-    was. UserError if it cannot be written."""
+    """Writes the branch's attention in evaluation mode, if it has any, and leaves its mode as it was.
+
+    UserError if it cannot be written.
+    """
     if frames.shown is not None:
         was_training = branch.training
         branch.eval()
@@ -210,11 +222,11 @@ def picture(branch: Branch, frames: Frames, out: Path) -> None:
 
 
 def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch.device) -> dict[str, Any]:
-    """What the trained network must beat: the untrained one, its batch norms set to these frames, and raw pixels.
+    """Retrieval of the untrained network, its batch norms set to these frames, and of raw pixels.
 
-    The statistics favour the untrained network: without them its features would be scaled for no images at all.
+    The statistics favor the untrained network: its initial ones fit no images.
     """
-    untrained = build_backbone(config.model).to(device)  # not a copy: its norms must not wait for other ranks
+    untrained = build_backbone(config.model).to(device)  # not a copy: its norms must not synchronize with other ranks
     untrained.load_state_dict(backbone.state_dict())
     for module in untrained.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""Where a step's time goes: a trace of a few steps by torch's profiler, with the step's parts as named ranges."""
+"""A trace of a few steps by torch's profiler, with the phases of a step as named ranges."""
 
 import contextlib
 from pathlib import Path
@@ -7,14 +7,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 WARM_UP = 10
-"""Steps of the process before the recorded ones: compilation, autotuning and the first fill of caches are over then."""
+"""Steps of the process before the recorded ones, in which it compiles, tunes and fills its caches."""
 STEPS = 5
 """Steps recorded: a trace of a few megabytes that a browser still opens."""
 
 
-def part(name: str) -> contextlib.AbstractContextManager[object]:
-    """A range of this name in the profiler's trace, and an NVTX range under ``torch.autograd.profiler.emit_nvtx``;
-    nothing while neither is on."""
+def range(name: str) -> contextlib.AbstractContextManager[object]:
+    """Names a range in the profiler's trace, and in NVTX under ``torch.autograd.profiler.emit_nvtx``.
+
+    It does nothing while neither is on.
+    """
     if torch.autograd._profiler_enabled():
         return record_function(name)
     return contextlib.nullcontext()
@@ -51,5 +53,5 @@ class Profile:
         self._profiler.stop()
 
     def line(self) -> str:
-        """What became of it, for the end of the run."""
+        """One line about the trace, for the end of the run."""
         return f"profile: {self.path}" if self.path else f"profile: none, the run ended within {WARM_UP} steps"

@@ -1,7 +1,6 @@
-"""One training step: keys, queries, loss, gradient, update. One process or many, CPU or GPU: only configuration
-differs.
+"""One training step: keys, queries, loss, gradient, update; alike on one process or many, CPU or GPU.
 
-Legend: V views, B clips of this rank, S scales, D embedding width; a part is the share of the clips computed at once.
+Legend: V views, B clips of this rank, b clips of a micro-batch, S levels, D embedding width, L locations of a level.
 """
 
 import contextlib
@@ -16,19 +15,20 @@ from vito_fast.config import Config
 from vito_fast.errors import UserError
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
-from vito_fast.model.pair import normalise
+from vito_fast.model.pair import normalize
+from vito_fast.train import profiling
 from vito_fast.train.checkpoint import Checkpoint
-from vito_fast.train.distributed import PendingKeys, World, mean_over_ranks, replicate
+from vito_fast.train.distributed import World, mean_over_ranks, replicate
+from vito_fast.train.keys import PendingKeys
 from vito_fast.train.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 from vito_fast.train.optim import Lars, Schedule
-from vito_fast.train.profiling import part as named
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
 
 
-def _compiled(part: Any, mode: str | None = None) -> Any:
-    return torch.compile(part, mode=mode)
+def _compiled(function: Any, mode: str | None = None) -> Any:
+    return torch.compile(function, mode=mode)
 
 
 def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -39,12 +39,12 @@ def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    """A copy of them all, end to end: one launch, where a clone of each would be hundreds."""
+    """A copy of all, end to end: one launch instead of one for each tensor."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class Trainer:
-    """Model, optimiser and schedule, and the step that moves them."""
+    """Model, optimizer and schedule, and the step that updates them."""
 
     def __init__(self, config: Config, world: World, steps_per_epoch: int) -> None:
         self.config, self.world, self.step_count = config, world, 0
@@ -70,48 +70,55 @@ class Trainer:
             self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
 
     def step(self, views: tuple[Tensor, ...], video: Tensor, measure: bool, total: int | None = None) -> dict[str, Any]:
-        """One update from V views (B,3,H,W) of clips with ``video`` (B,) int64; what was measured, if asked for.
+        """Updates the networks once.
 
-        ``total``: clips of all ranks, where shares differ (``distributed.shares``). Ranks then count by their clips, so
-        that the step is that of one process with all of them.
+        Args:
+            views: V views (B,3,H,W) of the clips.
+            video: (B,) int64, the clips' videos.
+            measure: Whether to return a row of metrics; the host then waits for the device.
+            total: Clips of all ranks, where shares differ (``keys.shares``). The ranks' gradients are then weighted by
+                their clips, so that the step equals that of one process.
+
+        Returns:
+            The row, or an empty one.
         """
         lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
         self.weight = 1.0 if total is None else len(video) * self.world.size / total
-        parts = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))
+        micro = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))
         before = [_flat(group) for group in self.buffers]
         for p in self.model.online.parameters():
             p.grad = None
-        if self.config.train.cuda_graphs:  # what the graphs returned in the last step may be overwritten from here on
+        if self.config.train.cuda_graphs:  # the outputs of the last step's graphs may be overwritten from here on
             torch.compiler.cudagraph_mark_step_begin()
 
-        with torch.no_grad(), named("target"):  # keys first: they travel while the online branch runs
-            keys = [self._forward(self.target, part)[0] for part in parts]
+        with torch.no_grad(), profiling.range("target"):  # keys first: they travel while the online branch runs
+            keys = [self._forward(self.target, part)[0] for part in micro]
             pending = PendingKeys(
-                [normalise(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world, total
+                [normalize(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world, total
             )
-        if len(parts) == 1:
-            with named("online"):
-                rows, weights = self._forward(self.online, parts[0])
-                queries = [normalise(z) for z in rows]
-            with named("loss"):
-                loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
-            with named("backward"):
+        if len(micro) == 1:
+            with profiling.range("online"):
+                rows, weights = self._forward(self.online, micro[0])
+                queries = [normalize(z) for z in rows]
+            with profiling.range("loss"):
+                loss, by_level = objective(queries, every := pending.wait(), self.config.loss)
+            with profiling.range("backward"):
                 (loss * self.weight).backward()
         else:
-            queries, weights, every, loss, by_scale = self._cached_gradients(parts, pending)
+            queries, weights, every, loss, by_level = self._cached_gradients(micro, pending)
 
-        with named("optimiser"):
+        with profiling.range("optimizer"):
             norm = self.optimizer.gradient_norm()
         finite: Tensor | None = self._finite(loss.detach(), norm)
         rates: tuple[Any, Any] = (lr, tau)
-        if self.config.train.compile:  # as tensors: each new number would be compiled anew
+        if self.config.train.compile:  # as tensors: each new number would compile again
             new: dict[str, Any] = {"dtype": torch.float64, "device": self.world.device}
             rates = torch.full((), lr, **new), torch.full((), tau, **new)
         elif self.world.device.type == "cpu" and finite:
-            finite = None  # reading the flag is free here, and choosing by it on the device is not
-        with named("optimiser"):
+            finite = None  # reading the flag is free here; selecting by it on the device is not
+        with profiling.range("optimizer"):
             self._update(rates[0], finite)
-        with named("average"):
+        with profiling.range("average"):
             self._average(rates[1], finite)
         if finite is not None:
             for group, old in zip(self.buffers, before, strict=True):
@@ -120,33 +127,38 @@ class Trainer:
         self.step_count += 1
         if not measure:
             return {}
-        return self._measure(queries, weights, every, by_scale, norm) | {"lr": lr, "tau": tau}
+        return self._measure(queries, weights, every, by_level, norm) | {"lr": lr, "tau": tau}
 
-    def _forward(self, branch: nn.Module, part: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """All views of some clips in one pass: embeddings (V,b,D) and pooling weights (V*b,L) of each scale."""
+    def _forward(self, branch: nn.Module, views: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """All views of some clips in one pass: embeddings (V,b,D) and pooling weights (V*b,L) of each level."""
         device, config = self.world.device, self.config.train
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            images = torch.cat(part)
+            images = torch.cat(views)
             out = branch(images.double() if config.dtype == "float64" else images)
-        return [z.unflatten(0, (len(part), -1)) for z in out.embeddings], out.weights
+        return [z.unflatten(0, (len(views), -1)) for z in out.embeddings], out.weights
 
-    def _cached_gradients(self, parts: list[tuple[Tensor, ...]], pending: PendingKeys) -> Any:
-        """The step of the whole batch with the activations of one part: embed all parts, differentiate the loss with
-        respect to the embeddings, then embed each part again and send its share of that gradient back."""
-        with torch.no_grad(), named("online"):
-            forwards = [self._forward(self.online, part) for part in parts]
+    def _cached_gradients(self, micro: list[tuple[Tensor, ...]], pending: PendingKeys) -> Any:
+        """The gradient of the whole batch with the activations of one micro-batch (GradCache, 2101.06983).
+
+        Embeds all micro-batches, differentiates the loss with respect to the embeddings, then embeds each micro-batch
+        again and propagates its share of that gradient.
+        """
+        with torch.no_grad(), profiling.range("online"):
+            forwards = [self._forward(self.online, part) for part in micro]
         rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
-        queries = [normalise(z) for z in rows]
-        with named("loss"):
-            loss, by_scale = objective(queries, every := pending.wait(), self.config.loss)
-        gradients = [g.split([len(p[0]) for p in parts], 1) for g in torch.autograd.grad(loss * self.weight, rows)]
-        for i, part in enumerate(parts):
-            with self._without_sync(i < len(parts) - 1), frozen_statistics(self.model.online):
-                with named("online"):
+        queries = [normalize(z) for z in rows]
+        with profiling.range("loss"):
+            loss, by_level = objective(queries, every := pending.wait(), self.config.loss)
+        gradients = [
+            g.split([len(part[0]) for part in micro], 1) for g in torch.autograd.grad(loss * self.weight, rows)
+        ]
+        for i, part in enumerate(micro):
+            with self._without_sync(i < len(micro) - 1), frozen_statistics(self.model.online):
+                with profiling.range("online"):
                     again, _ = self._forward(self.online, part)
-                with named("backward"):
+                with profiling.range("backward"):
                     torch.autograd.backward(again, [g[i] for g in gradients])
-        return queries, forwards[0][1], every, loss, by_scale
+        return queries, forwards[0][1], every, loss, by_level
 
     def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         online = self.online
@@ -165,17 +177,17 @@ class Trainer:
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
         return finite
 
-    def _measure(self, queries: Any, weights: Any, keys: Any, by_scale: Tensor, norm: Tensor) -> dict[str, Any]:
-        """The row of metrics.jsonl: this is where the host waits for the device."""
+    def _measure(self, queries: Any, weights: Any, keys: Any, by_level: Tensor, norm: Tensor) -> dict[str, Any]:
+        """A row of metrics.jsonl; here the host waits for the device."""
         config = self.config.loss
         groups = {
-            "loss_scale": by_scale,
-            "accuracy_scale": accuracy(queries, keys, config),
-            "embedding_std_scale": embedding_std(queries),
-            "embedding_rank_scale": embedding_rank(queries),
-            "attention_entropy_scale": attention_entropy(weights),
+            "loss_level": by_level,
+            "accuracy_level": accuracy(queries, keys, config),
+            "embedding_std_level": embedding_std(queries),
+            "embedding_rank_level": embedding_rank(queries),
+            "attention_entropy_level": attention_entropy(weights),
         }
-        scalars = [by_scale.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
+        scalars = [by_level.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
         flat = torch.cat([torch.stack([s.double() for s in scalars]), *(g.double() for g in groups.values())])
         values = mean_over_ranks(flat * self.weight).tolist()
         row = dict(zip(("loss", "chance", "gradient_norm", "target_distance"), values, strict=False))
@@ -185,7 +197,7 @@ class Trainer:
         return row
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, plain values) that a run continues from, bit for bit."""
+        """(tensors, plain values) from which a run continues bit for bit."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"momentum.{k}": v for k, v in self.optimizer.state_dict().items()}
         tensors |= {"rng.cpu": torch.get_rng_state(), "skipped": self.skipped}
@@ -194,7 +206,7 @@ class Trainer:
         return tensors, {"step": self.step_count}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint; UserError naming it if it is of another model."""
+        """Continues from a checkpoint. UserError if it is of another model."""
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "rng": {}, "skipped": {}}
         for name, tensor in checkpoint.tensors.items():
             group, _, rest = name.partition(".")

@@ -1,0 +1,61 @@
+"""``vito-fast plan``."""
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
+
+from vito_fast.config import Config
+from vito_fast.data.store.index import Index
+from vito_fast.errors import UserError
+from vito_fast.plan.hardware import machine
+from vito_fast.plan.predict import Format, PlanOptions, alternatives, predict
+from vito_fast.plan.report import as_json, assumptions, console, show
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict a run's time, memory and storage, and its bottleneck.
+
+    usage: vito-fast plan CONFIG [--gpu h100 --gpus 8 ...] [--section.field VALUE ...]
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = field(default_factory=PlanOptions)
+    json: bool = False
+    """Print the prediction as JSON."""
+    assumptions: bool = False
+    """Print every constant with its source, and nothing else."""
+
+    def run(self) -> int:
+        """Prints the prediction; returns the exit status."""
+        options = from_store(self.options) if self.options.store else self.options
+        constants = machine(options.gpu, options.calibrate or None)
+        if self.assumptions:
+            console().print(assumptions(constants))
+            return 0
+        prediction = predict(self.config, options, constants)
+        others = alternatives(prediction)
+        if self.json:
+            print(json.dumps(as_json(prediction, others), indent=1))
+        else:
+            show(prediction, others, console())
+        return 0
+
+
+def from_store(options: PlanOptions) -> PlanOptions:
+    """Fills in the number of clips, the format and the bytes a frame of the store that the options name.
+
+    Raises:
+        UserError: no readable store, or an empty one.
+    """
+    try:
+        index = Index(f"{options.store}/index.bin")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot plan for the store {options.store}: {error}") from None
+    if not index.num_clips:
+        raise UserError(f"the store {options.store} holds no clips")
+    size = sum(size for _, size in index.shards) / max(1, index.num_frames)
+    form: Format = "jpeg" if index.format == "jpeg" else "h264" if index.format == "h264" else "copy"
+    return replace(options, clips=index.num_clips, format=form, frame_bytes=size)

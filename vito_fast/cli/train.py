@@ -1,0 +1,47 @@
+"""``vito-fast train``."""
+
+import signal
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from vito_fast.config import Config
+
+
+@dataclass(frozen=True)
+class Train:
+    """Pretrain an encoder.
+
+    usage: vito-fast train CONFIG [--resume] [--section.field VALUE ...], where CONFIG is a YAML file or a shipped
+    preset.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    resume: bool = False
+    """Continue the run of this name from its newest whole checkpoint, or start it if there is none."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedules stay those of the whole run."""
+    profile: bool = False
+    """Trace a few steps after the first ten into the run's folder, profile/, for Perfetto or chrome://tracing."""
+    dry_run: bool = False
+    """Run one CUDA step without data or GPU; print its operations, its memory and its problems."""
+
+    def run(self) -> int:
+        """Trains, or runs dry; returns the exit status."""
+        if self.dry_run:
+            from vito_fast.plan.report import report_dry_run
+
+            return report_dry_run(self.config)
+        from vito_fast.plan.dryrun import clips_at_peak
+        from vito_fast.train.loop import train
+
+        summary = train(
+            self.config,
+            resume=self.resume,
+            max_steps=self.max_steps,
+            profile=self.profile,
+            clips_at_peak=clips_at_peak(self.config),
+        )
+        stopped_by = summary.get("signal")
+        return 128 + signal.Signals[stopped_by] if stopped_by else 0

@@ -1,0 +1,254 @@
+"""A run's folder: opened, saved, evaluated and summarized.
+
+``runs/NAME`` holds config.yaml, metrics.jsonl, evaluations.jsonl, attention/, tensorboard/, checkpoints/ and
+summary.json. All ranks read it; only the main one writes.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vito_fast import __version__
+from vito_fast.config import Config, method_differences, save_config, to_mapping
+from vito_fast.data.loader.loader import ClipLoader
+from vito_fast.errors import UserError
+from vito_fast.files import atomic_write
+from vito_fast.train import probe
+from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
+from vito_fast.train.distributed import World, all_gather_str, sole_writer
+from vito_fast.train.metrics import Recorder
+from vito_fast.train.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """An open run. Only the main process has a recorder, a saver and frames; elsewhere the methods do nothing."""
+
+    config: Config
+    world: World
+    folder: Path
+    loader: ClipLoader
+    trainer: Trainer
+    last: int
+    """The step that it ends after."""
+    recorder: Recorder | None = None
+    saver: Checkpointer | None = None
+    frames: probe.Frames | None = None
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """Retrieval of the untrained network and of raw pixels."""
+
+    def save(self, if_healthy: bool = False) -> None:
+        """Starts to write a checkpoint of the current step.
+
+        Args:
+            if_healthy: Do nothing while steps are skipped, so that repeated failures do not displace older checkpoints.
+        """
+        if self.saver and self.recorder and not (if_healthy and self.trainer.skipped[1]):
+            self.recorder.sync()
+            tensors, state = self.trainer.state()
+            self.saver.save(self.trainer.step_count, tensors, state | self._origin())
+
+    def evaluate(self) -> None:
+        """Records a row of retrieval and an attention picture."""
+        if self.recorder and self.frames:
+            step, online = self.trainer.step_count, self.trainer.model.online
+            scores = probe.evaluate(online.backbone, self.frames, self.config, self.world.device)
+            self.recorder.evaluation({"step": step} | scores)
+            probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
+
+    def retrieval(self) -> dict[int, float]:
+        """Retrieval by step, of the evaluations with as many clips as the baselines."""
+        rows = self.recorder.evaluations.rows if self.recorder else []
+        clips = self.baselines.get("clips")  # older rows may lack it
+        return {
+            row["step"]: row["retrieval"] for row in rows if "retrieval" in row and row.get("clips", clips) == clips
+        }
+
+    def finish(self, rate: float, stopped_by: str | None) -> dict[str, Any]:
+        """Evaluates the last step once, then prints the outcome and writes summary.json.
+
+        Args:
+            rate: Clips a second of this process's logged steps.
+            stopped_by: Name of the signal that ended the run early.
+        """
+        if self.recorder is None:
+            return {}
+        step, total = self.trainer.step_count, self.trainer.schedule.total_steps
+        rows = self.recorder.metrics.rows
+        if step >= self.last and step not in self.retrieval():
+            self.evaluate()
+        summary = {
+            "checkpoint": str(path_of(self.folder / "checkpoints", step)),
+            "step": step,
+            "steps": total,
+            "first_loss": rows[0]["loss"] if rows else None,
+            "last_loss": rows[-1]["loss"] if rows else None,
+            "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
+            "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
+            "retrieval": {"trained": next(reversed(self.retrieval().values()), None), **self.baselines},
+        }
+        with atomic_write(self.folder / "summary.json") as partial:
+            partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self.recorder.close()
+        _print_summary(summary, stopped_by)
+        return summary
+
+    def _origin(self) -> dict[str, Any]:
+        """A checkpoint's record of its making: configuration, data position, versions."""
+        try:
+            command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+            git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            git = None
+        python = platform.python_version()
+        return {
+            "config": to_mapping(self.config),
+            "loader": self.loader.state_dict(),
+            "clips": len(self.loader.store),
+            "store": self.loader.store.identity,
+            "ranks": self.world.size,
+            "baselines": self.baselines,
+            "versions": {"vito_fast": __version__, "torch": torch.__version__, "python": python, "git": git},
+        }
+
+
+@contextmanager
+def open_run(config: Config, world: World, resume: bool, max_steps: int | None) -> Iterator[Run]:
+    """Opens a new run, evaluated once, or one at its newest whole checkpoint.
+
+    Args:
+        config: The run.
+        world: This process's place.
+        resume: Whether a run of this name continues.
+        max_steps: Its last step, if that is before the schedule's end.
+
+    Raises:
+        UserError: a folder, store or configuration that cannot be used, or a checkpoint of another run.
+    """
+    if config.train.cuda_graphs and (world.size > 1 or world.device.type == "cpu"):
+        where = "the CPU" if world.device.type == "cpu" else f"{world.size} GPUs, whose collectives would be captured"
+        raise UserError(f"train.cuda_graphs is for one GPU, and this run is on {where}")
+    folder = Path(config.train.runs) / config.name
+    loader = make_loader(config, world)
+    _check_negatives(config, loader)
+    trainer = Trainer(config, world, len(loader))
+    with sole_writer(folder, world):
+        checkpoint = _open_folder(folder, config, resume, world)
+        if checkpoint is not None:
+            _check_same_run(checkpoint, config, loader)
+        frames = probe.draw(config, len(loader.store)) if world.main else None
+        baselines = {} if checkpoint is None else checkpoint.value("baselines")
+        if frames and baselines.get("clips") != frames.clips:  # of a new run, or one with another number of clips now
+            baselines = probe.baselines(trainer.model.online.backbone, frames, config, world.device)
+        if checkpoint is not None:
+            trainer.load(checkpoint)
+        start, total = trainer.step_count, trainer.schedule.total_steps
+        loader.load_state_dict({"step": start})
+        last = total if max_steps is None else min(total, max_steps)
+        run = Run(config, world, folder, loader, trainer, last, frames=frames, baselines=baselines)
+        if world.main:
+            if start:
+                how = "continues after" if start < last else "is finished at"
+                print(f"{folder} {how} step {start} of {total}", flush=True)
+            run.recorder = Recorder(folder, start, config)
+            run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
+            if checkpoint is None:
+                run.recorder.evaluation({"step": 0, **baselines})
+        yield run
+
+
+def make_loader(config: Config, world: World) -> ClipLoader:
+    """This rank's loader. UserError if the store is unusable or the batch does not divide among the ranks."""
+    clips = config.train.clips(world.size)
+    threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return ClipLoader(
+        config.data.store,
+        clips,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        sampler=config.sampler,
+        device=world.device,
+        dtype=torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32,
+        threads=threads,
+        prefetch=config.data.prefetch,
+        max_bad_share=config.data.max_bad_share,
+    )
+
+
+def _check_negatives(config: Config, loader: ClipLoader) -> None:
+    """UserError where no clip has a negative: the loss would be 0 from the start."""
+    index = loader.store.index
+    first, last = index.clip(0), index.clip(index.num_clips - 1)  # videos are numbered in the clips' order
+    if config.loss.name == "contrastive" and first.video == last.video:
+        raise UserError(
+            f"all {index.num_clips} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
+            "loss takes negatives from other videos: pack more videos, or train with --loss.name byol, which needs none"
+        )
+
+
+def _open_folder(folder: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
+    """Starts the run's folder, or finds its newest checkpoint.
+
+    Raises:
+        UserError: on all ranks, if the folder must not be overwritten, or if the ranks find different checkpoints. A
+            rank that continued from another file would never notice.
+    """
+    found: Checkpoint | None = None
+    problem = ""
+    try:
+        found = read_newest(folder / "checkpoints")
+    except UserError as error:
+        problem = f"{error}: move {folder} away, give another --name, or take the program that wrote it"
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be read: {error.strerror or error}; start again when it can"
+    by_rank = all_gather_str(problem or (f"{found.path.name} ({found.sha256[:12]})" if found else "no checkpoint"))
+    if len(set(by_rank)) > 1:
+        each = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(by_rank))
+        raise UserError(f"the ranks do not find the same in {folder}: start again when all see the same files ({each})")
+    if problem:
+        raise UserError(problem)
+    if found is not None and not resume:
+        raise UserError(f"{folder} already holds a run: continue it with --resume, or give this one another --name")
+    if world.main:
+        save_config(config, folder / "config.yaml")
+    return found
+
+
+def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) -> None:
+    if different := method_differences(config_of(checkpoint), config):
+        raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
+    if (clips := checkpoint.value("clips")) != len(loader.store):
+        raise UserError(
+            f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {len(loader.store)}"
+        )
+    was, now = checkpoint.state.get("store", {}), loader.store.identity  # older checkpoints may lack it
+    if different := [name for name, value in was.items() if value != now.get(name)]:
+        raise UserError(
+            f"{checkpoint.path} was made on another store than {config.data.store}, packed with other "
+            f"{', '.join(different)}: resume on the same"
+        )
+
+
+def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
+    scores = summary["retrieval"]
+    if stopped_by:
+        print(f"stopped by {stopped_by} after step {summary['step']} of {summary['steps']}; continue with --resume")
+    if scores["trained"] is not None:
+        print(
+            f"retrieval of a clip's other frame among {scores['clips']} clips: trained {scores['trained']:.1%}, "
+            f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}"
+        )
+    first, last, uniform = (summary[k] for k in ("first_loss", "last_loss", "log_negatives_plus_1"))
+    if None not in (first, last, uniform):
+        print(f"loss: first {first:.4f}, last {last:.4f}; log(negatives + 1) {uniform:.4f}")
+    print(f"speed: {summary['pairs_per_s']:.1f} pairs/s")
+    print(f"checkpoint: {summary['checkpoint']}", flush=True)
