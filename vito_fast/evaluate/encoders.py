@@ -320,7 +320,7 @@ def weights_digest(backbone: nn.Module, architecture: str, mean: Sequence[float]
 
 
 def _build(network: str, **options: Any) -> nn.Module:
-    return build_backbone(ModelConfig(backbone=network, scales=STAGES, **options)).eval()
+    return build_backbone(ModelConfig(backbone=network, levels=STAGES, **options)).eval()
 
 
 def _encoder(
