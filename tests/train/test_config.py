@@ -190,19 +190,6 @@ def test_numbers_as_people_write_them(write):
     assert load_config(write("sampler: {blur: [1, 0.5, 0.1]}\n")).sampler.blur == (1.0, 0.5, 0.1)
 
 
-def test_old_names_of_fields_work_with_a_notice_or_clash_with_the_new_ones(write, caplog):
-    old = load_config(write("loss: {kind: byol}\nmodel: {scales: 1}\noptimizer: {eta: 0.5}\n"))
-    assert (old.loss.name, old.model.levels, old.optimizer.trust_coefficient) == ("byol", 1, 0.5)
-    assert len(caplog.records) == 3
-    assert (
-        caplog.records[0]
-        .getMessage()
-        .endswith("c.yaml: loss.kind is now loss.name; the next release drops the old name")
-    )
-    with pytest.raises(UserError, match=r"'loss\.name' is given twice, as 'loss\.kind' too: remove one"):
-        load_config(write("loss: {name: byol, kind: byol}\n"))
-
-
 def test_missing_files_and_empty_ones(write, tmp_path):
     with pytest.raises(UserError, match=r"no configuration .*presets.*demo"):
         load_config("no_such_preset")
