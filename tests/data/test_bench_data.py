@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.cli import commands
+from vito_fast.cli import store as cli_store
 from vito_fast.data.bench_data import _files, _times, bench_data, decoding, lines
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.peers import READERS, installed
@@ -94,7 +94,7 @@ def test_senseless_numbers(stores, name, value):
 def test_an_output_that_cannot_be_written(stores, output, monkeypatch):
     monkeypatch.setattr("vito_fast.data.bench_data.bench_data", lambda *_, **__: pytest.fail("measured first"))
     with pytest.raises(UserError, match=f"cannot write {output}: "):
-        commands.bench_data(stores / "jpeg", output=Path(output))
+        cli_store.bench_data(stores / "jpeg", output=Path(output))
 
 
 @pytest.mark.parametrize("name", sorted(READERS))

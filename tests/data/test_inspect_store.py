@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vito_fast.cli import commands
+from vito_fast.cli import store as cli_store
 from vito_fast.data.store.index import Index
 from vito_fast.data.store.inspect import inspect_store
 from vito_fast.errors import UserError
@@ -41,7 +41,7 @@ def test_planted_faults(format, stores, tmp_path):
     assert (bad.clip, bad.source) == (3, clip.source)
     assert bad.reason.startswith("checksum: ")
     with pytest.raises(UserError, match=r"1 of 7 clips of .* are damaged; delete the store and pack again"):
-        commands.inspect_store(store, pictures=2)
+        cli_store.inspect_store(store, pictures=2)
     assert (store / "contact-sheet.png").exists()
     shard.write_bytes(data[: int(packets.offsets[20]) + 7])
     found = inspect_store(store, sheet=tmp_path / "sheet.png", progress=False)
@@ -89,7 +89,7 @@ def test_no_store(tmp_path, stores):
 def test_mistakes_are_told_before_the_work(stores, options, message, monkeypatch):
     monkeypatch.setattr("vito_fast.data.store.inspect._verify", lambda *_: pytest.fail("verified first"))
     with pytest.raises(UserError, match=message):
-        commands.inspect_store(stores / "jpeg", **options)
+        cli_store.inspect_store(stores / "jpeg", **options)
 
 
 def test_an_error_of_reading_is_not_one_of_the_sheet(stores, tmp_path, monkeypatch):
@@ -98,4 +98,4 @@ def test_an_error_of_reading_is_not_one_of_the_sheet(stores, tmp_path, monkeypat
 
     monkeypatch.setattr("vito_fast.data.store.inspect._verify", fail)
     with pytest.raises(OSError, match=r"Input/output error: 'shard-00000\.bin'"):
-        commands.inspect_store(stores / "jpeg", sheet=tmp_path / "sheet.png")
+        cli_store.inspect_store(stores / "jpeg", sheet=tmp_path / "sheet.png")

@@ -50,7 +50,7 @@ def test_counts_the_arithmetic_of_a_real_step():
 def test_an_op_without_registered_flops_is_an_error(monkeypatch):
     packet = torch.ops.vito_kernels.normalize
     monkeypatch.delitem(flop_registry, packet)
-    with fake_cuda(), Ledger(), pytest.raises(Problem, match="has no flop formula"):
+    with fake_cuda(), OpCounter(), pytest.raises(Problem, match="has no flop formula"):
         vito_kernels.normalize(torch.ones(2, 3, device="cuda"))
 
 
