@@ -110,7 +110,8 @@ def traced_steps() -> dict[str, float]:
     """What a GPU's share of a CUDA step takes, traced on fake tensors, and what the plan makes of it: the step that
     ``bench.step_modes`` times, and the paper's on eight H100.
     """
-    from vito_fast.config import Config, ModelConfig, TrainConfig, load_config, preset_files
+    from vito_fast.config import Config, ModelConfig, TrainConfig
+    from vito_fast.config_files import load_config, preset_files
     from vito_fast.plan.predict import PlanOptions, predict
 
     single = TrainConfig(batch_size=256, dtype="bfloat16", compile=True)

@@ -9,7 +9,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from vito_fast.config import Config, ModelConfig, to_mapping
+from vito_fast.config import Config, ModelConfig
+from vito_fast.config_files import to_mapping
 from vito_fast.errors import UserError
 from vito_fast.evaluate import encoders
 from vito_fast.evaluate.encoders import load, pink_noise, with_stride

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from vito_fast.config import Config, load_config
+from vito_fast.config import Config
+from vito_fast.config_files import load_config
 from vito_fast.train.checkpoint import checkpoints, read
 from vito_fast.train.loop import train
 

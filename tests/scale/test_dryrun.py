@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vito_kernels
-from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, load_config, preset_files
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
+from vito_fast.config_files import load_config, preset_files
 from vito_fast.model import VitoModel
 from vito_fast.model.norm import BatchNorm2d
 from vito_fast.model.pair import Branch

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import spawn
 
-from vito_fast.config import save_config
+from vito_fast.config_files import save_config
 from vito_fast.train import loop as train
 from vito_fast.train.checkpoint import Checkpointer, checkpoints, read, step_of
 from vito_fast.train.distributed import _store_of_this_attempt, init_distributed

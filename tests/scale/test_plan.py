@@ -11,7 +11,7 @@ import torch
 
 from vito_fast.cli.overrides import run
 from vito_fast.cli.plan import Plan
-from vito_fast.config import load_config, preset_files
+from vito_fast.config_files import load_config, preset_files
 from vito_fast.data.store.index import ClipRecord, write_index
 from vito_fast.errors import UserError
 from vito_fast.model.backbones import resnet50

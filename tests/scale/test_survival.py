@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vito_fast.config import save_config
+from vito_fast.config_files import save_config
 from vito_fast.train.checkpoint import checkpoints, read
 
 KILLS = 20

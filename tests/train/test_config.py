@@ -5,14 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from vito_fast.config import (
+from vito_fast.config import Config, DataConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vito_fast.config_files import (
     RENAMED,
-    Config,
-    DataConfig,
-    LossConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
     dotted_names,
     load_config,
     method_differences,

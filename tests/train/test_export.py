@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vito_fast.cli.main import main
-from vito_fast.config import Config, ModelConfig, TrainConfig, to_mapping
+from vito_fast.config import Config, ModelConfig, TrainConfig
+from vito_fast.config_files import to_mapping
 from vito_fast.errors import UserError
 from vito_fast.export import export, load_encoder
 from vito_fast.train import attention_maps as attention

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig, from_mapping
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
+from vito_fast.config_files import from_mapping
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import clips_at_peak, dry_run, model_flops
 from vito_fast.plan.hardware import GPUS, arithmetic_peak

@@ -22,8 +22,8 @@ from vito_fast.config import (
     SamplerConfig,
     ScheduleConfig,
     TrainConfig,
-    save_config,
 )
+from vito_fast.config_files import save_config
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.store import Store

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from vito_fast.config import RENAMED, Config, current_name, dotted_names, load_config, log, nearest
+from vito_fast.config import Config
+from vito_fast.config_files import RENAMED, current_name, dotted_names, load_config, log, nearest
 from vito_fast.errors import UserError
 
 Place = Annotated[Path, tyro.conf.Positional]

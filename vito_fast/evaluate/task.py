@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch.distributed as dist
 
-from vito_fast.config import from_mapping, nearest, preset_files
+from vito_fast.config_files import from_mapping, nearest, preset_files
 from vito_fast.errors import UserError
 from vito_fast.evaluate.result import Encoded, Metric, Result, cost_since, environment, finished, start_cost
 

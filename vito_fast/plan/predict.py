@@ -17,7 +17,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vito_fast.config import Config, SamplerConfig, TrainConfig, from_mapping
+from vito_fast.config import Config, SamplerConfig, TrainConfig
+from vito_fast.config_files import from_mapping
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import DryRun, dry_run
 from vito_fast.plan.hardware import Machine, machine

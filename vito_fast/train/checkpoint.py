@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vito_fast.config import Config, from_mapping
+from vito_fast.config import Config
+from vito_fast.config_files import from_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from vito_fast.config import Config, to_mapping
+from vito_fast.config import Config
+from vito_fast.config_files import to_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, name_errors
 

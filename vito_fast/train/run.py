@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from vito_fast import __version__
-from vito_fast.config import Config, method_differences, save_config, to_mapping
+from vito_fast.config import Config
+from vito_fast.config_files import method_differences, save_config, to_mapping
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
