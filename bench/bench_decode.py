@@ -55,7 +55,7 @@ def by_store(folder: Path, files: list[Path], asked: list[Request]) -> Callable[
 
 
 def bare_decode(folder: Path, files: list[Path], asked: list[Request]) -> Callable[[], Result]:
-    """The codec's own time on the packets that must be decoded: no file, no colour conversion, no resize."""
+    """The codec's own time on the packets that must be decoded: no file, no color conversion, no resize."""
     import av
 
     opened = Store(folder, threads=1)
@@ -83,9 +83,9 @@ def bare_decode(folder: Path, files: list[Path], asked: list[Request]) -> Callab
 
 
 def wrong_or_far(truths: dict[int, np.ndarray], asked: list[Request]) -> Callable[[Result, Result], float]:
-    """Mean distance in grey levels from sequential decoding;
+    """Mean distance in gray levels from sequential decoding;
 
-    infinite if a neighbouring frame is nearer than the one asked for.
+    infinite if a neighboring frame is nearer than the one asked for.
     """
 
     def agree(got: Result, _: Result) -> float:

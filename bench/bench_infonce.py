@@ -169,7 +169,7 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
     keys, queue = k[:m], k[m:]
 
     def moco(library: Any) -> Callable[[Tensor], Tensor]:
-        """Normalises everything in every call, as the peer does and cannot be told not to."""
+        """Normalizes everything in every call, as the peer does and cannot be told not to."""
 
         def call(q: Tensor) -> Tensor:
             units = [library.normalize(t) for t in (q, keys.to(q.dtype), queue.to(q.dtype))]

@@ -1,4 +1,4 @@
-"""From files to augmented, normalised views: our loader against the best public CPU parts."""
+"""From files to augmented, normalized views: our loader against the best public CPU parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vito_kernels import reference
 
 pytestmark = pytest.mark.cpu_only
 THREADS = len(os.sched_getaffinity(0))
-Colour = Callable[[Tensor, Tensor], Tensor]
+Color = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(folder: Path, batch: int) -> tuple[Callable[[], Result], ClipLoader]:
@@ -35,8 +35,8 @@ def ours(folder: Path, batch: int) -> tuple[Callable[[], Result], ClipLoader]:
     return lambda: loader.batch(0)["views"], loader
 
 
-def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, colour: Colour) -> Candidate:
-    """A public reader, torchvision's crop and resize, and ``colour``; samples spread over as many threads."""
+def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, color: Color) -> Candidate:
+    """A public reader, torchvision's crop and resize, and ``color``; samples spread over as many threads."""
     readers, missing = installed()
     if "torchcodec" in missing:
         return absent(name, f"not installed ({missing['torchcodec']})")
@@ -55,7 +55,7 @@ def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, 
             square = F.resize(cut, [224, 224], F.InterpolationMode.BICUBIC, antialias=False)
             views.append(F.horizontal_flip(square) if samples.flip[number, view] else square)
         rows = torch.from_numpy(samples.params[number])
-        return colour(torch.stack(views).permute(0, 2, 3, 1), rows)
+        return color(torch.stack(views).permute(0, 2, 3, 1), rows)
 
     pool = ThreadPoolExecutor(THREADS)
 
@@ -66,7 +66,7 @@ def by_parts(name: str, files: dict[int, Path], samples: Samples, scale: float, 
 
 
 def exactly(folder: Path, samples: Samples) -> Result:
-    """Sequentially decoded frames, cut and resized one by one in float, the reference's colours in float64."""
+    """Sequentially decoded frames, cut and resized one by one in float, the reference's colors in float64."""
     views = []
     for view in range(samples.frame.shape[1]):
         squares = []
@@ -83,7 +83,7 @@ def exactly(folder: Path, samples: Samples) -> Result:
 
 
 def mean_distance(got: Result, truth: Result) -> float:
-    """Mean distance in grey levels: decoders and resizers differ by a few, another frame or crop by dozens."""
+    """Mean distance in gray levels: decoders and resizers differ by a few, another frame or crop by dozens."""
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
     if [view.shape for view in got] != [view.shape for view in truth]:
         return float("inf")
@@ -102,13 +102,13 @@ def test_jpeg_store(race: Any, quick: bool) -> None:
     by_source = {file.name: file for file in files}
     by_clip = {clip: by_source[index.clip(clip).source] for clip in range(count)}
     scale = index.clip(0).height / 256
-    exact_colours: Colour = reference.photometric
-    quick_colours: Colour = lambda images, params: torchvision_chain(images, params, 23)  # noqa: E731
-    context = by_parts("torchcodec + torchvision v2", by_clip, samples, scale, quick_colours)
-    context.role, context.note = "context", context.note or "colour formulas of its own"
+    exact_colors: Color = reference.photometric
+    quick_colors: Color = lambda images, params: torchvision_chain(images, params, 23)  # noqa: E731
+    context = by_parts("torchcodec + torchvision v2", by_clip, samples, scale, quick_colors)
+    context.role, context.note = "context", context.note or "color formulas of its own"
     candidates = [
         Candidate("vito_fast jpeg store", mine, "ours"),
-        by_parts("torchcodec + torch", by_clip, samples, scale, exact_colours),
+        by_parts("torchcodec + torch", by_clip, samples, scale, exact_colors),
         *([] if quick else [context]),
     ]
     race(

@@ -102,7 +102,7 @@ def one_by_one(weights: list[Any], config: OptimizerConfig) -> Callable[[], None
 
 
 def package_peer(name: str, module: str, drawn: Drawn, **options: Any) -> Candidate:
-    """An optimiser class of another package, with weight decay and trust ratio on matrices and filters only."""
+    """An optimizer class of another package, with weight decay and trust ratio on matrices and filters only."""
     config = OptimizerConfig()
     try:
         imported = import_module(module)

@@ -1,4 +1,4 @@
-"""Colour, blur, solarise and normalise of a batch of views, with parameters drawn as the sampler draws them."""
+"""Color, blur, solarize and normalize of a batch of views, with parameters drawn as the sampler draws them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FULL = pytest.mark.full
 
 
 def pictures(count: int, size: int) -> Tensor:
-    """Coloured waves of all scales with some grain, as smooth and as saturated as photographs, (B, S, S, 3) uint8."""
+    """Colored waves of all sizes with some grain, as smooth and as saturated as photographs, (B, S, S, 3) uint8."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / size
     waves = np.zeros((count, size, size, 3))
@@ -33,7 +33,7 @@ def pictures(count: int, size: int) -> Tensor:
 
 
 def parameters(count: int, view: int) -> Tensor:
-    """(B, 8): the distribution of view 1 (always blurred) or view 2 (seldom blurred, sometimes solarised)."""
+    """(B, 8): the distribution of view 1 (always blurred) or view 2 (seldom blurred, sometimes solarized)."""
     rng = np.random.default_rng(view)
     chance = rng.random((count, 4))
     rows = np.tile(np.array([0, 1, 1, 0, -1, 0, 0, 2], np.float32), (count, 1))
@@ -46,8 +46,8 @@ def parameters(count: int, view: int) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def grey_levels(got: Result, truth: Result) -> float:
-    """The largest distance in grey levels of 255, but for the one pixel in ten thousand that lies on solarise's
+def gray_levels(got: Result, truth: Result) -> float:
+    """The largest distance in gray levels of 255, but for the one pixel in ten thousand that lies on solarize's
     threshold.
     """
     if got[0].shape != truth[0].shape or not got[0].isfinite().all():
@@ -100,7 +100,7 @@ def test_photometric(race: Any, device: torch.device, b: int, view: int) -> None
             "torchvision v2 operators",
             lambda: (torchvision_chain(images, params, 23),),
             "context",
-            "formulas of its own: multiplicative brightness, contrast about mid-grey",
+            "formulas of its own: multiplicative brightness, contrast about mid-gray",
         ),
     ]
     if device.type == "cuda":  # on a CPU it is arithmetic: copies take a hundredth of the time
@@ -111,7 +111,7 @@ def test_photometric(race: Any, device: torch.device, b: int, view: int) -> None
         {"B": b, "view": view, "size": size},
         candidates,
         truth=lambda: (reference.photometric(images, params, dtype=torch.float64),),
-        agree=grey_levels,
+        agree=gray_levels,
         bound=1.0,
         work=amount,
     )

@@ -1,4 +1,4 @@
-"""Attention pooling at the two scales of a ResNet-50 at 224 px: forward, and backward to features and logits."""
+"""Attention pooling at the two levels of a ResNet-50 at 224 px: forward, and backward to features and logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ core: fully parameterised samples on one core, and opening an index of 1.2 million clips."""
+"""The C++ core: fully parameterized samples on one core, and opening an index of 1.2 million clips."""
 
 from __future__ import annotations
 

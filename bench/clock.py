@@ -52,8 +52,8 @@ class ColdCache:
 def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
     """``repeats`` runs of ``call`` as one CUDA graph: what remains is the device's work, without Python and launches.
 
-    Warm-up happens on a side stream, as capture asks for, so that lazy initialisation and autotuning are over by then.
-    Raises RuntimeError when the call does what a graph forbids (a host synchronisation, an allocation outside the
+    Warm-up happens on a side stream, as capture asks for, so that lazy initialization and autotuning are over by then.
+    Raises RuntimeError when the call does what a graph forbids (a host synchronization, an allocation outside the
     pool).
     """
     stream = torch.cuda.Stream()

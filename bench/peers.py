@@ -1,6 +1,6 @@
 """Other people's losses, each brought to the same calling convention, or named with the reason why it is not raced.
 
-Every function of a family takes the *raw* embeddings and normalises them itself: most peers do that inside and cannot
+Every function of a family takes the *raw* embeddings and normalizes them itself: most peers do that inside and cannot
 be told not to, so all candidates do it, ours included, and all gradients are those of the raw embeddings.
 """
 

@@ -16,13 +16,13 @@ from bench.text import bytes_text, count_text, seconds_text, significant
 Record = dict[str, Any]
 
 SUITES = {
-    "infonce": ("InfoNCE, locked keys", "Loss and the gradient of the queries; normalisation included."),
-    "losses": ("CLIP and NT-Xent", "Loss and the gradients of both sides; normalisation included."),
+    "infonce": ("InfoNCE, locked keys", "Loss and the gradient of the queries; normalization included."),
+    "losses": ("CLIP and NT-Xent", "Loss and the gradients of both sides; normalization included."),
     "pooling": ("Attention pooling", "Forward, and backward to features and logits."),
     "batch_norm": ("Batch norm", "With residual and ReLU, in training: forward, and backward to all inputs."),
-    "photometric": ("Photometric augmentation", "uint8 frames in, normalised channels_last out."),
-    "optimizer": ("Optimiser and target", "LARS on every parameter of the online branch, then the moving average."),
-    "sampler": ("Sampler", "Everything random about a batch: clips, frames, crops, flips, colours."),
+    "photometric": ("Photometric augmentation", "uint8 frames in, normalized channels_last out."),
+    "optimizer": ("Optimizer and target", "LARS on every parameter of the online branch, then the moving average."),
+    "sampler": ("Sampler", "Everything random about a batch: clips, frames, crops, flips, colors."),
     "decode": (
         "Decoding pairs of frames",
         "The same frames as RGB at 224 px, one thread: ours from a store that was packed once, from 720p to 256 px in "

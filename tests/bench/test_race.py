@@ -204,7 +204,7 @@ def cases(pytestconfig):
 def test_photometric_and_loader_take_no_nan_and_no_other_shape(cases):
     truth = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     nan = truth.clone().index_fill_(3, torch.tensor(3), torch.nan)
-    for agree in (cases("photometric").grey_levels, cases("loader").mean_distance):
+    for agree in (cases("photometric").gray_levels, cases("loader").mean_distance):
         assert agree([truth.float()], [truth]) < 1e-3
         assert not agree([nan], [truth]) <= 100
         assert agree([truth[:1]], [truth]) == float("inf")

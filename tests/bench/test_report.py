@@ -243,7 +243,7 @@ def test_a_ratio_to_python_beside_a_replayed_graph_is_marked(results):
     for row in record["candidates"]:
         row["eager_s"] = 1.0
         if row["role"] == "reference":
-            row["reason"] = "not captured as a graph: it synchronises"
+            row["reason"] = "not captured as a graph: it synchronizes"
     assert tables.versus(record, "reference").endswith("†")
 
 
