@@ -1,4 +1,4 @@
-// The Python face of the C++ core. Arrays cross the border as numpy buffers whose dtype and shape are checked here; the
+// Python bindings of the C++ core. Arrays cross the border as numpy buffers whose dtype and shape are checked here; the
 // GIL is released around work that does not touch Python. Every C++ exception has a Python one:
 // std::invalid_argument -> ValueError, std::out_of_range -> IndexError, std::system_error -> OSError,
 // std::bad_alloc -> MemoryError.
@@ -159,12 +159,15 @@ SamplerConfig sampler_config(const py::dict& c) {
   const auto per_view = [&](const char* key) { return c[key].cast<std::array<double, kMaxViews>>(); };
   const uint32_t views = c["views"].cast<uint32_t>();
   if (views < 1 || views > kMaxViews) throw std::invalid_argument("views must be 1 to 4");
-  return {views, number("window"), range("area"), range("log_aspect"), number("flip"), number("jitter"),
-          number("brightness"), number("contrast"), number("saturation"), number("hue"), number("grey"),
-          range("sigma"), per_view("blur"), per_view("solarise")};
+  return {views, number("frame_window"), range("crop_area"), range("log_aspect"), number("flip"), number("jitter"),
+          number("brightness"), number("contrast"), number("saturation"), number("hue"), number("grayscale"),
+          range("blur_sigma"), per_view("blur"), per_view("solarize")};
 }
 
 void bind_sampler(py::module_& m) {
+#define VITO_NAME(name) #name,
+  m.attr("PARAMS") = py::tuple(py::cast(std::vector<std::string>{VITO_PARAMS(VITO_NAME)}));
+#undef VITO_NAME
   py::class_<Sampler>(m, "Sampler")
       .def(py::init([](const Index& index, const py::dict& config, uint64_t seed) {
              return std::make_unique<Sampler>(index, sampler_config(config), seed);
@@ -179,7 +182,7 @@ void bind_sampler(py::module_& m) {
              Array<int32_t> frame({batch, views}), crop({batch, views, py::ssize_t{4}});
              Array<double> time({batch, views});
              Array<uint8_t> flip({batch, views});
-             Array<float> params({batch, views, py::ssize_t{kParams}});
+             Array<float> params({batch, views, py::ssize_t{param::kCount}});
              const SampleArrays out{clip.mutable_data(), video.mutable_data(), frame.mutable_data(),
                                     time.mutable_data(), crop.mutable_data(),  flip.mutable_data(),
                                     params.mutable_data()};
@@ -314,7 +317,7 @@ void bind_reader(py::module_& m) {
       },
       py::arg("index"), py::arg("clip"), py::arg("frames").noconvert(), py::arg("single_stream"));
 
-  // Keeps the index at hand for checks at the border.
+  // Keeps the index for checks of the arguments.
   struct BoundReader {
     const Index& index;
     Reader reader;
@@ -355,6 +358,7 @@ void bind_resize(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_sampler, m) {
+  m.attr("API") = 2;  // to be raised with every change that vito_fast/native.py must not load an older build for
   m.doc() = "vito-fast's C++ core: store index, sampler, packet planner, reader and mini-clip writer.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

@@ -33,13 +33,13 @@ double keys(double distance) {
 std::vector<Mix> mixes(size_t source, size_t target, bool mirrored) {
   std::vector<Mix> result(target);
   for (size_t i = 0; i < target; ++i) {
-    const double centre = (static_cast<double>(i) + 0.5) * static_cast<double>(source) / static_cast<double>(target) - 0.5;
-    const double first = std::floor(centre) - 1;
+    const double center = (static_cast<double>(i) + 0.5) * static_cast<double>(source) / static_cast<double>(target) - 0.5;
+    const double first = std::floor(center) - 1;
     Mix& mix = result[mirrored ? target - 1 - i : i];
     for (size_t tap = 0; tap < kTaps; ++tap) {
       const double place = first + static_cast<double>(tap), last = static_cast<double>(source) - 1;
       mix.place[tap] = static_cast<size_t>(place < 0 ? 0 : place > last ? last : place);
-      mix.weight[tap] = static_cast<float>(keys(centre - place));
+      mix.weight[tap] = static_cast<float>(keys(center - place));
     }
   }
   return result;
@@ -83,7 +83,7 @@ void resize_cubic(const Picture& picture, const Window& window, bool vertically,
   const std::vector<Mix> rows = mixes(window.height, size, vertically), columns = mixes(window.width, size, horizontally);
 
   // The window's rows, resized across, that the rows of the result at hand are made of: row n in slot n % 4, as four
-  // neighbours are needed at a time.
+  // neighbors are needed at a time.
   std::vector<Pixel> kept(kTaps * size);
   std::vector<float> floats(3 * window.width + 1);
   std::array<size_t, kTaps> holds;

@@ -11,7 +11,7 @@ namespace vito {
 namespace {
 
 constexpr int kCropTries = 10;
-constexpr double kNoSolarise = 2;  // a threshold that no pixel reaches
+constexpr double kNoSolarize = 2;  // a threshold that no pixel reaches
 
 // e^x by IEEE arithmetic alone, so that a crop does not depend on the C library: the Taylor series at x / 2^k, where it
 // is exact to 1e-14, squared k times.
@@ -30,8 +30,8 @@ int32_t below(int32_t limit, uint32_t bits) {  // uniform in [0, limit)
   return static_cast<int32_t>((static_cast<uint64_t>(limit) * bits) >> 32);
 }
 
-// The largest centred crop whose aspect ratio (width / height) is allowed.
-void centre_crop(int32_t height, int32_t width, Range aspect, int32_t* out) {
+// The largest centered crop whose aspect ratio (width / height) is allowed.
+void center_crop(int32_t height, int32_t width, Range aspect, int32_t* out) {
   int32_t h = height, w = width;
   if (width < aspect.low * height) h = std::clamp<int32_t>(std::lround(width / aspect.low), 1, height);
   if (width > aspect.high * height) w = std::clamp<int32_t>(std::lround(height * aspect.high), 1, width);
@@ -87,7 +87,7 @@ void Sampler::sample(const int64_t* numbers, const uint32_t* attempts, size_t ba
     times(n, attempts[i], clip, record, out.frame + row, out.time + row);
     for (uint32_t v = 0; v < config_.views; ++v) {
       crop(n, attempts[i], v, record, out.crop + (row + v) * 4);
-      photometric(n, attempts[i], v, out.flip + row + v, out.params + (row + v) * kParams);
+      photometric(n, attempts[i], v, out.flip + row + v, out.params + (row + v) * param::kCount);
     }
   }
 }
@@ -99,7 +99,7 @@ void Sampler::times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& r
   const Block bits = draw(seed_, n, attempt, Purpose::times, 0, 0);
   const Block more = config_.views == kMaxViews ? draw(seed_, n, attempt, Purpose::times, 0, 1) : Block{};
   const double duration = static_cast<double>(record.end - record.start);
-  const double window = std::min(duration, config_.window * record.tick_den / record.tick_num);
+  const double window = std::min(duration, config_.frame_window * record.tick_den / record.tick_num);
   const double begin = unit(bits[0]) * (duration - window);
   for (uint32_t v = 0; v < config_.views; ++v) {
     const double at = begin + unit(v < 3 ? bits[v + 1] : more[0]) * window;
@@ -110,13 +110,13 @@ void Sampler::times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& r
   }
 }
 
-// Area uniform, aspect ratio log-uniform, position uniform; up to ten tries to fit the frame, then the centre: the
+// Area uniform, aspect ratio log-uniform, position uniform; up to ten tries to fit the frame, then the center: the
 // random-resized-crop of Szegedy et al., "Going deeper with convolutions" (2014), in torchvision's formulation.
 void Sampler::crop(uint64_t n, uint32_t attempt, uint32_t view, const Record& record, int32_t* out) const {
   const int32_t height = static_cast<int32_t>(record.height), width = static_cast<int32_t>(record.width);
   for (uint32_t i = 0; i < kCropTries; ++i) {
     const Block bits = draw(seed_, n, attempt, Purpose::crop, view, i);
-    const double side = std::sqrt(config_.area.at(unit(bits[0])) * height * width);
+    const double side = std::sqrt(config_.crop_area.at(unit(bits[0])) * height * width);
     const double stretch = exponential(config_.log_aspect.at(unit(bits[1])) / 2);
     // Sides fit 32 bits: at most 65535 times the square root of the aspect ratio's bound.
     out[2] = static_cast<int32_t>(side / stretch + 0.5);
@@ -126,30 +126,29 @@ void Sampler::crop(uint64_t n, uint32_t attempt, uint32_t view, const Record& re
     out[1] = below(width - out[3] + 1, bits[3]);
     return;
   }
-  centre_crop(height, width, {exponential(config_.log_aspect.low), exponential(config_.log_aspect.high)}, out);
+  center_crop(height, width, {exponential(config_.log_aspect.low), exponential(config_.log_aspect.high)}, out);
 }
 
-// The columns of vito_kernels.photometric.op. Every number is drawn, used or not: a probability that changes does not
-// change the other draws.
+// Every number is drawn, used or not, so that a change of one probability leaves the other draws as they are.
 void Sampler::photometric(uint64_t n, uint32_t attempt, uint32_t view, uint8_t* flip, float* out) const {
-  const Block colour = draw(seed_, n, attempt, Purpose::photometric, view, 0);
+  const Block color = draw(seed_, n, attempt, Purpose::photometric, view, 0);
   const Block apply = draw(seed_, n, attempt, Purpose::photometric, view, 1);
   const Block rest = draw(seed_, n, attempt, Purpose::photometric, view, 2);
-  const auto around = [](double centre, double spread, uint32_t bits) {
-    return static_cast<float>(centre + spread * (2 * unit(bits) - 1));
+  const auto around = [](double center, double spread, uint32_t bits) {
+    return static_cast<float>(center + spread * (2 * unit(bits) - 1));
   };
   const bool jitter = unit(apply[0]) < config_.jitter;
   const bool blur = unit(apply[2]) < config_.blur[view];
-  const bool solarise = unit(apply[3]) < config_.solarise[view];
+  const bool solarize = unit(apply[3]) < config_.solarize[view];
   *flip = unit(rest[0]) < config_.flip;
-  out[0] = jitter ? around(0, config_.brightness, colour[0]) : 0;
-  out[1] = jitter ? around(1, config_.contrast, colour[1]) : 1;
-  out[2] = jitter ? around(1, config_.saturation, colour[2]) : 1;
-  out[3] = jitter ? around(0, config_.hue, colour[3]) : 0;
-  out[4] = jitter ? static_cast<float>(below(24, rest[1])) : -1;
-  out[5] = unit(apply[1]) < config_.grey;
-  out[6] = blur ? static_cast<float>(config_.sigma.at(unit(rest[2]))) : 0;
-  out[7] = static_cast<float>(solarise ? 0.5 : kNoSolarise);
+  out[param::brightness] = jitter ? around(0, config_.brightness, color[0]) : 0;
+  out[param::contrast] = jitter ? around(1, config_.contrast, color[1]) : 1;
+  out[param::saturation] = jitter ? around(1, config_.saturation, color[2]) : 1;
+  out[param::hue] = jitter ? around(0, config_.hue, color[3]) : 0;
+  out[param::order] = jitter ? static_cast<float>(below(24, rest[1])) : -1;
+  out[param::gray] = unit(apply[1]) < config_.grayscale;
+  out[param::sigma] = blur ? static_cast<float>(config_.blur_sigma.at(unit(rest[2]))) : 0;
+  out[param::solarize] = static_cast<float>(solarize ? 0.5 : kNoSolarize);
 }
 
 }  // namespace vito

@@ -1,4 +1,4 @@
-// Which clip, which frames, which crops, which colours: a pure function of (seed, sample number, attempt).
+// Clip, frames, crops and colors of a sample: a pure function of (seed, sample number, attempt).
 #pragma once
 
 #include <array>
@@ -11,24 +11,31 @@
 namespace vito {
 
 constexpr uint32_t kMaxViews = 4;
-constexpr uint32_t kParams = 8;  // brightness, contrast, saturation, hue, order, grey, blur sigma, solarise threshold
+
+// The columns of vito_kernels.photometric.PARAMS, in its order (tests/csrc/test_sampler.py compares the two).
+#define VITO_PARAMS(X) X(brightness) X(contrast) X(saturation) X(hue) X(order) X(gray) X(sigma) X(solarize)
+namespace param {
+#define VITO_NAME(name) name,
+enum Column : uint32_t { VITO_PARAMS(VITO_NAME) kCount };
+#undef VITO_NAME
+}  // namespace param
 
 struct Range {
   double low, high;
   double at(double u) const { return low + u * (high - low); }
 };
 
-// Checked by the Python side, which names the field; see vito_fast/data/sampler.py for units and provenance.
+// Fields of SamplerConfig in vito_fast/config.py, which checks them and documents units and provenance.
 struct SamplerConfig {
   uint32_t views;
-  double window;  // seconds
-  Range area, log_aspect;
-  double flip, jitter, brightness, contrast, saturation, hue, grey;
-  Range sigma;
-  std::array<double, kMaxViews> blur, solarise;  // probability in each view
+  double frame_window;  // seconds
+  Range crop_area, log_aspect;
+  double flip, jitter, brightness, contrast, saturation, hue, grayscale;
+  Range blur_sigma;
+  std::array<double, kMaxViews> blur, solarize;  // probability in each view
 };
 
-// Where the sampler writes: arrays of batch size B in C order.
+// Output arrays of batch size B, in C order.
 struct SampleArrays {
   int64_t* clip;   // (B,)
   int64_t* video;  // (B,)
@@ -36,7 +43,7 @@ struct SampleArrays {
   double* time;    // (B, V) seconds
   int32_t* crop;   // (B, V, 4) y, x, height, width
   uint8_t* flip;   // (B, V)
-  float* params;   // (B, V, kParams)
+  float* params;   // (B, V, param::kCount)
 };
 
 class Sampler {

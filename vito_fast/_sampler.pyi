@@ -4,6 +4,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+API: int
+PARAMS: tuple[str, ...]
+
 class Index:
     def __init__(self, path: str | bytes) -> None: ...
     @property

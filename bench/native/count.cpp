@@ -18,14 +18,14 @@ constexpr uint32_t kViews = 2;
 vito::SamplerConfig default_config() {
   vito::SamplerConfig config{};
   config.views = kViews;
-  config.window = 2.56;
-  config.area = {0.4, 1.0};
+  config.frame_window = 2.56;
+  config.crop_area = {0.4, 1.0};
   config.log_aspect = {-0.2876820724517809, 0.2876820724517809};
   config.flip = 0.5, config.jitter = 0.8, config.brightness = 0.4, config.contrast = 0.4;
-  config.saturation = 0.2, config.hue = 0.1, config.grey = 0.2;
-  config.sigma = {0.1, 2.0};
+  config.saturation = 0.2, config.hue = 0.1, config.grayscale = 0.2;
+  config.blur_sigma = {0.1, 2.0};
   config.blur = {1.0, 0.1, 0.1, 0.1};
-  config.solarise = {0.0, 0.2, 0.2, 0.2};
+  config.solarize = {0.0, 0.2, 0.2, 0.2};
   return config;
 }
 
@@ -36,7 +36,7 @@ void sample(const vito::Index& index, size_t times) {
   std::vector<int32_t> frame(times * kViews), crop(times * kViews * 4);
   std::vector<double> time(times * kViews);
   std::vector<uint8_t> flip(times * kViews);
-  std::vector<float> params(times * kViews * vito::kParams);
+  std::vector<float> params(times * kViews * vito::param::kCount);
   for (size_t i = 0; i < times; ++i) numbers[i] = static_cast<int64_t>(i);
   sampler.sample(numbers.data(), attempts.data(), times,
                  {clip.data(), video.data(), frame.data(), time.data(), crop.data(), flip.data(), params.data()});

@@ -23,7 +23,7 @@ SamplerConfig config(uint32_t views) {
 struct Batch {
   explicit Batch(size_t size, uint32_t views)
       : clip(size), video(size), frame(size * views), crop(size * views * 4), time(size * views), flip(size * views),
-        params(size * views * kParams) {}
+        params(size * views * param::kCount) {}
   SampleArrays arrays() {
     return {clip.data(), video.data(), frame.data(), time.data(), crop.data(), flip.data(), params.data()};
   }
@@ -60,7 +60,7 @@ TEST(sampler, one_at_a_time_equals_the_batch) {
       CHECK_EQUAL(one.clip[0], all.clip[static_cast<size_t>(n)]);
       CHECK(std::equal(one.frame.begin(), one.frame.end(), &all.frame[at]));
       CHECK(std::equal(one.crop.begin(), one.crop.end(), &all.crop[at * 4]));
-      CHECK(std::equal(one.params.begin(), one.params.end(), &all.params[at * kParams]));
+      CHECK(std::equal(one.params.begin(), one.params.end(), &all.params[at * param::kCount]));
     }
   }
 }

@@ -16,6 +16,7 @@ from vito_fast import _sampler
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.index import KEY, Index, write_index
+from vito_kernels.photometric import PARAMS
 
 NUMBERS = np.arange(20_000)
 
@@ -209,31 +210,35 @@ def test_crops_follow_the_published_procedure(index: Index) -> None:
         assert np.abs(theirs - ours).max() < 0.02
 
 
+def test_columns_are_those_of_the_kernel() -> None:
+    assert _sampler.PARAMS == PARAMS
+
+
 def test_photometric_parameters(index: Index) -> None:
     out = Sampler(index).sample(NUMBERS)
-    params = out.params
-    jittered = params[..., 4] >= 0
+    column = dict(zip(PARAMS, np.moveaxis(out.params, -1, 0), strict=True))
+    jittered = column["order"] >= 0
     assert abs(jittered.mean() - 0.8) < 0.01
-    assert np.all(params[~jittered][:, :5] == [0, 1, 1, 0, -1])
-    for column, centre, spread in ((0, 0, 0.4), (1, 1, 0.4), (2, 1, 0.2), (3, 0, 0.1)):
-        values = params[jittered][:, column]
-        assert abs(values - centre).max() <= spread + 1e-6
+    assert np.all(out.params[~jittered][:, :5] == [0, 1, 1, 0, -1])
+    for name, center, spread in (("brightness", 0, 0.4), ("contrast", 1, 0.4), ("saturation", 1, 0.2), ("hue", 0, 0.1)):
+        values = column[name][jittered]
+        assert abs(values - center).max() <= spread + 1e-6
         assert np.allclose(
-            np.quantile(values, [0.25, 0.5, 0.75]), centre + spread * np.array([-0.5, 0, 0.5]), atol=0.01
+            np.quantile(values, [0.25, 0.5, 0.75]), center + spread * np.array([-0.5, 0, 0.5]), atol=0.01
         )
-    counts = np.bincount(params[jittered][:, 4].astype(int), minlength=24)
+    counts = np.bincount(column["order"][jittered].astype(int), minlength=24)
     assert len(counts) == 24
     assert counts.min() > 0.9 * counts.mean()
-    assert abs(params[..., 5].mean() - 0.2) < 0.01
-    blurred = params[..., 6] > 0
+    assert abs(column["gray"].mean() - 0.2) < 0.01
+    blurred = column["sigma"] > 0
     assert blurred[:, 0].all()
     assert abs(blurred[:, 1].mean() - 0.1) < 0.01
-    assert params[blurred][:, 6].min() >= 0.1
-    assert params[blurred][:, 6].max() <= 2
-    solarised = params[..., 7] == 0.5
-    assert not solarised[:, 0].any()
-    assert abs(solarised[:, 1].mean() - 0.2) < 0.01
-    assert np.all(params[~solarised][:, 7] == 2)
+    assert column["sigma"][blurred].min() >= 0.1
+    assert column["sigma"].max() <= 2
+    solarized = column["solarize"] == 0.5
+    assert not solarized[:, 0].any()
+    assert abs(solarized[:, 1].mean() - 0.2) < 0.01
+    assert np.all(column["solarize"][~solarized] == 2)
     assert abs(out.flip.mean() - 0.5) < 0.01
 
 

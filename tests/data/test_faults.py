@@ -15,9 +15,9 @@ from PIL import Image
 from test_loader import SMALL, equal, expected_views, loader
 from videos import pictures, write
 
-from vito_fast.data.loader.batch import Recipe
+from vito_fast.data.loader.batch import LoaderSpec
 from vito_fast.data.loader.fetch import Fetcher
-from vito_fast.data.loader.geometry import view
+from vito_fast.data.loader.resize_reference import view
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.decode import BadPackets, Decoder
@@ -372,10 +372,10 @@ def vp9(tmp_path_factory):
 
 
 def through_dali(path: Path, codecs: set[str]) -> tuple[dict[int, list[np.ndarray]], list]:
-    """Views of one part whose clips of ``codecs`` DALI decodes, as on a GPU, by row; and the part's counters."""
+    """Views of one chunk whose clips of ``codecs`` DALI decodes, as on a GPU, by row; and the chunk's counters."""
     store = Store(path)
-    recipe = Recipe(store, Sampler(store.index, SMALL, 0), torch.device("cpu"), torch.float32, False, 1, len(store))
-    fetcher = Fetcher(store, recipe.sampler, len(store), device=recipe.device, video_codecs=codecs)
+    spec = LoaderSpec(store, Sampler(store.index, SMALL, 0), torch.device("cpu"), torch.float32, False, 1, len(store))
+    fetcher = Fetcher(store, spec.sampler, len(store), device=spec.device, hardware_codecs=codecs)
     views: dict[int, list[np.ndarray]] = {}
 
     def put(rows, squares, params):
@@ -389,13 +389,13 @@ def through_dali(path: Path, codecs: set[str]) -> tuple[dict[int, list[np.ndarra
 
 def test_mini_clips_through_dali(vp9):
     """What NVDEC gets: several sizes in one batch, two frames a clip cut from one decoded sequence."""
-    by_dali, part = through_dali(vp9, {"vp9"})
+    by_dali, chunk = through_dali(vp9, {"vp9"})
     in_software, other = through_dali(vp9, set())
-    assert part.refused == 0
-    assert not part.failures
-    assert part.packets == other.packets
+    assert chunk.refused == 0
+    assert not chunk.failures
+    assert chunk.packets == other.packets
     assert sorted(by_dali) == sorted(in_software) == list(range(5))
-    samples = part.samples
+    samples = chunk.samples
     for row, views in by_dali.items():
         clip = frames(vp9, int(samples.clip[row]), range(30))
         for v, got in enumerate(views):
@@ -408,19 +408,19 @@ def test_mini_clips_through_dali(vp9):
             }
             assert min(distance, key=distance.__getitem__) == wanted
             assert distance[wanted] < 4  # DALI's conversion from YUV is another
-    np.testing.assert_array_equal(part.samples.frame, other.samples.frame)
+    np.testing.assert_array_equal(chunk.samples.frame, other.samples.frame)
 
 
 def test_a_mini_clip_that_dali_refuses(vp9, tmp_path, capfd):
     """Its batch goes to software, where it fails alone and is replaced."""
     store = Path(shutil.copytree(vp9, tmp_path / "store"))
     rewrite(store, lambda clip, packet, data: bytes(len(data)) if clip == 3 else data)
-    views, part = through_dali(store, {"vp9"})
+    views, chunk = through_dali(store, {"vp9"})
     in_software, other = through_dali(store, set())
-    assert part.refused > 0
-    assert {failure.clip for failure in part.failures} == {3}
-    assert part.failures[0].code == "decode"
-    assert 3 not in part.samples.clip
-    np.testing.assert_array_equal(part.samples.clip, other.samples.clip)
+    assert chunk.refused > 0
+    assert {failure.clip for failure in chunk.failures} == {3}
+    assert chunk.failures[0].code == "decode"
+    assert 3 not in chunk.samples.clip
+    np.testing.assert_array_equal(chunk.samples.clip, other.samples.clip)
     assert sorted(views) == sorted(in_software)
     capfd.readouterr()

@@ -14,10 +14,10 @@ from videos import pictures, rotate, write
 
 import vito_kernels
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.geometry import view
-from vito_fast.data.loader.loader import ClipLoader, _numbered
+from vito_fast.data.loader.loader import ClipLoader, _with_index
+from vito_fast.data.loader.resize_reference import view
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.loader.thread_pool import Workers
+from vito_fast.data.loader.thread_pool import ThreadPool
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.decode import Decoder, decode_jpeg
 from vito_fast.data.store.store import Store, frames
@@ -61,7 +61,7 @@ def expected_views(path, batch, config, seed, attempt=0):
         info = store.index.clip(clip)
         for v, number in enumerate(samples.frame[i].tolist()):
             (read,) = store.reader.read([clip], [[number]], single_stream=False)
-            if store.format == "jpeg":
+            if store.format.still:
                 picture = decode_jpeg(info, read.data)
             else:
                 (picture,) = Decoder().decode(info, read, store.index.packets(clip).order[[number]])
@@ -83,10 +83,10 @@ def test_views_are_the_samplers(stores, rotated, format, views):
         np.testing.assert_array_equal(batch[name].numpy(), getattr(samples, name))
 
 
-def test_colours_follow_on_the_same_views(stores):
-    plain, coloured = (loader(stores / "jpeg", augment=augment, seed=3) for augment in (False, True))
-    with plain, coloured:
-        bytes_, floats = next(iter(plain)), next(iter(coloured))
+def test_colors_follow_on_the_same_views(stores):
+    plain, colored = (loader(stores / "jpeg", augment=augment, seed=3) for augment in (False, True))
+    with plain, colored:
+        bytes_, floats = next(iter(plain)), next(iter(colored))
         samples = Sampler(plain.store.index, SMALL, 3).sample(bytes_["sample"].numpy())
     for v in range(2):
         assert bytes_["views"][v].dtype == torch.uint8
@@ -267,7 +267,7 @@ def test_torch_keeps_its_threads(stores):
 
 
 def test_a_worker_keeps_to_one_thread():
-    workers = Workers(2, lambda: None)
+    workers = ThreadPool(2, lambda: None)
     try:
         assert [workers.submit(lambda _: torch.get_num_threads()).result() for _ in range(8)] == [1] * 8
     finally:
@@ -287,7 +287,7 @@ ENDINGS = {
 def test_the_process_ends_however_it_ends(stores, ending):
     """Prefetching much, so that plenty is under way."""
     script = f"""
-        from vito_fast.data.loader.loader import ClipLoader, _numbered
+        from vito_fast.data.loader.loader import ClipLoader, _with_index
         loader = ClipLoader({str(stores / "jpeg")!r}, 1, prefetch=50, threads=2)
         batches = iter(loader)
         next(batches)
@@ -323,5 +323,5 @@ def test_a_gpu_has_its_number_before_other_threads_ask(monkeypatch):
     """Which GPU is the current one each thread knows for itself, and workers know of the first."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    found = [str(_numbered(torch.device(name))) for name in ("cuda", "cuda:1", "cpu")]
+    found = [str(_with_index(torch.device(name))) for name in ("cuda", "cuda:1", "cpu")]
     assert found == ["cuda:3", "cuda:1", "cpu"]

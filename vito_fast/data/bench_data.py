@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.dali import Geometry
+from vito_fast.data.loader.dali import DecodeCropResize
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.peers import Frames, PairReader, installed
@@ -79,7 +79,7 @@ def bench_data(
     result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
     batch_size = min(batch_size, len(Store(store, threads=1)))
     with ClipLoader(store, batch_size, seed=seed, sampler=config, threads=threads, device=device) as loader:
-        result["format"], result["clips"] = loader.store.format, len(loader.store)
+        result["format"], result["clips"] = loader.store.format.name, len(loader.store)
         result["loader"] = _loader(loader, seconds) | {"device": device, "batch_size": batch_size}
     result["decode"] = decoding(store, originals=originals, size=size, pairs=pairs, rounds=rounds, seed=seed)
     return result
@@ -190,18 +190,18 @@ def _far(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
 
 def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Callable[[], Frames]:
     """Planned reads, decoding, resize: the loader's path on one thread, of whole frames, in one batch."""
-    jpeg, decoder = store.format == "jpeg", Decoder()
+    decoder, route = Decoder(), store.format.route(codec="", hardware_codecs=())
     clips, numbers = (np.array(values) for values in zip(*requests, strict=True))
     infos = [store.index.clip(clip) for clip, _ in requests]
     views = numbers.shape[1]
-    geometry = Geometry("jpeg" if jpeg else "frames", size, views, len(requests), device=torch.device("cpu"))
+    pipeline = DecodeCropResize(route, size, views, len(requests), device=torch.device("cpu"))
     crop = np.array([[[0, 0, info.height, info.width]] * views for info in infos], np.int32)
     mirror = np.zeros((len(requests), views, 2), bool)
 
     def pictures(row: int, read: Read) -> Frames:
         if read.code != "ok":
             raise OSError(read.error)
-        if not jpeg:
+        if not store.format.still:
             try:
                 return store.decode(decoder, int(clips[row]), infos[row], read, numbers[row])
             except BadPackets as error:
@@ -212,7 +212,7 @@ def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Cal
     def run() -> Frames:
         reads = store.reader.read(clips, numbers, single_stream=False)
         data = [picture for row, read in enumerate(reads) for picture in pictures(row, read)]
-        squares = torch.stack(geometry(data, crop, mirror), 1).numpy()
+        squares = torch.stack(pipeline(data, crop, mirror), 1).numpy()
         return [np.rot90(one, -info.rotation // 90) for info, pair in zip(infos, squares, strict=True) for one in pair]
 
     return run

@@ -1,4 +1,4 @@
-"""The store formats, and all that depends on the choice of one. Imports nothing of the rest of the package."""
+"""The store formats: everything that depends on the choice of one. Imports nothing of this package."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 FormatName = Literal["jpeg", "h264", "copy"]
 """Names of the store formats, as in ``vito-fast pack --format``."""
 
-Route = Literal["jpeg", "frames", "video"]
+Route = Literal["image", "frames", "video"]
 """Input of the loader's DALI pipeline: JPEG files, frames decoded in software, or small video files for NVDEC."""
 
 
@@ -38,7 +38,7 @@ class StoreFormat:
     def route(self, codec: str, hardware_codecs: Collection[str]) -> Route:
         """The pipeline input for a clip of ``codec`` on a device that decodes ``hardware_codecs``."""
         if self.still:
-            return "jpeg"
+            return "image"
         return "video" if codec in hardware_codecs else "frames"
 
 
@@ -60,6 +60,9 @@ H264 = StoreFormat(
     size_multiple=32,  # NVDEC restarts its decoder at each new frame size, so few sizes should occur
 )
 COPY = StoreFormat(name="copy", summary="packets of the source, not re-encoded", codec=None, still=False)
+
+NVDEC_CODECS = frozenset({"h264", "hevc", "vp9"})
+"""FFmpeg's names of the codecs that every GPU since Turing decodes in hardware, at 8 bits per sample."""
 
 FORMATS: dict[str, StoreFormat] = {format.name: format for format in (JPEG, H264, COPY)}
 assert tuple(FORMATS) == get_args(FormatName)

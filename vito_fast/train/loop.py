@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vito_fast.config import Config
-from vito_fast.data.loader.batch import sent
+from vito_fast.data.loader.batch import to_device
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.train import profiling
@@ -83,7 +83,7 @@ def _train(run: Run, profile: bool, clips_at_peak: float | None) -> dict[str, An
                 waited = time.perf_counter() - asked
 
                 logged = step % config.train.log_every == 0 or step in (1, trainer.schedule.total_steps)
-                row = trainer.step(batch["views"], sent(batch["video"], world.device), measure=logged)
+                row = trainer.step(batch["views"], to_device(batch["video"], world.device), measure=logged)
                 clock.count(config.train.batch_size, waited)
 
                 if logged:

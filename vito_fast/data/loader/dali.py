@@ -1,26 +1,25 @@
-"""The geometry of a batch: decode and cut out the crop window by DALI, resize, mirror.
+"""Decode, crop, resize and mirror a batch by DALI.
 
-One definition serves CPU and GPU. Only the operators' device differs, and that on a CPU the last step is
-csrc/resize.cpp, which takes a fifth of the time of DALI's (0.3 against 1.7 ms for a frame of 256 x 456). The
-specification is :mod:`.geometry`; colour is for ``vito_kernels.photometric`` to do on the uint8 views.
+One definition serves CPU and GPU. Only the operators' device differs, and the resize: on a CPU, csrc/resize.cpp takes a
+fifth of the time of DALI's (0.3 against 1.7 ms for a frame of 256 x 456). The specification is
+:mod:`.resize_reference`. Color is augmented later, on the uint8 views, by ``vito_kernels.photometric``.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vito_fast.data.formats import Route
 from vito_fast.errors import UserError
-from vito_fast.native import sampler
-
-Source = Literal["jpeg", "frames", "video"]
+from vito_fast.native import sampler as _sampler
 
 
 class DecodeError(Exception):
-    """DALI refused a batch; the message is the reason. The pipeline has been made anew and can go on."""
+    """DALI rejected a batch. The message is DALI's reason. The pipeline is rebuilt and can be used again."""
 
 
 def _dali() -> tuple[Any, Any, Any]:
@@ -31,26 +30,26 @@ def _dali() -> tuple[Any, Any, Any]:
     return Pipeline, fn, types
 
 
-class Geometry:
-    """Pictures and crop windows in, square uint8 views out. Use by one thread at a time.
+class DecodeCropResize:
+    """Encoded frames and crop windows in, square uint8 views out. Use from one thread at a time.
+
+    The resize is bicubic without an antialiasing filter, as in BYOL and DetCon (``tf.image.resize``). Deterministic. A
+    view does not depend on the rest of its batch.
 
     Args:
-        source: what is given: ``jpeg`` (files, of which only the window is decoded), ``frames`` ((H, W, 3) uint8,
-            already cut to the window) or ``video`` (small video files of which ``pictures`` are wanted).
-        size: side S of a view in pixels.
-        views: V, views a sample.
-        max_batch: the most samples a call.
-        device: ``cpu`` or ``cuda[:n]``: JPEG is then decoded by nvJPEG, video by NVDEC.
-        threads: DALI's own.
-        native: resize by csrc and not by DALI; default: on a CPU.
-
-    The resize is cubic without an antialiasing filter, as the ancestors' (BYOL, DetCon: ``tf.image.resize``).
-    Deterministic; a view does not depend on the rest of its batch.
+        route: Kind of input. ``image``: JPEG files, of which only the window is decoded. ``frames``: (H, W, 3) uint8,
+            already cropped. ``video``: small video files.
+        size: Side S of a view in pixels.
+        views: V, views per sample.
+        max_batch: Largest number of samples per call.
+        device: ``cpu`` or ``cuda[:n]``. A GPU decodes JPEG by nvJPEG and video by NVDEC.
+        threads: DALI's own threads.
+        native: Whether csrc resizes, not DALI. None: on a CPU.
     """
 
     def __init__(
         self,
-        source: Source,
+        route: Route,
         size: int,
         views: int,
         max_batch: int,
@@ -59,12 +58,12 @@ class Geometry:
         threads: int = 1,
         native: bool | None = None,
     ):
-        self.source, self.size, self.views, self.max_batch = source, size, views, max_batch
+        self.route, self.size, self.views, self.max_batch = route, size, views, max_batch
         self.device, self.threads = device, threads
         self.native = device.type == "cpu" if native is None else native
-        self._streams = views if source == "video" else 1  # a video's views are cut from one decoded sequence
+        self._streams = views if route == "video" else 1  # a video's views are cut from one decoded sequence
         self._fed: list[npt.NDArray[np.uint8]] = []
-        self._pipeline: Any = None if self.native and source == "frames" else self._build()
+        self._pipeline: Any = None if self.native and route == "frames" else self._build()
 
     def _build(self) -> Any:
         pipeline_class, fn, types = _dali()
@@ -76,22 +75,22 @@ class Geometry:
             exec_pipelined=False, exec_async=False, prefetch_queue_depth=1,
         )  # fmt: skip
 
-        def given(name: str, dtype: Any, ndim: int = 1, **options: Any) -> Any:
+        def source(name: str, dtype: Any, ndim: int = 1, **options: Any) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim, **options)
 
         with pipeline:
-            data = given("data", types.UINT8, 3 if self.source == "frames" else 1, no_copy=True)
-            if self.source == "video":  # a frame that is not there is an error, not a black picture
+            data = source("data", types.UINT8, 3 if self.route == "frames" else 1, no_copy=True)
+            if self.route == "video":  # by default a missing frame comes out black, without an error
                 data = fn.decoders.video(
-                    data, device=decoder, frames=given("pictures", types.INT32), pad_mode="none"
+                    data, device=decoder, frames=source("pictures", types.INT32), pad_mode="none"
                 )  # fmt: skip
             views = []
             for view in range(self._streams):
-                if self.source == "frames":
+                if self.route == "frames":
                     window = data.gpu() if gpu else data
                 else:
-                    at = {"start": given(f"start{view}", types.INT32), "shape": given(f"shape{view}", types.INT32)}
-                    if self.source == "jpeg":
+                    at = {"start": source(f"start{view}", types.INT32), "shape": source(f"shape{view}", types.INT32)}
+                    if self.route == "image":
                         window = fn.decoders.image_slice(
                             data, device=decoder, axis_names="HW", adjust_orientation=False, **at
                         )
@@ -100,7 +99,7 @@ class Geometry:
                 if not self.native:
                     window = fn.resize(
                         window, size=(self.size, self.size), interp_type=types.INTERP_CUBIC, antialias=False,
-                        roi_start=given(f"from{view}", types.FLOAT), roi_end=given(f"to{view}", types.FLOAT),
+                        roi_start=source(f"from{view}", types.FLOAT), roi_end=source(f"to{view}", types.FLOAT),
                         roi_relative=True,
                     )  # fmt: skip
                 views.append(window)
@@ -115,15 +114,19 @@ class Geometry:
         mirror: npt.NDArray[np.bool_],
         pictures: Sequence[npt.NDArray[np.int32]] = (),
     ) -> list[Tensor]:
-        """V tensors (N, S, S, 3) uint8 on the device, valid until the next call; the device's work is done.
+        """Make the views of one batch.
 
         Args:
-            data: N videos, or N * V JPEGs or cut frames, a sample's views side by side.
-            crop: (N, V, 4) y, x, height, width in pixels of the picture (not looked at for ``frames``).
-            mirror: (N, V, 2) whether to mirror top to bottom, and left to right.
-            pictures: N times (V,), the wanted pictures of each video in presentation order.
+            data: N videos, or N * V JPEGs or cropped frames, a sample's views side by side.
+            crop: (N, V, 4) y, x, height, width in pixels of the frame. Ignored for ``frames``.
+            mirror: (N, V, 2) whether to mirror vertically and horizontally.
+            pictures: N arrays (V,), the numbers of the wanted frames of each video in presentation order.
 
-        Raises DecodeError if DALI refuses any of it.
+        Returns:
+            V tensors (N, S, S, 3) uint8 on the device, valid until the next call. The device has finished them.
+
+        Raises:
+            DecodeError: DALI rejects any of the data.
         """
         if self._pipeline is None:
             (mirrored,) = self._split(mirror)
@@ -132,8 +135,8 @@ class Geometry:
             self._feed(data, crop, mirror, pictures)
             outputs = self._pipeline.run()
         except RuntimeError as error:
-            self._pipeline = self._build()  # DALI's are of no use after an error
-            raise DecodeError(reason(error)) from None
+            self._pipeline = self._build()  # DALI's pipeline cannot be used after an error
+            raise DecodeError(_reason(error)) from None
         if not self.native:
             return self._by_view([torch.from_dlpack(output.as_tensor()) for output in outputs])
         windows = [[np.asarray(output.at(row)) for row in range(len(data))] for output in outputs]
@@ -148,20 +151,20 @@ class Geometry:
     ) -> None:
         feed = self._pipeline.feed_input
         self._fed = [np.ascontiguousarray(each) for each in data]  # DALI reads from here while it runs
-        feed("data", self._fed, layout="HWC" if self.source == "frames" else None)
-        if self.source == "video":
+        feed("data", self._fed, layout="HWC" if self.route == "frames" else None)
+        if self.route == "video":
             feed("pictures", [np.ascontiguousarray(each, np.int32) for each in pictures])
         for view, (bounds, mirrored) in enumerate(zip(self._split(crop), self._split(mirror), strict=True)):
-            if self.source != "frames":
+            if self.route != "frames":
                 feed(f"start{view}", np.ascontiguousarray(bounds[:, :2]))
                 feed(f"shape{view}", np.ascontiguousarray(bounds[:, 2:]))
             if not self.native:
                 backwards = mirrored.astype(np.float32)
-                feed(f"from{view}", backwards)  # a region of interest that runs from 1 to 0 mirrors
+                feed(f"from{view}", backwards)  # a region from 1 to 0 mirrors
                 feed(f"to{view}", 1 - backwards)
 
     def _split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """(N, V, K) as (rows, K) for each stream of the pipeline."""
+        """Split (N, V, K) into (rows, K) for each stream of the pipeline."""
         if self._streams == 1:
             return [values.reshape(-1, values.shape[2])]
         return [values[:, view] for view in range(self.views)]
@@ -172,13 +175,13 @@ class Geometry:
     def _resized(self, windows: Sequence[npt.NDArray[np.uint8]], mirror: npt.NDArray[np.bool_]) -> Tensor:
         squares = np.empty((len(windows), self.size, self.size, 3), np.uint8)
         for window, (vertically, horizontally), square in zip(windows, mirror.tolist(), squares, strict=True):
-            sampler.resize_cubic(window, (0, 0, *window.shape[:2]), vertically, horizontally, square)
+            _sampler.resize_cubic(window, (0, 0, *window.shape[:2]), vertically, horizontally, square)
         return torch.from_numpy(squares)
 
 
-def reason(error: RuntimeError) -> str:
-    """The telling line of DALI's report."""
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's report that names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     noise = ("Critical error", "Error in ", "which was used", "Current pipeline", "File ", "Stacktrace", "(")
-    telling = [line for line in lines if not line.startswith(noise)]
-    return (telling or lines or ["unknown error"])[0]
+    causes = [line for line in lines if not line.startswith(noise)]
+    return (causes or lines or ["unknown error"])[0]

@@ -1,4 +1,4 @@
-"""``ClipLoader``: batches of augmented views from a store, the same on every run and for every number of ranks."""
+"""``ClipLoader``: batches of augmented views from a store, equal on every run and for every number of ranks."""
 
 import logging
 import os
@@ -13,24 +13,23 @@ import numpy.typing as npt
 import torch
 
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.batch import Batch, Recipe
-from vito_fast.data.loader.fetch import Failure, Fetcher, Part
+from vito_fast.data.loader.batch import Batch, LoaderSpec
+from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.loader.thread_pool import Workers
+from vito_fast.data.loader.thread_pool import ThreadPool
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
 log = logging.getLogger("vito_fast.data")
 
-LEAST = 1000
-"""Samples over which the share of bad ones is taken at least."""
-REMEMBERED = 100
-"""Failures kept with clip and reason."""
+MIN_SAMPLES = 1000
+"""The share of failures is taken over at least this many samples."""
+MAX_FAILURES_KEPT = 100
 
 
 @dataclass
 class LoaderStats:
-    """Counters of what was delivered since the loader was made. JSON-able by :meth:`as_dict`."""
+    """Counters since the loader was made."""
 
     samples: int = 0
     failures: int = 0
@@ -40,60 +39,71 @@ class LoaderStats:
     last_failures: list[Failure] = field(default_factory=list)
     """The most recent, at most 100."""
     refused: int = 0
-    """Samples that DALI refused and that were decoded in software instead."""
+    """Samples that DALI rejected and that were decoded in software."""
     bytes_read: int = 0
     packets: int = 0
     """Packets decoded, d."""
     frames: int = 0
-    """Distinct frames used of them, u."""
+    """Distinct frames used, u."""
     read_seconds: float = 0.0
-    """Reading, decoding (with crop and resize) and augmenting, summed over the workers."""
+    """Summed over the workers, as are the next two."""
     decode_seconds: float = 0.0
+    """With crop and resize."""
     augment_seconds: float = 0.0
     wait_seconds: float = 0.0
-    """How long the consumer waited for batches."""
+    """Time that the consumer waited for batches."""
 
     def as_dict(self) -> dict[str, Any]:
+        """The counters as JSON values."""
         return asdict(self)
 
-    def add(self, part: Part) -> None:
-        self.samples += len(part.samples.clip)
-        self.failures += len(part.failures)
-        for failure in part.failures:
+    def add(self, chunk: Chunk) -> None:
+        """Count the samples of one chunk."""
+        self.samples += len(chunk.samples.clip)
+        self.failures += len(chunk.failures)
+        for failure in chunk.failures:
             self.reasons[failure.code] = self.reasons.get(failure.code, 0) + 1
-        self.last_failures = (self.last_failures + part.failures)[-REMEMBERED:]
+        self.last_failures = (self.last_failures + chunk.failures)[-MAX_FAILURES_KEPT:]
         for name in ("refused", "bytes_read", "packets", "frames", "read_seconds", "decode_seconds", "augment_seconds"):
-            setattr(self, name, getattr(self, name) + getattr(part, name))
+            setattr(self, name, getattr(self, name) + getattr(chunk, name))
 
 
 class ClipLoader:
-    """An iterable over one epoch of batches, and again over the next.
+    """Iterates over one epoch of batches, and when iterated again over the next.
 
-    Batch b of epoch e on rank r holds the samples ``e * num_clips + b * G + r * B ... + B`` (G = B * world_size) of the
-    sampler, which is a pure function of (seed, number): so batches are the same on every run, whatever ``threads`` and
-    ``prefetch``, and their union over the ranks does not depend on their number. The incomplete last batch of an epoch
-    is dropped. A sample that cannot be read or decoded is replaced by another clip of the same generator, counted in
-    ``stats`` and logged (logger ``vito_fast.data``); never is a black or a wrong frame delivered in its stead.
+    Batch b of epoch e on rank r holds the samples ``e * num_clips + b * G + r * B ... + B``, G = B * world_size. A
+    sample is a pure function of (seed, number). So batches are equal on every run, whatever ``threads`` and
+    ``prefetch``, and the ranks' batches together do not depend on the number of ranks. The incomplete last batch of an
+    epoch is dropped.
 
-    A batch is a dict: ``views``, a tuple of V tensors (B, 3, S, S) channels_last of ``dtype``, normalised
-    (``augment=False``: (B, S, S, 3) uint8, the geometry alone); ``clip`` (B,) int64; ``video`` (B,) int64; ``frame``
-    (B, V) int32, of the clip in presentation order; ``time`` (B, V) float64, its second in the source; ``sample``
-    (B,) int64. All but ``views`` are on the CPU.
+    A sample that cannot be read or decoded is replaced by another clip of the same generator. It is counted in
+    ``stats`` and logged by ``vito_fast.data``. A black or wrong frame is never delivered.
+
+    A batch is a dict. All but ``views`` are on the CPU:
+
+    - ``views``: V tensors (B, 3, S, S) channels_last of ``dtype``, normalized. With ``augment=False``: (B, S, S, 3)
+      uint8, cropped and flipped only.
+    - ``clip``, ``video``, ``sample``: (B,) int64.
+    - ``frame``: (B, V) int32, frame numbers of the clip in presentation order.
+    - ``time``: (B, V) float64, timestamps in the source in seconds.
 
     Args:
-        store: the store's folder.
-        batch_size: samples a batch **on this rank**.
-        seed, rank, world_size: see above.
-        sampler: what is drawn; default: the method's.
-        augment: False leaves colour, blur and normalisation out.
-        device: of the views, ``cpu`` or ``cuda``; a GPU decodes JPEG by nvJPEG and video by NVDEC.
-        dtype: of the views, a floating-point one.
-        threads: workers; 0 or None = the cores this process may use.
-        prefetch: batches made ahead of the one in use; these bound the memory.
-        max_bad_share: share of failed samples (of at least 1000) past which iteration raises UserError.
+        store: The store's folder.
+        batch_size: Samples per batch **on this rank**.
+        seed, rank, world_size: See above.
+        sampler: Distribution of the samples. None: the method's.
+        augment: Whether to augment color, blur and normalize.
+        device: Device of the views, ``cpu`` or ``cuda``. A GPU decodes JPEG by nvJPEG and video by NVDEC.
+        dtype: Floating-point type of the views.
+        threads: Workers. 0 or None: one per core that this process may use.
+        prefetch: Batches prepared ahead of the one in use. Bounds the memory.
+        max_bad_share: Share of failed samples (of at least 1000) above which iteration raises UserError.
 
-    Raises UserError for a store that cannot be used or holds fewer clips than a global batch, ValueError for senseless
-    numbers. Its threads end with :meth:`close`, with the loader, or with the interpreter.
+    Raises:
+        UserError: The store cannot be used, or has fewer clips than a global batch.
+        ValueError: A number is out of range.
+
+    Its threads end with :meth:`close`, with the loader, or with the interpreter.
     """
 
     def __init__(
@@ -128,27 +138,27 @@ class ClipLoader:
         self.prefetch, self.max_bad_share = prefetch, max_bad_share
         self.stats = LoaderStats()
         self._step = 0
-        self._turn = 0  # which iterator is the current one
-        self._own: Iterator[dict[str, Any]] | None = None  # that of next(loader)
-        self._ahead: deque[Batch] = deque()  # those of steps self._step, self._step + 1, ...
+        self._iteration = 0  # number of the current iterator; older ones are stale
+        self._own: Iterator[dict[str, Any]] | None = None  # the iterator of next(loader)
+        self._ahead: deque[Batch] = deque()  # batches of steps self._step, self._step + 1, ...
         if len(self) == 0:
             raise UserError(
                 f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: "
                 "lower batch_size or pack more videos"
             )
-        self._recipe = Recipe(
-            self.store,
-            Sampler(self.store.index, sampler, seed),
-            _numbered(torch.device(device)),
-            dtype,
-            augment,
-            threads,
-            batch_size,
+        self._spec = LoaderSpec(
+            store=self.store,
+            sampler=Sampler(self.store.index, sampler, seed),
+            device=_with_index(torch.device(device)),
+            dtype=dtype,
+            augment=augment,
+            threads=threads,
+            batch_size=batch_size,
         )
-        self._workers: Workers[Fetcher] | None = None
+        self._pool: ThreadPool[Fetcher] | None = None
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self.store) // (self.batch_size * self.world_size)
 
     @property
@@ -158,22 +168,23 @@ class ClipLoader:
 
     @property
     def epoch(self) -> int:
+        """The epoch of the next batch."""
         return self._step // len(self)
 
     def state_dict(self) -> dict[str, int]:
-        """The position; what was made ahead and not delivered does not count."""
+        """The position. Batches that were prepared but not delivered do not count."""
         return {"step": self._step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position. Raises ValueError for what is no ``state_dict``."""
+        """Go to the position of a ``state_dict``. Raises ValueError for anything else."""
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"state is {state!r}, must be {{'step': batches delivered}}")
-        self._forget()
+        self._drop_ahead()
         self._step = step
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of ``epoch``, unless the position is within it already."""
+        """Go to the start of ``epoch``, unless the position is already within it."""
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}, must be at least 0")
         if epoch != self.epoch:
@@ -186,15 +197,15 @@ class ClipLoader:
         return np.arange(first, first + self.batch_size, dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rest of the current epoch, from the position on; at its end the position is the start of the next.
+        """The rest of the current epoch. At its end the position is the start of the next one.
 
-        One iterator at a time: an older one raises RuntimeError once a newer has begun or the position was set.
+        One iterator at a time: an older one raises RuntimeError once a newer one was made or the position was set.
         """
-        self._turn, self._own = self._turn + 1, None
-        return self._batches(self._turn)
+        self._iteration, self._own = self._iteration + 1, None
+        return self._batches(self._iteration)
 
     def __next__(self) -> dict[str, Any]:
-        """The next batch, as DALI's iterators: StopIteration at an epoch's end, and then the next epoch's."""
+        """The next batch, as DALI's iterators: StopIteration at an epoch's end, and then the next epoch's first."""
         self._own = self._own or iter(self)
         try:
             return next(self._own)
@@ -203,73 +214,73 @@ class ClipLoader:
             raise
 
     def reset(self) -> None:
-        """To the start of the next epoch from within one, as DALI's iterators."""
+        """Go to the start of the next epoch, unless at the start of one, as DALI's iterators."""
         if self._step % len(self):
             self.set_epoch(self.epoch + 1)
 
-    def _batches(self, turn: int) -> Iterator[dict[str, Any]]:
+    def _batches(self, iteration: int) -> Iterator[dict[str, Any]]:
         for step in range(self._step, (self.epoch + 1) * len(self)):
-            if turn != self._turn:
-                raise RuntimeError("this iterator is stale: its loader was iterated anew or moved")
-            while len(self._ahead) <= self.prefetch:  # past the epoch's end too: the next one shall not begin idle
+            if iteration != self._iteration:
+                raise RuntimeError("this iterator is stale: its loader was iterated again or moved")
+            while len(self._ahead) <= self.prefetch:  # also past the epoch's end, so that the next one begins at once
                 self._ahead.append(self._begin(step + len(self._ahead)))
             try:
                 batch = self._deliver(self._ahead.popleft())
             except BaseException:
-                self._forget()  # what is ahead would follow a step that was not delivered
+                self._drop_ahead()  # these would follow a step that was not delivered
                 raise
             self._step = step + 1
             yield batch
-            del batch  # the consumer's alone: as many ahead as prefetch says and one in use, no more
+            del batch  # keep no reference: memory holds prefetch batches and the one in use
 
-    def _forget(self) -> None:
-        """Nothing is begun any longer, and no iterator is the current one."""
-        self._turn, self._own = self._turn + 1, None
-        for begun in self._ahead:
-            begun.cancel()
+    def _drop_ahead(self) -> None:
+        """Drop the prepared batches. All iterators become stale."""
+        self._iteration, self._own = self._iteration + 1, None
+        for batch in self._ahead:
+            batch.cancel()
         self._ahead.clear()
 
     def batch(self, step: int) -> dict[str, Any]:
-        """The batch of any step, made now; the position stays."""
+        """Make the batch of any step. The position does not change."""
         return self._deliver(self._begin(step))
 
     def _begin(self, step: int) -> Batch:
-        if self._workers is None:
-            self._workers = Workers(self._recipe.workers, self._recipe.fetcher)
-        budget = self.max_bad_share * max(LEAST, self.stats.samples + self.batch_size)
-        return Batch(self._recipe, self._workers, self.numbers(step), budget)
+        if self._pool is None:
+            self._pool = ThreadPool(self._spec.workers, self._spec.fetcher)
+        budget = self.max_bad_share * max(MIN_SAMPLES, self.stats.samples + self.batch_size)
+        return Batch(self._spec, self._pool, self.numbers(step), budget)
 
     def _deliver(self, batch: Batch) -> dict[str, Any]:
         start = time.perf_counter()
         try:
-            parts = batch.wait()
+            chunks = batch.wait()
         except BaseException:
             batch.cancel()
             raise
         self.stats.wait_seconds += time.perf_counter() - start
-        for part in parts:
-            self.stats.add(part)
-            for failure in part.failures:
+        for chunk in chunks:
+            self.stats.add(chunk)
+            for failure in chunk.failures:
                 log.warning(
                     "sample %d: clip %d (%s) replaced by another: %s: %s",
                     failure.sample, failure.clip, failure.source, failure.code, failure.reason,
                 )  # fmt: skip
-        allowed = self.max_bad_share * max(LEAST, self.stats.samples)
-        if self.stats.failures > allowed or any(part.hopeless for part in parts):
+        allowed = self.max_bad_share * max(MIN_SAMPLES, self.stats.samples)
+        if self.stats.failures > allowed or any(chunk.gave_up for chunk in chunks):
             last = self.stats.last_failures[-1]
             raise UserError(
                 f"{self.stats.failures} failures in {self.stats.samples} samples of {self.store.path}, more than "
                 f"max_bad_share = {self.max_bad_share} allows; the last: clip {last.clip} ({last.source}): "
                 f"{last.code}: {last.reason}; see `vito-fast inspect-store {self.store.path}`"
             )
-        return batch.finish(parts)
+        return batch.finish(chunks)
 
     def close(self) -> None:
-        """Ends the threads; iterating starts them again."""
-        self._forget()
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        """End the threads. Iterating starts them again."""
+        self._drop_ahead()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> "ClipLoader":
         return self
@@ -278,8 +289,8 @@ class ClipLoader:
         self.close()
 
 
-def _numbered(device: torch.device) -> torch.device:
-    """This thread's GPU by its number: to the workers' threads, a mere ``cuda`` is the first one."""
+def _with_index(device: torch.device) -> torch.device:
+    """This thread's GPU by its index. In the workers' threads, a bare ``cuda`` would be GPU 0."""
     if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
         return device
     return torch.device("cuda", torch.cuda.current_device())

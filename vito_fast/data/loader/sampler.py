@@ -1,6 +1,6 @@
-"""What each training sample is: clip, frames, crops, flips and colours, as a pure function of (seed, number, attempt).
+"""The clip, frames, crops, flips and colors of each training sample: a pure function of (seed, number, attempt).
 
-There is no state: sample ``n`` is the same on every rank, in every order and after every restart, so the position in
+There is no state. Sample ``n`` is the same on every rank, in every order and after every restart, so the position in
 the data is one integer. Random bits come from Philox4x32-10, the order of an epoch from a Feistel shuffle
 (csrc/sampler.hpp).
 """
@@ -28,23 +28,41 @@ class Samples(NamedTuple):
     frame: npt.NDArray[np.int32]
     """(B, V) in presentation order."""
     time: npt.NDArray[np.float64]
-    """(B, V) the frame's own timestamp in seconds: ``index.times(clip)[frame]``."""
+    """(B, V) timestamps of the frames in seconds: ``index.times(clip)[frame]``."""
     crop: npt.NDArray[np.int32]
     """(B, V, 4) y, x, height, width in pixels of the decoded frame, before its rotation."""
     flip: npt.NDArray[np.uint8]
     """(B, V)"""
     params: npt.NDArray[np.float32]
-    """(B, V, 8) the columns of ``vito_kernels.photometric``."""
+    """(B, V, P) the columns ``vito_kernels.photometric.PARAMS``."""
+
+
+def empty_samples(batch: int, views: int) -> Samples:
+    """Zeroed samples, to be filled in by row."""
+    return Samples(
+        clip=np.zeros(batch, np.int64),
+        video=np.zeros(batch, np.int64),
+        frame=np.zeros((batch, views), np.int32),
+        time=np.zeros((batch, views)),
+        crop=np.zeros((batch, views, 4), np.int32),
+        flip=np.zeros((batch, views), np.uint8),
+        params=np.zeros((batch, views, len(_sampler.PARAMS)), np.float32),
+    )
 
 
 class Sampler:
-    """Samples by number. Pure and thread-safe; the GIL is released while it works.
+    """Draws samples by number. Pure and thread-safe. Releases the GIL while it works.
 
-    Number ``n`` is position ``n % num_clips`` of epoch ``n // num_clips``; every epoch visits each clip once, in an
-    order of its own. ``attempt`` a > 0 replaces a sample that could not be read by another clip, with other parameters:
-    the attempts 0 .. num_clips - 1 of one number visit every clip once.
+    Number ``n`` is position ``n % num_clips`` of epoch ``n // num_clips``. Every epoch visits each clip once, in an
+    order of its own.
 
-    Raises ``ValueError`` for an empty index or a seed outside [0, 2^64).
+    Args:
+        index: The store's index.
+        config: Distribution of the samples. None: the method's.
+        seed: 0 to 2^64 - 1.
+
+    Raises:
+        ValueError: The index is empty or the seed out of range.
     """
 
     def __init__(self, index: Index, config: SamplerConfig | None = None, seed: int = 0):
@@ -52,50 +70,38 @@ class Sampler:
             raise ValueError(f"seed is {seed}, must be within 0 and 2^64 - 1")
         self.config = config or SamplerConfig()
         self.seed = seed
-        self._native = _sampler.Sampler(index.native, _native(self.config), seed)
+        self._native = _sampler.Sampler(index.native, _native_config(self.config), seed)
 
     def sample(self, numbers: npt.ArrayLike, attempt: npt.ArrayLike = 0) -> Samples:
-        """Samples of ``numbers``, (B,) integers >= 0; ``attempt`` is one for all, or (B,).
+        """Draw samples.
 
-        Raises ``ValueError`` for negative or fractional numbers and for a corrupt index.
+        Args:
+            numbers: (B,) integers, 0 or more.
+            attempt: One integer for all, or (B,). An attempt above 0 replaces a sample that could not be read by
+                another clip, with other parameters. Attempts 0 to num_clips - 1 of a number visit every clip once.
+
+        Raises:
+            ValueError: A number is negative or no integer, or the index is corrupt.
         """
-        return Samples(*self._native.sample(*self._arguments(numbers, attempt)))
+        return Samples(*self._native.sample(*_arguments(numbers, attempt)))
 
     def clips(self, numbers: npt.ArrayLike, attempt: npt.ArrayLike = 0) -> npt.NDArray[np.int64]:
-        """Only the clips of ``sample``, (B,): no access to the index."""
-        return self._native.clips(*self._arguments(numbers, attempt))
-
-    @staticmethod
-    def _arguments(
-        numbers: npt.ArrayLike, attempt: npt.ArrayLike
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        checked = exact_array(numbers, "int64", "numbers")
-        attempts = exact_array(attempt, "uint32", "attempt")
-        if attempts.ndim == 0:
-            attempts = np.full(checked.shape, attempts, np.uint32)
-        return checked, attempts
+        """Only the clips of :meth:`sample`, (B,). Does not read the index."""
+        return self._native.clips(*_arguments(numbers, attempt))
 
 
-def _native(config: SamplerConfig) -> dict[str, object]:
-    """The C++ sampler's configuration: logarithms of the aspect ratio, and one probability for each possible view."""
-    low, high = config.crop_aspect
+def _arguments(numbers: npt.ArrayLike, attempt: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+    checked = exact_array(numbers, "int64", "numbers")
+    attempts = exact_array(attempt, "uint32", "attempt")
+    if attempts.ndim == 0:
+        attempts = np.full(checked.shape, attempts, np.uint32)
+    return checked, attempts
 
-    def per_view(values: tuple[float, ...]) -> list[float]:
-        return [values[min(view, len(values) - 1)] for view in range(MAX_VIEWS)]
 
-    return {
-        "views": config.views,
-        "window": config.frame_window,
-        "area": config.crop_area,
-        "log_aspect": (math.log(low), math.log(high)),
-        "flip": config.flip,
-        "jitter": config.jitter,
-        "brightness": config.brightness,
-        "contrast": config.contrast,
-        "saturation": config.saturation,
-        "hue": config.hue,
-        "grey": config.grayscale,
-        "sigma": config.blur_sigma,
-        "blur": per_view(config.blur),
-        "solarise": per_view(config.solarize),
-    }
+def _native_config(config: SamplerConfig) -> dict[str, object]:
+    """The C++ sampler's configuration: the aspect ratio's logarithm, and one probability for each possible view."""
+    values = {name: value for name, value in vars(config).items() if name not in ("size", "crop_aspect")}
+    values["log_aspect"] = tuple(math.log(ratio) for ratio in config.crop_aspect)
+    for name in ("blur", "solarize"):
+        values[name] = [values[name][min(view, len(values[name]) - 1)] for view in range(MAX_VIEWS)]
+    return values

@@ -1,7 +1,7 @@
-"""A few daemon threads that run tasks in the order they were given, each with tools of its own.
+"""Daemon threads that run tasks in the order they were submitted, each with its own tools.
 
-The executor of the standard library would join its threads at exit only after all that was submitted is done; here
-what has not begun is dropped, and no thread is inside native code when the interpreter goes.
+The executor of the standard library joins its threads at exit only after all submitted tasks are done. This one drops
+tasks that have not begun. No thread is inside native code when the interpreter ends.
 """
 
 import threading
@@ -18,36 +18,42 @@ Result = TypeVar("Result")
 _Tasks = SimpleQueue[tuple[Future[Any], Callable[[Any], Any]] | None]
 
 
-class Workers(Generic[Tools]):
-    """``make()`` is called in each thread before its first task. Ends by :meth:`close`, when collected, or at exit."""
+class ThreadPool(Generic[Tools]):
+    """``count`` threads. They end by :meth:`close`, with the object, or at exit.
 
-    def __init__(self, count: int, make: Callable[[], Tools]):
+    Args:
+        count: Number of threads.
+        make_tools: Called in each thread before its first task. The tasks of the thread receive the result.
+    """
+
+    def __init__(self, count: int, make_tools: Callable[[], Tools]):
         self._tasks: _Tasks = SimpleQueue()
         ready = threading.Barrier(count + 1)
         threads = [
-            threading.Thread(target=_work, args=(self._tasks, make, ready), name=f"vito-data-{i}", daemon=True)
+            threading.Thread(target=_work, args=(self._tasks, make_tools, ready), name=f"vito-data-{i}", daemon=True)
             for i in range(count)
         ]
-        in_torch = torch.get_num_threads()
+        torch_threads = torch.get_num_threads()
         for thread in threads:
             thread.start()
         ready.wait()
-        torch.set_num_threads(in_torch)  # each worker's own call holds for it, and for threads yet to come
+        torch.set_num_threads(torch_threads)  # a worker's own call also sets the default of new threads
         self._finalizer = weakref.finalize(self, _stop, self._tasks, threads)
 
     def submit(self, task: Callable[[Tools], Result]) -> "Future[Result]":
+        """Queue ``task``, called with the tools of the thread that runs it."""
         future: Future[Result] = Future()
         self._tasks.put((future, task))
         return future
 
     def close(self) -> None:
-        """Drop what has not begun, wait for what has. Idempotent."""
+        """Drop tasks that have not begun and wait for the others. Idempotent."""
         self._finalizer()
 
 
-def _work(tasks: _Tasks, make: Callable[[], Any], ready: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread's first question sets it to the process's number, over what was set before
-    torch.set_num_threads(1)  # the workers themselves are the parallelism
+def _work(tasks: _Tasks, make_tools: Callable[[], Any], ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # the first query in a thread resets its number, so query before setting
+    torch.set_num_threads(1)  # the pool is the parallelism
     ready.wait()
     tools = None
     while (entry := tasks.get()) is not None:
@@ -55,11 +61,11 @@ def _work(tasks: _Tasks, make: Callable[[], Any], ready: threading.Barrier) -> N
         if future.set_running_or_notify_cancel():
             try:
                 if tools is None:
-                    tools = make()
+                    tools = make_tools()
                 future.set_result(task(tools))
             except BaseException as error:
                 future.set_exception(error)
-        del entry, future, task  # hold no batch while waiting
+        del entry, future, task  # hold no batch while idle
 
 
 def _stop(tasks: _Tasks, threads: list[threading.Thread]) -> None:
@@ -71,5 +77,5 @@ def _stop(tasks: _Tasks, threads: list[threading.Thread]) -> None:
     for _ in threads:
         tasks.put(None)
     for thread in threads:
-        if thread is not threading.current_thread():  # the collector may run anywhere
+        if thread is not threading.current_thread():  # the garbage collector may run in any thread
             thread.join()

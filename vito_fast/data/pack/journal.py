@@ -1,7 +1,7 @@
-"""What has been packed so far, so that a killed run goes on where it stopped.
+"""The record of finished files, from which a killed run continues.
 
-One append-only file a part; a record is one line of JSON. The run that resumes cuts the shards back to what is
-recorded.
+Each machine's share has one append-only file with a line of JSON per source file. A run that continues truncates the
+shards to the recorded packets.
 """
 
 import base64
@@ -29,12 +29,12 @@ Entry = PackedFile | Rejected
 
 
 class Records(Mapping[str, Entry]):
-    """Entries by file name. They stay on disk: memory holds only where each line begins."""
+    """Entries by file name. They stay on disk: memory holds only the offset of each line."""
 
     def __init__(self) -> None:
         self._places: dict[str, tuple[Path, int]] = {}
         self.end = 0
-        """Bytes of the file read last that are whole lines."""
+        """Bytes of whole lines in the file that was read last."""
 
     def __getitem__(self, name: str) -> Entry:
         path, place = self._places[name]
@@ -55,7 +55,7 @@ class Records(Mapping[str, Entry]):
         self._places.pop(name, None)
 
     def read(self, path: Path) -> Iterator[tuple[str, Entry]]:
-        """Notes and yields what is in ``path``, up to half a line that a killed run may have left."""
+        """Register and yield the entries of ``path``, up to the partial line that a killed run may have left."""
         place = 0
         with open(path, "rb") as file:
             for line in file:
@@ -70,7 +70,7 @@ class Records(Mapping[str, Entry]):
 
 
 class Journal:
-    """The record of one part (``number`` of ``parts``, from 1) of the store being packed in ``store``."""
+    """The record of one share (``number`` of ``parts``, from 1) of the store that is packed in ``store``."""
 
     def __init__(self, store: Path, number: int, parts: int):
         self.store, self.number, self.parts = store, number, parts
@@ -83,7 +83,7 @@ class Journal:
             for clip in entry.clips if isinstance(entry, PackedFile) else []:
                 end = int((clip.offsets + clip.sizes).max())
                 path = self.shard_path(clip.shard)
-                if not path.exists() or path.stat().st_size < end:  # lost in a power cut: pack this file again
+                if not path.exists() or path.stat().st_size < end:  # lost in a power cut; pack this file again
                     lost.append(name)
                 else:
                     ends[clip.shard] = max(ends.get(clip.shard, 0), end)
@@ -94,15 +94,17 @@ class Journal:
         self._trim_shards(ends)
 
     def mine(self, name: str) -> bool:
-        """Whether the file belongs to this part; by its name alone, so that machines need not agree on a listing."""
+        """Whether the file belongs to this share. Depends on its name alone: machines need not agree on a listing."""
         return zlib.crc32(name.encode("utf-8", "surrogateescape")) % self.parts == self.number - 1
 
     def add(self, name: str, entry: Entry) -> None:
+        """Record a file that is packed or rejected."""
         self.entries.note(name, self._path, self._file.seek(0, os.SEEK_END))
         self._file.write(_dump(name, entry))
         self._file.flush()
 
     def mark_done(self) -> None:
+        """Sync to disk and mark this share as complete."""
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.with_suffix(".done").touch()
@@ -111,7 +113,7 @@ class Journal:
         return self.store / f"shard-{number:05d}.bin"
 
     def new_shard(self) -> int:
-        """Creates an empty shard of this part; numbers of different parts never meet."""
+        """Create an empty shard and return its number. Shares use disjoint numbers."""
         number = self.number - 1
         while True:
             try:
@@ -121,7 +123,7 @@ class Journal:
                 number += self.parts
 
     def _trim_shards(self, ends: dict[int, int]) -> None:
-        """Cuts this part's shards off where the last recorded packet ends."""
+        """Truncate this share's shards to the end of the last recorded packet."""
         for path in self.store.glob("shard-*.bin"):
             number = int(path.stem.split("-")[1])
             if number % self.parts == self.number - 1:
@@ -132,7 +134,7 @@ class Journal:
 
     @staticmethod
     def all_entries(store: Path, parts: int) -> Records | None:
-        """Everything recorded, by whatever part, or None while a part is unfinished."""
+        """The records of all shares, or None while one is unfinished."""
         records = Records()
         for number in range(1, parts + 1):
             path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"

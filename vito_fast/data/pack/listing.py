@@ -1,4 +1,4 @@
-"""Which files a folder of videos holds, without leaving it, and each content once."""
+"""The video files of a folder, without leaving it, and each content once."""
 
 import hashlib
 import os
@@ -12,22 +12,27 @@ from vito_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Listing:
-    """``videos`` and ``rejected`` (with the reason) name files relative to ``root``, sorted."""
+    """Files below ``root``, by relative name, sorted. ``rejected`` has the reason of each."""
 
     root: Path
     videos: list[str]
     rejected: dict[str, str]
     fingerprint: str
-    """Of the names and sizes of all files listed."""
+    """Hash of the names and sizes of all files."""
 
     def path(self, name: str) -> Path:
+        """The path of a file."""
         return self.root / os.fsdecode(os.fsencode(name))
 
 
 def list_videos(src: Path) -> Listing:
-    """Videos under ``src`` (or the one file ``src``), told by their suffix; links that lead outside are rejected.
+    """List the videos under ``src``, found by suffix. Rejects links that lead outside, and duplicates.
 
-    Raises UserError if ``src`` does not exist, cannot be read or holds no file with a video's suffix.
+    Args:
+        src: A folder, searched recursively, or one file.
+
+    Raises:
+        UserError: ``src`` does not exist, cannot be read or has no file with a video's suffix.
     """
     if not src.exists():
         raise UserError(f"no such file or folder: {src}")
@@ -46,7 +51,7 @@ def list_videos(src: Path) -> Listing:
             else:
                 sizes[name] = real.stat().st_size
         except (OSError, RuntimeError) as error:
-            rejected[name] = f"cannot be read: {getattr(error, 'strerror', None) or 'a circle of links'}"
+            rejected[name] = f"cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"
     seal = hashlib.sha256(
         "\n".join(f"{name}\t{sizes.get(name, -1)}" for name in names).encode("utf-8", "surrogateescape")
     )
@@ -67,7 +72,7 @@ def _walk(src: Path):
 
 
 def _duplicates(root: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """All but the first of each set of files with the same bytes; only files of equal size are read."""
+    """All but the first file of each content, with the reason. Only files of equal size are read."""
     groups: dict[int, list[str]] = defaultdict(list)
     for name, size in sizes.items():
         groups[size].append(name)

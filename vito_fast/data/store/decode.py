@@ -1,7 +1,7 @@
-"""Software decoding of planned packets: codec contexts fed raw packets, no container opened or probed.
+"""Software decoding of planned packets: codec contexts get raw packets, and no container is opened or probed.
 
-Every packet goes in with its own number as pts, and frames are known by the number that comes out with them: whatever
-the order in which a decoder gives its frames, the frame delivered is the frame asked for.
+Each packet enters the decoder with its number as pts, and each frame is identified by the number that comes out. So the
+delivered frame is the requested one, in whatever order the decoder returns frames.
 """
 
 from collections import OrderedDict
@@ -16,6 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from vito_fast.data.formats import H264
 from vito_fast.data.store.index import ClipInfo, Read
 from vito_fast.data.store.media import bare_packet, strictness
 
@@ -23,15 +24,15 @@ T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
 
 DECODERS = {"av1": "libdav1d"}
-"""Where FFmpeg's decoder of a codec does not bear the codec's name (its own ``av1`` works only with hardware)."""
+"""FFmpeg's software decoder of a codec, if its name differs from the codec's (``av1`` needs hardware)."""
 
 
 class BadPackets(Exception):
-    """The packets do not give the frames they should; the message is the reason."""
+    """The packets do not decode to the expected frames. The message is the reason."""
 
 
 class Decoder:
-    """Decodes samples one after another; keeps a few opened codec contexts. Use one per thread."""
+    """Decodes samples one after another and caches a few codec contexts. Use one per thread."""
 
     CONTEXTS = 8
 
@@ -40,17 +41,25 @@ class Decoder:
         self._contexts: OrderedDict[tuple[str, int, int, bytes], av.VideoCodecContext] = OrderedDict()
 
     def decode(self, clip: ClipInfo, read: Read, wanted: Iterable[int]) -> list[Picture]:
-        """Frames of the packets ``wanted`` (``index.packets(clip).order[frames]``): (H, W, 3) uint8 RGB, not turned.
+        """Decode frames.
 
-        ``read`` must be planned for them with ``single_stream=False``. Raises BadPackets if a frame does not come out
-        whole.
+        Args:
+            clip: Entry of the index.
+            read: Packets that were read for these frames with ``single_stream=False``.
+            wanted: Packet numbers of the frames, ``index.packets(clip).order[frames]``.
+
+        Returns:
+            (H, W, 3) uint8 RGB of each, in order, before the clip's rotation.
+
+        Raises:
+            BadPackets: A frame is damaged or missing.
         """
         numbers = [int(number) for number in wanted]
         found = self.each(clip, read, set(numbers), self._rgb)
         return [found[number] for number in numbers]
 
     def each(self, clip: ClipInfo, read: Read, wanted: set[int], use: Callable[[VideoFrame], T]) -> dict[int, T]:
-        """``use`` of the frame of every packet in ``wanted``, by packet number; otherwise as :meth:`decode`."""
+        """Apply ``use`` to the frame of each packet in ``wanted``. Returns the results by packet number."""
         context, payloads = self._context(clip), read.split()
         found: dict[int, T] = {}
         try:
@@ -59,7 +68,7 @@ class Decoder:
                     packet = None
                     if row is not None:
                         packet = bare_packet(payloads[row], int(read.packets[row]))
-                        packet.is_keyframe = row == first  # PNG's decoder adds others to the picture before
+                        packet.is_keyframe = row == first  # PNG's decoder blends other packets into the previous frame
                     for frame in context.decode(packet):
                         if frame.pts in wanted and frame.pts not in found:
                             if frame.is_corrupt:
@@ -71,14 +80,14 @@ class Decoder:
         except av.FFmpegError as error:
             raise BadPackets(f"decoder {context.name}: {error.strerror}") from None
         finally:
-            if wanted - found.keys():  # whatever went wrong must not reach the next sample
+            if wanted - found.keys():  # the state of a failed decoder must not reach the next sample
                 self._contexts.clear()
         if missing := wanted - found.keys():
             raise BadPackets(f"packet {min(missing)} decodes to no frame")
         return found
 
     def _rgb(self, frame: VideoFrame) -> Picture:
-        """As ``media.rgb`` without turning; with one converter for all frames, and no threads of its own."""
+        """``media.rgb`` without rotation, by one converter for all frames and without threads."""
         return np.asarray(self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
 
     def _context(self, clip: ClipInfo) -> av.VideoCodecContext:
@@ -93,14 +102,14 @@ class Decoder:
 
 
 def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.VideoCodecContext:
-    """A decoder that knows of the stream what an index knows. Raises BadPackets for a codec FFmpeg cannot decode."""
+    """Open a decoder from the index's entry alone. Raises BadPackets for a codec that FFmpeg cannot decode."""
     try:
         context = av.CodecContext.create(DECODERS.get(codec, codec), "r")
     except (av.FFmpegError, ValueError) as error:
         raise BadPackets(f"no decoder for {codec}: {error}") from None
     assert isinstance(context, av.VideoCodecContext)
     context.thread_count, context.options = 1, strictness(codec)
-    if codec == "h264":  # a stream that does not tell how far frames are reordered: assume the most, so none is lost
+    if codec == H264.codec:  # assume the longest reordering where the stream states none, so that no frame is lost
         context.options = {"strict": "strict"}
     context.width, context.height = width, height
     if extradata:
@@ -109,8 +118,14 @@ def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.Vi
 
 
 def decode_jpeg(clip: ClipInfo, data: Picture) -> Picture:
-    """(H, W, 3) uint8 RGB, by libjpeg-turbo as DALI's CPU decoder does. Raises BadPackets if it is not a whole JPEG of
-    the clip's size."""
+    """Decode a JPEG by libjpeg-turbo, as DALI does on a CPU.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        BadPackets: It is damaged or not of the clip's size.
+    """
     try:
         picture = np.asarray(Image.open(BytesIO(data.tobytes()), formats=["JPEG"]).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

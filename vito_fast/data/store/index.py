@@ -1,7 +1,7 @@
-"""The store's index: what every clip is, and where and when each of its packets is.
+"""The store's index: size, codec and timing of every clip, and the place of each of its packets.
 
-The file format and its guarantees are described in csrc/index.hpp. Opening verifies the header only and costs the same
-for ten clips and a million; a clip is verified when it is first touched, and a corrupt one raises ``ValueError``.
+csrc/index.hpp describes the file format and its guarantees. Opening verifies the header only and costs the same for ten
+clips and a million. A clip is verified when it is first used. A corrupt one raises ``ValueError``.
 """
 
 from __future__ import annotations
@@ -22,41 +22,40 @@ from vito_fast.native import sampler as _sampler
 KEY = 1
 """Packet flag: decoding can start here."""
 DISCARD = 2
-"""Packet flag: decodes to a picture that is not part of the clip (edit list, lead-in)."""
+"""Packet flag: decodes to a frame outside the clip (edit list, lead-in)."""
 NO_PICTURE = 4
-"""Packet flag: decodes to no picture (VP8's hidden reference frames)."""
+"""Packet flag: decodes to no frame (VP8's hidden reference frames)."""
 DISPOSABLE = 8
-"""Packet flag: no other picture refers to it."""
+"""Packet flag: no other frame refers to it."""
 OPEN = 16
-"""Packet flag of a key that is no IDR picture: the decoder must be in its initial state to start here."""
+"""Packet flag of a key that is no IDR frame: the decoder must be in its initial state to start here."""
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """One clip to index. The arrays have one entry a packet, in decoding order.
+    """One clip to index. The arrays have one entry per packet, in decoding order.
 
-    Clips whose packets are all keys, follow one another without a gap and are equally spaced in time take 8 bytes a
-    packet.
+    A clip takes 8 bytes per packet if all packets are keys, contiguous in the shard and equally spaced in time.
     """
 
     video: int
-    """Number of the source video: clips of one video are never each other's negatives."""
+    """Number of the source video. Clips of one video are never negatives of each other."""
     source: str
     codec: str
-    """FFmpeg's name of it, at most 15 characters."""
+    """FFmpeg's name, at most 15 characters."""
     width: int
     height: int
     """Size in pixels as decoded, before ``rotation``."""
     shard: int
     """Number of the shard that holds the packets."""
     time_base: Fraction
-    """Seconds a tick."""
+    """Seconds per tick."""
     pts: Integers
     """Presentation times in ticks."""
     offsets: Integers
-    """Positions in the shard, in bytes."""
+    """Positions in the shard in bytes."""
     sizes: Integers
     """Bytes."""
     checksums: npt.NDArray[np.uint32]
@@ -67,11 +66,11 @@ class ClipRecord:
     """Tick at which the last frame ends."""
     extradata: bytes = b""
     rotation: int = 0
-    """Degrees clockwise by which a decoded frame is turned for display."""
+    """Degrees clockwise by which a decoded frame is rotated for display."""
 
 
 class Packets(NamedTuple):
-    """The packets of a clip in decoding order, and the packet of each frame in presentation order."""
+    """The packets of a clip in decoding order. ``order`` is the packet number of each frame in presentation order."""
 
     offsets: Integers
     sizes: Integers
@@ -83,7 +82,7 @@ class Packets(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What the index knows of a clip, its packets apart."""
+    """Entry of a clip in the index, without its packets."""
 
     video: int
     source: str
@@ -94,7 +93,7 @@ class ClipInfo:
     shard: int
     time_base: Fraction
     start: float
-    """Seconds at which the first frame is shown, on the clock of the source video; so are all times of frames."""
+    """Timestamp of the first frame in seconds, on the clock of the source video, as all timestamps of frames."""
     end: float
     """Seconds at which the last frame ends."""
     num_frames: int
@@ -104,10 +103,13 @@ class ClipInfo:
 
 
 class Index:
-    """A store's index, mapped into memory. Thread-safe; reads nothing that is not asked for.
+    """A store's index, mapped into memory. Thread-safe. Reads only the pages that it needs.
 
-    Raises ``OSError`` if the file cannot be opened and ``ValueError`` if it is not an index, is one of another version
-    or is corrupt. The file must not be overwritten in place while it is open; ``write_index`` never does.
+    The file must not be overwritten in place while it is open. ``write_index`` never does that.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is no index, of another version or corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -118,69 +120,75 @@ class Index:
         self.num_frames: int = self.native.num_frames
         self.num_packets: int = self.native.num_packets
         self.shards: tuple[tuple[str, int], ...] = self.native.shards
-        """Name, relative to the store, and bytes of each shard."""
+        """File name and size in bytes of each shard."""
 
     def __len__(self) -> int:
         return self.num_clips
 
     def clip(self, clip: int) -> ClipInfo:
-        """Raises ``IndexError`` for a number that is not in the index, ``ValueError`` for a corrupt clip."""
+        """The entry of a clip. Raises IndexError if there is no such clip, ValueError if it is corrupt."""
         values: dict[str, Any] = self.native.clip(clip)
         return ClipInfo(**{**values, "time_base": Fraction(*values["time_base"])})
 
     def times(self, clip: int) -> npt.NDArray[np.float64]:
-        """When each frame is shown, (num_frames,) in seconds, in presentation order."""
+        """Timestamps of the frames, (num_frames,) in seconds, in presentation order."""
         return self.native.times(clip)
 
     def packets(self, clip: int) -> Packets:
+        """The packets of a clip."""
         return Packets(*self.native.packets(clip))
 
 
 def checksum(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> int:
-    """Checksum of a packet as the index keeps it: the low 32 bits of XXH64 with seed 0."""
+    """Checksum of a packet: the low 32 bits of XXH64 with seed 0."""
     return _sampler.checksum(data)
 
 
 def packet_flags(codec: str, extradata: bytes, packet: bytes | memoryview) -> int | None:
-    """The packet's flags (``DISCARD`` apart) read from its coded bits; ``None`` for a codec that is not known here.
+    """Flags of a packet, without ``DISCARD``, parsed from its bits. Some containers lack key flags or set wrong ones.
 
-    Knows h264, hevc, vp8, vp9, av1 and mjpeg. To be preferred to the container's key flags, which some files lack.
-    For other codecs take ``KEY | OPEN`` where the container flags a key.
+    Returns:
+        None for a codec other than h264, hevc, vp8, vp9, av1 and mjpeg. Use ``KEY | OPEN`` for its keys.
     """
     return _sampler.packet_flags(codec, extradata, packet)
 
 
 class Plan(NamedTuple):
-    """The fewest packets that show the wanted frames."""
+    """The fewest packets from which the wanted frames decode."""
 
     packets: Integers
     """(P,) packet numbers in decoding order."""
     pictures: npt.NDArray[np.int32]
-    """(V,) which of the pictures that come out of the decoder, in presentation order, each wanted frame is."""
+    """(V,) position of each wanted frame among the frames that these packets decode to, in presentation order."""
     runs: Integers
-    """(R, 2) first and last + 1 row of ``packets`` of each run from a key to its last wanted frame."""
+    """(R, 2) first row of ``packets``, and last row + 1, of each run from a key to its last wanted frame."""
 
 
 def plan_packets(index: Index, clip: int, frames: npt.ArrayLike, *, single_stream: bool = True) -> Plan:
-    """Plan the decoding of ``frames`` of a clip, (V,) in presentation order.
+    """Plan the decoding of frames. Packets that no other refers to, and that an open key would drop, are left out.
 
-    With ``single_stream`` one decoder takes all packets without a reset in between, as in a mini-clip; else the decoder
-    is reset before each run, which saves packets where groups of pictures are open. Left out are packets that no other
-    refers to and those that an open key's decoder would drop. Raises ``IndexError`` for a clip or a frame that does not
-    exist.
+    Args:
+        index: The store's index.
+        clip: Number of the clip.
+        frames: (V,) frame numbers in presentation order.
+        single_stream: Whether one decoder takes all packets without a reset, as in a mini-clip. Otherwise it is reset
+            before each run, which saves packets of open groups of pictures.
+
+    Raises:
+        IndexError: No such clip or frame.
     """
     return Plan(*_sampler.plan_packets(index.native, clip, exact_array(frames, "int64", "frames"), single_stream))
 
 
 class Read(NamedTuple):
-    """What one sample needs from the shards, or why it cannot be had."""
+    """The packets of one sample, or the reason why they cannot be read."""
 
     code: str
     """``ok``, ``missing``, ``io``, ``truncated``, ``checksum``, ``index``, ``unsupported`` or ``memory``."""
     error: str
-    """One line with clip, file and reason; empty if ok."""
+    """One line with clip, file and reason. Empty if ok."""
     data: npt.NDArray[np.uint8]
-    """The plan's packets one after another, or a Matroska file."""
+    """The plan's packets end to end, or a Matroska file."""
     sizes: Integers
     """(P,) bytes of each packet as stored."""
     packets: Integers
@@ -189,14 +197,19 @@ class Read(NamedTuple):
     """As in ``Plan``."""
 
     def split(self) -> list[npt.NDArray[np.uint8]]:
-        """``data`` as one array a packet (not for a Matroska file)."""
+        """``data`` as one array per packet. Not for a Matroska file."""
         return np.split(self.data, np.cumsum(self.sizes)[:-1])
 
 
 class Reader:
-    """Reads frames' packets from a store's shards by a pool of threads, the GIL released, every checksum verified.
+    """Reads packets from a store's shards with a pool of threads and verifies each checksum.
 
-    Thread-safe. ``directory`` is where the shards lie; they are opened when first needed.
+    Thread-safe. Releases the GIL. Shards are opened on first use.
+
+    Args:
+        index: The store's index.
+        directory: Folder of the shards.
+        threads: Number of threads.
     """
 
     def __init__(self, index: Index, directory: str | os.PathLike[str], *, threads: int = 4):
@@ -205,11 +218,20 @@ class Reader:
     def read(
         self, clips: npt.ArrayLike, frames: npt.ArrayLike, *, miniclip: bool = False, single_stream: bool = True
     ) -> list[Read]:
-        """What ``frames``, (B, V) in presentation order, of ``clips``, (B,), need: one ``Read`` a clip.
+        """Read the packets of a batch.
 
-        ``miniclip`` wraps the packets into a Matroska file whose pictures ``Read.pictures`` numbers; it implies
-        ``single_stream``. Bad data never raise, ``Read.code`` tells; a clip or frame that does not exist raises
-        ``IndexError``.
+        Args:
+            clips: (B,) numbers of clips.
+            frames: (B, V) frame numbers in presentation order.
+            miniclip: Whether to wrap the packets into a Matroska file, whose frames ``Read.pictures`` numbers. Implies
+                ``single_stream``.
+            single_stream: As in :func:`plan_packets`.
+
+        Returns:
+            One ``Read`` per clip. Damaged data does not raise: see ``Read.code``.
+
+        Raises:
+            IndexError: No such clip or frame.
         """
         return [
             Read(*values)
@@ -225,11 +247,20 @@ class Reader:
 def write_index(
     path: str | os.PathLike[str], clips: Iterable[ClipRecord], *, format: str, shards: Sequence[tuple[str, int]]
 ) -> int:
-    """Write the index of a store and return its number of clips; a reader sees the old file or the whole new one.
+    """Write the index of a store atomically.
 
-    ``clips`` may be a generator: only 128 bytes a clip stay in memory. ``shards`` are names, relative to the store, and
-    sizes in bytes. Raises ``ValueError`` naming the clip and the field for a record that makes no sense, ``OSError`` if
-    the file cannot be written; the old file, if any, then stays.
+    Args:
+        path: File to write.
+        clips: The clips. May be a generator: only 128 bytes per clip stay in memory.
+        format: Name of the store format.
+        shards: File name and size in bytes of each shard.
+
+    Returns:
+        The number of clips.
+
+    Raises:
+        ValueError: A record is invalid. The message names the clip and the field.
+        OSError: The file cannot be written.
     """
     with atomic_write(Path(path)) as partial:
         writer = _sampler.IndexWriter(os.fsencode(partial), format, [(str(name), int(size)) for name, size in shards])
@@ -266,7 +297,7 @@ def _add(writer: _sampler.IndexWriter, number: int, clip: ClipRecord) -> None:
 
 
 def exact_array(values: npt.ArrayLike, dtype: str, name: str) -> npt.NDArray[Any]:
-    """``values`` as a C-ordered array of an integer dtype; ``ValueError`` if a value is no integer or does not fit."""
+    """``values`` as a C-ordered array of an integer dtype. ValueError if a value is no integer or does not fit."""
     array = np.asarray(values)
     if array.dtype == dtype and array.flags.c_contiguous:
         return array

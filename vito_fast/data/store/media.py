@@ -1,7 +1,7 @@
-"""Sequential decoding of any video file: the truth that every faster way of reading is compared with.
+"""Sequential decoding of any video file: the reference for every faster way of reading.
 
-Frames are told apart by *tokens*: each packet's place in decoding order, handed through the decoder in the packet's
-pts. So a frame is tied to the packet it came from even where a file's own times are missing, repeated or out of order.
+Frames are identified by *tokens*: the position of their packet in decoding order, passed through the decoder as the
+packet's pts. So a frame is tied to its packet even if the file's own timestamps are missing, repeated or out of order.
 """
 
 import contextlib
@@ -19,56 +19,39 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vito_fast.data.formats import H264
+
 VIDEO_SUFFIXES = frozenset(
     [
-        ".3gp",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".flv",
-        ".gif",
-        ".h264",
-        ".hevc",
-        ".ivf",
-        ".m2ts",
-        ".m2v",
-        ".m4v",
-        ".mjpeg",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".ogv",
-        ".qt",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
+        ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v", ".mjpeg",
+        ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
     ]
-)
-
+)  # fmt: skip
+"""Suffixes by which video files are found."""
 
 PLAYLISTS = frozenset(["concat", "dash", "hls", "image2", "imf", "sdp"])
-"""FFmpeg's formats of files that name other files, wherever those may lie."""
+"""FFmpeg's formats of files that refer to other files, possibly outside the source folder."""
 
 
 def for_ffmpeg(path: Path) -> str:
-    """The only form in which FFmpeg, or a reader that uses it, is given a path: absolute. It takes a relative one for a
-    URL where there is a colon in it: a folder ``http:``, a file ``10:00.mp4``."""
+    """The path as FFmpeg must get it: absolute. It takes a relative path with a colon (``10:00.mp4``) for a URL."""
     return str(path.absolute())
 
 
 class BadVideo(Exception):
-    """A file that cannot be used; the message is the reason that goes to the quarantine list."""
+    """A file that cannot be packed. The message is the reason in the quarantine list."""
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file's container and first video stream; what FFmpeg or the file system says against it becomes BadVideo."""
+    """Open a file.
+
+    Yields:
+        The container and its first video stream.
+
+    Raises:
+        BadVideo: FFmpeg or the file system reports an error, also one inside the ``with`` block.
+    """
     try:
         with av.open(for_ffmpeg(path), metadata_errors="ignore") as container:
             if container.format.name in PLAYLISTS:
@@ -88,8 +71,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets in decoding order, none empty. DivX files pack a B-frame into the packet of another frame:
-    these are taken apart, so that a packet is a frame."""
+    """Yield the stream's packets in decoding order, none empty. DivX packs a B-frame into the packet of another frame;
+    such packets are split, so that each packet is one frame."""
     codec = stream.codec_context.codec.canonical_name
     unpack = BitStreamFilterContext("mpeg4_unpack_bframes", stream) if codec == "mpeg4" else None
     for packet in container.demux(stream):
@@ -100,26 +83,25 @@ def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packe
 
 
 def claimed_rate(stream: VideoStream) -> Fraction:
-    """Frames a second. Where the file names none FFmpeg guesses, and without a clue its guess is the container's clock:
-    1000 for a browser's recording."""
+    """Frames per second as the file states or FFmpeg guesses them. Guesses above 240 are the container's clock: 25."""
     guess = stream.guessed_rate
     return stream.average_rate or (guess if guess and guess <= 240 else Fraction(25))
 
 
 def strictness(codec: str) -> dict[str, str]:
-    """Options of a decoder by which damage is an error, not something hidden behind what was there before.
+    """FFmpeg's options that make a decoder report damage as an error instead of concealing it.
 
-    None for H.264, whose decoder then takes the first pictures of an open group for damage; what it conceals it marks.
+    None for H.264: the decoder would take the first frames of an open group for damage. It marks concealed frames.
     """
-    return {} if codec == "h264" else {"err_detect": "crccheck+explode"}
+    return {} if codec == H264.codec else {"err_detect": "crccheck+explode"}
 
 
 @dataclass
 class Source:
-    """One video file being decoded in order by :meth:`frames`; the packet lists fill up as it goes.
+    """One video file, decoded in order by :meth:`frames`, which fills in the fields.
 
-    After :meth:`frames` is exhausted ``pts`` (container ticks of ``time_base``, or None), ``sizes`` and ``discard``
-    (outside the edit list: decoded, never shown) have one entry per packet in decoding order.
+    ``pts`` (ticks of ``time_base``, or None) and ``discard`` (outside the edit list: decoded, never shown) have one
+    entry per packet, in decoding order.
     """
 
     path: Path
@@ -128,16 +110,23 @@ class Source:
     codec: str = ""
     time_base: Fraction = Fraction(1)
     rate: Fraction = Fraction(25)
-    """Frames a second as the file claims them; its times may say otherwise."""
+    """Frames per second as the file claims. Its timestamps may differ."""
     extradata: bytes = b""
     pts: list[int | None] = field(default_factory=list)
     discard: list[bool] = field(default_factory=list)
 
     def frames(self, on_packet=None) -> Iterator[tuple[int, VideoFrame]]:
-        """Yields (token, frame) in presentation order; ``on_packet(av.Packet)`` sees every packet before it is decoded.
+        """Decode the file.
 
-        Raises BadVideo on anything a decoder complains of, and on frames it marks as corrupt: a software decoder
-        otherwise hides damage behind a copy of the frame before.
+        Args:
+            on_packet: Called with each ``av.Packet`` before it is decoded.
+
+        Yields:
+            (token, frame) in presentation order.
+
+        Raises:
+            BadVideo: The decoder reports an error, or marks a frame as corrupt. It would otherwise show a copy of the
+                previous frame.
         """
         with opened(self.path) as (container, stream):
             yield from self._decode(container, stream, on_packet)
@@ -179,10 +168,17 @@ def _unclaimed(seen: set[int], count: int) -> int:
 
 
 def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
-    """Ticks (int64, strictly increasing) of frames in the order the decoder gave them in, from their packets' pts.
+    """Presentation times of frames from the pts of their packets.
 
-    Good files pass unchanged. Where pts are out of order (written in decoding order by careless muxers) the same ticks
-    are handed out in order; repeated ticks move up by one; missing ones are ``step`` after the one before.
+    Valid times pass unchanged. Times out of order, as some muxers write them, are sorted. Repeated times move up by one
+    tick. Missing ones are ``step`` after the previous one.
+
+    Args:
+        pts: Ticks of the frames, in the decoder's output order.
+        step: Ticks per frame.
+
+    Returns:
+        (n,) int64, strictly increasing.
     """
     ticks: list[int] = []
     for value in pts:
@@ -193,10 +189,15 @@ def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
 
 
 def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True) -> np.ndarray:
-    """The frame as (H, W, 3) uint8 RGB by its own colour matrix, turned upright; ``size`` (h, w) is after the turn.
+    """Convert a frame to RGB by its own color matrix. An unknown matrix is read as BT.601, as swscale does.
 
-    Resizing is swscale's bicubic, which filters before it shrinks. Frames of unknown matrix are read as BT.601, as
-    swscale does.
+    Args:
+        frame: A decoded frame.
+        size: Height and width of the result. Resizing is swscale's bicubic, which filters before it shrinks.
+        turn: Whether to rotate the frame upright.
+
+    Returns:
+        (H, W, 3) uint8, contiguous.
     """
     quarter = round(frame.rotation / 90) % 4 if turn else 0
     height, width = size or (None, None)
@@ -207,23 +208,22 @@ def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = 
 
 
 def upright(frame: VideoFrame) -> tuple[int, int]:
-    """(height, width) of the frame once turned upright."""
+    """Height and width of the frame after its rotation."""
     turned = round(frame.rotation / 90) % 2
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
 def fitted(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(h, w) with the short side at ``short_side``, both even, the shape kept; smaller pictures are not enlarged."""
+    """Height and width scaled to ``short_side``, both even. Smaller frames are not enlarged."""
     scale = min(1.0, short_side / min(height, width))
     return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
 
 
 def bare_packet(payload: Any, number: int) -> av.Packet:
-    """A packet of nothing but its bytes (anything with a buffer) and, as pts and dts, its number.
+    """A packet of ``payload`` (any buffer) without side data, with ``number`` as pts and dts.
 
-    Made by size first: FFmpeg then pads it with zeros, as decoders that read a little past the end demand. A packet
-    made of bytes directly ends in whatever lies behind them in memory, and MPEG-4 decoding then differs from run to
-    run.
+    It is allocated by size, so that FFmpeg pads it with zeros. Decoders read past the end: without the padding, MPEG-4
+    decoding differs from run to run.
     """
     data = memoryview(payload)
     packet = av.Packet(data.nbytes)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vito_fast._sampler import resize_cubic
-from vito_fast.data.loader.dali import DecodeError, Geometry
-from vito_fast.data.loader.geometry import cubic_weights, mirrors, turn, view
+from vito_fast.data.loader.dali import DecodeCropResize, DecodeError
+from vito_fast.data.loader.resize_reference import cubic_weights, mirrors, rotate, view
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_turn_and_flip_are_of_the_upright_view():
     whole = (0, 0, 32, 32)
     np.testing.assert_array_equal(view(square, whole, False, 32, 90), np.rot90(square, -1))
     np.testing.assert_array_equal(view(square, whole, True, 32, 270), np.rot90(square)[:, ::-1])
-    np.testing.assert_array_equal(turn(torch.from_numpy(square), 90).numpy(), np.rot90(square, -1))
+    np.testing.assert_array_equal(rotate(torch.from_numpy(square), 90).numpy(), np.rot90(square, -1))
 
 
 def test_view_refuses_a_window_outside():
@@ -69,10 +69,10 @@ WINDOWS = [(0, 0, 90, 120), (3, 5, 61, 77), (7, 40, 83, 31), (89, 119, 1, 1), (2
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-@pytest.mark.parametrize("source", ["jpeg", "frames"])
+@pytest.mark.parametrize("source", ["image", "frames"])
 @pytest.mark.parametrize("native", [True, False])
-def test_views_are_within_one_grey_level(source, rotation, native):
-    """Crop, cubic, mirror and turn, DALI's and our own, of every window, of both flips."""
+def test_views_are_within_one_gray_level(source, rotation, native):
+    """Crop, cubic, mirror and rotate, DALI's and our own, of every window, of both flips."""
     files = [jpeg(picture(90, 120, seed)) for seed in range(2 * len(WINDOWS))]
     crop = np.array(WINDOWS * 2, np.int32).reshape(-1, 2, 4)
     flip = np.array([0, 1, 1, 0, 0, 1, 1, 0, 0, 1], np.uint8).reshape(-1, 2)
@@ -80,14 +80,14 @@ def test_views_are_within_one_grey_level(source, rotation, native):
         np.ascontiguousarray(decoded(file)[y : y + h, x : x + w])
         for file, (y, x, h, w) in zip(files, crop.reshape(-1, 4), strict=True)
     ]
-    geometry = Geometry(source, 56, 2, len(crop), device=CPU, native=native)
+    pipeline = DecodeCropResize(source, 56, 2, len(crop), device=CPU, native=native)
     mirror = mirrors(flip, np.full(len(crop), rotation))
-    views = geometry(files if source == "jpeg" else windows, crop, mirror)
+    views = pipeline(files if source == "image" else windows, crop, mirror)
     assert [tuple(v.shape) for v in views] == [(len(crop), 56, 56, 3)] * 2
     for i in range(len(crop)):
         for v in range(2):
             expected = view(decoded(files[2 * i + v]), tuple(crop[i, v]), bool(flip[i, v]), 56, rotation)
-            got = turn(views[v][i], rotation).numpy()
+            got = rotate(views[v][i], rotation).numpy()
             distance = np.abs(got.astype(int) - expected.astype(int))
             assert distance.max() <= 1, (i, v)
             assert distance.mean() < (1e-3 if native else 0.02), (i, v)
@@ -108,7 +108,7 @@ def test_the_native_resize(data):
     inside = pixels[y : y + h, x : x + w].astype(np.float64)
     exact = np.einsum("ih,hwc,jw->ijc", cubic_weights(h, size), inside, cubic_weights(w, size)).clip(0, 255)
     upright = out[:: -1 if upside else 1, :: -1 if sideways else 1]
-    assert np.abs(upright - exact).max() <= 0.5 + 1e-3  # either neighbour of an exact tie is right
+    assert np.abs(upright - exact).max() <= 0.5 + 1e-3  # either neighbor of an exact tie is right
 
 
 @pytest.mark.parametrize("window", [(0, 0, 0, 5), (0, 0, 11, 5), (6, 0, 5, 5), (0, 8, 5, 5), (2**63, 0, 5, 5)])
@@ -130,24 +130,24 @@ def test_a_view_does_not_depend_on_its_batch():
     files = [jpeg(picture(90, 120, seed)) for seed in range(8)]
     crop = np.tile(np.array(WINDOWS[1:3], np.int32), (4, 1, 1))
     mirror = np.zeros((4, 2, 2), bool)
-    geometry = Geometry("jpeg", 56, 2, 4, device=CPU)
-    together = [v.clone() for v in geometry(files, crop, mirror)]
-    other = Geometry("jpeg", 56, 2, 4, device=CPU, threads=2)
+    pipeline = DecodeCropResize("image", 56, 2, 4, device=CPU)
+    together = [v.clone() for v in pipeline(files, crop, mirror)]
+    other = DecodeCropResize("image", 56, 2, 4, device=CPU, threads=2)
     for i in range(4):
         alone = other(files[2 * i : 2 * i + 2], crop[i : i + 1], mirror[i : i + 1])
         assert all(torch.equal(whole[i], part[0]) for whole, part in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("bad", [b"", b"no picture at all", bytes(5000)])
-def test_geometry_survives_what_dali_refuses(bad, capfd):
+def test_the_pipeline_survives_what_dali_refuses(bad, capfd):
     file = jpeg(picture(90, 120))
     crop, mirror = np.array([[WINDOWS[1]], [WINDOWS[2]]], np.int32), np.zeros((2, 1, 2), bool)
-    geometry = Geometry("jpeg", 32, 1, 2, device=CPU)
-    (before,) = (v.clone() for v in geometry([file, file], crop, mirror))
+    pipeline = DecodeCropResize("image", 32, 1, 2, device=CPU)
+    (before,) = (v.clone() for v in pipeline([file, file], crop, mirror))
     with pytest.raises(DecodeError):
-        geometry([file, np.frombuffer(bad, np.uint8)], crop, mirror)
-    assert torch.equal(geometry([file, file], crop, mirror)[0], before)
+        pipeline([file, np.frombuffer(bad, np.uint8)], crop, mirror)
+    assert torch.equal(pipeline([file, file], crop, mirror)[0], before)
     truncated = file[: len(file) // 2]
     with pytest.raises(DecodeError):
-        geometry([truncated, file], crop, mirror)
+        pipeline([truncated, file], crop, mirror)
     capfd.readouterr()
