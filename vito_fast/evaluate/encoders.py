@@ -20,7 +20,7 @@ from vito_fast.config import ModelConfig
 from vito_fast.errors import UserError
 from vito_fast.evaluate.result import Encoded
 from vito_fast.evaluate.weights import architecture_of, fitted, read_weights
-from vito_fast.model.pair import build_backbone
+from vito_fast.model.backbones import build_backbone
 from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = 4
