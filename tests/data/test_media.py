@@ -13,7 +13,7 @@ from videos import pictures, write
 from vito_fast.data.pack.clips import PackedClip, PackedFile
 from vito_fast.data.pack.journal import Journal, Rejected
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.pack.shots import ShotDetector, mark_cuts
+from vito_fast.data.pack.shots import Cut, ShotDetector, mark_cuts
 from vito_fast.data.store.media import BadVideo, fitted, presentation_times
 from vito_fast.data.store.store import Store, frames
 
@@ -42,8 +42,8 @@ def test_fitted_keeps_the_shape(height, width, short):
 def test_shots_are_told_from_motion(seed):
     moving = pictures(24, seed=seed)
     detector = ShotDetector()
-    found = [n for picture in [*moving, *(255 - picture for picture in moving)] for n in detector.push(picture)]
-    assert found == [24]
+    found = [cut for picture in [*moving, *(255 - picture for picture in moving)] for cut in detector.push(picture)]
+    assert [(cut.frame, cut.kind) for cut in [*found, *detector.finish()]] == [(24, "cut")]
 
 
 def test_cuts_that_are_reported_late_mark_their_own_frames(monkeypatch):
@@ -57,14 +57,14 @@ def test_cuts_that_are_reported_late_mark_their_own_frames(monkeypatch):
 
         def push(self, picture):
             self.seen += 1
-            return [2] if self.seen == 5 else []
+            return [Cut(2, "cut", 1.0)] if self.seen == 5 else []
 
         def finish(self):
-            return [self.seen - 1]
+            return [Cut(self.seen - 1, "cut", 1.0)]
 
     monkeypatch.setattr("vito_fast.data.pack.shots.ShotDetector", Late)
     marked = list(mark_cuts(iter("abcdefg"), lambda frame: frame))
-    assert marked == [(frame, frame in "cg") for frame in "abcdefg"]
+    assert [(frame, cut is not None) for frame, cut in marked] == [(frame, frame in "cg") for frame in "abcdefg"]
 
 
 def test_the_journal_gives_back_what_it_was_given(tmp_path):

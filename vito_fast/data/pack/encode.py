@@ -170,8 +170,8 @@ class Transcoder:
             number, seconds = frame.number, frame.seconds
             gap = abs(seconds - latest) > GAP
             latest = max(latest, seconds) if number and not gap else seconds
-            cut = cut and self.options.shot_cuts
-            if self._clip and (cut or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
+            new_shot = cut is not None and self.options.shot_cuts
+            if self._clip and (new_shot or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
                 self._close(number, source, None if gap else seconds)
             if self._clip is None:
                 self._clip = _OpenClip(self._encoder(frame.picture, source.rate), number)

@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 
 from vito_fast.data.formats import COPY
 from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
-from vito_fast.data.pack.shots import ShotDetector
+from vito_fast.data.pack.shots import Cut, ShotDetector
 from vito_fast.data.store.decode import BadPackets, Decoder
 from vito_fast.data.store.description import PackOptions
 from vito_fast.data.store.index import (
@@ -108,7 +108,7 @@ class Remuxer:
             time_base = video.time_base or Fraction(1, 90000)
             stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
             context.thread_count, context.options = 1, strictness(codec)
-            detector, cuts = ShotDetector(), list[int]()
+            detector, cuts = ShotDetector(), list[Cut]()
             for packet in chain(demuxed(container, video), [None]):
                 if packet is not None and packet.is_corrupt:
                     raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
@@ -122,7 +122,7 @@ class Remuxer:
                     stream.frame_sums[number] = frame_checksum(frame)
                     heartbeat()
         if self.options.shot_cuts:
-            stream.shots = {stream.outputs[cut] for cut in cuts + detector.finish()}
+            stream.shots = {stream.outputs[cut.frame] for cut in cuts + detector.finish()}
         expected = sum(not flags & NO_PICTURE for flags in stream.flags)
         if len(stream.outputs) < max(1, 0.9 * expected):
             raise BadVideo(f"only {len(stream.outputs)} of {expected} frames can be decoded")
