@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import os
@@ -63,6 +64,21 @@ A run is described by a YAML file with the sections below. The command line over
     return "\n\n".join([head.rstrip(), section("Run", config), *sections]) + "\n"
 
 
+def option_rows(command: type) -> list[str]:
+    rows, docs = [], field_docs(command)
+    for field in dataclasses.fields(command):
+        if isinstance(field.default_factory, type):
+            rows += option_rows(field.default_factory)
+        elif field.name in docs:
+            text = docs[field.name].replace("``", "`").replace("|", "\\|")
+            rows.append(f"| `--{field.name.replace('_', '-')}` | `{field.default!r}` | {text} |")
+    return rows
+
+
+def options_of(command: type) -> str:
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *option_rows(command)])
+
+
 def cli_page() -> str:
     from vito_fast.cli.main import COMMANDS, main
 
@@ -77,14 +93,13 @@ def cli_page() -> str:
         "A user's mistake is one line, and the exit status is 2. A failure is 1.",
         f"```text\n{help_of()}\n```",
     ]
-    for name in COMMANDS:
-        if name not in ("train", "plan"):
-            parts.append(f"## vito-fast {name}\n\n```text\n{help_of(name)}\n```")
+    for name, (module, function, text) in COMMANDS.items():
+        command = getattr(importlib.import_module(module), function)
+        if isinstance(command, type):  # CONFIG and its overrides, then options of its own
+            also = "Each field of [Configuration](config.md) is an option too."
+            parts += [f"## vito-fast {name}", f"{text[0].upper()}{text[1:]}. {also}", options_of(command)]
         else:
-            parts.append(
-                f"## vito-fast {name}\n\n{COMMANDS[name].capitalize()}. Each field of "
-                "[Configuration](config.md) is an option too."
-            )
+            parts += [f"## vito-fast {name}", f"```text\n{help_of(name)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
