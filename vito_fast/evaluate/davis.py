@@ -280,23 +280,30 @@ def frames(folder: Path, suffix: str) -> list[Path]:
     return found
 
 
-def problems(dataset: Path, split: str = "val") -> list[str]:
-    """What is wrong with a copy of the data, one line each. The frames of ``val`` are counted exactly."""
+def problems(dataset: Path, split: str = "val", *, exact: bool = True) -> list[str]:
+    """What is wrong with a copy of the data, one line each.
+
+    Args:
+        dataset: the folder that holds ``JPEGImages`` and ``Annotations``.
+        split: the list of sequences.
+        exact: whether ``val`` must be the benchmark's 30 sequences, with their frame counts. Without it, and in other
+            splits, images and annotations must only agree.
+    """
     try:
         names = sequences(dataset, split)
-        if split == "val" and (dataset / "ImageSets").is_dir():
-            expected: dict[str, int] = VAL_FRAMES
-        else:
-            expected = {name: len(frames(annotations(dataset) / name, ".png")) for name in names}
+        expected = {name: len(frames(annotations(dataset) / name, ".png")) for name in names}
     except UserError as error:
         return [str(error)]
-    found = [f"{split}.txt lacks {name}" for name in expected if name not in names]
-    found += [f"{split}.txt has {name}, which the benchmark lacks" for name in names if name not in expected]
+    found = []
+    if exact and split == "val":
+        found += [f"{split}.txt lacks {name}" for name in VAL_FRAMES if name not in names]
+        found += [f"{split}.txt has {name}, which the benchmark lacks" for name in names if name not in VAL_FRAMES]
+        expected |= VAL_FRAMES
     for name, count in expected.items():
         for folder, suffix in ((annotations(dataset), ".png"), (dataset / "JPEGImages" / "480p", ".jpg")):
             have = len(list((folder / name).glob(f"*{suffix}")))
             if have != count:
-                found.append(f"{folder / name} has {have} {suffix} files, and the benchmark has {count}")
+                found.append(f"{folder / name} has {have} {suffix} files instead of {count}")
     return found
 
 

@@ -31,6 +31,7 @@ PROVENANCE = ("paper", "rebuttal", "ancestor", "official", "ours")
 official: from the benchmark's own code or description. ours: this project's choice."""
 
 TASKS = {
+    "davis": "vito_fast.evaluate.davis_task:Davis",
     "ucf101": "vito_fast.evaluate.ucf101:Ucf101",
     "pascal": "vito_fast.evaluate.segmentation_task:Pascal",
     "ade20k": "vito_fast.evaluate.segmentation_task:Ade20k",
