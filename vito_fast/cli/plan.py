@@ -7,10 +7,11 @@ from typing import Annotated
 import tyro
 
 from vito_fast.config import Config
+from vito_fast.data.formats import FORMATS
 from vito_fast.data.store.index import Index
 from vito_fast.errors import UserError
 from vito_fast.plan.hardware import machine
-from vito_fast.plan.predict import Format, PlanOptions, alternatives, predict
+from vito_fast.plan.predict import PlanOptions, alternatives, predict
 from vito_fast.plan.report import as_json, assumptions, console, show
 
 
@@ -57,5 +58,6 @@ def from_store(options: PlanOptions) -> PlanOptions:
     if not index.num_clips:
         raise UserError(f"the store {options.store} holds no clips")
     size = sum(size for _, size in index.shards) / max(1, index.num_frames)
-    form: Format = "jpeg" if index.format == "jpeg" else "h264" if index.format == "h264" else "copy"
-    return replace(options, clips=index.num_clips, format=form, frame_bytes=size)
+    if index.format not in FORMATS:
+        raise UserError(f"cannot plan for the store {options.store}: its format is {index.format!r}")
+    return replace(options, clips=index.num_clips, format=FORMATS[index.format].name, frame_bytes=size)

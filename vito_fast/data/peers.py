@@ -1,7 +1,6 @@
-"""Public readers of frame pairs, as a data loader would use them: file and frame numbers in, RGB frames out.
+"""Public readers of frame pairs, for benchmarks: file and frame numbers in, RGB frames out.
 
-One thread, and the file is opened each time: training draws another clip for every sample, so nobody gets to keep one
-open. Made for benchmarks; nothing else imports this.
+Each uses one thread and opens the file each time, as training does: every sample is another clip.
 """
 
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def opencv() -> PairReader:
 
 
 def pyav() -> PairReader:
-    """Seeks to the key before each frame, unless the decoder is past it already."""
+    """Seek to the key before each frame, unless the decoder is already past it."""
     av = import_module("av")
 
     def read(path: Path, frames: list[int]) -> Frames:
@@ -80,7 +79,7 @@ def pyav() -> PairReader:
 
 
 def _key_between(stream: Any, first: float, last: float) -> bool:
-    """Whether the container's own index has a key after ``first`` and up to ``last``."""
+    """Whether the container's index has a key after ``first`` and up to ``last``."""
     entries = stream.index_entries
     return any(entry.is_keyframe and first < entry.timestamp <= last for entry in entries)
 
@@ -94,7 +93,7 @@ READERS: dict[str, Callable[[], PairReader]] = {
 
 
 def installed() -> tuple[dict[str, PairReader], dict[str, str]]:
-    """The readers that this machine has, and why the others are missing."""
+    """The installed readers by name, and the reasons why the others are missing."""
     found, missing = {}, {}
     for name, make in READERS.items():
         try:

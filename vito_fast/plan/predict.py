@@ -19,11 +19,11 @@ from typing import Literal
 
 from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.config_files import from_mapping
+from vito_fast.data.formats import FORMATS, JPEG, FormatName
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import DryRun, dry_run
 from vito_fast.plan.hardware import Machine, machine
 
-Format = Literal["jpeg", "h264", "copy"]
 Decoder = Literal["auto", "engine", "cpu"]
 
 PAPER_CLIPS = 1_180_000
@@ -39,7 +39,7 @@ class PlanOptions:
     """GPUs (ranks) in all; nodes are filled one after the other."""
     store: str = ""
     """A packed store: its clips, format and sizes instead of the three options below."""
-    format: Format = "jpeg"
+    format: FormatName = JPEG.name
     """Format of the store."""
     clips: int = PAPER_CLIPS
     """Clips in the store (default: the paper's)."""
@@ -223,7 +223,7 @@ def decoder_of(options: PlanOptions) -> str:
 
 
 def decoder_name(p: Prediction) -> str:
-    return "CPU cores" if decoder_of(p.options) == "cpu" else ("nvJPEG" if p.options.format == "jpeg" else "NVDEC")
+    return "CPU cores" if decoder_of(p.options) == "cpu" else FORMATS[p.options.format].gpu_decoder
 
 
 def frame_bytes(options: PlanOptions, m: Machine) -> float:
@@ -349,9 +349,9 @@ def _decode_capacity(options: PlanOptions, m: Machine) -> dict[str, float]:
     cores = cores_of(options, m) * nodes
     spare = cores if options.gpu == "cpu" else max(1.0, cores - ranks * nodes)
     capacity = {}
-    for name in ("jpeg", "h264", "copy"):
+    for name, format in FORMATS.items():
         if options.gpu != "cpu":
-            engine = m["jpeg"] if name == "jpeg" else m["h264"]
+            engine = m[format.gpu_decoder.lower()]
             rate = engine * m["engine_efficiency"] / (pixels * m[f"{name}_decoded"])
             capacity[f"{name}, engine"] = rate * options.gpus
         capacity[f"{name}, cpu"] = spare / m[f"{name}_core"]
@@ -380,7 +380,7 @@ def alternatives(p: Prediction) -> list[tuple[str, Prediction]]:
         other = "cpu" if decoder_of(options) == "engine" else "engine"
         settings |= {f"--decoder {other}": {"decoder": other}}
     if not options.store:
-        formats = [name for name in ("jpeg", "h264") if name != options.format]
+        formats = [name for name, format in FORMATS.items() if format.codec and name != options.format]
         settings |= {f"--format {name}": {"format": name, "frame_bytes": 0.0} for name in formats}
     if not p.fits:
         configs |= {"--model.checkpoint-activations": {"model": {"checkpoint_activations": True}}}

@@ -1,4 +1,4 @@
-"""``vito-fast inspect-store STORE``: is every byte as it was packed, what is in it, and what does it look like."""
+"""``vito-fast inspect-store STORE``: verify checksums, sum up the contents, draw a contact sheet."""
 
 import os
 from collections import Counter
@@ -17,15 +17,15 @@ from vito_fast.errors import UserError
 from vito_fast.files import check_writable
 
 CELL = (192, 108)
-"""Width and height in pixels that a frame of the contact sheet fits into."""
+"""Width and height in pixels of a cell of the contact sheet."""
 LABEL = 14
 COLUMNS = 2
-"""Clips side by side on the contact sheet, each with three frames."""
+"""Clips per row of the contact sheet. Each takes three cells."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A clip of which not every packet can be read as it was written."""
+    """A clip with a packet that cannot be read as it was written."""
 
     clip: int
     source: str
@@ -34,7 +34,7 @@ class Damage:
 
 @dataclass
 class Inspection:
-    """What was found."""
+    """Contents and state of a store."""
 
     format: str
     clips: int
@@ -46,16 +46,17 @@ class Inspection:
     codecs: dict[str, int]
     """Clips by codec."""
     sizes: dict[str, int]
-    """Clips by ``WIDTHxHEIGHT`` of their frames, as decoded."""
+    """Clips by ``WIDTHxHEIGHT`` of their decoded frames."""
     seconds: tuple[float, float, float]
-    """Shortest, median and longest clip."""
+    """Length of the shortest, median and longest clip."""
     packed: Report
-    """What packing reported."""
+    """The report of packing."""
     verified: bool
     damaged: list[Damage] = field(default_factory=list)
     sheet: Path | None = None
 
     def lines(self) -> list[str]:
+        """The result as text, one line each."""
         low, middle, high = self.seconds
         result = [
             f"{self.format} store: {self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, "
@@ -82,13 +83,22 @@ def inspect_store(
     threads: int = 0,
     progress: bool = True,
 ) -> Inspection:
-    """Reads the whole store and compares every packet with its checksum; draws a contact sheet.
+    """Read a whole store, compare every packet with its checksum and draw a contact sheet.
 
-    verify: False only reads the index. sheet: where to write the PNG; None = none. pictures: clips on it, evenly spaced
-    over the store, each by its first, middle and last frame. threads: 0 = one per core.
+    Args:
+        store: The store's folder.
+        verify: False reads the index only.
+        sheet: PNG file of the contact sheet. None: no sheet.
+        pictures: Clips on the sheet, evenly spaced, each by its first, middle and last frame.
+        threads: Reading threads, 0 = one per core.
+        progress: Whether to draw a progress bar.
 
-    Damage does not raise: it is in ``Inspection.damaged``. Raises UserError if ``store`` is no finished store of this
-    version or ``sheet`` cannot be written, ValueError for senseless numbers.
+    Returns:
+        The result. Damage does not raise: see ``damaged``.
+
+    Raises:
+        UserError: The store is unfinished or of another version, or ``sheet`` cannot be written.
+        ValueError: A number is out of range.
     """
     for name, value, least in (("pictures", pictures, 1), ("threads", threads, 0)):
         if value < least:
@@ -145,7 +155,7 @@ def _verify(store: Store, threads: int, progress: bool) -> Iterator[Damage]:
 
 
 def _check(store: Store, clip: int) -> Damage | None:
-    """Reads every frame's packets of one clip; the reader compares the checksums."""
+    """Read all packets of one clip. The reader verifies their checksums."""
     try:
         info = store.index.clip(clip)
         everything = np.arange(info.num_frames)[None]
@@ -156,7 +166,7 @@ def _check(store: Store, clip: int) -> Damage | None:
 
 
 def _draw(store: Store, pictures: int) -> Image.Image:
-    """First, middle and last frame of up to ``pictures`` clips, with clip number, source and length."""
+    """Draw three frames of up to ``pictures`` clips, with clip number, source and length."""
     count = min(pictures, store.index.num_clips)
     clips = np.linspace(0, store.index.num_clips - 1, count).round().astype(int)
     width, height = 3 * CELL[0], CELL[1] + LABEL
