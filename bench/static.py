@@ -181,14 +181,14 @@ def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]
     except ImportError as error:
         return [], [f"kernels: {error}"]
     found = [spec for part in KERNELS for spec in specs(part)] + (specs(rare=False) if counted else [])
-    chosen = dict.fromkeys((module, number) for module, number, _ in found)
-    jobs = [(arch, *spec) for arch in ((90,) if quick and not counted else (80, 90, 100)) for spec in chosen]
+    chosen = dict.fromkeys(number for number, _ in found)
+    jobs = [(arch, number) for arch in ((90,) if quick and not counted else (80, 90, 100)) for number in chosen]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return [record for records in pool.map(_compile, jobs) for record in records], []
 
 
-def _compile(job: tuple[int, str, int]) -> list[dict[str, Any]]:
+def _compile(job: tuple[int, int]) -> list[dict[str, Any]]:
     """Compiles one launch for one target; only what the report and the gate need."""
     from vito_kernels.inspect import inspect_job
 

@@ -1,6 +1,7 @@
 """Fused contrastive-learning kernels; see ``vito_kernels.reference`` for their specification."""
 
 from . import reference
+from ._core.autograd import register_flop_formulas
 from .attention_pool import AttentionPool, attention_pool
 from .batch_norm.op import batch_norm
 from .contrastive.info_nce import info_nce, similarity_lse
@@ -18,6 +19,8 @@ from .contrastive.losses import (
 from .contrastive.normalize import normalize
 from .contrastive.two_sided import clip_loss, ntxent
 from .photometric.op import photometric
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AttentionPool",
@@ -37,6 +40,7 @@ __all__ = [
     "ntxent",
     "photometric",
     "reference",
+    "register_flop_formulas",
     "similarity_lse",
     "supcon_loss",
 ]

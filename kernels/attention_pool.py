@@ -10,19 +10,16 @@ g with d logits_l = weights_l (g . features_l - g . pooled). Deterministic: no a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
-from vito_kernels._core.checks import FLOATS, check_whole, without_autocast
-from vito_kernels._core.lazy_triton import Spec, jit, on_device, processors, use_triton
+from vito_kernels._core.checks import FLOATS, check_integers, without_autocast
+from vito_kernels._core.lazy_triton import jit, num_sms, on_device, use_triton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import triton.language as tl
 
 # One tile for all targets: the work is streaming, 16 kB in flight per program is what matters, not the architecture.
@@ -114,11 +111,11 @@ def _logits_block(locations: int) -> int:
     return min(LOGITS_BLOCK, 1 << max(locations - 1, 15).bit_length())
 
 
-def launch_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def launch_attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Splits the locations of a row among programs when rows and channels alone would leave the GPU idle."""
     batch, locations, channels = features.shape
     channel_blocks = -(-channels // BLOCK_C)
-    wanted = -(-2 * processors(features.device) // (batch * channel_blocks))
+    wanted = -(-2 * num_sms(features.device) // (batch * channel_blocks))
     split_rows = BLOCK_L * max(2, -(-locations // (wanted * BLOCK_L)))
     splits = -(-locations // split_rows)
     parts = features.new_empty((batch, channels) if splits == 1 else (splits, batch, channels), dtype=torch.float32)
@@ -130,7 +127,7 @@ def launch_forward(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return (parts if splits == 1 else parts.sum(0)), weights
 
 
-def launch_backward(
+def launch_attention_pool_backward(
     features: Tensor, weights: Tensor, pooled: Tensor, g_pooled: Tensor, g_weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     batch, locations, channels = features.shape
@@ -152,7 +149,7 @@ def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     dtype = _compute_dtype(features, logits)
     if features.shape[0] and dtype == torch.float32 and use_triton(features):
         with on_device(features):
-            return launch_forward(features, logits.contiguous())
+            return launch_attention_pool(features, logits.contiguous())
     weights = torch.softmax(logits.to(dtype), 1)
     return _row_products(weights, features), weights
 
@@ -173,7 +170,7 @@ def attention_pool_backward_op(
     g_weights = None if g_weights is None else g_weights.contiguous()
     if features.shape[0] and weights.dtype == torch.float32 and use_triton(features):
         with on_device(features):
-            return launch_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
+            return launch_attention_pool_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
     pull = _row_products(g_pooled, features.transpose(1, 2))
     pull = pull if g_weights is None else pull + g_weights
     d_logits = weights * (pull - (weights * pull).sum(1, keepdim=True))
@@ -290,7 +287,7 @@ class AttentionPool(nn.Module):
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()
         hidden = channels if hidden is None else hidden
-        check_whole(channels=channels, hidden=hidden)
+        check_integers(channels=channels, hidden=hidden)
         if channels < 1 or hidden < 1:
             raise ValueError(f"channels and hidden must be positive, got {channels} and {hidden}")
         self.hidden = nn.Linear(channels, hidden)
@@ -305,30 +302,3 @@ class AttentionPool(nn.Module):
         x = features.permute(0, 2, 3, 1).flatten(1, 2)
         logits = self.score(torch.relu(self.hidden(x))).squeeze(-1)
         return attention_pool(x, logits)
-
-
-# ---------------------------------------------------------------------------------------------------------- inspection
-
-
-def specs() -> Iterator[Spec]:
-    """The two feature maps of a ResNet-50 at 224 pixels, channels_last bfloat16; and a row long enough to be split."""
-    for batch, locations, channels in ((256, 196, 1024), (256, 49, 2048), (1, 65536, 512)):
-        features = torch.empty(batch, locations, channels, dtype=torch.bfloat16, device="meta")
-        rows = torch.empty(batch, locations, device="meta")
-        pooled = torch.empty(batch, channels, device="meta")
-        size, small = features.numel(), 4 * (rows.numel() + pooled.numel())
-        shape = f"B={batch} L={locations} C={channels} bf16"
-        yield Spec(
-            f"attention_pool {shape}",
-            partial(launch_forward, features, rows),
-            flops=2 * size,
-            min_bytes=2 * size + small + 4 * rows.numel(),
-            tensor_cores=False,
-        )
-        yield Spec(
-            f"attention_pool_backward {shape}",
-            partial(launch_backward, features, rows, pooled, pooled, rows, torch.bfloat16),
-            flops=3 * size,
-            min_bytes=4 * size + 2 * small,
-            tensor_cores=False,
-        )

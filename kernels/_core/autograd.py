@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
 
 from vito_kernels._core.lazy_triton import on_device
 
@@ -17,7 +16,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 ONCE = "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
 
 
-def past_dispatcher(op: Any) -> Callable[..., Any]:
+def direct_call(op: Any) -> Callable[..., Any]:
     """``op`` to call where no gradient is asked of it: plain eager code goes to its implementation directly."""
     implementation = getattr(op, "_init_fn", op)  # a private name: where PyTorch drops it, as the dispatcher does
 
@@ -45,7 +44,7 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
     0.2 ms of host time together, longer than small losses take a GPU. All are made of the same two functions.
     """
     op.register_autograd(backward, setup_context=setup_context)
-    implementation = past_dispatcher(op)
+    implementation = direct_call(op)
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
         output = implementation(*args)
@@ -73,13 +72,16 @@ def _refuse_vmap(name: str, *_: Any) -> None:
     raise RuntimeError(f"vito_kernels is fused ({name}) and has no vmap; loop over the batch, or use its reference")
 
 
+_FLOPS: dict[Any, Callable[..., int]] = {}
+
+
 def register_flops(op: Any, formula: Callable[..., int] | None = None) -> None:
-    """Registers the matrix-product flops of ``op`` with ``torch.utils.flop_counter``.
+    """Notes the matrix-product flops of a custom op, for ``register_flop_formulas``.
 
     Args:
         op: a custom op.
-        formula: takes the op's arguments by name, optional ones with their defaults, and returns flops. None for an op
-            without matrix products, which memory traffic bounds: 0 flops.
+        formula: takes the op's arguments by name and returns flops. None for an op without matrix products, which is
+            bound by memory: 0 flops.
     """
     arguments = op._opoverload._schema.arguments
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
@@ -90,7 +92,19 @@ def register_flops(op: Any, formula: Callable[..., int] | None = None) -> None:
         named = {a.name: value for a, value in zip(arguments, args, strict=False)}
         return formula(**defaults | named | kwargs)
 
-    register_flop_formula(op._opoverload.overloadpacket, get_raw=True)(count)
+    _FLOPS[op._opoverload.overloadpacket] = count
+
+
+def register_flop_formulas() -> None:
+    """Registers the flops of every op here with ``torch.utils.flop_counter``, so that ``FlopCounterMode`` counts them.
+
+    Not done on import, since that module of torch imports triton. May be called again.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for packet, count in _FLOPS.items():
+        if packet not in flop_registry:
+            register_flop_formula(packet, get_raw=True)(count)
 
 
 def refuse_double_backward(op: Any) -> Callable[..., Any]:
@@ -100,7 +114,7 @@ def refuse_double_backward(op: Any) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(ONCE.format(name))
 
-    guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), past_dispatcher(op)
+    guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), direct_call(op)
 
     def call(*args: Any) -> Any:
         differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()

@@ -13,7 +13,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("gather", "ring")
-LEAST_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a scale still
+MIN_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a scale still
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
@@ -39,10 +39,10 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
 
 
 def _mixed_by_autocast(q: Tensor, k: Tensor) -> bool:
-    return autocasts(q) and torch.float64 not in (q.dtype, k.dtype)
+    return autocast_enabled(q) and torch.float64 not in (q.dtype, k.dtype)
 
 
-def autocasts(x: Tensor) -> bool:
+def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where x is; of meta tensors PyTorch does not say."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
@@ -63,7 +63,7 @@ def check_paired(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
         raise ValueError(f"{names[0]} and {names[1]} must have as many rows, got {x.shape[0]} and {y.shape[0]}")
 
 
-def check_locked(name: str, x: Tensor) -> None:
+def check_no_grad(name: str, x: Tensor) -> None:
     """Keys that a loss promises to give no gradient to."""
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name} requires grad, but this loss gives locked keys no gradient; pass {name}.detach()")
@@ -74,14 +74,14 @@ def is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def is_whole(x: Any) -> bool:
+def is_integer(x: Any) -> bool:
     """A whole number of Python's or of NumPy's."""
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
-def check_whole(**values: int) -> None:
+def check_integers(**values: int) -> None:
     for name, value in values.items():
-        if not is_whole(value):
+        if not is_integer(value):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
@@ -147,8 +147,8 @@ def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
 def _check_temperature(value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
-    if value < LEAST_TEMPERATURE:
-        raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE:.3g}, got {value}")
+    if value < MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {MIN_TEMPERATURE:.3g}, got {value}")
 
 
 def _is_readable(x: Tensor) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -99,21 +98,21 @@ def shared_limit() -> int:
     return int(driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"])
 
 
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of the device that kernels launch on; few in the interpreter, where programs run in
     turn.
     """
     if interpreting():
         return 4
     if device.type == "cuda":
-        return _processors_of(torch.cuda.current_device() if device.index is None else device.index)
+        return _num_sms_of(torch.cuda.current_device() if device.index is None else device.index)
     import triton
 
     return int(triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"])
 
 
 @cache
-def _processors_of(device: int) -> int:
+def _num_sms_of(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -123,19 +122,3 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A shipped launch, for ``vito_kernels.inspect``: ``launch()`` calls the same launcher as the custom op, at a
-    nominal size. ``flops`` may depend on the GPU, whose tile decides in how many launches a wide output is computed,
-    and ``tensor_cores`` on how it takes float32 products: then they are functions, called while Triton's driver answers
-    for that GPU.
-    """
-
-    name: str
-    launch: Callable[[], object]
-    flops: float | Callable[[], float]
-    min_bytes: float
-    tensor_cores: bool | Callable[[], bool] = True
-    rare: bool = False  # inspected only with ``--all``

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from vito_kernels._core.checks import check_flags, check_paired, inverse_temperature, is_whole
+from vito_kernels._core.checks import check_flags, check_paired, inverse_temperature, is_integer
 from vito_kernels.contrastive.info_nce import similarity_lse
 from vito_kernels.contrastive.two_sided import ntxent
 from vito_kernels.distributed import gather_keys, global_ntxent
@@ -36,7 +36,7 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         inverse_temperature(temperature)
         size = tuple(memory_bank_size) if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
-        whole = all(is_whole(x) for x in size)
+        whole = all(is_integer(x) for x in size)
         if not whole or (size != (0,) and (len(size) != 2 or size[0] < 0 or size[1] < 1)):
             raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")
         check_flags(gather_distributed=gather_distributed)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vito_kernels._core.checks import check_flags, check_whole
+from vito_kernels._core.checks import check_flags, check_integers
 from vito_kernels.contrastive.two_sided import clip_loss
 from vito_kernels.distributed import global_clip_loss
 
@@ -35,7 +35,7 @@ class ClipLoss(nn.Module):
         super().__init__()
         flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "cache_labels": cache_labels}
         check_flags(**flags, use_horovod=use_horovod)
-        check_whole(rank=rank, world_size=world_size)
+        check_integers(rank=rank, world_size=world_size)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; use torch.distributed")
         if world_size != 1 and not 0 <= rank < world_size:

@@ -13,59 +13,57 @@ the steps are ops of their own. Deterministic: no atomics, sums in a fixed order
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vito_kernels._core.autograd import autograd_op, past_dispatcher, refuse_double_backward, register_flops
+from vito_kernels._core.autograd import autograd_op, direct_call, refuse_double_backward, register_flops
 from vito_kernels._core.checks import FLOATS
-from vito_kernels._core.lazy_triton import Spec, on_device, use_triton
+from vito_kernels._core.lazy_triton import on_device, use_triton
 from vito_kernels.batch_norm.triton_kernels import (
-    PROGRAMS,
-    launch_apply,
-    launch_input_gradient,
-    launch_merge,
-    launch_parts,
+    launch_backward,
+    launch_forward,
+    launch_merge_stats,
+    launch_stats,
     launch_sums,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 # ---------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("vito_kernels::batch_norm_part", mutates_args=())
-def part_op(x: Tensor) -> Tensor:
+@torch.library.custom_op("vito_kernels::batch_norm_local_stats", mutates_args=())
+def local_stats_op(x: Tensor) -> Tensor:
     """The part (1, 2 C + 1) that x is, for ranks to exchange: means, squared deviations, count; float32 or float64."""
     if use_triton(x):
         with on_device(x):
-            parts = launch_parts(x)
+            parts = launch_stats(x)
             merged = parts.new_empty((1, parts.shape[1]))
             nothing = (None, None, None)
-            launch_merge(parts, merged, nothing, nothing[:2], 0.0, 0.0)
+            launch_merge_stats(parts, merged, nothing, nothing[:2], 0.0, 0.0)
             return merged
     mean, squares, count = _moments(x)
     return torch.cat([mean, squares, count])[None]
 
 
-@part_op.register_fake
+@local_stats_op.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty((1, 2 * x.shape[1] + 1), dtype=_compute_dtype(x))
 
 
-@torch.library.custom_op("vito_kernels::batch_norm_merge", mutates_args=("running_mean", "running_var"))
-def merge_op(
+@torch.library.custom_op("vito_kernels::batch_norm_merge_stats", mutates_args=("running_mean", "running_var"))
+def merge_stats_op(
     parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of parts (P, 2 C + 1): mean (C), 1 / deviation (C), count (1); moves the running statistics."""
     parts = parts.contiguous()
     if use_triton(parts):
         with on_device(parts):
-            return _finished(parts, running_mean, running_var, momentum, eps)
+            return _launch_merge(parts, running_mean, running_var, momentum, eps)
     means, squares, counts = parts.tensor_split((parts.shape[1] // 2, parts.shape[1] - 1), 1)
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count
@@ -73,7 +71,7 @@ def merge_op(
     return _finish(mean, squares, count, running_mean, running_var, momentum, eps)
 
 
-@merge_op.register_fake
+@merge_stats_op.register_fake
 def _(
     parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,40 +79,40 @@ def _(
     return parts.new_empty(channels), parts.new_empty(channels), parts.new_empty(1)
 
 
-@torch.library.custom_op("vito_kernels::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
-def statistics_op(
+@torch.library.custom_op("vito_kernels::batch_norm_stats", mutates_args=("running_mean", "running_var"))
+def stats_op(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x alone: mean (C), 1 / deviation (C), count (1), float32 or float64; moves the running statistics."""
     if use_triton(x):
         with on_device(x):
-            return _finished(launch_parts(x), running_mean, running_var, momentum, eps)
+            return _launch_merge(launch_stats(x), running_mean, running_var, momentum, eps)
     return _finish(*_moments(x), running_mean, running_var, momentum, eps)
 
 
-@statistics_op.register_fake
+@stats_op.register_fake
 def _(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_channels, one = (x.new_empty(n, dtype=_compute_dtype(x)) for n in (x.shape[1], 1))
-    return of_channels, torch.empty_like(of_channels), one
+    per_channel, one = (x.new_empty(n, dtype=_compute_dtype(x)) for n in (x.shape[1], 1))
+    return per_channel, torch.empty_like(per_channel), one
 
 
 @torch.library.custom_op("vito_kernels::batch_norm", mutates_args=())
-def apply_op(
+def forward_op(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, count: Tensor,
     relu: bool,
 ) -> Tensor:  # fmt: skip
     """y, like x. Its gradient takes mean and invstd as functions of the ``count`` rows of x."""
     if use_triton(x):
         with on_device(x):
-            return launch_apply(x, weight, bias, residual, mean, invstd, relu)
-    z = (x.to(mean.dtype) - _over(mean, x)) * _over(invstd * weight, x) + _over(bias, x)
+            return launch_forward(x, weight, bias, residual, mean, invstd, relu)
+    z = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(invstd * weight, x) + _per_channel(bias, x)
     z = z if residual is None else z + residual
     return torch.empty_like(x).copy_(z.masked_fill(z <= 0, 0.0) if relu else z)
 
 
-@apply_op.register_fake
+@forward_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, count: Tensor,
     relu: bool,
@@ -130,13 +128,13 @@ def sums_op(
 
     ``y`` is given where a ReLU follows a residual: only then is the fourth result not empty.
     """
-    grad = as_rows(grad)
+    grad = to_rows(grad)
     if use_triton(x):
         with on_device(x):
             return launch_sums(grad, x, y, weight, bias, mean, invstd, relu)
     axes = [d for d in range(x.dim()) if d != 1]
-    g = _behind_relu(grad, x, y, weight, bias, mean, invstd, relu)
-    sums = torch.stack([g.sum(axes), (g * (x - _over(mean, x))).sum(axes)])
+    g = _relu_grad(grad, x, y, weight, bias, mean, invstd, relu)
+    sums = torch.stack([g.sum(axes), (g * (x - _per_channel(mean, x))).sum(axes)])
     masked = x.new_empty(0) if y is None else torch.empty_like(x).copy_(g)
     return sums, (sums[1] * invstd).to(weight.dtype), sums[0].to(bias.dtype, copy=True), masked
 
@@ -149,22 +147,24 @@ def _(
     return mean.new_empty((2, len(mean))), torch.empty_like(weight), torch.empty_like(bias), masked
 
 
-@torch.library.custom_op("vito_kernels::batch_norm_input_gradient", mutates_args=())
-def input_gradient_op(
+@torch.library.custom_op("vito_kernels::batch_norm_input_grad", mutates_args=())
+def input_grad_op(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
     relu: bool,
 ) -> Tensor:  # fmt: skip
     """dx, like x, from the sums over all ``count`` rows; ``relu``: the gradient is still to be masked."""
-    grad = as_rows(grad)
+    grad = to_rows(grad)
     if use_triton(x):
         with on_device(x):
-            return launch_input_gradient(grad, x, weight, bias, mean, invstd, count, sums, relu)
-    g = _behind_relu(grad, x, None, weight, bias, mean, invstd, relu)
-    level, slope = _over(sums[0] / count, x), _over(sums[1] / count * invstd.square(), x)
-    return torch.empty_like(x).copy_((g - level - (x - _over(mean, x)) * slope) * _over(invstd * weight, x))
+            return launch_backward(grad, x, weight, bias, mean, invstd, count, sums, relu)
+    g = _relu_grad(grad, x, None, weight, bias, mean, invstd, relu)
+    level, slope = _per_channel(sums[0] / count, x), _per_channel(sums[1] / count * invstd.square(), x)
+    return torch.empty_like(x).copy_(
+        (g - level - (x - _per_channel(mean, x)) * slope) * _per_channel(invstd * weight, x)
+    )
 
 
-@input_gradient_op.register_fake
+@input_grad_op.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
     relu: bool,
@@ -172,12 +172,12 @@ def _(
     return torch.empty_like(x)
 
 
-def _finished(
+def _launch_merge(
     parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = parts.shape[1] // 2
     finished = parts.new_empty(channels), parts.new_empty(channels), parts.new_empty(1)
-    launch_merge(parts, None, finished, (running_mean, running_var), momentum, eps)
+    launch_merge_stats(parts, None, finished, (running_mean, running_var), momentum, eps)
     return finished
 
 
@@ -196,20 +196,20 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     axes = [d for d in range(x.dim()) if d != 1]
     wide = x.to(_compute_dtype(x))
     mean = wide.mean(axes)
-    return mean, (wide - _over(mean, x)).square().sum(axes), mean.new_full((1,), x.numel() // x.shape[1])
+    return mean, (wide - _per_channel(mean, x)).square().sum(axes), mean.new_full((1,), x.numel() // x.shape[1])
 
 
-def _behind_relu(
+def _relu_grad(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
 ) -> Tensor:
     grad = grad.to(mean.dtype)
     if y is not None:
         return grad.masked_fill(y <= 0, 0.0)
-    z = ((x - _over(mean, x)) * _over(invstd * weight, x) + _over(bias, x)).to(x.dtype)
+    z = ((x - _per_channel(mean, x)) * _per_channel(invstd * weight, x) + _per_channel(bias, x)).to(x.dtype)
     return grad.masked_fill(z <= 0, 0.0) if relu else grad
 
 
-def _over(values: Tensor, x: Tensor) -> Tensor:
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -222,16 +222,16 @@ def _has_rows(x: Tensor) -> bool:
     return x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def as_rows(x: Tensor) -> Tensor:
+def to_rows(x: Tensor) -> Tensor:
     """x, copied if need be to lie in memory as (R, C), which every kernel here expects."""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
-for op in (part_op, merge_op, statistics_op, apply_op, sums_op, input_gradient_op):
+for op in (local_stats_op, merge_stats_op, stats_op, forward_op, sums_op, input_grad_op):
     register_flops(op)
-part_of, merge_parts = past_dispatcher(part_op), past_dispatcher(merge_op)
-normalize, gradient_sums, input_gradient = (past_dispatcher(op) for op in (apply_op, sums_op, input_gradient_op))
-_statistics = past_dispatcher(statistics_op)
+local_stats, merge_stats = direct_call(local_stats_op), direct_call(merge_stats_op)
+apply_norm, grad_sums, input_grad = (direct_call(op) for op in (forward_op, sums_op, input_grad_op))
+_statistics = direct_call(stats_op)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -246,25 +246,25 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     x, weight, bias, mean, invstd, count, y = ctx.saved_tensors
-    sums, d_weight, d_bias, masked = _gradient_sums(grad, x, y, weight, bias, mean, invstd, ctx.relu)
+    sums, d_weight, d_bias, masked = _grad_sums(grad, x, y, weight, bias, mean, invstd, ctx.relu)
     grad = grad if y is None else masked
-    dx = _input_gradient(grad, x, weight, bias, mean, invstd, count, sums, ctx.relu and y is None)
+    dx = _input_grad(grad, x, weight, bias, mean, invstd, count, sums, ctx.relu and y is None)
     return dx, d_weight, d_bias, grad if ctx.has_residual else None, None, None, None, None
 
 
-_apply = autograd_op(apply_op, _setup_context, _backward)
-_gradient_sums, _input_gradient = refuse_double_backward(sums_op), refuse_double_backward(input_gradient_op)
+_apply = autograd_op(forward_op, _setup_context, _backward)
+_grad_sums, _input_grad = refuse_double_backward(sums_op), refuse_double_backward(input_grad_op)
 
 # ------------------------------------------------------------------------------------------------------ public function
 
 
-def fuses(
+def can_fuse(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     residual: Tensor | None = None,
 ) -> bool:  # fmt: skip
     """Whether :func:`batch_norm` runs its own kernels on these tensors; otherwise it is torch's ops.
 
-    Compiled code keeps torch's: Inductor fuses them itself, with what is around them too.
+    Compiled code keeps torch's: Inductor can_fuse them itself, with what is around them too.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -315,44 +315,10 @@ def batch_norm(
     """
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if not fuses(x, weight, bias, running_mean, running_var, residual):
+    if not can_fuse(x, weight, bias, running_mean, running_var, residual):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
         y = y if residual is None else y + residual
         return torch.relu(y) if relu else y
     statistics = _statistics(x.detach(), running_mean, running_var, momentum, eps)
     result: Tensor = _apply(x, weight, bias, residual, *statistics, relu)
     return result
-
-
-# ---------------------------------------------------------------------------------------------------------- inspection
-
-
-def specs() -> Iterator[Spec]:
-    """The first and the last maps of a ResNet-50 at 224 pixels, 512 images, and one of its middle; channels_last
-    bfloat16.
-    """
-    for channels, size in ((64, 112), (256, 14), (2048, 7)):
-        shape = (512, channels, size, size)
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
-        c, sums = torch.empty(channels, device="meta"), torch.empty(2, channels, device="meta")
-        count, parts = torch.empty(1, device="meta"), torch.empty(PROGRAMS, 2 * channels + 1, device="meta")
-        size_of = x.numel()
-        launches: dict[str, tuple[Any, int, int]] = {
-            "statistics": (partial(launch_parts, x), 6, 2),
-            "merge": (partial(launch_merge, parts, None, (c, c, count), (c, c), 0.1, 1e-5), 0, 0),
-            "apply, residual, relu": (partial(launch_apply, x, c, c, x, c, c, True), 4, 6),
-            "apply, relu": (partial(launch_apply, x, c, c, None, c, c, True), 3, 4),
-            "sums, residual, relu": (partial(launch_sums, x, x, x, c, c, c, c, True), 5, 8),
-            "sums, relu": (partial(launch_sums, x, x, None, c, c, c, c, True), 6, 4),
-            "gradient, relu": (partial(launch_input_gradient, x, x, c, c, c, c, count, sums, True), 7, 6),
-            "gradient": (partial(launch_input_gradient, x, x, c, c, c, c, count, sums, False), 4, 6),
-        }
-        for name, (launch, flops, moved) in launches.items():
-            yield Spec(
-                f"batch norm {name} C={channels} {shape[2]}x{shape[3]} bf16",
-                launch,
-                flops=float(flops * size_of),
-                min_bytes=float(moved * size_of or 4 * parts.numel()),
-                tensor_cores=False,
-                rare=channels == 256 and "relu" in name,
-            )

@@ -109,7 +109,7 @@ def batch_norm_fwd_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = (program // channel_blocks) * UNROLL * BLOCK_R
-    scale = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
+    multiplier = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
     center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     for i in tl.static_range(UNROLL):
@@ -117,7 +117,7 @@ def batch_norm_fwd_kernel(
         inside = (r < rows)[:, None] & (c < C)[None, :]
         at = r.to(tl.int64)[:, None] * C + c[None, :]
         z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        z = (z - center[None, :]) * scale[None, :] + shift[None, :]
+        z = (z - center[None, :]) * multiplier[None, :] + shift[None, :]
         if residual is not None:
             z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         if RELU:
@@ -136,7 +136,7 @@ def batch_norm_sums_kernel(
     channel_blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
+    multiplier = tl.load(invstd + c, mask=c < C, other=0.0) * tl.load(weight + c, mask=c < C, other=0.0)
     center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -153,7 +153,7 @@ def batch_norm_sums_kernel(
                 g = tl.where(z <= 0, 0.0, g)
                 tl.store(masked + at, g.to(masked.dtype.element_ty), mask=inside)
             elif RELU:
-                z = (v * scale[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
+                z = (v * multiplier[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
                 g = tl.where(z <= 0, 0.0, g)
             sums += g
             products += g * v
@@ -191,11 +191,11 @@ def batch_norm_bwd_kernel(
     c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = (program // channel_blocks) * UNROLL * BLOCK_R
     inverse = tl.load(invstd + c, mask=c < C, other=0.0)
-    scale = inverse * tl.load(weight + c, mask=c < C, other=0.0)
+    multiplier = inverse * tl.load(weight + c, mask=c < C, other=0.0)
     center = tl.load(mean + c, mask=c < C, other=0.0)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     total = tl.load(count)
-    level = tl.load(sums + c, mask=c < C, other=0.0) / total
+    average = tl.load(sums + c, mask=c < C, other=0.0) / total
     slope = tl.load(sums + C + c, mask=c < C, other=0.0) / total * inverse * inverse
     for i in tl.static_range(UNROLL):
         r = start + i * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -204,9 +204,9 @@ def batch_norm_bwd_kernel(
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center[None, :]
         if RELU:
-            z = (v * scale[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
+            z = (v * multiplier[None, :] + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
             g = tl.where(z <= 0, 0.0, g)
-        d = (g - level[None, :] - v * slope[None, :]) * scale[None, :]
+        d = (g - average[None, :] - v * slope[None, :]) * multiplier[None, :]
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -227,7 +227,7 @@ def _merge_tile(part_count: int) -> dict[str, int]:
     return {"BLOCK_P": most, "BLOCK_C": CHANNELS_BLOCK, "num_warps": MERGING}
 
 
-def launch_parts(x: Tensor) -> Tensor:
+def launch_stats(x: Tensor) -> Tensor:
     """The parts of x, (parts, 2 C + 1) float32."""
     rows, channel_blocks, spans, constants = _tile(x, REDUCING if arch() >= 90 else 4)  # 8 warps spill there
     part_count = min(max(1, PROGRAMS // channel_blocks), spans)
@@ -236,7 +236,7 @@ def launch_parts(x: Tensor) -> Tensor:
     return parts
 
 
-def launch_merge(
+def launch_merge_stats(
     parts: Tensor, merged: Tensor | None, finished: tuple[Tensor | None, ...], running: tuple[Tensor | None, ...],
     momentum: float, eps: float,
 ) -> None:  # fmt: skip
@@ -247,7 +247,7 @@ def launch_merge(
     )  # fmt: skip
 
 
-def launch_apply(
+def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, relu: bool
 ) -> Tensor:
     rows, channel_blocks, spans, constants = _tile(x, MAPPING)
@@ -276,7 +276,7 @@ def launch_sums(
     return sums, d_weight, d_bias, masked
 
 
-def launch_input_gradient(
+def launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
     relu: bool,
 ) -> Tensor:  # fmt: skip

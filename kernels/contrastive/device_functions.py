@@ -13,8 +13,6 @@ from vito_kernels._core.lazy_triton import jit
 if TYPE_CHECKING:
     import triton.language as tl
 
-LISTED = {"positive": 1, "many positives": 32}  # keys a query, of the layouts that ``inspect`` compiles
-
 
 @jit
 def load_rows(

@@ -1,7 +1,14 @@
-"""What the contrastive ops do row by row beside their matrix products: one kernel each, in place of four to a dozen of
-PyTorch's, whose launches at a few thousand rows take longer than the products.
+"""Row-wise work of the contrastive ops beside their matrix products, one kernel each.
 
-A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are in float32 and in a fixed order.
+PyTorch takes four to a dozen launches for each of these, which at a few thousand rows cost more than the products.
+
+    merge_splits     one lse, residual and mean of those over disjoint sets of keys
+    finalize_lse     the log of summed exponentials, and whether it can be trusted
+    softmax_grad     a softmax's share in a gradient
+    positive_logits  scale * q_i . k_j for the positives j of query i
+    grad_epilogue    the positives' part of a gradient, the scale, one rounding
+
+A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are float32, in a fixed order.
 """
 
 from __future__ import annotations
@@ -11,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import Spec, jit, on_device
-from vito_kernels.contrastive.cpu import SoftmaxGrad
+from vito_kernels._core.lazy_triton import jit, on_device
+from vito_kernels.contrastive.terms import SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
 
 if TYPE_CHECKING:
@@ -146,19 +153,19 @@ def grad_epilogue_kernel(
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def rows_of_program(D: int) -> tuple[int, int]:
+def program_shape(D: int) -> tuple[int, int]:
     """(WIDTH, ROWS) of a program over rows of D columns."""
     width = 1 << max(D - 1, 1).bit_length()
     return width, max(1, ELEMENTS // width)
 
 
 def merge_splits(lse2: Tensor, lse_residual: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``cpu.merge_splits``: (S, M), (S, M) and (S, M, D) or (S, 0, D) -> (M,), (M,), (M, D) or (0, D)."""
+    """(S, M), (S, M) and (S, M, D) or (S, 0, D) to (M,), (M,) and (M, D) or (0, D)."""
     splits, M = lse2.shape
     if splits == 1:
         return lse2[0], lse_residual[0], mean[0]
     has_mean = mean.shape[1] > 0
-    width, rows = rows_of_program(mean.shape[2] if has_mean else 1)
+    width, rows = program_shape(mean.shape[2] if has_mean else 1)
     whole, lost, merged = lse2.new_empty(M), lse2.new_empty(M), mean.new_empty(mean.shape[1:])
     with on_device(lse2):
         merge_splits_kernel[(cdiv(M, rows),)](
@@ -179,12 +186,12 @@ def finalize_lse(sums: Tensor, scale: Tensor, headroom: float) -> tuple[Tensor, 
     return lse2, lse_residual, trusted
 
 
-def role(lse2: Tensor, lse_residual: Tensor, gradient: Tensor) -> SoftmaxGrad:
-    """The role of a softmax (M,) at whose log-sum-exp (in natural units of its lse2) ``gradient`` arrives."""
+def softmax_grad(lse2: Tensor, lse_residual: Tensor, gradient: Tensor) -> SoftmaxGrad:
+    """As ``SoftmaxGrad.of``."""
     top, weight, rows, gradient = torch.empty_like(lse2), torch.empty_like(lse2), 256, gradient.contiguous()
     with on_device(lse2):
         softmax_grad_kernel[(cdiv(len(lse2), rows),)](gradient, lse2, lse_residual, top, weight, len(lse2), rows)
-    return SoftmaxGrad(top, weight, seen=True)
+    return SoftmaxGrad(top, weight)
 
 
 def positive_logits(
@@ -196,7 +203,7 @@ def positive_logits(
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
     positive = None if positive is None else positive.contiguous()
-    width, rows = rows_of_program(D)
+    width, rows = program_shape(D)
     if pairs:
         with on_device(q):
             positive_logits_kernel[(cdiv(M, rows),)](
@@ -206,7 +213,7 @@ def positive_logits(
     return out
 
 
-def pull(
+def grad_epilogue(
     base: Tensor,
     scale: Tensor,
     dtype: torch.dtype,
@@ -221,15 +228,30 @@ def pull(
     adjacent: bool = False,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)`` (M, D) in ``dtype``, and, with
-    ``other`` (M, D), its product with that before the scale, summed: the gradient of the scale.
+    """The gradient ``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)``, rounded once.
 
-    The pairs of row i are the columns of ``positive`` (M, P), with ``pair_weight`` (M, P), or key i + ``diagonal``
-    where that exists, with ``pair_weight`` (M,), or with ``by_key`` (N,), or with ``adjacent`` the other row of a pair,
-    with the ``pair_weight`` (M, 1) of both. Without ``store`` the first, without ``other`` the second is empty.
+    Without ``weight`` the base counts as it is. Without ``pair_weight`` or k no row has a pair.
+
+    Args:
+        base: (M, D) float32.
+        scale: float32 scalar.
+        dtype: of the gradient.
+        store: False leaves the gradient out.
+        weight: (M,).
+        pair_weight: (M, P) for ``positive``, (M, 1) for the diagonal, (N, 1) with ``by_key``.
+        k: (N, D), the keys of the pairs.
+        positive: (M, P) indices of each row's pairs; by default its pair is row ``i + diagonal`` of k, if that exists.
+        by_key: row i of base is a key, and k are the queries.
+        adjacent: rows 2 i and 2 i + 1 are a pair, and each weighs the other.
+        other: (M, D); its product with the gradient before the scale, summed, is the gradient of the scale.
+
+    Returns:
+        The gradient (M, D) or (0,), and the gradient of the scale, () or without ``other`` (0,).
     """
+    if pair_weight is None:
+        k = None
     M, D = base.shape
-    width, rows = rows_of_program(D)
+    width, rows = program_shape(D)
     k, other = (None if x is None else rows_contiguous(x) for x in (k, other))
     weight, pair_weight, positive = (None if x is None else x.contiguous() for x in (weight, pair_weight, positive))
     pairs = 0 if k is None else 1 if positive is None else positive.shape[1]
@@ -243,38 +265,3 @@ def pull(
             other is not None, store,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
-
-
-def specs() -> list[Spec]:
-    """One launch of each, at the nominal size of a large contrastive batch."""
-    rows, D = 32768, 256
-
-    def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def merge() -> None:
-        merge_splits(matrix(4, rows), matrix(4, rows), matrix(4, rows, D))
-
-    def gradient() -> None:
-        q = matrix(rows, D, dtype=torch.bfloat16)
-        pull(matrix(rows, D), matrix(), q.dtype, weight=matrix(rows), pair_weight=matrix(rows), k=q, other=q)
-
-    def unpaired() -> None:
-        pull(matrix(rows, D), matrix(), torch.bfloat16, weight=matrix(rows))
-        pull(matrix(rows, D), matrix(), torch.bfloat16)
-
-    def logits() -> None:
-        q = matrix(rows, D, dtype=torch.bfloat16)
-        positive_logits(q, q, matrix(), None, 0)
-
-    def sums() -> None:
-        finalize_lse(matrix(8, rows), matrix(), 100.0)
-        role(matrix(rows), matrix(rows), matrix(rows))
-
-    work = {"merge": (merge, 20.0 * rows * D), "gradient": (gradient, 10.0 * rows * D)}
-    work |= {"gradient without pairs": (unpaired, 12.0 * rows * D)}
-    work |= {"logits": (logits, 4.0 * rows * D), "sums": (sums, 64.0 * rows)}
-    return [
-        Spec(f"epilogue {name} D={D}", launch, flops=0.0, min_bytes=least, tensor_cores=False)
-        for name, (launch, least) in work.items()
-    ]

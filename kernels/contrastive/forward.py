@@ -1,32 +1,36 @@
-"""The first pass: log-sum-exp over keys, and the keys' mean under the softmax, one program per block of queries.
+"""Forward pass: log-sum-exp over keys with the keys' mean under the softmax, and the two-sided log-sum-exp.
 
-    s    = scale * q @ k.T, -inf where excluded                     (M, N), never in memory (but see ``large_dim``)
-    lse  = s.logsumexp(1)
-    mean = s.softmax(1) @ k                                         (M, D), only if it is asked for
+    s           = scale * q @ k.T, -inf where masked                (M, N), never in memory (but see ``large_dim``)
+    lse         = s.logsumexp(1)                                    similarity_lse_fwd_kernel
+    mean        = s.softmax(1) @ k                                  (M, D), only with ``compute_grad_q``
+    row, column = s.logsumexp(1), s.logsumexp(0)                    two_sided_lse_fwd_kernel
 
-Two variants. *Fixed shift*: exponents are relative to a constant, |scale| log2(e) - 100, so that nothing is rescaled
-and no maximum is taken. For unit vectors every logit is at most |scale|, so the largest term is 2^100 and 2^27 keys
-cannot overflow; what underflows is 226 powers of two below the largest possible. For other inputs it may fail, and it
-says so: a row whose sum left [2^-64, 2^120] or whose mean is not finite is not trusted, as terms lost below 2^-126
-are negligible in any other. *Online*: a running maximum, right for every input. The rule: float32 runs online (a
-shift of 100 would round its exponents to 2^-18), and so does float16 with the mean (its P cannot hold 2^100);
-otherwise the fixed shift runs first, and the online kernel behind it repeats the blocks that were not trusted and
-leaves the others at once. No value is read by the host.
+q (M, D), k (N, D) float32, bfloat16 or float16; sums and outputs float32. One program owns a block of queries.
+
+*Fixed shift*: exponents are relative to a constant, |scale| log2(e) - 100. Nothing is rescaled and no maximum is taken.
+The largest term of unit vectors is 2^100, so 2^27 keys cannot overflow; terms that underflow are 226 powers of two
+below the largest possible. For other inputs it may fail, and it detects that: a row is not trusted if its sum left
+[2^-64, 2^120] or its mean is not finite. *Online*: a running maximum, right for every input.
+
+float32 runs online, since a shift of 100 would round its exponents to 2^-18, and so does float16 with the mean, as its
+P cannot hold 2^100. Otherwise the fixed shift runs first. The online kernel behind it repeats the blocks that were not
+trusted and returns at once from the others, so the host reads no value.
+
+Two-sided column sums leave a program as one partial sum for each block of rows. They are added in order, strip after
+strip of at most ``STRIP_BYTES``. Deterministic: no atomics, every sum in a fixed order.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import Spec, jit, on_device, processors
+from vito_kernels._core.lazy_triton import jit, num_sms, on_device
 from vito_kernels.contrastive import epilogue, large_dim
-from vito_kernels.contrastive.cpu import Mask
 from vito_kernels.contrastive.device_functions import (
-    LISTED,
     add_product,
     apply_mask,
     dot_rows,
@@ -35,21 +39,15 @@ from vito_kernels.contrastive.device_functions import (
     store_sums,
     zero_sums,
 )
-from vito_kernels.contrastive.tile_configs import (
-    Matrix,
-    Operand,
-    Tile,
-    cdiv,
-    choose_tile,
-    columns_of,
-    matrices,
-    on_tensor_cores,
-    output_chunks,
-    products,
-)
+from vito_kernels.contrastive.terms import Mask
+from vito_kernels.contrastive.tile_configs import Matrix, Operand, Tile, cdiv, choose_tile, matrices, output_chunks
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+STRIP_BYTES = 1 << 29  # of column sums, one for each block of rows and column, at a time
+
+# ---- Triton kernels
 
 
 @jit
@@ -95,7 +93,7 @@ def similarity_lse_fwd_kernel(
     tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr,
     HEADROOM: tl.constexpr, Q_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse2 and lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per
+    """lse2, lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per
     block of
     rows and split.
     """
@@ -148,7 +146,7 @@ def similarity_lse_fwd_kernel(
         tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
     log_z = tl.log2(z)
     whole = log_z + shift
-    lost = tl.where(z == 0.0, 0.0, shift - whole + log_z)  # what the sum rounds away, as ``cpu.split_sum``
+    lost = tl.where(z == 0.0, 0.0, shift - whole + log_z)  # as ``terms.split_sum``
     part = tl.cast(split, tl.int64) * M + own
     tl.store(lse2 + part, whole, mask=own < M)
     tl.store(lse_residual + part, lost, mask=own < M)
@@ -158,47 +156,104 @@ def similarity_lse_fwd_kernel(
     store_sums(mean + tl.cast(split, tl.int64) * M * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
 
 
-# ---- launcher
+@jit
+def _two_sided_lse_fwd_step(
+    t, total, x, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr,
+    DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: its exponentials, added to ``total`` (TILE, BLOCK) and written out as sums of columns.
+
+    The tile is computed transposed, so that the sums which leave the loop lie along what a thread holds, and those
+    that stay in it cross no thread.
+    """
+    BLOCK: tl.constexpr = total.shape[1]
+    rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
+    other = t * TILE + tl.arange(0, TILE)
+    if x[0].dtype == tl.float32 or (TILE < 64 and BLOCK >= 64):  # no tensor cores, or few rows for their left factor
+        s = tl.trans(dot_rows(x, rows, CHUNKS, PRECISION))
+    else:
+        s = dot_rows(rows, x, CHUNKS, PRECISION)
+    s = s * scale2 - shifts[None]
+    if not CLEAN:
+        s = tl.trans(apply_mask(tl.trans(s), own, other, M, N, None, None, None, diagonal, False, DIAGONAL, 0, False))
+    p = tl.exp2(s)
+    tl.store(column_sums + other, tl.sum(p, 1), mask=other < N)
+    return total + p
+
+
+@jit
+def two_sided_lse_fwd_kernel(
+    x, y, y_tail, scale, row_sums, column_sums, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr,
+    W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    DIAGONAL: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """row_sums (splits, M) and column_sums (blocks of rows, N) of 2^(s log2(e) - shift)."""
+    CHUNKS: tl.constexpr = D // W + (TAIL > 0)
+    block, split = tl.program_id(0), tl.program_id(1)
+    own = block * BLOCK + tl.arange(0, BLOCK)
+    column_sums += tl.cast(block, tl.int64) * N
+    scale2 = tl.load(scale) * 1.4426950408889634
+    shifts = tl.where(own < M, tl.abs(scale2) - HEADROOM, float("inf"))  # rows beyond the matrix add nothing to columns
+    rows = load_rows(x, x, block * BLOCK, M, x_stride, D, W, TAIL, BLOCK, False, False, PRECISION)
+    total = tl.zeros((TILE, BLOCK), tl.float32)
+
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(N, TILE))
+    crossed, crossing, full = plan_tiles(block * BLOCK, N, first, last, diagonal, BLOCK, TILE, DIAGONAL)
+    for i in tl.range(first, full - crossing, num_stages=STAGES):
+        t = tl.where(i < crossed, i, i + crossing)
+        total = _two_sided_lse_fwd_step(
+            t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            CHUNKS, True, DIAGONAL, TMA, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, crossing + last - full, num_stages=1, disable_licm=D > 512):  # as above, where it pays
+        t = tl.where(i < crossing, crossed + i, full)
+        total = _two_sided_lse_fwd_step(
+            t, total, rows, y, y_tail, scale2, shifts, own, column_sums, M, N, y_stride, diagonal, D, W, TAIL, TILE,
+            CHUNKS, False, DIAGONAL, TMA, PRECISION,
+        )  # fmt: skip
+    tl.store(row_sums + tl.cast(split, tl.int64) * M + own, tl.sum(total, 0), mask=own < M)
+
+
+# ---- launchers
 
 VARIANTS = ("fixed", "online")
 
 
 def launch_lse(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), lse_residual (M,), mean (M, D) or (0, D)) by the kernels above; keys are split among programs where
-    queries
-    are few.
-    """
+    """(lse2 (M,), lse_residual (M,), mean (M, D) or (0, D)); few queries split the keys among programs."""
     (M, D), (left, right) = q.shape, matrices(q, k)
     if large_dim.supports("mean" if compute_grad_q else "lse", D, q.dtype):
         dense = left.tensor, right.tensor
         sums, _, mean = large_dim.exponentials(*dense, scale, mask, 100.0, gather=compute_grad_q, columns=False)
         return *trusted_lse(left, right, scale, mask, sums, 100.0, mean), mean
     tiles = [lse_tile(variant, D, q.dtype, mask, compute_grad_q) for variant in VARIANTS]
-    split_keys = cdiv(k.shape[0], max(1, min(processors(q.device) // cdiv(M, tiles[0].own), k.shape[0] // 256)))
-    widest = max(tile.other for tile in tiles)  # powers of two: a split is whole tiles of both variants
+    split_keys = cdiv(k.shape[0], max(1, min(num_sms(q.device) // cdiv(M, tiles[0].block_m), k.shape[0] // 256)))
+    widest = max(tile.block_n for tile in tiles)  # powers of two: a split is whole tiles of both variants
     split_keys = cdiv(split_keys, widest) * widest
     splits = cdiv(k.shape[0], split_keys)
     lse2, lse_residual = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if compute_grad_q else 0, D)
-    online_only = _online_only(q.dtype, compute_grad_q)
+    online_only = online_only_dtype(q.dtype, compute_grad_q)
     trusted = None if online_only else torch.empty(splits, M, dtype=torch.int8, device=q.device)
     fixed, online = ([(0, 0)] if not compute_grad_q else output_chunks(D, tile) for tile in tiles)
     assert online_only or {first for first, _ in fixed} <= {first for first, _ in online}
-    for span in online:  # one launch of the fixed variant may has_mean the columns that take several of the online one
+    for chunks in online:  # one launch of the fixed variant may cover the columns of several online ones
         for wider in fixed:
-            if not online_only and wider[0] == span[0]:
+            if not online_only and wider[0] == chunks[0]:
                 run_lse("fixed", left, right, scale, mask, lse2, lse_residual, mean, trusted, wider, split_keys)
-        run_lse("online", left, right, scale, mask, lse2, lse_residual, mean, trusted, span, split_keys)
+        run_lse("online", left, right, scale, mask, lse2, lse_residual, mean, trusted, chunks, split_keys)
     return epilogue.merge_splits(lse2, lse_residual, mean)
 
 
 def trusted_lse(
     q: Matrix, k: Matrix, scale: Tensor, mask: Mask, sums: Tensor, headroom: float, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(lse2 (M,), lse_residual (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``,
-    repeated by
-    the online kernel where they are not to be trusted. So is ``mean`` (M, D) or (0, D), which is given as the sum of
-    the keys with those exponentials and divided in place.
+    """(lse2 (M,), lse_residual (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``.
+
+    ``mean`` (M, D) or (0, D) comes as the sum of the keys with those exponentials, and is divided in place. The online
+    kernel repeats the rows that are not trusted.
     """
     lse2, lse_residual, trusted = epilogue.finalize_lse(sums, scale, headroom)
     compute_grad_q, D = mean.shape[0] > 0, q.tensor.shape[1]
@@ -206,20 +261,21 @@ def trusted_lse(
         mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
         trusted.mul_(mean.sum(1).isfinite())
     tile = lse_tile("online", D, q.tensor.dtype, mask, compute_grad_q)
-    every_key = cdiv(k.tensor.shape[0], tile.other) * tile.other  # one split, of whole tiles
-    for span in output_chunks(D, tile) if compute_grad_q else [(0, 0)]:
-        run_lse("online", q, k, scale, mask, lse2, lse_residual, mean[None], trusted, span, every_key)
+    every_key = cdiv(k.tensor.shape[0], tile.block_n) * tile.block_n  # one split, of whole tiles
+    for chunks in output_chunks(D, tile) if compute_grad_q else [(0, 0)]:
+        run_lse("online", q, k, scale, mask, lse2, lse_residual, mean[None], trusted, chunks, every_key)
     return lse2[0], lse_residual[0]
 
 
 def lse_tile(variant: str, D: int, dtype: torch.dtype, mask: Mask, compute_grad_q: bool) -> Tile:
-    """The tile of a variant; "masked" is the fixed one where any tile may hold an excluded key."""
+    """The tile of a variant; "masked" is the fixed one where any tile may hold a masked key."""
     masked = mask.q_group is not None or mask.positive is not None
     kind = "mean" if compute_grad_q else "lse"
     return choose_tile(f"{kind} {'masked' if masked and variant == 'fixed' else variant}", D, dtype)
 
 
-def _online_only(dtype: torch.dtype, compute_grad_q: bool) -> bool:
+def online_only_dtype(dtype: torch.dtype, compute_grad_q: bool) -> bool:
+    """Whether the fixed shift cannot serve this dtype."""
     return dtype == torch.float32 or (dtype == torch.float16 and compute_grad_q)
 
 
@@ -233,68 +289,78 @@ def run_lse(
     lse_residual: Tensor,
     mean: Tensor,
     trusted: Tensor | None,
-    span: tuple[int, int],
+    chunks: tuple[int, int],
     split_keys: int,
 ) -> None:
-    """Fills lse2 (S, M) and the column chunks ``span`` of mean (S, M, D). ``trusted`` (S, M): written by the fixed
-    variant, obeyed by the online one, which without it does every row.
+    """Fills lse2 (S, M) and the column ``chunks`` of mean (S, M, D).
+
+    The fixed variant writes ``trusted`` (S, M); the online one repeats the rest, or without it computes every row.
     """
     (M, D), N, dtype = q.tensor.shape, k.tensor.shape[0], q.tensor.dtype
     tile = lse_tile(variant, D, dtype, mask, mean.shape[1] > 0)
-    left, right = Operand(q, tile.own, tile), Operand(k, tile.other, tile)
+    left, right = Operand(q, tile.block_m, tile), Operand(k, tile.block_n, tile)
     online = variant == "online"
     headroom = 100.0 if not online else 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
     with on_device(q.tensor):
-        similarity_lse_fwd_kernel[(cdiv(M, tile.own), lse2.shape[0])](
+        similarity_lse_fwd_kernel[(cdiv(M, tile.block_m), lse2.shape[0])](
             left.source, left.tail_source, right.source, right.tail_source, scale, lse2, lse_residual, mean, trusted,
-            mask.q_group,
-            mask.k_group, mask.positive, M, N, left.stride, right.stride, mask.diagonal or 0,
-            split_keys // tile.other, D, left.chunk, left.tail, *span, tile.own, tile.other, tile.lanes or tile.other,
-            tile.stages,
-            GROUPS=mask.q_group is not None, DIAGONAL=mask.blocks, POSITIVES=columns_of(mask.positive),
+            mask.q_group, mask.k_group, mask.positive, M, N, left.stride, right.stride, mask.diagonal or 0,
+            split_keys // tile.block_n, D, left.chunk, left.tail, *chunks, tile.block_m, tile.block_n,
+            tile.lanes or tile.block_n, tile.stages, GROUPS=mask.q_group is not None, DIAGONAL=mask.diagonal_width,
+            POSITIVES=mask.num_positives,
             ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, Q_TMA=left.tma, TMA=right.tma,
             PRECISION=left.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def specs(device: str = "meta") -> list[Spec]:
-    """Every shipped launch of this file, at the nominal size of a large contrastive batch."""
-    return [
-        _spec(width, dtype, compute_grad_q, layout, device)
-        for width in (64, 128, 192, 256, 512, 1024)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for compute_grad_q in (True, False)
-        for layout in ("none", "diagonal", "groups", "positive")
-    ] + [_spec(width, torch.bfloat16, True, "many positives", device) for width in (128, 256)]
+def _headroom(dtype: torch.dtype) -> float:
+    """Powers of two between the largest exponential and 1: few for float32, whose exponents keep their last bits."""
+    return 20.0 if dtype == torch.float32 else 100.0
 
 
-def _spec(
-    width: int, dtype: torch.dtype, compute_grad_q: bool, layout: str, device: str = "meta", rows: int = 32768
-) -> Spec:
-    ids = torch.arange(rows, device=device)
-    group = ids if layout == "groups" else None
-    positive = ids[:, None].repeat(1, LISTED[layout]) if layout in LISTED else None
-    mask = Mask(group, group, positive, 0 if layout == "diagonal" else None)
+def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row lse2 (M,), its residual, column lse2 (N,), its residual)."""
+    left, right = matrices(x, y)
+    headroom, no_mean = _headroom(x.dtype), scale.new_empty(0, x.shape[1])
+    if large_dim.supports("two_sided", x.shape[1], x.dtype):
+        dense = left.tensor, right.tensor
+        rows, columns, _ = large_dim.exponentials(*dense, scale, mask, headroom, gather=False, columns=True)
+    else:
+        rows, columns = _launch_sums(left, right, scale, mask)
+    side = trusted_lse(left, right, scale, mask, rows, headroom, no_mean)
+    return *side, *trusted_lse(right, left, scale, mask.transposed(), columns, headroom, no_mean)
 
-    def launch() -> None:
-        x = torch.randn(rows, width, dtype=dtype, device=device) / width**0.5
-        launch_lse(x, x, torch.full((), 10.0, device=device), mask, compute_grad_q)
 
-    def flops() -> float:
-        """Of the variant that does the work; a launch for other columns of the mean computes the logits again."""
-        if large_dim.supports("mean" if compute_grad_q else "lse", width, dtype):
-            return (2.0 + 2.0 * compute_grad_q) * rows * rows * width
-        variant = VARIANTS[_online_only(dtype, compute_grad_q)]
-        launches = len(output_chunks(width, lse_tile(variant, width, dtype, mask, True))) if compute_grad_q else 1
-        return (2.0 * launches + 2.0 * compute_grad_q) * products(dtype, width) * rows * rows * width
+def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """(row_sums (parts, M), column_sums (parts, N)), strip of rows after strip where one is not enough."""
+    (M, D), N = x.tensor.shape, y.tensor.shape[0]
+    tile = choose_tile("two_sided", D, x.tensor.dtype)
+    right, strip = Operand(y, tile.block_n, tile), max(1, STRIP_BYTES // (4 * N)) * tile.block_m
+    if strip >= M:
+        return _strip_sums(x, right, N, scale, mask, tile)
+    row_sums, column_sums = [], scale.new_zeros(1, N)
+    for begin in range(0, M, strip):
+        diagonal = None if mask.diagonal is None else mask.diagonal + begin
+        seen, part = replace(mask, diagonal=diagonal), Matrix(x.tensor[begin : begin + strip])
+        rows, columns = (sums.sum(0) for sums in _strip_sums(part, right, N, scale, seen, tile))
+        row_sums.append(rows)
+        column_sums += columns
+    return torch.cat(row_sums)[None], column_sums
 
-    return Spec(
-        f"similarity_lse {'with mean' if compute_grad_q else 'alone'} D={width} {str(dtype)[6:]} {layout}",
-        launch,
-        flops,
-        min_bytes=2.0 * rows * width * dtype.itemsize + rows * 4 + (rows * width * 4 if compute_grad_q else 0),
-        tensor_cores=partial(on_tensor_cores, dtype, width),
-        rare=dtype != torch.bfloat16
-        or width not in (128, 256, 512)
-        or layout not in (("none", "diagonal", "groups") if compute_grad_q else ("none",)),
-    )
+
+def _strip_sums(x: Matrix, right: Operand, N: int, scale: Tensor, mask: Mask, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(row_sums (splits, M), column_sums (blocks of rows, N))."""
+    (M, D), dtype, device = x.tensor.shape, x.tensor.dtype, x.tensor.device
+    left = Operand(x, tile.block_m, tile)
+    blocks, tiles = cdiv(M, tile.block_m), cdiv(N, tile.block_n)
+    split_tiles = cdiv(tiles, max(1, min(num_sms(device) // blocks, tiles // 4)))
+    row_sums = scale.new_empty(cdiv(tiles, split_tiles), M)
+    column_sums = scale.new_empty(blocks, N)
+    with on_device(x.tensor):
+        two_sided_lse_fwd_kernel[(blocks, row_sums.shape[0])](
+            left.matrix, right.source, right.tail_source, scale, row_sums, column_sums, M, N, left.stride, right.stride,
+            mask.diagonal or 0, split_tiles, D, left.chunk, left.tail, tile.block_m, tile.block_n, tile.stages,
+            DIAGONAL=mask.diagonal_width, HEADROOM=_headroom(dtype), TMA=right.tma, PRECISION=left.precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return row_sums, column_sums

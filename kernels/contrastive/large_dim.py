@@ -1,18 +1,18 @@
 """Wide embeddings of 16 bits: exponentials go through memory, a strip of keys at a time.
 
-A program that owns rows of 1024 columns has no room left beside them: on sm_90 it would take keys by sixteens and
-compute the logits anew for each 256 columns of output, 10 M N D flops in place of 4. So the work becomes two plain
-matrix products for each strip of C keys (and for each 32768 rows of x, if there are more), with
+A program that owns rows of 1024 columns has no room left beside them. On sm_90 it would take 16 keys at a time and
+compute the logits again for each 256 columns of output: 10 M N D flops instead of 4. Here each strip of C keys takes
+two plain matrix products (for each 32768 rows of x, if there are more):
 
     P     = 2^(scale log2(e) x @ y.T - shift)   (M, C) in 16 bits, its sums by row and column in float32
     out  += P @ y                                (M, D) in float32
 
-of which P takes at most ``STRIP_BYTES`` whatever M and N are, and so do the sums of a strip's tiles, which are added up
-behind it. The gradient is the same with weights in place of exponentials. Rows and columns are owned by programs,
-strips and partial sums are added in order: deterministic, no atomics.
+P takes at most ``STRIP_BYTES`` whatever M and N are, and so do the sums of a strip's tiles, which are added up behind
+it. The gradient is the same with weights instead of exponentials. Programs own rows and columns; strips and partial
+sums are added in order. Deterministic, no atomics.
 
 On an H200, info_nce at M = N = 4096, D = 1024 took 891 us before and 234 us so. At D = 512 the gradient of keys gains a
-tenth or two, a loss of two sides a seventh, and the forward pass nothing: hence ``WIDER_THAN``.
+tenth or two, a two-sided loss a seventh, and the forward pass nothing: hence ``WIDER_THAN``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import interpreting, jit, on_device, processors
-from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
+from vito_kernels._core.lazy_triton import interpreting, jit, num_sms, on_device
 from vito_kernels.contrastive.device_functions import apply_mask, product
-from vito_kernels.contrastive.tile_configs import cdiv, columns_of, family
+from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
+from vito_kernels.contrastive.tile_configs import cdiv, family
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -155,19 +155,22 @@ def exponentials(
 
 
 def gradient(
-    x: Tensor, y: Tensor, scale: Tensor, x_softmax: SoftmaxGrad | None, y_softmax: SoftmaxGrad | None, mask: Mask
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_softmax: SoftmaxGrad | None,
+    y_softmax: SoftmaxGrad | None,
+    mask: Mask,
 ) -> Tensor:
-    """``W @ y`` (M, D) of ``vito_kernels.contrastive.backward``. The queries are y."""
-    diagonal = None if mask.diagonal is None else -mask.diagonal
-    seen = Mask(mask.k_group, mask.q_group, mask.positive, diagonal, mask.width)
-    return _run(x, y, scale, seen, 0.0, x_softmax, y_softmax, True, False)[2]
+    """``W @ y`` (M, D) of :mod:`.backward`. The queries of ``mask`` are the rows of y."""
+    return _run(x, y, scale, mask.transposed(), 0.0, x_softmax, y_softmax, True, False)[2]
 
 
 def _run(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    seen: Mask,
+    mask: Mask,
     headroom: float,
     x_softmax: SoftmaxGrad | None,
     y_softmax: SoftmaxGrad | None,
@@ -180,7 +183,7 @@ def _run(
     height = min(M, STRIP_ROWS, max(1, STRIP_BYTES // (4 * N)) * tile if columns else M)
     widest = STRIP_BYTES // (2 * height) // tile if gather else STRIP_BYTES // (4 * M)
     strip = min(keys, max(1, widest) * tile)
-    splits = max(1, min(processors(x.device) // (cdiv(M, tile) * cdiv(D, tile)), strip // 1024))
+    splits = max(1, min(num_sms(x.device) // (cdiv(M, tile) * cdiv(D, tile)), strip // 1024))
     split_keys = cdiv(cdiv(strip, splits), depth) * depth
     summed = not (x_softmax or y_softmax)
     row_sums = scale.new_empty(strip // tile if summed else 0, M)
@@ -194,15 +197,13 @@ def _run(
             end, last = min(begin + height, M), min(first + strip, N)
             rows = cdiv(end - begin, tile)
             large_dim_weights_kernel[(rows * cdiv(last - first, tile),)](
-                x, y, scale, weights, row_sums, column_sums, x_softmax and x_softmax.lse2, x_softmax and
-                x_softmax.weight,
-                y_softmax and y_softmax.lse2, y_softmax and y_softmax.weight, seen.q_group, seen.k_group,
-                seen.positive, M, N, D,
-                begin, end, first, last, x.stride(0), y.stride(0), strip, seen.diagonal or 0, tile, depth,
-                D % depth > 0, STAGES, GROUPS=seen.q_group is not None, DIAGONAL=seen.blocks,
-                POSITIVES=columns_of(seen.positive), X_SOFTMAX=x_softmax is not None, Y_SOFTMAX=y_softmax is not None,
-                HEADROOM=headroom, STORE=gather, COLUMNS=columns, PRECISION=precision, num_warps=WARPS,
-                num_stages=STAGES,
+                x, y, scale, weights, row_sums, column_sums, x_softmax and x_softmax.lse2,
+                x_softmax and x_softmax.weight, y_softmax and y_softmax.lse2, y_softmax and y_softmax.weight,
+                mask.q_group, mask.k_group, mask.positive, M, N, D, begin, end, first, last, x.stride(0), y.stride(0),
+                strip, mask.diagonal or 0, tile, depth, D % depth > 0, STAGES, GROUPS=mask.q_group is not None,
+                DIAGONAL=mask.diagonal_width, POSITIVES=mask.num_positives, X_SOFTMAX=x_softmax is not None,
+                Y_SOFTMAX=y_softmax is not None, HEADROOM=headroom, STORE=gather, COLUMNS=columns,
+                PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
             if gather:
                 large_dim_weighted_sum_kernel[(rows * cdiv(D, tile), out.shape[0])](

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
     check_ids,
-    check_locked,
+    check_integers,
+    check_no_grad,
     check_options,
     check_pair,
     check_paired,
     check_reduction,
-    check_whole,
     inverse_temperature,
     reduce,
     scale_tensor,
 )
-from vito_kernels.contrastive.cpu import LOG2E
-from vito_kernels.contrastive.info_nce import apply_contrast, autocast, info_nce, needs_grad
+from vito_kernels.contrastive.info_nce import apply_similarity_lse, autocast_inputs, info_nce, needs_grad
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.softplus_loss import softplus_loss
-from vito_kernels.contrastive.two_sided import apply_self, clip_loss, ntxent
+from vito_kernels.contrastive.terms import LOG2E
+from vito_kernels.contrastive.two_sided import apply_self_lse, clip_loss, ntxent
 
 
 def moco_loss(
@@ -39,12 +39,12 @@ def moco_loss(
     """
     check_paired(q, k, ("q", "k"))
     check_pair(q, queue, ("q", "queue"))
-    check_locked("k", k)
-    check_locked("queue", queue)
-    (q, k, queue), matmul_dtype = autocast(q, k, queue)
+    check_no_grad("k", k)
+    check_no_grad("queue", queue)
+    (q, k, queue), matmul_dtype = autocast_inputs(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
     compute_grad_q, cache_logits = needs_grad(q, scale), False
-    lse2, _, _, lse_residual, _ = apply_contrast(
+    lse2, _, _, lse_residual, _ = apply_similarity_lse(
         q, queue, scale, None, None, None, None, compute_grad_q, matmul_dtype, cache_logits
     )
     positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
@@ -56,7 +56,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
     As ``clip_loss``, and ValueError where ``locked`` requires grad.
     """
-    check_locked("locked", locked)
+    check_no_grad("locked", locked)
     return clip_loss(locked, y, scale)
 
 
@@ -75,14 +75,14 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
-    (z,), matmul_dtype = autocast(normalize(z))
+    (z,), matmul_dtype = autocast_inputs(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
     # A label goes by where it starts among the sorted ones, and has as many rows as lie before the next: no host sync.
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
     cache_logits = needs_grad(z, scale)
-    lse2, positives, lse_residual, _ = apply_self(z, scale, first, count, matmul_dtype, cache_logits)
+    lse2, positives, lse_residual, _ = apply_self_lse(z, scale, first, count, matmul_dtype, cache_logits)
     loss = torch.where(count > 0, (lse2 - positives[:, 0] + lse_residual) / LOG2E, 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
@@ -143,7 +143,7 @@ class MoCoLoss(nn.Module):
         self, width: int, queue_size: int = 65536, temperature: float | Tensor = 0.07, *, reduction: str = "mean"
     ):
         super().__init__()
-        check_whole(width=width, queue_size=queue_size)
+        check_integers(width=width, queue_size=queue_size)
         if width < 1 or queue_size < 1:
             raise ValueError(f"width and queue_size must be positive, got {width} and {queue_size}")
         inverse_temperature(temperature)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import check_pair
-from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
-from vito_kernels.contrastive.epilogue import rows_of_program
+from vito_kernels._core.lazy_triton import jit, on_device, use_triton
+from vito_kernels.contrastive.epilogue import program_shape
 from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
 
 if TYPE_CHECKING:
@@ -57,16 +57,16 @@ def normalize_bwd_kernel(
 def launch_normalize(x: Tensor) -> Tensor:
     x, (M, D) = rows_contiguous(x), x.shape
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
-    width, rows = rows_of_program(D)
+    width, rows = program_shape(D)
     with on_device(x):
         normalize_fwd_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), SHORTEST, width, rows)
     return out
 
 
-def launch_normalize_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+def launch_normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
     gradient, x, (M, D) = rows_contiguous(gradient), rows_contiguous(x), x.shape
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
-    width, rows = rows_of_program(D)
+    width, rows = program_shape(D)
     with on_device(x):
         normalize_bwd_kernel[(cdiv(M, rows),)](
             gradient, x, out, M, D, gradient.stride(0), x.stride(0), SHORTEST, width, rows
@@ -88,9 +88,9 @@ def _(x):
 
 
 @torch.library.custom_op("vito_kernels::normalize_backward", mutates_args=())
-def normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
+def normalize_backward_op(gradient: Tensor, x: Tensor) -> Tensor:
     if use_triton(x):
-        return launch_normalize_gradient(gradient, x)
+        return launch_normalize_backward(gradient, x)
     g, wide = _wide(gradient), _wide(x)
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     short = length < SHORTEST
@@ -99,7 +99,7 @@ def normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
     return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype).contiguous()
 
 
-@normalize_backward.register_fake
+@normalize_backward_op.register_fake
 def _(gradient, x):
     return x.new_empty(x.shape)
 
@@ -117,9 +117,9 @@ def _backward(ctx, gradient):
 
 
 register_flops(normalize_op)
-register_flops(normalize_backward)
+register_flops(normalize_backward_op)
 apply_normalize = autograd_op(normalize_op, _setup_context, _backward)
-apply_backward = refuse_double_backward(normalize_backward)
+apply_backward = refuse_double_backward(normalize_backward_op)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -131,15 +131,3 @@ def normalize(x: Tensor) -> Tensor:
     """
     check_pair(x, x, ("x", "x"))
     return apply_normalize(x)
-
-
-def specs() -> list[Spec]:
-    """Both kernels, at the nominal size of a large contrastive batch."""
-    rows, D = 32768, 256
-
-    def launch() -> None:
-        x = torch.empty(rows, D, dtype=torch.bfloat16, device="meta")
-        launch_normalize(x)
-        launch_normalize_gradient(x, x)
-
-    return [Spec(f"normalize D={D}", launch, flops=0.0, min_bytes=10.0 * rows * D, tensor_cores=False)]

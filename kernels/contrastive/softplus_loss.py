@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
-from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
-from vito_kernels.contrastive.cpu import LOG2E
+from vito_kernels._core.lazy_triton import jit, on_device, use_triton
+from vito_kernels.contrastive.terms import LOG2E
 from vito_kernels.contrastive.tile_configs import cdiv
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def launch_softplus_loss(sides: Sides, logits: Tensor) -> Tensor:
     return out
 
 
-def launch_softplus_loss_bwd(gradient: Tensor, sides: Sides, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_softplus_loss_backward(gradient: Tensor, sides: Sides, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, (rows, pairs), count, lse2 = logits.contiguous(), logits.shape, _count(sides), sides[0]
     g_lse2, g_logits, g_second = torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(rows * (count - 1))
     with on_device(lse2):
@@ -137,7 +137,7 @@ def _(lse2, lse_residual, second, second_residual, logits):
 
 
 @torch.library.custom_op("vito_kernels::softplus_loss_backward", mutates_args=())
-def softplus_loss_backward(
+def softplus_loss_backward_op(
     gradient: Tensor,
     lse2: Tensor,
     lse_residual: Tensor,
@@ -148,13 +148,13 @@ def softplus_loss_backward(
     """(of lse2 (M,), of the logits (M, P), of ``second`` (M,) or empty) where ``gradient`` (M,) arrives."""
     sides = lse2, lse_residual, second, second_residual
     if use_triton(lse2):
-        return launch_softplus_loss_bwd(gradient, sides, logits)
+        return launch_softplus_loss_backward(gradient, sides, logits)
     shares = torch.sigmoid_(_over_logits(sides, logits))
     shares.mul_(gradient[:, None] / (shares.shape[0] * shares.shape[2] * LOG2E))
     return shares[0].sum(1), shares.sum(0).neg_(), shares[1:].sum((0, 2)) if len(shares) == 2 else shares.new_empty(0)
 
 
-@softplus_loss_backward.register_fake
+@softplus_loss_backward_op.register_fake
 def _(gradient, lse2, lse_residual, second, second_residual, logits):
     return torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(0 if second is None else lse2.shape)
 
@@ -179,9 +179,9 @@ def _backward(ctx, gradient):
 
 
 register_flops(softplus_loss_op)
-register_flops(softplus_loss_backward)
+register_flops(softplus_loss_backward_op)
 apply_softplus_loss = autograd_op(softplus_loss_op, _setup_context, _backward)
-apply_backward = refuse_double_backward(softplus_loss_backward)
+apply_backward = refuse_double_backward(softplus_loss_backward_op)
 
 
 def softplus_loss(
@@ -196,19 +196,3 @@ def softplus_loss(
     with ``second`` (M,) and its lse_residual, another side's lse2, the mean of both.
     """
     return apply_softplus_loss(lse2, lse_residual, second, second_residual, logits)
-
-
-def specs() -> list[Spec]:
-    """Both kernels, of one side and of two, at the nominal size of a large contrastive batch."""
-
-    def spec(sides: int, rows: int = 32768) -> Spec:
-        def launch() -> None:
-            lse2, logits = torch.empty(rows, device="meta"), torch.empty(rows, 1, device="meta")
-            second = lse2 if sides == 2 else None
-            launch_softplus_loss((lse2, lse2, second, second), logits)
-            launch_softplus_loss_bwd(lse2, (lse2, lse2, second, second), logits)
-
-        name = "softplus_loss" if sides == 1 else "softplus_loss of two sides"
-        return Spec(name, launch, flops=0.0, min_bytes=(16.0 + 20.0 * sides) * rows, tensor_cores=False)
-
-    return [spec(1), spec(2)]

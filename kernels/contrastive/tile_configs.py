@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import arch, interpreting, jit, on_device, shared_limit, use_triton
+from vito_kernels._core.lazy_triton import arch, interpreting, jit, on_device, shared_limit
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program works: the rows it owns, the rows of the other matrix it takes at a time, the widest chunk of
-    columns.
+    """How a program works.
 
-    ``lanes``: partial sums logit_cache for each row in the loop; 8 where each thread holds whole groups of 8 columns,
-    else
-    all. ``out_columns``: columns of output that a program keeps in registers (or tensor memory); a wider output takes
-    several launches.
+    Args:
+        block_m: rows that it owns.
+        block_n: rows of the other matrix that it takes at a time.
+        block_d: widest chunk of columns.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        lanes: partial sums kept for each row in the loop: 8 where a thread holds whole groups of 8 columns, 0 for all.
+        out_columns: columns of output that it keeps in registers or tensor memory; a wider output takes more launches.
     """
 
-    own: int
-    other: int
-    chunk: int
+    block_m: int
+    block_n: int
+    block_d: int
     warps: int
     stages: int
     lanes: int = 0
@@ -179,14 +181,8 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
 EXACT = {512: Tile(32, 32, 32, 8, 2, out_columns=256), 1024: Tile(16, 16, 32, 4, 2, out_columns=256)}
 EXACT_89 = {512: Tile(16, 32, 32, 4, 2, out_columns=256), 1024: Tile(8, 16, 32, 4, 2, out_columns=256)}
 EXACT_100 = EXACT | {256: Tile(32, 32, 64, 8, 2), 512: Tile(32, 32, 16, 8, 2, out_columns=256)}
+MAX_WIDTH = max(EXACT)  # of embeddings
 INTERPRETER = Tile(16, 16, 32, 4, 2, out_columns=64)  # small, so that small matrices take every path
-
-
-def runs_on_triton(x: Tensor) -> bool:
-    """Whether the contrastive ops run Triton's kernels on these rows (M, D). Of D > 1024, what must stay in shared
-    memory does not fit every GPU: there the CPU path computes, on the GPU.
-    """
-    return use_triton(x) and x.shape[1] <= max(EXACT)
 
 
 def choose_tile(kernel: str, D: int, dtype: torch.dtype) -> Tile:
@@ -317,17 +313,17 @@ def split(x: Tensor, width: int, parts: int) -> Tensor:
 
 def chunk_width(D: int, tile: Tile) -> int:
     """The largest power of two within D and the tile."""
-    return min(tile.chunk, max(16, 1 << (D.bit_length() - 1)))
+    return min(tile.block_d, max(16, 1 << (D.bit_length() - 1)))
 
 
 def products(dtype: torch.dtype, D: int) -> int:
-    """Products of parts for each product of numbers, for ``Spec.flops``."""
+    """Products of parts for each product of numbers, in an inspection."""
     parts = PARTS.get(precision(dtype, D), 1) if dtype == torch.float32 else 1
     return parts * (parts + 1) // 2
 
 
 def on_tensor_cores(dtype: torch.dtype, D: int) -> bool:
-    """For ``Spec.tensor_cores``."""
+    """Whether products run on the tensor cores."""
     return precision(dtype, D) != "ieee"
 
 
@@ -342,10 +338,6 @@ def rows_contiguous(x: Tensor) -> Tensor:
     """Rows may lie anywhere; the elements of one must be neighbors, and a tile must out_columns less than 2^31
     elements."""
     return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
-
-
-def columns_of(positive: Tensor | None) -> int:
-    return 0 if positive is None else positive.shape[1]
 
 
 def cdiv(a: int, b: int) -> int:

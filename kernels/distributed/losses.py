@@ -33,16 +33,16 @@ from vito_kernels._core.checks import (
     check_exchange,
     check_groups,
     check_ids,
-    check_locked,
+    check_no_grad,
     check_pair,
     check_paired,
     inverse_temperature,
     scale_tensor,
 )
-from vito_kernels.contrastive.cpu import LOG2E
 from vito_kernels.contrastive.info_nce import lse_and_positives
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.terms import LOG2E
 from vito_kernels.contrastive.two_sided import interleave, two_sided_lse
 from vito_kernels.distributed import ring
 from vito_kernels.distributed.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
@@ -80,7 +80,7 @@ def gather_keys(
     where the keys require grad: give them to ``global_info_nce`` themselves.
     """
     check_pair(k, k, ("k", "k"))
-    check_locked("k", k)
+    check_no_grad("k", k)
     if ids is not None:
         check_ids("ids", ids, k.shape[0], k)
     sizes = checked_sizes(k, sizes, group)

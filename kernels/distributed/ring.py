@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import once
 from vito_kernels._core.checks import check_finite, scale_tensor
-from vito_kernels._core.lazy_triton import use_triton
-from vito_kernels.contrastive import cpu, epilogue
-from vito_kernels.contrastive.backward import pair_gradient, softmax_grad
-from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
-from vito_kernels.contrastive.info_nce import autocast, contrast, contrast_backward, needs_grad, to_matmul_dtype
-from vito_kernels.contrastive.two_sided import sums_and_pairs
+from vito_kernels.contrastive.info_nce import (
+    autocast_inputs,
+    needs_grad,
+    similarity_lse_backward_op,
+    similarity_lse_op,
+)
+from vito_kernels.contrastive.path import path_of
+from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
 
 Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
@@ -56,7 +59,7 @@ class _Ring:
     def of(cls, sizes: list[int], group: Group) -> _Ring:
         return cls(sizes, dist.get_rank(group), group)
 
-    def _pass_on(self, rows: Rows, coming: int, tag: int) -> _Transfer:
+    def _send_recv(self, rows: Rows, coming: int, tag: int) -> _Transfer:
         """Starts to send ``rows`` to the next rank and to receive those of as many tensors of ``coming`` rows; ``tag``
         keeps blocks apart from what follows them.
         """
@@ -75,7 +78,7 @@ class _Ring:
         ]
         return _Transfer(sent, received, dist.batch_isend_irecv(out + into))
 
-    def travel(
+    def rotate(
         self, block: Rows, visit: Callable[[Rows, bool], Rows], merge: Callable[[Rows, Rows], Rows] | None = None
     ) -> Rows:
         """Calls ``visit(block, own)`` with the block of every rank, this rank's first.
@@ -87,35 +90,31 @@ class _Ring:
         results = None
         for hop in range(ranks):
             coming = self.sizes[(self.rank - hop - 1) % ranks]  # after the last hop, this rank's own results
-            following = self._pass_on(block, coming, 0) if hop < ranks - 1 else None
+            following = self._send_recv(block, coming, 0) if hop < ranks - 1 else None
             found = visit(block, hop == 0)
             if merge is not None:
-                results = self._pass_on(found if results is None else merge(results.wait(), found), coming, 16)
+                results = self._send_recv(found if results is None else merge(results.wait(), found), coming, 16)
             if following is not None:
                 block = following.wait()
         return () if results is None else results.wait()
 
 
-def _merged(first: Rows, second: Rows) -> Rows:
-    """One (lse2, lse_residual, mean) of two over different keys."""
-    merge_splits = epilogue.merge_splits if use_triton(first[0]) else cpu.merge_splits
-    return merge_splits(*(torch.stack(both) for both in zip(first, second, strict=True)))
-
-
-def _merged_sums(first: Rows, second: Rows) -> Rows:
-    """One (lse2, lse_residual) of two."""
-    nothing = first[0].new_empty(0, 0)
-    return _merged((*first, nothing), (*second, nothing))[:2]
-
-
-def _added(first: Rows, second: Rows) -> Rows:
+def _add(first: Rows, second: Rows) -> Rows:
     return tuple(x.add_(y) for x, y in zip(first, second, strict=True))
 
 
+def _merge(path: Any, first: Rows, second: Rows) -> Rows:
+    """One (lse2, residual, mean) of two over different keys, or one (lse2, residual)."""
+    parts = [torch.stack(both) for both in zip(first, second, strict=True)]
+    if len(parts) == 3:
+        return path.merge_splits(*parts)
+    return path.merge_splits(*parts, first[0].new_empty(2, 0, 0))[:2]
+
+
 class _OneSided(torch.autograd.Function):
-    """(lse2 (B,), logits of the positives (B, 1), lse_residual of lse2 (B,)) of q (B, D) over the keys of all ranks;
-    its own
-    key i is query i's positive. Other ranks' keys are logit_cache in neither pass.
+    """(lse2 (B,), logits of the positives (B, 1), residual of lse2 (B,)) of q (B, D) over the keys of all ranks.
+
+    The positive of query i is its own rank's key i. Neither pass stores the keys of other ranks.
     """
 
     @staticmethod
@@ -130,21 +129,21 @@ class _OneSided(torch.autograd.Function):
         compute_grad_q: bool,
         matmul_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        path = path_of(q)
         sums: Rows = ()
         logits = k.new_empty(0)
 
         def visit(block: Rows, own: bool) -> Rows:
             nonlocal sums, logits
-            keys, ids = block[0], block[1] if len(block) > 1 else None
-            diagonal = 0 if own else None
-            lse2, positives, mean, lse_residual, _ = contrast(
-                q, keys, scale, q_group, ids, None, diagonal, compute_grad_q, matmul_dtype
+            masks = q_group, block[1] if len(block) > 1 else None, None, 0 if own else None
+            lse2, positives, mean, lse_residual, _ = similarity_lse_op(
+                q, block[0], scale, *masks, compute_grad_q, matmul_dtype
             )
             found = lse2, lse_residual, mean
-            sums, logits = (found, positives) if own else (_merged(sums, found), logits)
+            sums, logits = (found, positives) if own else (_merge(path, sums, found), logits)
             return ()
 
-        ring.travel((k,) if k_group is None else (k, k_group), visit)
+        ring.rotate((k,) if k_group is None else (k, k_group), visit)
         ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
         ctx.save_for_backward(q, k, scale, q_group, k_group, *sums)
         ctx.mark_non_differentiable(sums[1])
@@ -156,38 +155,23 @@ class _OneSided(torch.autograd.Function):
         q, k, scale, q_group, k_group, lse2, lse_residual, mean = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
-        dq, _, dscale = contrast_backward(
-            g_lse2,
-            g_positive,
-            q,
-            k,
-            scale,
-            None,
-            None,
-            None,
-            0,
-            lse2,
-            lse_residual,
-            mean,
-            mean[:0],
-            need_q,
-            False,
-            need_scale,
+        masks, saved = (None, None, None, 0), (lse2, lse_residual, mean, mean[:0])
+        dq, _, dscale = similarity_lse_backward_op(
+            g_lse2, g_positive, q, k, scale, *masks, *saved, need_q, False, need_scale
         )
         dk = None
         if need_k:
-            role = softmax_grad(lse2, lse_residual, g_lse2)
-            sides = to_matmul_dtype(q, ctx.matmul_dtype)
+            path = path_of(q)
+            softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
 
             def visit(block: Rows, own: bool) -> Rows:
-                keys, ids = to_matmul_dtype(block[0], ctx.matmul_dtype), block[1] if len(block) > 1 else None
-                mask = Mask(q_group, ids, diagonal=0 if own else None)
-                _, push = pair_gradient(sides, keys, scale, role, None, mask, need_x=False, need_y=True)
+                mask = Mask(q_group, block[1] if len(block) > 1 else None, diagonal=0 if own else None)
+                _, grad = path.lse_backward(q, block[0], scale, softmax, None, mask, False, True, ctx.matmul_dtype)
                 if own:
-                    push.addcmul_(q.to(push.dtype), g_positive, value=cpu.LOG2E)
-                return (push.mul_(scale),)
+                    grad.addcmul_(q.to(grad.dtype), g_positive, value=LOG2E)
+                return (grad.mul_(scale),)
 
-            dk = ctx.ring.travel((k,) if k_group is None else (k, k_group), visit, _added)[0].to(k.dtype)
+            dk = ctx.ring.rotate((k,) if k_group is None else (k, k_group), visit, _add)[0].to(k.dtype)
         return dq if need_q else None, dk, dscale if need_scale else None, *(None,) * 5
 
 
@@ -201,16 +185,17 @@ def lse_and_positives(
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``info_nce.lse_and_positives`` of q (B, D) against all ranks' keys, of which k (B, D) are this rank's."""
-    (q, k), matmul_dtype = autocast(q, k)
+    (q, k), matmul_dtype = autocast_inputs(q, k)
     scale = scale_tensor(scale, q)
     compute_grad_q = needs_grad(q, scale)
     return _OneSided.apply(q, k, scale, q_group, k_group, _Ring.of(sizes, group), compute_grad_q, matmul_dtype)
 
 
 class _TwoSided(torch.autograd.Function):
-    """(row lse2 (B,), column lse2 (B,), logits of the pairs (B, 1), the lse_residuals of both lse2) of x (B, D)
-    against all
-    ranks' y, and of this rank's y (B, D) against all ranks' x; a pair does not see each other. Blocks of y travel.
+    """The two-sided log-sum-exp over all ranks; blocks of y travel.
+
+    Returns row lse2 (B,) of x (B, D) against all ranks' y, column lse2 (B,) of this rank's y against all ranks' x,
+    logits of the pairs (B, 1), and the residuals of both lse2. A pair is masked.
     """
 
     @staticmethod
@@ -218,18 +203,18 @@ class _TwoSided(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, matmul_dtype: torch.dtype | None
     ) -> tuple[Tensor, ...]:
         check_finite(scale)
+        path = path_of(x)
         rows: Rows = ()
         pairs = x.new_empty(0)
 
         def visit(block: Rows, own: bool) -> Rows:
             nonlocal rows, pairs
-            (*row, column, column_residual), logits = sums_and_pairs(
-                x, block[0], scale, 0 if own else None, matmul_dtype
-            )
-            rows, pairs = ((row[0], row[1]), logits) if own else (_merged_sums(rows, (row[0], row[1])), pairs)
+            mask = Mask(diagonal=0 if own else None)
+            *row, column, column_residual, logits = path.two_sided_forward(x, block[0], scale, mask, matmul_dtype)
+            rows, pairs = (tuple(row), logits) if own else (_merge(path, rows, tuple(row)), pairs)
             return column, column_residual
 
-        columns = ring.travel((y,), visit, _merged_sums)
+        columns = ring.rotate((y,), visit, partial(_merge, path))
         ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
         ctx.save_for_backward(x, y, scale, *rows, *columns)
         ctx.mark_non_differentiable(rows[1], columns[1])
@@ -240,30 +225,28 @@ class _TwoSided(torch.autograd.Function):
     def backward(ctx: Any, g_row: Tensor, g_column: Tensor, g_pair: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, row, row_residual, column, column_residual = ctx.saved_tensors
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-        side = need_x or need_scale
-        x_softmax, y_softmax = softmax_grad(row, row_residual, g_row), softmax_grad(column, column_residual, g_column)
+        path, side = path_of(x), need_x or need_scale
+        x_softmax = path.softmax_grad(row, row_residual, g_row)
+        y_softmax = path.softmax_grad(column, column_residual, g_column)
         gx = torch.zeros_like(x, dtype=scale.dtype)
 
         def visit(block: Rows, own: bool) -> Rows:
-            mask = Mask(diagonal=0 if own else None)
-            keys, other = to_matmul_dtype(block[0], ctx.matmul_dtype), SoftmaxGrad(block[1], block[2])
-            pull, push = pair_gradient(
-                to_matmul_dtype(x, ctx.matmul_dtype), keys, scale, x_softmax, other, mask, side, need_y
-            )
+            mask, other = Mask(diagonal=0 if own else None), SoftmaxGrad(block[1], block[2])
+            mine, theirs = path.lse_backward(x, block[0], scale, x_softmax, other, mask, side, need_y, ctx.matmul_dtype)
             if side:
-                gx.add_(pull)
+                gx.add_(mine)
             if need_y and own:
-                push.addcmul_(x.to(push.dtype), g_pair, value=cpu.LOG2E)
-            return (push.mul_(scale),) if need_y else ()
+                theirs.addcmul_(x.to(theirs.dtype), g_pair, value=LOG2E)
+            return (theirs.mul_(scale),) if need_y else ()
 
-        pushes = ctx.ring.travel((y, y_softmax.lse2, y_softmax.weight), visit, _added)
-        gx.addcmul_(y.to(gx.dtype), g_pair, value=cpu.LOG2E)
+        gy = ctx.ring.rotate((y, y_softmax.lse2, y_softmax.weight), visit, _add)
+        gx.addcmul_(y.to(gx.dtype), g_pair, value=LOG2E)
         dscale = (gx * x).sum() if need_scale else None
         dx = gx.mul_(scale).to(x.dtype) if need_x else None
-        return dx, pushes[0].to(y.dtype) if need_y else None, dscale, None, None
+        return dx, gy[0].to(y.dtype) if need_y else None, dscale, None, None
 
 
 def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int], group: Group) -> tuple[Tensor, ...]:
     """``two_sided.two_sided_lse`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
-    (x, y), matmul_dtype = autocast(x, y)
+    (x, y), matmul_dtype = autocast_inputs(x, y)
     return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), matmul_dtype)

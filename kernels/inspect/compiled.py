@@ -1,69 +1,34 @@
-"""``python -m vito_kernels.inspect``: compiles every shipped kernel for every target without a GPU, and reads the
-machine code.
+"""Compiles shipped launches for every target without a GPU, reads their machine code, and reports problems.
 
-The ops' own launchers run, on tensors that have shapes but no memory, against a driver that answers with the target and
-launches nothing; so what is compiled is what a GPU of that kind would run. The exit status is 1 if a kernel spills,
-exceeds a limit, compiles to nothing, or misses the tensor cores: on sm_90 a matrix kernel must use HGMMA and no other
-kind. Of the cards with 99 KB of shared memory sm_89 stands for sm_86, whose tiles are the same, and for sm_120, which
-another ptxas compiles: ``--arch 120`` asks for it. Only an H200 has run any of this.
+The ops' own launchers run on tensors that have shapes but no memory, against a driver that answers for the target and
+launches nothing. So the compiled kernel is the one that a GPU of that kind would run. The exit status is 1 if a kernel
+spills, exceeds a limit, compiles to nothing, or misses the tensor cores; on sm_90 a matrix kernel must use HGMMA and no
+other kind. Of the cards with 99 KB of shared memory, sm_89 stands for sm_86, whose tiles are the same, and for sm_120,
+which another ptxas compiles: ``--arch 120`` asks for it. Only an H200 has run any of this.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from vito_kernels._core.lazy_triton import Spec, interpreting
+from vito_kernels._core.lazy_triton import interpreting
 from vito_kernels.inspect import sass
+from vito_kernels.inspect.driver import INTERPRETED, TARGETS, Compiled, stand_in
+from vito_kernels.inspect.specs import Spec, all_specs
 
-MODULES = (
-    "contrastive.forward",
-    "contrastive.two_sided",
-    "contrastive.backward",
-    "contrastive.epilogue",
-    "contrastive.softplus_loss",
-    "contrastive.normalize",
-    "attention_pool",
-    "batch_norm.op",
-    "photometric.op",
-)
-"""Each has ``specs()``."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU as its data sheet has it: dense rates without sparsity, at boost clock. Of GeForce cards, NVIDIA's
-    whitepapers on the Ada and RTX Blackwell architectures, appendix A.
-    """
-
-    gpu: str
-    processors: int
-    shared_limit: int  # bytes per block
-    bandwidth: float  # bytes per second
-    tensor_flops: float  # bfloat16 with float32 sums
-    vector_flops: float  # float32 outside the tensor cores
-
-
-TARGETS = {
-    80: Target("A100 SXM 80 GB", 108, 166_912, 2.039e12, 312e12, 19.5e12),
-    89: Target("GeForce RTX 4090", 128, 101_376, 1.008e12, 165.2e12, 82.6e12),
-    90: Target("H100 SXM 80 GB", 132, 232_448, 3.35e12, 989e12, 66.9e12),
-    100: Target("B200", 148, 232_448, 8.0e12, 2250e12, 75e12),
-    120: Target("GeForce RTX 5090", 170, 101_376, 1.792e12, 209.5e12, 104.8e12),
-}
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255
-INTERPRETED = "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it to inspect"
 MATRIX = {
     "similarity_lse_fwd_kernel",
     "similarity_lse_bwd_kernel",
@@ -79,108 +44,12 @@ ASSUMPTIONS = (
     "others. It is a bound, not a measurement. Instruction counts are per warp and loop iteration."
 )
 
-# ---------------------------------------------------------------------------------------------------- stand-in driver
+# ---- records
 
 
-class StandInDriver:
-    """What Triton asks of a GPU's driver, answered for a GPU that is not there. Each target is a device of its own."""
-
-    def __init__(self, arch: int):
-        from triton.backends.nvidia.driver import ty_to_cpp
-
-        self.arch, self.utils = arch, StandInUtils(TARGETS[arch])
-        self.map_python_to_cpp_type = ty_to_cpp
-        self.launched: dict[str, Compiled] = {}
-        self.launcher_cls = lambda source, metadata: StandInLauncher(self, source, metadata)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_capability(self, device: int) -> tuple[int, int]:
-        return divmod(self.arch, 10)
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-
-class StandInUtils:
-    """Limits are not enforced here, so that a kernel beyond them is reported with its figures."""
-
-    def __init__(self, target: Target):
-        self.properties = {
-            "max_shared_mem": 1 << 30,
-            "multiprocessor_count": target.processors,
-            "max_num_regs": 65_536,
-            "warpSize": 32,
-        }
-        self.binary = b""
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self.properties
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
-        self.binary = binary
-        return None, None, 0, 0, 1024
-
-    def unload_module(self, module: None) -> None:
-        pass
-
-
-@dataclass
-class Compiled:
-    name: str
-    shared: int
-    warps: int
-    stages: int
-    tensor_memory: int
-    binary: bytes
-
-
-class StandInLauncher:
-    """Made once per compiled kernel, just before its binary is loaded; called at every launch."""
-
-    def __init__(self, driver: StandInDriver, source: Any, metadata: Any):
-        self.driver, self.metadata, self.binary = driver, metadata, b""
-
-    def __call__(self, *arguments: Any) -> None:
-        self.binary = self.binary or self.driver.utils.binary
-        m = self.metadata
-        kernel = Compiled(m.name, m.shared, m.num_warps, m.num_stages, getattr(m, "tmem_size", 0) or 0, self.binary)
-        self.driver.launched.setdefault(m.hash, kernel)
-
-
-@contextmanager
-def stand_in(arch: int) -> Iterator[StandInDriver]:
-    """Triton believes in a GPU of this architecture."""
-    from triton.runtime import driver
-
-    if interpreting():
-        raise RuntimeError(INTERPRETED)
-    previous, fake = driver._active, StandInDriver(arch)
-    driver.set_active(fake)
-    try:
-        yield fake
-    finally:
-        driver._active = previous
-
-
-# --------------------------------------------------------------------------------------------------------- inspection
-
-
-def specs(pattern: str = "", rare: bool = True) -> list[tuple[str, int, Spec]]:
-    """(module, index, spec) of shipped launches whose name contains the pattern; those marked rare only if asked."""
-    found = []
-    for module in MODULES:
-        listed = list(importlib.import_module(f"vito_kernels.{module}").specs())
-        found += [
-            (module, i, spec) for i, spec in enumerate(listed) if pattern in spec.name and (rare or not spec.rare)
-        ]
-    return found
+def specs(pattern: str = "", rare: bool = True) -> list[tuple[int, Spec]]:
+    """(index, spec) of the shipped launches whose name contains the pattern; rare ones only if asked."""
+    return [(i, s) for i, s in enumerate(all_specs()) if pattern in s.name and (rare or not s.rare)]
 
 
 def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
@@ -253,22 +122,25 @@ def _problems(arch: int, needs_mma: bool, kernel: Compiled, binary: sass.Binary)
         yield f"misses HGMMA: uses {', '.join(binary.mma)}"
 
 
-def inspect_job(job: tuple[int, str, int]) -> list[dict[str, Any]]:
-    """``inspect`` of (arch, module, number of its spec), which another process can be asked for."""
-    arch, module, index = job
-    return inspect(arch, list(importlib.import_module(f"vito_kernels.{module}").specs())[index])
+def inspect_job(job: tuple[int, int]) -> list[dict[str, Any]]:
+    """``inspect`` of (arch, index of a spec), for another process."""
+    arch, index = job
+    return inspect(arch, all_specs()[index])
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ---- command line
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     options = _parse(arguments)
+    if find_spec("triton") is None:
+        print("triton is not installed, and kernels are compiled by it: pip install triton (Linux)", file=sys.stderr)
+        return 2
     if interpreting():
         print(INTERPRETED, file=sys.stderr)
         return 2
-    jobs = [(arch, module, i) for module, i, _ in specs(options.only, options.all) for arch in options.arch]
+    jobs = [(arch, i) for i, _ in specs(options.only, options.all) for arch in options.arch]
     if not jobs:
         print(f"no shipped kernel's name contains {options.only!r}", file=sys.stderr)
         return 2

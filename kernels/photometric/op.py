@@ -11,7 +11,7 @@ differentiable.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import register_flops
 from vito_kernels._core.checks import without_autocast
-from vito_kernels._core.lazy_triton import Spec, jit, on_device, use_triton
+from vito_kernels._core.lazy_triton import jit, on_device, use_triton
 from vito_kernels.photometric import cpu as photometric_cpu
 from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
 
@@ -419,31 +419,3 @@ def _check_values(params: Tensor) -> None:
             row = int(broken.nonzero()[0])
             values = dict(zip(PARAMS, params[row].tolist(), strict=True))
             raise ValueError(f"params must have {rule}, got row {row}: {values}")
-
-
-# ---------------------------------------------------------------------------------------------------------- inspection
-
-
-def specs() -> Iterator[Spec]:
-    """Both views of a batch of 256 at 224 pixels in bfloat16, every image jittered and blurred."""
-    batch, size, radius = 512, 224, 11
-    images = torch.empty(batch, size, size, 3, dtype=torch.uint8, device="meta")
-    params = torch.empty(batch, len(PARAMS), device="meta")
-    count = images.numel()
-    sums = torch.empty(batch, 3, SPLITS, device="meta")
-    half = torch.empty(images.shape, dtype=torch.float16, device="meta")
-    out = torch.empty(images.shape, dtype=torch.bfloat16, device="meta")
-    shape = f"B={batch} {size}x{size}"
-    normalize = (*IMAGENET_MEAN, *IMAGENET_STD)
-    launches = {
-        "sums": (lambda: launch_sums(images, params), 20 * count, count),
-        "color": (
-            lambda: launch_color(images, params, sums, out, torch.float16, radius, IMAGENET_MEAN, IMAGENET_STD),
-            40 * count,
-            3 * count,
-        ),
-        "blur rows": (lambda: launch_blur(half, params, half, radius, None), 3 * radius * count, 4 * count),
-        "blur columns": (lambda: launch_blur(half, params, out, radius, normalize), 3 * radius * count, 4 * count),
-    }
-    for name, (launch_one, flops, moved) in launches.items():
-        yield Spec(f"photometric {name} {shape}", launch_one, flops=flops, min_bytes=moved, tensor_cores=False)

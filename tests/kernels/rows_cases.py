@@ -9,8 +9,8 @@ from contrastive_cases import assert_at_most_twice_torch
 from torch import Tensor
 
 from vito_kernels import normalize, reference
-from vito_kernels.contrastive.cpu import LOG2E
 from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.terms import LOG2E
 
 SHAPES = [(1, 1), (3, 16), (37, 100), (5, 1024)]
 

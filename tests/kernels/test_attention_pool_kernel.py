@@ -62,7 +62,7 @@ def test_maps_of_either_layout_are_not_copied(layout, device, monkeypatch):
     module = importlib.import_module("vito_kernels.attention_pool")
     flat = features.permute(0, 2, 3, 1).flatten(1, 2)
     assert flat.data_ptr() == features.data_ptr()
-    d_features, _ = module.launch_backward(
+    d_features, _ = module.launch_attention_pool_backward(
         flat, *(torch.rand(2, n, device=device) for n in (30, 70, 70)), None, torch.float32
     )
     assert d_features.stride() == flat.stride()

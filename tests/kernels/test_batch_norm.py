@@ -48,7 +48,7 @@ def test_gradients_of_the_steps(joined, relu):
     x, weight, bias, residual = make()
 
     def norm(x, weight, bias, *last):
-        statistics = module.statistics_op(x.detach(), *running(weight.detach()), 0.1, 1e-5)
+        statistics = module.stats_op(x.detach(), *running(weight.detach()), 0.1, 1e-5)
         return module._apply(x, weight, bias, last[0] if last else None, *statistics, relu)
 
     given = [t.requires_grad_() for t in (x, weight, bias, residual)[: 4 if joined else 3]]
@@ -64,27 +64,27 @@ def test_gradients_of_the_steps(joined, relu):
 def test_opcheck(dtype):
     x, weight, bias, residual = make(dtype)
     moved = running(weight)
-    torch.library.opcheck(module.part_op, (x,))
-    torch.library.opcheck(module.statistics_op, (x, *moved, 0.1, 1e-5))
-    parts = torch.cat([module.part_op(x), module.part_op(residual)])
+    torch.library.opcheck(module.local_stats_op, (x,))
+    torch.library.opcheck(module.stats_op, (x, *moved, 0.1, 1e-5))
+    parts = torch.cat([module.local_stats_op(x), module.local_stats_op(residual)])
     for statistics in (moved, (None, None)):
-        torch.library.opcheck(module.merge_op, (parts, *statistics, 0.1, 1e-5))
-    mean, invstd, count = module.statistics_op(x, *moved, 0.1, 1e-5)
+        torch.library.opcheck(module.merge_stats_op, (parts, *statistics, 0.1, 1e-5))
+    mean, invstd, count = module.stats_op(x, *moved, 0.1, 1e-5)
     for last in (residual, None):
         learned = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        torch.library.opcheck(module.apply_op, (*learned, last, mean, invstd, count, True))
-        y = module.apply_op(x, weight, bias, last, mean, invstd, count, True) if last is not None else None
+        torch.library.opcheck(module.forward_op, (*learned, last, mean, invstd, count, True))
+        y = module.forward_op(x, weight, bias, last, mean, invstd, count, True) if last is not None else None
         torch.library.opcheck(module.sums_op, (residual, x, y, weight, bias, mean, invstd, True))
     sums = module.sums_op(residual, x, None, weight, bias, mean, invstd, True)[0]
     given = residual, x, weight, bias, mean, invstd, count, sums, True
-    torch.library.opcheck(module.input_gradient_op, given)
+    torch.library.opcheck(module.input_grad_op, given)
 
 
 def test_parts_merge_to_the_whole():
     x, weight, _, _ = make(shape=(7, 5, 3, 2))
     whole, merged = running(weight), running(weight)
-    expected = module.statistics_op(x, *whole, 0.1, 1e-5)
-    found = module.merge_parts(torch.cat([module.part_of(x[:2]), module.part_of(x[2:])]), *merged, 0.1, 1e-5)
+    expected = module.stats_op(x, *whole, 0.1, 1e-5)
+    found = module.merge_stats(torch.cat([module.local_stats(x[:2]), module.local_stats(x[2:])]), *merged, 0.1, 1e-5)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(merged, whole)
 
@@ -95,19 +95,19 @@ def test_what_the_kernels_take():
         map_, rows = torch.empty(4, 8, 3, 3, device="cuda"), torch.empty(4, 8, device="cuda", dtype=torch.bfloat16)
         fit = torch.empty_like(map_, memory_format=torch.channels_last)
         c, half = torch.empty(8, device="cuda"), torch.empty(8, device="cuda", dtype=torch.bfloat16)
-        assert module.fuses(fit, c, c, c, c)
-        assert module.fuses(fit, c, c, c, c, fit)
-        assert module.fuses(rows, c, c, c, c)
-        assert not module.fuses(map_, c, c, c, c)
-        assert not module.fuses(fit, c, c, c, c, map_)
-        assert not module.fuses(fit, c, c, c, c, fit.bfloat16())
-        assert not module.fuses(fit, half, c, c, c)
+        assert module.can_fuse(fit, c, c, c, c)
+        assert module.can_fuse(fit, c, c, c, c, fit)
+        assert module.can_fuse(rows, c, c, c, c)
+        assert not module.can_fuse(map_, c, c, c, c)
+        assert not module.can_fuse(fit, c, c, c, c, map_)
+        assert not module.can_fuse(fit, c, c, c, c, fit.bfloat16())
+        assert not module.can_fuse(fit, half, c, c, c)
         for other in (c[:4], torch.empty(8, 2, device="cuda")[:, 0], c[:1].expand(8), torch.empty(8)):
-            assert not any(module.fuses(fit, *(other if i == j else c for j in range(4))) for i in range(4))
-        assert not module.fuses(fit, c, c, c, c, torch.empty_like(fit, device="cpu"))
-        assert not module.fuses(fit, c, c, None, None)
-        assert not module.fuses(fit.double(), c, c, c, c)
-        assert not module.fuses(rows[:1], c, c, c, c)
+            assert not any(module.can_fuse(fit, *(other if i == j else c for j in range(4))) for i in range(4))
+        assert not module.can_fuse(fit, c, c, c, c, torch.empty_like(fit, device="cpu"))
+        assert not module.can_fuse(fit, c, c, None, None)
+        assert not module.can_fuse(fit.double(), c, c, c, c)
+        assert not module.can_fuse(rows[:1], c, c, c, c)
         y = batch_norm(fit, c, c, c, c, **OPTIONS, residual=fit, relu=True)
         assert (y.shape, y.stride(), y.dtype) == (fit.shape, fit.stride(), fit.dtype)
 

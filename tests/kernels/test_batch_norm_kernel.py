@@ -17,12 +17,12 @@ AFTER = [(False, False), (False, True), (True, False), (True, True)]
 
 def make(shape, dtype, device, mean=1.0, std=2.0):
     torch.manual_seed(0)
-    x = as_rows((torch.randn(shape, device=device) * std + mean).to(dtype))
+    x = to_rows((torch.randn(shape, device=device) * std + mean).to(dtype))
     weight, bias = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
-    return x, weight, bias, as_rows(torch.randn(shape, device=device).to(dtype))
+    return x, weight, bias, to_rows(torch.randn(shape, device=device).to(dtype))
 
 
-def as_rows(x):
+def to_rows(x):
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
@@ -33,7 +33,7 @@ def results(norm, x, weight, bias, residual, relu, dtype=None, momentum=0.1):
     last = given[3] if residual is not None else None
     y = norm(*given[:3], *running, momentum=momentum, eps=1e-5, residual=last, relu=relu)
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)  # the same for every dtype
-    return [y.detach(), *running, *torch.autograd.grad(y, given, as_rows(g.to(y.device, y.dtype)))]
+    return [y.detach(), *running, *torch.autograd.grad(y, given, to_rows(g.to(y.device, y.dtype)))]
 
 
 def plain(x, weight, bias, running_mean, running_var, *, momentum, eps, residual=None, relu=False):
@@ -66,7 +66,7 @@ def test_exact(shape, dtype, device):
 def test_many_rows_for_each_program(dtype, device, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 4)
     x, weight, bias, residual = make((3, 130, 19, 17), dtype, device)
-    assert len(kernels.launch_parts(x)) == 2 < 969 / (kernels.UNROLL * 32)
+    assert len(kernels.launch_stats(x)) == 2 < 969 / (kernels.UNROLL * 32)
     assert_as_exact_as_torch(x, weight, bias, residual, True)
     assert_as_exact_as_torch(x, weight, bias, None, True)
 
@@ -74,7 +74,7 @@ def test_many_rows_for_each_program(dtype, device, monkeypatch):
 def test_more_parts_than_a_merge_takes_first(device, monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 64)
     x, weight, bias, _ = make((1100, 16), torch.float32, device)
-    assert len(kernels.launch_parts(x)) > kernels.PARTS_BLOCK
+    assert len(kernels.launch_stats(x)) > kernels.PARTS_BLOCK
     assert_as_exact_as_torch(x, weight, bias, None, False)
 
 
@@ -85,9 +85,9 @@ def test_mean_far_above_deviation(start, device, monkeypatch):
     if start == "black":  # whatever the first rows are, sums are not taken about them
         x[0] = 0
     assert_as_exact_as_torch(x, weight, bias, residual, True)
-    parts = kernels.launch_parts(x)
+    parts = kernels.launch_stats(x)
     flat = x.double().permute(0, 2, 3, 1).reshape(-1, 64)
-    merged = module.merge_parts(parts, None, None, 0.0, 0.0)
+    merged = module.merge_stats(parts, None, None, 0.0, 0.0)
     torch.testing.assert_close(merged[0].double(), flat.mean(0), rtol=4e-7, atol=0)
     torch.testing.assert_close(merged[1].double(), flat.var(0, correction=0).rsqrt(), rtol=2e-6, atol=0)
 
@@ -101,23 +101,21 @@ def test_momentum_zero_leaves_the_running_statistics(device):
 
 def test_parts_of_two_ranks_make_the_whole(device):
     x, weight, bias, residual = make((7, 20, 5, 6), torch.float32, device)
-    shares = [as_rows(x[:3]), as_rows(x[3:])]
+    shares = [to_rows(x[:3]), to_rows(x[3:])]
     running = [torch.zeros(20, device=device), torch.ones(20, device=device)]
-    parts = torch.cat([module.part_of(share) for share in shares])
+    parts = torch.cat([module.local_stats(share) for share in shares])
     assert parts[:, -1].tolist() == [90, 120]
-    mean, invstd, count = module.merge_parts(parts, *running, 0.1, 1e-5)
+    mean, invstd, count = module.merge_stats(parts, *running, 0.1, 1e-5)
     y, whole_mean, whole_var, dx, d_weight, d_bias, d_residual = results(
         lambda x, weight, bias, mean, var, **options: plain(x, weight, bias, mean.zero_(), var.fill_(1.0), **options),
         *(x, weight, bias, residual, True),
     )
     torch.testing.assert_close(running, [whole_mean, whole_var])
-    g = as_rows(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device))
+    g = to_rows(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device))
     found, totals = [], 0
     for share, rows in zip(shares, (slice(0, 3), slice(3, 7)), strict=True):
-        ours = module.normalize(share, weight, bias, as_rows(residual[rows]), mean, invstd, count, True)
-        sums, *of_parameters, masked = module.gradient_sums(
-            as_rows(g[rows]), share, ours, weight, bias, mean, invstd, True
-        )
+        ours = module.normalize(share, weight, bias, to_rows(residual[rows]), mean, invstd, count, True)
+        sums, *of_parameters, masked = module.grad_sums(to_rows(g[rows]), share, ours, weight, bias, mean, invstd, True)
         totals = totals + sums
         found.append((ours, masked, *of_parameters))
     torch.testing.assert_close(torch.cat([f[0] for f in found]), y)
@@ -125,7 +123,7 @@ def test_parts_of_two_ranks_make_the_whole(device):
     torch.testing.assert_close(found[0][2] + found[1][2], d_weight)
     torch.testing.assert_close(found[0][3] + found[1][3], d_bias)
     ours = [
-        module.input_gradient(f[1], share, weight, bias, mean, invstd, count, totals, False)
+        module.input_grad(f[1], share, weight, bias, mean, invstd, count, totals, False)
         for f, share in zip(found, shares, strict=True)
     ]
     torch.testing.assert_close(torch.cat(ours), dx)
@@ -135,16 +133,16 @@ def test_the_mask_computed_anew_is_that_of_the_output(device):
     """With the output's zeros as a mask and with none to read: the same gradients."""
     x, weight, bias, _ = make((3, 64, 9, 8), torch.bfloat16, device)
     bias = bias.round()
-    mean, invstd, count = module.merge_parts(module.part_of(x), None, None, 0.0, 1e-5)
+    mean, invstd, count = module.merge_stats(module.local_stats(x), None, None, 0.0, 1e-5)
     y = module.normalize(x, weight, bias, None, mean, invstd, count, True)
     assert 0.1 < (y == 0).float().mean() < 0.9
-    g = as_rows(torch.randn(x.shape, device=device).bfloat16())
-    *by_output, masked = module.gradient_sums(g, x, y, weight, bias, mean, invstd, True)
-    *anew, nothing = module.gradient_sums(g, x, None, weight, bias, mean, invstd, True)
+    g = to_rows(torch.randn(x.shape, device=device).bfloat16())
+    *by_output, masked = module.grad_sums(g, x, y, weight, bias, mean, invstd, True)
+    *anew, nothing = module.grad_sums(g, x, None, weight, bias, mean, invstd, True)
     assert nothing.numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(by_output, anew, strict=True))
     rest = x, weight, bias, mean, invstd, count, anew[0]
-    assert torch.equal(module.input_gradient(masked, *rest, False), module.input_gradient(g, *rest, True))
+    assert torch.equal(module.input_grad(masked, *rest, False), module.input_grad(g, *rest, True))
 
 
 def test_not_a_number_stays(device):
@@ -179,7 +177,7 @@ def test_gradient_in_another_memory_format(device):
     x.requires_grad_()
     y = batch_norm(x, weight, bias, weight.clone(), bias.clone(), momentum=0.1, eps=1e-5)
     g = torch.randn(x.shape, device=device)
-    expected = torch.autograd.grad(y, x, as_rows(g), retain_graph=True)[0]
+    expected = torch.autograd.grad(y, x, to_rows(g), retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, x, g, retain_graph=True)[0], expected)
     assert expected.stride() == x.stride()
     torch.autograd.grad(y.sum(), x)  # an expanded one
@@ -200,7 +198,7 @@ def test_the_network_takes_the_kernels(device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions that err by 1e-3 would hide the norms
     torch.manual_seed(0)
     (block,) = resnet._stage(resnet.Bottleneck, 16, 8, 1, 2)[0].to(device, memory_format=torch.channels_last)
-    x = as_rows(torch.randn(2, 16, 6, 6, device=device))
+    x = to_rows(torch.randn(2, 16, 6, 6, device=device))
     states = {name: value.clone() for name, value in block.state_dict().items()}
     launched = []
     kernel = kernels.batch_norm_fwd_kernel

@@ -299,7 +299,8 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
 def test_float32_precision_by_either_of_torchs_ways(chosen, precision):
     """In a process of its own: PyTorch has no way back from the later to the earlier."""
     code = (
-        f"import torch; from vito_kernels import _tiles; torch.backends.cuda.matmul.fp32_precision = {chosen!r}\n"
+        "import torch; from vito_kernels.contrastive import tile_configs\n"
+        f"torch.backends.cuda.matmul.fp32_precision = {chosen!r}\n"
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; print(tile_configs._matmul_precision())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

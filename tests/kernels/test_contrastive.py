@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import vito_kernels
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels.contrastive import cpu
-from vito_kernels.contrastive.cpu import Mask, SoftmaxGrad
+from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,7 +42,7 @@ def tile_rows(request, monkeypatch):
 def small_tiles(monkeypatch, rows, logit_cache):
     monkeypatch.setattr(cpu, "tile_rows", lambda: rows)
     monkeypatch.setattr(cpu, "COLUMNS", rows + 8)
-    monkeypatch.setattr(cpu, "KEPT", logit_cache)  # bytes
+    monkeypatch.setattr(cpu, "CACHE_BYTES", logit_cache)  # bytes
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
@@ -210,14 +210,14 @@ def test_ops_are_registered_in_full():
         (q, k, scale, *ids, None, None, True),
         (q, k.detach(), scale.detach(), None, None, torch.tensor([[1]] * 6), None, True),
     ):
-        torch.library.opcheck(ops.contrast.default, args)
+        torch.library.opcheck(ops.similarity_lse.default, args)
     group, count = torch.tensor([0, 0, 2, 2, 2, 5]), torch.tensor([1, 1, 2, 2, 2, 0])
     for cache_logits in (False, True):
-        torch.library.opcheck(ops.contrast.default, (q, k, scale, None, None, None, 0, True, None, cache_logits))
-        torch.library.opcheck(ops.two_sided.default, (q, k, scale, 1, None, cache_logits))
+        torch.library.opcheck(ops.similarity_lse.default, (q, k, scale, None, None, None, 0, True, None, cache_logits))
+        torch.library.opcheck(ops.two_sided_lse.default, (q, k, scale, 1, None, cache_logits))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, None, None, None, cache_logits))
-            torch.library.opcheck(ops.self_contrast.default, (q, times * scale, group, count, None, cache_logits))
+            torch.library.opcheck(ops.self_lse.default, (q, times * scale, None, None, None, cache_logits))
+            torch.library.opcheck(ops.self_lse.default, (q, times * scale, group, count, None, cache_logits))
 
 
 @pytest.mark.parametrize(
@@ -317,13 +317,13 @@ def test_no_gradient_costs_half():
     q, k = (embeddings(n, 16, torch.float32, "cpu", n) for n in (6, 9))
     seen = []
     ops = torch.ops.vito_kernels
-    original = cpu.forward
+    original = cpu.lse_forward
 
     def spy(*args):
         seen.append(args[4:])
         return original(*args)
 
-    cpu.forward = spy
+    cpu.lse_forward = spy
     try:
         similarity_lse(q, k, 2.0)
         similarity_lse(q, k.requires_grad_(), 2.0)
@@ -331,11 +331,11 @@ def test_no_gradient_costs_half():
         with torch.no_grad():
             similarity_lse(q, k, 2.0)
     finally:
-        cpu.forward = original
-    assert [(compute_grad_q, logit_cache.numel() > 0) for compute_grad_q, logit_cache, _ in seen] == [
+        cpu.lse_forward = original
+    assert [(compute_grad_q, logit_cache.numel() > 0) for compute_grad_q, _, logit_cache in seen] == [
         (False, False), (False, True), (True, True), (False, False)
     ]  # fmt: skip
-    assert ops.contrast(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
+    assert ops.similarity_lse(q, k, torch.tensor(2.0), None, None, None, None, False)[2].shape == (0, 16)
 
 
 LOSSES = {
@@ -388,10 +388,10 @@ def test_one_sided_key_gradient_equals_the_two_role_form():
     x, y = embeddings(30, 16, torch.float32, "cpu", 0), embeddings(20, 16, torch.float32, "cpu", 1)
     scale, weight = torch.tensor(6.0), torch.rand(30)
     lse = similarity_lse(x, y, scale)
-    alone = cpu.gradient(x, y, scale, SoftmaxGrad(lse * cpu.LOG2E, weight), None, Mask(), False, True)[1]
-    columns = SoftmaxGrad(similarity_lse(y, x, scale) * cpu.LOG2E, torch.zeros(20))
+    alone = cpu.lse_backward(x, y, scale, SoftmaxGrad(lse * LOG2E, weight), None, Mask(), False, True)[1]
+    columns = SoftmaxGrad(similarity_lse(y, x, scale) * LOG2E, torch.zeros(20))
     torch.testing.assert_close(
-        alone, cpu.gradient(x, y, scale, SoftmaxGrad(lse * cpu.LOG2E, weight), columns, Mask(), True, True)[1]
+        alone, cpu.lse_backward(x, y, scale, SoftmaxGrad(lse * LOG2E, weight), columns, Mask(), True, True)[1]
     )
 
 

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._core.lazy_triton import interpreting, use_triton
-from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs, two_sided
-from vito_kernels.contrastive.cpu import LOG2E, Mask
-from vito_kernels.contrastive.info_nce import contrast
+from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs
+from vito_kernels.contrastive.forward import launch_two_sided
+from vito_kernels.contrastive.info_nce import similarity_lse_op
+from vito_kernels.contrastive.path import path_of
+from vito_kernels.contrastive.terms import LOG2E, Mask
 from vito_kernels.contrastive.tile_configs import Tile
-from vito_kernels.contrastive.two_sided import launch_two_sided
 from vito_kernels.distributed import ring
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
@@ -152,12 +153,12 @@ def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_sided_sums_in_strips_of_rows(device, monkeypatch, dtype, diagonal):
     """Each strip knows where on the diagonal it lies; the last one is ragged, and one strip is what it was."""
-    own = tile_configs.choose_tile("two_sided", 40, dtype).own
+    own = tile_configs.choose_tile("two_sided", 40, dtype).block_m
     x, y = embeddings(5 * own - 3, 40, dtype, device, 0), embeddings(5 * own + 2, 40, dtype, device, 1)
     scale = torch.tensor(20.0, device=device)
 
     def run(blocks):
-        monkeypatch.setattr(two_sided, "STRIP_BYTES", 4 * len(y) * blocks)
+        monkeypatch.setattr(forward, "STRIP_BYTES", 4 * len(y) * blocks)
         return launch_two_sided(x, y, scale, Mask(diagonal=diagonal))
 
     strips = run(2)
@@ -200,7 +201,7 @@ def test_memory_of_two_sides_is_not_quadratic(monkeypatch, rows, width):
     """On tensors without memory, of which only the sizes count."""
     kernel = Silent()
     for module, name in (
-        (two_sided, "two_sided_lse_fwd_kernel"),
+        (forward, "two_sided_lse_fwd_kernel"),
         (large_dim, "large_dim_weights_kernel"),
         (epilogue, "finalize_lse_kernel"),
     ):
@@ -209,7 +210,7 @@ def test_memory_of_two_sides_is_not_quadratic(monkeypatch, rows, width):
     monkeypatch.setattr(tile_configs, "interpreting", lambda: True)
     monkeypatch.setattr(large_dim, "_sizes", lambda: (128, 64, "native"))
     monkeypatch.setattr(large_dim, "supports", lambda *_: width == 1024)
-    monkeypatch.setattr(two_sided, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
+    monkeypatch.setattr(forward, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
     x, scale = torch.empty(rows, width, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta")
     with Peak() as peak:
         launch_two_sided(x, x, scale, Mask(diagonal=0))
@@ -308,15 +309,15 @@ def test_what_a_visiting_block_adds_is_merged_by_one_kernel(device, monkeypatch,
     scale = torch.tensor(12.0, device=device)
 
     def sums(block):
-        lse2, _, mean, rest, _ = contrast(q, k[block], scale, ids, visitors[block], None, None, compute_grad_q)
+        lse2, _, mean, rest, _ = similarity_lse_op(q, k[block], scale, ids, visitors[block], None, None, compute_grad_q)
         return lse2, rest, mean
 
     blocks, whole = [sums(slice(15)), sums(slice(15, 30))], sums(slice(30))
-    found = ring._merged(*blocks)
+    found = ring._merge(path_of(q), *blocks)
     for mine, expected in ((found[0], whole[0]), (found[2], whole[2])):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
     assert (found[0][ids == 0] == -torch.inf).all() == (second == 0)
-    for mine, expected in zip(ring._merged_sums(*(block[:2] for block in blocks)), found, strict=False):
+    for mine, expected in zip(ring._merge(path_of(q), *(block[:2] for block in blocks)), found, strict=False):
         assert torch.equal(mine, expected)
 
 
@@ -361,7 +362,7 @@ def test_columns_that_no_launch_would_bring_are_an_error(device, monkeypatch):
     """The fixed variant's launches go along with the online one's, which here begin at the first column only."""
     output_chunks = {"fixed": 32, "online": 128}
     monkeypatch.setattr(
-        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=output_chunks[kernel.split()[1]])
+        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, out_columns=output_chunks[kernel.split()[1]])
     )
     x = embeddings(20, 80, torch.bfloat16, device, 0).requires_grad_()
     with pytest.raises(AssertionError):
@@ -373,7 +374,7 @@ def test_the_online_variant_may_take_more_launches(device, monkeypatch, unit):
     """As on sm_80 at D = 512: the fixed variant brings all columns in one launch, the online one repairs in three."""
     output_chunks = {"fixed": 128, "online": 32}
     monkeypatch.setattr(
-        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, span=output_chunks[kernel.split()[1]])
+        forward, "choose_tile", lambda kernel, *_: Tile(16, 16, 32, 4, 2, out_columns=output_chunks[kernel.split()[1]])
     )
     q, k = (embeddings(rows, 80, torch.bfloat16, device, rows, unit) for rows in (20, 40))
     scale = torch.tensor(100.0, device=device)

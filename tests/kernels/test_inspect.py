@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from vito_kernels._core import lazy_triton
-from vito_kernels._core.lazy_triton import Spec, jit, use_triton
-from vito_kernels.contrastive import forward, tile_configs, two_sided
+from vito_kernels._core.lazy_triton import jit, use_triton
+from vito_kernels.contrastive import backward, forward, large_dim, tile_configs
 from vito_kernels.inspect import compiled as inspect
-from vito_kernels.inspect import sass
+from vito_kernels.inspect import sass, specs
+from vito_kernels.inspect.specs import Spec, lse_spec, two_sided_spec
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -187,11 +188,11 @@ def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
         compiled = inspect.Compiled(kernel, 0, 4, 2, 0, b"")
         return inspect._record(arch, spec, compiled, "large_dim_weights_kernel", 0)["problems"]
 
-    half = forward._spec(1024, torch.bfloat16, True, "none", rows=1)
+    half = lse_spec(1024, torch.bfloat16, True, "none", rows=1)
     for kernel in ("large_dim_weights_kernel", "large_dim_weighted_sum_kernel", "similarity_lse_fwd_kernel"):
         assert problems(kernel, half) == ["has no tensor-core instruction"]
     assert problems("finalize_lse_kernel", half) == []
-    in_parts, exact = (forward._spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
+    in_parts, exact = (lse_spec(width, torch.float32, True, "none", rows=1) for width in (128, 512))
     assert problems("similarity_lse_fwd_kernel", in_parts) == ["has no tensor-core instruction"]
     assert (
         problems("similarity_lse_fwd_kernel", exact) == problems("similarity_lse_fwd_kernel", in_parts, arch=100) == []
@@ -199,21 +200,14 @@ def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
 
 
 def test_the_kernels_that_multiply_are_known_by_name():
-    from vito_kernels.contrastive import backward, large_dim
-
-    found = {
-        name
-        for module in (forward, two_sided, backward, large_dim)
-        for name in vars(module)
-        if name.endswith("_kernel")
-    }
+    found = {name for module in (forward, backward, large_dim) for name in vars(module) if name.endswith("_kernel")}
     assert found == inspect.MATRIX
 
 
 @pytest.mark.parametrize(("arch", "width"), [(80, 128), (90, 256)])
 def test_float32_runs_on_the_tensor_cores(arch, width):
     """The default set holds no float32. In three parts, so at six times the flops."""
-    split, record = inspect.inspect(arch, forward._spec(width, torch.float32, True, "none"))
+    split, record = inspect.inspect(arch, lse_spec(width, torch.float32, True, "none"))
     assert record["problems"] == split["problems"] == []
     assert record["spill_bytes"] == 0
     assert record["mma"]
@@ -224,14 +218,14 @@ def test_float32_runs_on_the_tensor_cores(arch, width):
 @pytest.mark.parametrize(("arch", "width"), [(80, 512), (90, 512), (100, 128)])
 def test_other_float32_fits_the_registers(arch, width):
     """Its exact products once spilled 62 KB a thread on sm_90."""
-    (record,) = inspect.inspect(arch, forward._spec(width, torch.float32, False, "none"))
+    (record,) = inspect.inspect(arch, lse_spec(width, torch.float32, False, "none"))
     assert record["spill_bytes"] == 0
     assert record["mma"] == []
 
 
-@pytest.mark.parametrize("module", inspect.MODULES)
-def test_every_module_lists_its_kernels(module):
-    assert any(name == module for name, _, _ in inspect.specs())
+def test_the_names_of_launches_are_unique():
+    names = [spec.name for spec in specs.all_specs()]
+    assert len(set(names)) == len(names) > 300
 
 
 def test_flops_count_the_launches_of_each_gpu():
@@ -242,7 +236,7 @@ def test_flops_count_the_launches_of_each_gpu():
     for arch in (80, 90, 100):
         for layout in ("none", "groups"):
             with inspect.stand_in(arch):
-                flops[arch, layout] = forward._spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
+                flops[arch, layout] = lse_spec(512, torch.bfloat16, True, layout, rows=1).flops() / 512
     assert flops.pop((80, "groups")) == 6
     assert set(flops.values()) == {4}
 
@@ -250,7 +244,7 @@ def test_flops_count_the_launches_of_each_gpu():
 @pytest.mark.parametrize("arch", [89, 120])
 def test_tiles_for_99_kilobytes(arch):
     """Of GeForce and workstation cards, that of the tightest fit."""
-    records = inspect.inspect(arch, two_sided._spec(256, torch.bfloat16, 0))
+    records = inspect.inspect(arch, two_sided_spec(256, torch.bfloat16, 0))
     assert [problem for record in records for problem in record["problems"]] == []
     assert max(record["shared_bytes"] for record in records) > 90_000
 

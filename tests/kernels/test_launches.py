@@ -14,7 +14,7 @@ from vito_kernels.contrastive import two_sided
 
 if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
-# Functions of the same names apply_mask these modules.
+# Functions of the same names hide these modules.
 attention_pool, info_nce, softplus_loss, normalize = (
     importlib.import_module(f"vito_kernels.{name}")
     for name in ("attention_pool", "contrastive.info_nce", "contrastive.softplus_loss", "contrastive.normalize")
@@ -45,56 +45,53 @@ def test_one_sided(layout):
     q, k, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
     group = empty(ROWS, dtype=torch.int64) if layout == "groups" else None
     positive = empty(ROWS, 9, dtype=torch.int64) if layout == "listed" else None
-    hidden = group, group, positive, 0 if layout in ("diagonal", "groups") else None
-    lse2, logits, mean, rest, logit_cache = call(info_nce.contrast, q, k, scale, *hidden, True, None, False)
+    masks = group, group, positive, 0 if layout in ("diagonal", "groups") else None
+    lse2, logits, mean, rest, logit_cache = call(info_nce.similarity_lse_op, q, k, scale, *masks, True, None, False)
     for asked in ASKED:
         call(
-            info_nce.contrast_backward, lse2, logits, q, k, scale, *hidden, lse2, rest, mean, logit_cache, *asked, None
-        )
-
-
-def test_two_sided():
-    x, y, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
-    row, column, pairs, *rests, logit_cache = call(two_sided.two_sided, x, y, scale, 0, None, False)
-    for asked in ASKED:
-        call(
-            two_sided.two_sided_backward,
-            row,
-            column,
-            pairs,
-            x,
-            y,
+            info_nce.similarity_lse_backward_op,
+            lse2,
+            logits,
+            q,
+            k,
             scale,
-            0,
-            row,
-            column,
-            *rests,
+            *masks,
+            lse2,
+            rest,
+            mean,
             logit_cache,
             *asked,
             None,
         )
 
 
+def test_two_sided():
+    x, y, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
+    row, column, pairs, *rests, logit_cache = call(two_sided.two_sided_lse_op, x, y, scale, 0, None, False)
+    for asked in ASKED:
+        grads = row, column, pairs
+        saved = row, column, *rests, logit_cache
+        call(two_sided.two_sided_lse_backward_op, *grads, x, y, scale, 0, *saved, *asked, None)
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_one_set(grouped):
     z, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
     groups = (empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.int64)) if grouped else (None, None)
-    lse2, _, rest, logit_cache = call(two_sided.self_contrast, z, scale, *groups, None, False)
+    lse2, _, rest, logit_cache = call(two_sided.self_lse_op, z, scale, *groups, None, False)
     for asked in ((True, True), (True, False), (False, True)):
         g_positive = empty(ROWS, 1)
-        call(
-            two_sided.self_contrast_backward, lse2, g_positive, z, scale, *groups, lse2, rest, logit_cache, *asked, None
-        )
+        call(two_sided.self_lse_backward_op, lse2, g_positive, z, scale, *groups, lse2, rest, logit_cache, *asked, None)
 
 
 def test_rows():
     x, row = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS)
     call(normalize.normalize_op, x)
-    call(normalize.normalize_backward, x, x)
+    call(normalize.normalize_backward_op, x, x)
     for pairs, sides in itertools.product((1, 100), (1, 2)):
         given = row, row, *((row, row) if sides == 2 else (None, None)), empty(ROWS, pairs)
         call(softplus_loss.softplus_loss_op, *given)
-        call(softplus_loss.softplus_loss_backward, row, *given)
+        call(softplus_loss.softplus_loss_backward_op, row, *given)
 
 
 def test_pooling():

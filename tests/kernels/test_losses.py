@@ -65,8 +65,8 @@ def test_options_of_info_nce(options):
 
 def test_hard_negatives_take_two_passes(monkeypatch):
     """And one over 16 columns, which counts the negatives."""
-    forward = Mock(wraps=cpu.forward)
-    monkeypatch.setattr(cpu, "forward", forward)
+    forward = Mock(wraps=cpu.lse_forward)
+    monkeypatch.setattr(cpu, "lse_forward", forward)
     x, y = (t.requires_grad_() for t in pair())
     for options, widths in (({}, [D]), ({"debias": 0.1}, [D, 16]), ({"hard_negatives": 0.7}, [D, 16, D])):
         forward.reset_mock()

@@ -68,7 +68,7 @@ def test_losses_by_either_library(loss, temperature):
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss"])
 def test_autocast_rounds_embeddings_and_nothing_else(loss, temperature, monkeypatch):
     """Nor in a backward pass within its block, of tiles that are not cached."""
-    monkeypatch.setattr(cpu, "KEPT", 4000)
+    monkeypatch.setattr(cpu, "CACHE_BYTES", 4000)
     q, k = (normalize(embeddings(600, 48, torch.float32, "cpu", i), dim=1).requires_grad_() for i in range(2))
 
     def gradients(of, *sides):

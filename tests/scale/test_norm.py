@@ -7,7 +7,8 @@ from ranks import spawn
 from torch import nn
 
 from vito_fast.errors import UserError
-from vito_fast.model.norm import _RanksNorm, convert_sync_batchnorm
+from vito_fast.model.norm import convert_sync_batchnorm
+from vito_kernels.distributed.sync_batch_norm import SyncBatchNormFunction
 
 EPS, MOMENTUM, SIZES = 1e-5, 0.1, (3, 5)
 
@@ -35,7 +36,7 @@ def rank_equals_whole(rank, joined, relu):
 
     y, expected, running = run(whole, x.clone(), residual.clone() if joined else None, slope)
     found, gradients, moved = run(
-        lambda *given: _RanksNorm.apply(*given, MOMENTUM, EPS, relu),
+        lambda *given: SyncBatchNormFunction.apply(*given, MOMENTUM, EPS, relu),
         *(x[mine].clone(), residual[mine].clone() if joined else None, slope[mine]),
     )
     for parameter in (gradients["w"], gradients["b"]):  # DDP adds up what each rank finds for the parameters

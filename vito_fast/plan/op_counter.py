@@ -21,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vito_kernels import register_flop_formulas
+
 aten = torch.ops.aten
+register_flop_formulas()
 
 KINDS = {
     **dict.fromkeys([aten.convolution, aten.convolution_backward], "convolution"),

@@ -1,0 +1,111 @@
+"""The Triton path of the contrastive ops: launches under the names that :mod:`.cpu` gives its own passes.
+
+``matmul_dtype`` is a dtype that holds the values of the embeddings exactly, for the tensor cores; None keeps theirs.
+``logit_cache`` stays empty: on a GPU a product costs less than to read it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vito_kernels.contrastive.backward import launch_lse_backward
+from vito_kernels.contrastive.epilogue import grad_epilogue, merge_splits, positive_logits, softmax_grad
+from vito_kernels.contrastive.forward import launch_lse, launch_two_sided
+from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
+from vito_kernels.contrastive.tile_configs import matrices
+
+__all__ = [
+    "alloc_logit_cache",
+    "grad_epilogue",
+    "lse_backward",
+    "lse_forward",
+    "merge_splits",
+    "self_backward",
+    "self_forward",
+    "softmax_grad",
+    "two_sided_forward",
+]
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
+
+
+def alloc_logit_cache(q: Tensor, k: Tensor, scale: Tensor, *_: Any, **__: Any) -> Tensor:
+    return scale.new_empty(0)
+
+
+def lse_forward(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    compute_grad_q: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = launch_lse(_cast(q, matmul_dtype), _cast(k, matmul_dtype), scale, mask, compute_grad_q)
+    return *sums, positive_logits(q, k, scale, mask.positive, mask.diagonal)
+
+
+def two_sided_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = launch_two_sided(_cast(x, matmul_dtype), _cast(y, matmul_dtype), scale, mask)
+    return *sums, positive_logits(x, y, scale, None, mask.diagonal)
+
+
+def self_forward(
+    z: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    side = _cast(z, matmul_dtype)
+    lse2, lse_residual, _ = launch_lse(side, side, scale, mask, False)
+    return lse2, lse_residual, positive_logits(z, z, scale, None, 0 if mask.width == 2 else None, adjacent=True)
+
+
+def lse_backward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_softmax: SoftmaxGrad | None,
+    y_softmax: SoftmaxGrad | None,
+    mask: Mask,
+    need_x: bool,
+    need_y: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In a pass for each side. Lists of positives only come with ``need_y`` alone."""
+    left, right = matrices(*(_cast(side, matmul_dtype) for side in (x, y)))
+    gx, gy = scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
+    if need_x:
+        assert mask.positive is None
+        gx = launch_lse_backward(left, right, scale, x_softmax, y_softmax, mask.transposed())
+    if need_y:
+        gy = launch_lse_backward(right, left, scale, y_softmax, x_softmax, mask)
+    return gx, gy
+
+
+def self_backward(
+    z: Tensor,
+    scale: Tensor,
+    softmax: SoftmaxGrad,
+    mask: Mask,
+    positive_term: PositiveTerm | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> Tensor:
+    side = _cast(z, matmul_dtype)
+    return launch_lse_backward(*matrices(side, side), scale, softmax, softmax, mask, positive_term)
