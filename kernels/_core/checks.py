@@ -47,6 +47,23 @@ def autocast_enabled(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+def autocast_inputs(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
+    """Embeddings rounded as autocast rounds them for a matmul, and autocast's dtype.
+
+    Tensors of one 16-bit dtype, or of float64, come back as they are, with None. Others become float32 tensors that
+    hold values of autocast's dtype, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
+    """
+    dtypes = {x.dtype for x in tensors}
+    if not autocast_enabled(tensors[0]) or (len(dtypes) == 1 and torch.float32 not in dtypes):
+        return list(tensors), None
+    dtype, wide = torch.get_autocast_dtype(tensors[0].device.type), [x.float() for x in tensors]
+    return [x + (x.to(dtype) - x).detach() for x in wide], dtype
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 

@@ -122,3 +122,19 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """Rows may lie anywhere; the elements of one must be neighbors, and a tile must out_columns less than 2^31
+    elements."""
+    return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
+
+
+def program_shape(D: int) -> tuple[int, int]:
+    """(WIDTH, ROWS) of a program of row-wise kernels over D columns: 16 elements for each of 128 threads."""
+    width = 1 << max(D - 1, 1).bit_length()
+    return width, max(1, 2048 // width)

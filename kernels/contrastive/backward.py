@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import jit, num_sms, on_device
+from vito_kernels._core.lazy_triton import cdiv, jit, num_sms, on_device
 from vito_kernels.contrastive import large_dim
 from vito_kernels.contrastive.device_functions import (
     add_product,
@@ -30,7 +30,7 @@ from vito_kernels.contrastive.device_functions import (
     zero_sums,
 )
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
-from vito_kernels.contrastive.tile_configs import Matrix, Operand, cdiv, choose_tile, output_chunks
+from vito_kernels.contrastive.tile_configs import Matrix, Operand, choose_tile, output_chunks
 
 if TYPE_CHECKING:
     import triton.language as tl

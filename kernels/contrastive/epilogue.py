@@ -18,14 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import jit, on_device
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous
 from vito_kernels.contrastive.terms import SoftmaxGrad
-from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-ELEMENTS = 2048  # of a program: 16 for each of 128 threads
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
@@ -151,12 +148,6 @@ def grad_epilogue_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
-
-
-def program_shape(D: int) -> tuple[int, int]:
-    """(WIDTH, ROWS) of a program over rows of D columns."""
-    width = 1 << max(D - 1, 1).bit_length()
-    return width, max(1, ELEMENTS // width)
 
 
 def merge_splits(lse2: Tensor, lse_residual: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import jit, num_sms, on_device
+from vito_kernels._core.lazy_triton import cdiv, jit, num_sms, on_device
 from vito_kernels.contrastive import epilogue, large_dim
 from vito_kernels.contrastive.device_functions import (
     add_product,
@@ -40,7 +40,7 @@ from vito_kernels.contrastive.device_functions import (
     zero_sums,
 )
 from vito_kernels.contrastive.terms import Mask
-from vito_kernels.contrastive.tile_configs import Matrix, Operand, Tile, cdiv, choose_tile, matrices, output_chunks
+from vito_kernels.contrastive.tile_configs import Matrix, Operand, Tile, choose_tile, matrices, output_chunks
 
 if TYPE_CHECKING:
     import triton.language as tl

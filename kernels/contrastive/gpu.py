@@ -1,4 +1,6 @@
-"""The Triton path of the contrastive ops: launches under the names that :mod:`.cpu` gives its own passes.
+"""The Triton path of the contrastive ops, and the one place that chooses between it and the CPU path.
+
+Functions have the names and signatures of :mod:`.cpu`.
 
 ``matmul_dtype`` is a dtype that holds the values of the embeddings exactly, for the tensor cores; None keeps theirs.
 ``logit_cache`` stays empty: on a GPU a product costs less than to read it back.
@@ -6,16 +8,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vito_kernels._core.lazy_triton import use_triton
+from vito_kernels.contrastive import cpu
 from vito_kernels.contrastive.backward import launch_lse_backward
 from vito_kernels.contrastive.epilogue import grad_epilogue, merge_splits, positive_logits, softmax_grad
 from vito_kernels.contrastive.forward import launch_lse, launch_two_sided
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
-from vito_kernels.contrastive.tile_configs import matrices
+from vito_kernels.contrastive.tile_configs import MAX_WIDTH, matrices
 
 __all__ = [
     "alloc_logit_cache",
@@ -23,11 +28,20 @@ __all__ = [
     "lse_backward",
     "lse_forward",
     "merge_splits",
+    "path_of",
     "self_backward",
     "self_forward",
     "softmax_grad",
     "two_sided_forward",
 ]
+
+
+def path_of(x: Tensor) -> Any:
+    """The module that computes on rows x (M, D): this one, or :mod:`.cpu`.
+
+    Beyond D = 1024 the rows that must stay in shared memory do not fit every GPU: there PyTorch computes, on the GPU.
+    """
+    return sys.modules[__name__] if use_triton(x) and x.shape[1] <= MAX_WIDTH else cpu
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -22,18 +22,19 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.checks import (
-    autocast_enabled,
+    autocast_inputs,
     check_finite,
     check_groups,
     check_options,
     check_pair,
     check_positive_range,
     inverse_temperature,
+    needs_grad,
     positive_columns,
     reduce,
     scale_tensor,
 )
-from vito_kernels.contrastive.path import path_of
+from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask
 
@@ -187,23 +188,6 @@ apply_similarity_lse = autograd_op(similarity_lse_op, _setup_context, _backward)
 apply_similarity_lse_backward = refuse_double_backward(similarity_lse_backward_op)
 
 # ---- shared by the losses
-
-
-def autocast_inputs(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
-    """Embeddings rounded as autocast rounds them for a matmul, and autocast's dtype.
-
-    Tensors of one 16-bit dtype, or of float64, come back as they are, with None. Others become float32 tensors that
-    hold values of autocast's dtype, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
-    """
-    dtypes = {x.dtype for x in tensors}
-    if not autocast_enabled(tensors[0]) or (len(dtypes) == 1 and torch.float32 not in dtypes):
-        return list(tensors), None
-    dtype, wide = torch.get_autocast_dtype(tensors[0].device.type), [x.float() for x in tensors]
-    return [x + (x.to(dtype) - x).detach() for x in wide], dtype
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def lse_and_positives(

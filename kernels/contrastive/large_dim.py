@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import interpreting, jit, num_sms, on_device
+from vito_kernels._core.lazy_triton import cdiv, interpreting, jit, num_sms, on_device
 from vito_kernels.contrastive.device_functions import apply_mask, product
 from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
-from vito_kernels.contrastive.tile_configs import cdiv, family
+from vito_kernels.contrastive.tile_configs import family
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
+    autocast_inputs,
     check_ids,
     check_integers,
     check_no_grad,
@@ -18,10 +19,11 @@ from vito_kernels._core.checks import (
     check_paired,
     check_reduction,
     inverse_temperature,
+    needs_grad,
     reduce,
     scale_tensor,
 )
-from vito_kernels.contrastive.info_nce import apply_similarity_lse, autocast_inputs, info_nce, needs_grad
+from vito_kernels.contrastive.info_nce import apply_similarity_lse, info_nce
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E

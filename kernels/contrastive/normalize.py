@@ -17,9 +17,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import check_pair
-from vito_kernels._core.lazy_triton import jit, on_device, use_triton
-from vito_kernels.contrastive.epilogue import program_shape
-from vito_kernels.contrastive.tile_configs import cdiv, rows_contiguous
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
-from vito_kernels._core.lazy_triton import jit, on_device, use_triton
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, use_triton
 from vito_kernels.contrastive.terms import LOG2E
-from vito_kernels.contrastive.tile_configs import cdiv
 
 if TYPE_CHECKING:
     import triton.language as tl

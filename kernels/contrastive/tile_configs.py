@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vito_kernels._core.lazy_triton import arch, interpreting, jit, on_device, shared_limit
+from vito_kernels._core.lazy_triton import arch, cdiv, interpreting, jit, on_device, rows_contiguous, shared_limit
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -332,13 +332,3 @@ def output_chunks(D: int, tile: Tile) -> list[tuple[int, int]]:
     chunk = chunk_width(D, tile)
     chunks, step = cdiv(D, chunk), max(1, tile.out_columns // chunk)
     return [(first, min(first + step, chunks)) for first in range(0, chunks, step)]
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """Rows may lie anywhere; the elements of one must be neighbors, and a tile must out_columns less than 2^31
-    elements."""
-    return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)

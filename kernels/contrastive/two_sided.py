@@ -16,16 +16,17 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
+    autocast_inputs,
     check_finite,
     check_paired,
     inverse_temperature,
+    needs_grad,
     reduce,
     scale_tensor,
     without_autocast,
 )
-from vito_kernels.contrastive.info_nce import autocast_inputs, needs_grad
+from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize
-from vito_kernels.contrastive.path import path_of
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm
 

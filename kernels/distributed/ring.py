@@ -21,14 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels._core.autograd import once
-from vito_kernels._core.checks import check_finite, scale_tensor
-from vito_kernels.contrastive.info_nce import (
-    autocast_inputs,
-    needs_grad,
-    similarity_lse_backward_op,
-    similarity_lse_op,
-)
-from vito_kernels.contrastive.path import path_of
+from vito_kernels._core.checks import autocast_inputs, check_finite, needs_grad, scale_tensor
+from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
 
@@ -129,18 +123,16 @@ class _OneSided(torch.autograd.Function):
         compute_grad_q: bool,
         matmul_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        check_finite(scale)
         path = path_of(q)
         sums: Rows = ()
         logits = k.new_empty(0)
 
         def visit(block: Rows, own: bool) -> Rows:
             nonlocal sums, logits
-            masks = q_group, block[1] if len(block) > 1 else None, None, 0 if own else None
-            lse2, positives, mean, lse_residual, _ = similarity_lse_op(
-                q, block[0], scale, *masks, compute_grad_q, matmul_dtype
-            )
-            found = lse2, lse_residual, mean
-            sums, logits = (found, positives) if own else (_merge(path, sums, found), logits)
+            mask = Mask(q_group, block[1] if len(block) > 1 else None, diagonal=0 if own else None)
+            *found, positives = path.lse_forward(q, block[0], scale, mask, compute_grad_q, matmul_dtype)
+            sums, logits = (tuple(found), positives) if own else (_merge(path, sums, tuple(found)), logits)
             return ()
 
         ring.rotate((k,) if k_group is None else (k, k_group), visit)
@@ -154,14 +146,12 @@ class _OneSided(torch.autograd.Function):
     def backward(ctx: Any, g_lse2: Tensor, g_positive: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, scale, q_group, k_group, lse2, lse_residual, mean = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-        # With the mean of all ranks' keys, the gradients of q and scale are those of one process.
-        masks, saved = (None, None, None, 0), (lse2, lse_residual, mean, mean[:0])
-        dq, _, dscale = similarity_lse_backward_op(
-            g_lse2, g_positive, q, k, scale, *masks, *saved, need_q, False, need_scale
-        )
+        path, dq, dscale = path_of(q), None, None
+        if need_q or need_scale:  # with the mean of all ranks' keys, the gradients of one process
+            pairs = {"pair_weight": g_positive, "k": k, "other": q if need_scale else None}
+            dq, dscale = path.grad_epilogue(mean, scale, q.dtype, store=need_q, weight=g_lse2, **pairs)
         dk = None
         if need_k:
-            path = path_of(q)
             softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
 
             def visit(block: Rows, own: bool) -> Rows:

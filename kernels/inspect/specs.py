@@ -21,7 +21,7 @@ from vito_kernels.contrastive.backward import launch_lse_backward
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import choose_tile, matrices, on_tensor_cores, output_chunks, products
 from vito_kernels.photometric import op as photometric
-from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
+from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 ROWS = 32768
 WIDTHS = (64, 128, 192, 256, 512, 1024)
@@ -297,7 +297,11 @@ def photometrics() -> Iterator[Spec]:
         "sums": (partial(photometric.launch_sums, images, params), 20 * count, count),
         "color": (color, 40 * count, 3 * count),
         "blur rows": (partial(blur, half, radius, None), 3 * radius * count, 4 * count),
-        "blur columns": (partial(blur, out, radius, (*IMAGENET_MEAN, *IMAGENET_STD)), 3 * radius * count, 4 * count),
+        "blur columns": (
+            partial(blur, out, radius, (*IMAGENET_MEAN, *IMAGENET_STD)),
+            3 * radius * count,
+            4 * count,
+        ),
     }
     for name, (launch, flops, moved) in launches.items():
         yield _memory_bound(f"photometric {name} B={batch} {size}x{size}", launch, flops, moved)

@@ -18,7 +18,7 @@ LAUNCHING = (
     "attention_pool",
     "batch_norm.op",
     "contrastive.normalize",
-    "contrastive.path",
+    "contrastive.gpu",
     "contrastive.softplus_loss",
     "photometric.op",
 )

@@ -25,8 +25,8 @@ from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse,
 from vito_kernels._core.lazy_triton import interpreting, use_triton
 from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs
 from vito_kernels.contrastive.forward import launch_two_sided
+from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.info_nce import similarity_lse_op
-from vito_kernels.contrastive.path import path_of
 from vito_kernels.contrastive.terms import LOG2E, Mask
 from vito_kernels.contrastive.tile_configs import Tile
 from vito_kernels.distributed import ring
