@@ -150,11 +150,11 @@ def launch_lse_backward(
     if positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
         total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask)
     else:
-        total = _launch_kernel(x, y, scale, x_softmax, y_softmax, mask, positive_term)
+        total = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term)
     return total if gain is None else total.div_(gain)
 
 
-def _launch_kernel(
+def _launch_tiles(
     x: Matrix,
     y: Matrix,
     scale: Tensor,
