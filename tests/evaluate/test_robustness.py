@@ -75,23 +75,6 @@ def test_vid_robust_merges_the_members_of_a_class(tmp_path):
         robustness.vid_robust(tmp_path)
 
 
-def test_folders(tmp_path):
-    with pytest.raises(UserError, match="no folders"):
-        robustness.labeled_folder(tmp_path)
-    for name in ("b/1.png", "a/x/2.JPG", "a/1.jpeg", "a/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = robustness.labeled_folder(tmp_path)
-    assert (found.paths, found.labels.tolist(), found.classes) == (
-        ["a/1.jpeg", "a/x/2.JPG", "b/1.png"],
-        [0, 0, 1],
-        ["a", "b"],
-    )
-    (tmp_path / "c").mkdir()
-    with pytest.raises(UserError, match="c has no images"):
-        robustness.labeled_folder(tmp_path)
-
-
 def test_corruption_folders_may_be_grouped(tmp_path):
     with pytest.raises(UserError, match="CORRUPTION/SEVERITY"):
         robustness.corruption_folders(tmp_path)

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vito_fast.errors import UserError
-from vito_fast.evaluate.data import IMAGES
 
 CORRUPTIONS_C = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -44,8 +43,8 @@ class PmK:
 
 
 def pm_k(
-    correct: Mapping[Hashable, bool] | ArrayLike,
-    sets: Mapping[Hashable, Iterable[Hashable]] | Sequence[tuple[Hashable, Iterable[Hashable]]],
+    correct: Mapping[Any, bool] | ArrayLike,
+    sets: Mapping[Any, Iterable[Hashable]] | Sequence[tuple[Hashable, Iterable[Hashable]]],
 ) -> PmK:
     """pm-k accuracy.
 
@@ -83,38 +82,6 @@ def window_sets(length: int, anchor: int, k: int = 10) -> list[int]:
     if not 0 <= anchor < length:
         raise ValueError(f"anchor {anchor} is not in a video of {length} frames")
     return [t for t in range(max(anchor - k, 0), min(anchor + k + 1, length)) if t != anchor]
-
-
-@dataclass(frozen=True)
-class Labeled:
-    """Images with labels: paths relative to a root, and a class index each."""
-
-    root: Path
-    paths: list[str]
-    labels: NDArray[np.int64]
-    classes: list[str]
-
-
-def labeled_folder(root: Path) -> Labeled:
-    """A folder with one folder of images for each class, classes and images sorted by name.
-
-    Raises:
-        UserError: if there is no such folder, or a class without images.
-    """
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    paths: list[str] = []
-    labels: list[int] = []
-    for number, name in enumerate(classes):
-        images = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-        if not images:
-            raise UserError(f"{root / name} has no images: remove it, or fill it")
-        paths += [path.relative_to(root).as_posix() for path in images]
-        labels += [number] * len(images)
-    if not classes:
-        raise UserError(f"{root} has no folders: it needs one for each class")
-    return Labeled(root, paths, np.array(labels, dtype=np.int64), classes)
 
 
 def corruption_folders(root: Path, severities: Sequence[int] = (1, 2, 3, 4, 5)) -> dict[tuple[str, int], Path]:
@@ -207,7 +174,7 @@ class VidRobust:
         """pm-10 from logits (N, 1000) of the named frames."""
         numbers = sorted(self.members)
         chosen = [numbers[i] for i in self.project(logits).argmax(1)]
-        return pm_k({f: c in self.labels[f] for f, c in zip(frames, chosen, strict=True)}, self.sets)  # type: ignore[arg-type]
+        return pm_k({f: c in self.labels[f] for f, c in zip(frames, chosen, strict=True)}, self.sets)
 
 
 def vid_robust(root: Path) -> VidRobust:

@@ -32,6 +32,11 @@ official: from the benchmark's own code or description. ours: this project's cho
 
 TASKS = {
     "davis": "vito_fast.evaluate.davis_task:Davis",
+    "knn": "vito_fast.evaluate.folder_tasks:Knn",
+    "linear": "vito_fast.evaluate.folder_tasks:Linear",
+    "corruptions": "vito_fast.evaluate.folder_tasks:Corruptions",
+    "pmk": "vito_fast.evaluate.folder_tasks:PmK",
+    "correspondence": "vito_fast.evaluate.correspondence_task:Correspondence",
     "ucf101": "vito_fast.evaluate.ucf101:Ucf101",
     "pascal": "vito_fast.evaluate.segmentation_task:Pascal",
     "ade20k": "vito_fast.evaluate.segmentation_task:Ade20k",
