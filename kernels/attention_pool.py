@@ -1,11 +1,12 @@
 """Attention pooling: a softmax over the locations of a feature map, and the mean of its features under it.
 
-weights = softmax(logits, dim=1)                                      (B, L)
-pooled  = (weights[:, :, None] * features).sum(dim=1)                 (B, C)
+    weights = softmax(logits, dim=1)                                      (B, L)
+    pooled  = (weights[:, :, None] * features).sum(dim=1)                 (B, C)
 
-Forward and backward each read the features once, in whatever layout they come: (B, L, C), (B, C, H, W) channels_last
-and (B, C, H, W) contiguous are strides, never copies. The backward also writes their gradient, d features_l = weights_l
-g with d logits_l = weights_l (g . features_l - g . pooled). Deterministic: no atomics, sums in a fixed order.
+Forward and backward each read the features once, in any layout: (B, L, C), (B, C, H, W) channels_last and (B, C, H, W)
+contiguous are strides, never copies. The backward writes d features_l = weights_l g and
+d logits_l = weights_l (g . features_l - g . pooled). features float32, bfloat16 or float16; sums and weights float32.
+Deterministic: no atomics, sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _logits_block(locations: int) -> int:
 
 
 def launch_attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits the locations of a row among programs when rows and channels alone would leave the GPU idle."""
+    """Splits the locations of a row among programs if rows and channels alone would leave the GPU idle."""
     batch, locations, channels = features.shape
     channel_blocks = -(-channels // BLOCK_C)
     wanted = -(-2 * num_sms(features.device) // (batch * channel_blocks))
@@ -187,8 +188,8 @@ def _(
 
 
 def _row_products(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """(B, M) times (B, M, N) in the vectors' dtype. With the vector on the right, a CPU takes four times as long."""
-    products = vectors.new_empty(len(vectors), matrices.shape[2])  # itself and not a view, which none may write into
+    """(B, M) times (B, M, N) in the vectors' dtype. A vector on the right takes a CPU four times as long."""
+    products = vectors.new_empty(len(vectors), matrices.shape[2])  # not a view, which an op may not return
     with without_autocast(matrices):
         torch.bmm(vectors[:, None], matrices.to(vectors.dtype), out=products[:, None])
     return products
@@ -202,9 +203,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     features, logits = inputs
     pooled, weights = output
     ctx.set_materialize_grads(False)
-    # The kernel wants what it pooled, whatever the caller writes into it.
-    kept = pooled.clone() if pooled.dtype == torch.float32 and use_triton(features) else pooled.new_empty(0)
-    ctx.save_for_backward(features, logits.new_empty(0), weights, kept)
+    # A copy, whatever the caller writes into pooled.
+    ctx.save_for_backward(features, logits.new_empty(0), weights, pooled.clone())
 
 
 def _backward(ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

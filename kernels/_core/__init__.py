@@ -1,1 +1,1 @@
-"""What every op is built from: argument checks, lazy Triton, autograd glue."""
+"""Shared by every op: argument checks, lazy Triton, autograd glue."""

@@ -1,4 +1,4 @@
-"""Autograd for custom ops: one pair of functions that serves eager, compiled and ``torch.func`` code alike."""
+"""Autograd for custom ops: one pair of functions serves eager, compiled and ``torch.func`` code."""
 
 from __future__ import annotations
 
@@ -13,35 +13,41 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from vito_kernels._core.lazy_triton import on_device
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-ONCE = "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
+NO_DOUBLE_BACKWARD = (
+    "vito_kernels is fused ({}) and has no second derivative; for double backward use vito_kernels.reference"
+)
 
 
 def direct_call(op: Any) -> Callable[..., Any]:
-    """``op`` to call where no gradient is asked of it: plain eager code goes to its implementation directly."""
-    implementation = getattr(op, "_init_fn", op)  # a private name: where PyTorch drops it, as the dispatcher does
+    """``op`` for calls without gradient: plain eager code calls its implementation, past the dispatcher."""
+    implementation = getattr(op, "_init_fn", op)  # a private name; without it, through the dispatcher
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return op(*args)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, by a vmap of autograd's own
+        if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, of autograd's own vmap
             _refuse_vmap(op._name)
         plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
         if not plain:
             return op(*args)
-        with on_device(tensors[0]):  # whose tiles are chosen, too
+        with on_device(tensors[0]):  # tiles are chosen for the current device
             return implementation(*args)
 
     return call
 
 
 def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers the gradient of ``op``, and returns the op to call from Python.
+    """Registers the gradient of ``op`` and returns the op to call from Python.
 
-    The autograd that ``torch.library`` generates for a custom op is what ``torch.compile`` traces, but it does not
-    take part in ``torch.func`` transforms; an ``autograd.Function`` with a ``setup_context`` of its own does. Plain
-    eager code takes neither: the dispatcher's way to a Python op and what binds the arguments of such a Function are
-    0.2 ms of host time together, longer than small losses take a GPU. All are made of the same two functions.
+    ``torch.compile`` traces the autograd that ``torch.library`` generates, but that takes no part in ``torch.func``
+    transforms; an ``autograd.Function`` with its own ``setup_context`` does. Plain eager code takes neither: the
+    dispatcher's way to a Python op and the argument binding of such a Function cost 0.2 ms of host time together,
+    longer than small losses take a GPU. All three are made of the same two functions.
+
+    Args:
+        op: a custom op.
+        setup_context, backward: as for ``torch.library.register_autograd``.
     """
     op.register_autograd(backward, setup_context=setup_context)
     implementation = direct_call(op)
@@ -108,11 +114,11 @@ def register_flop_formulas() -> None:
 
 
 def refuse_double_backward(op: Any) -> Callable[..., Any]:
-    """Gives a backward op a derivative that raises: fused gradients keep what one derivative needs and no more."""
+    """Gives a backward op a derivative that raises RuntimeError, and returns the op to call."""
     name = op._name.removesuffix("_backward")
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(ONCE.format(name))
+        raise RuntimeError(NO_DOUBLE_BACKWARD.format(name))
 
     guarded, direct = autograd_op(op, lambda ctx, inputs, output: None, refuse), direct_call(op)
 
@@ -124,7 +130,7 @@ def refuse_double_backward(op: Any) -> Callable[..., Any]:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients whose own derivative, in whatever they were made of (the first ``sources`` tensors), is refused."""
+    """Passes gradients on; the derivative with respect to their first ``sources`` tensors raises."""
 
     @staticmethod
     def forward(ctx: Any, name: str, sources: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -133,12 +139,13 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(ONCE.format(ctx.name))
+        raise RuntimeError(NO_DOUBLE_BACKWARD.format(ctx.name))
 
 
 def once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
-    """For the backward of a Function. PyTorch's ``once_differentiable`` says nothing to ``autograd.grad``, which then
-    takes the second derivative for zero.
+    """Decorates the backward of a Function: its own derivative raises RuntimeError.
+
+    ``autograd.grad`` takes the second derivative for zero behind PyTorch's ``once_differentiable``.
     """
     name = backward.__qualname__.split(".")[0].strip("_")
 
@@ -154,5 +161,5 @@ def once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[.
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^x). PyTorch's own stops at x = 20, where e^-20 is still seen in float64."""
+    """log(1 + e^x). PyTorch's own stops at x = 20, although e^-20 still counts in float64."""
     return torch.nn.functional.softplus(x, threshold=50)

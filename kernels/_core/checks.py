@@ -1,4 +1,4 @@
-"""What users may pass. Every error names the argument, the value that is wrong and what is expected."""
+"""Checks of user input. Every error names the argument, the wrong value and the expected one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("gather", "ring")
-MIN_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # whose inverse is a scale still
+MIN_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # its inverse is still finite
 
 
 def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> None:
-    """Two matrices of embeddings of one width, type and device, neither of them empty. Under autocast, types may
-    differ, but for float64, as they may in a matmul.
+    """Two non-empty matrices of embeddings of one width, dtype and device.
+
+    Under autocast dtypes may differ as they may in a matmul, except float64.
     """
     for name, x in zip(names, (q, k), strict=True):
         if not isinstance(x, Tensor):
@@ -43,7 +44,7 @@ def _mixed_by_autocast(q: Tensor, k: Tensor) -> bool:
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on where x is; of meta tensors PyTorch does not say."""
+    """Whether autocast is on for the device of x; PyTorch does not say for meta tensors."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -74,25 +75,25 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_paired(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
-    """Embeddings of which row i of one belongs to row i of the other."""
+    """Embeddings with as many rows, where row i of one belongs to row i of the other."""
     check_pair(x, y, names)
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"{names[0]} and {names[1]} must have as many rows, got {x.shape[0]} and {y.shape[0]}")
 
 
 def check_no_grad(name: str, x: Tensor) -> None:
-    """Keys that a loss promises to give no gradient to."""
+    """Keys to which a loss gives no gradient."""
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name} requires grad, but this loss gives locked keys no gradient; pass {name}.detach()")
 
 
 def is_number(x: Any) -> bool:
-    """A real number of Python's or of NumPy's."""
+    """A real number of Python or NumPy."""
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def is_integer(x: Any) -> bool:
-    """A whole number of Python's or of NumPy's."""
+    """An integer of Python or NumPy."""
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
@@ -103,16 +104,16 @@ def check_integers(**values: int) -> None:
 
 
 def check_flags(**values: bool) -> None:
-    """Not a string that reads "False", nor a tensor."""
+    """Booleans; no string that reads "False", and no tensor."""
     for name, value in values.items():
         if not isinstance(value, int):
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
-    """The factor on the dot products as a 0-d tensor: float64 beside float64 embeddings, otherwise float32.
+    """The inverse temperature as a 0-d tensor: float64 for float64 embeddings, otherwise float32.
 
-    A number must be finite in that dtype. Of a tensor the ops ask that themselves, by ``check_finite``.
+    A number must be finite in that dtype. The ops check a tensor themselves, by ``check_finite``.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(scale, Tensor):
@@ -127,22 +128,22 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     scale, most = float(scale), torch.finfo(dtype).max
     if not -most <= scale <= most:
         raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
-    if torch.compiler.is_compiling():  # to fill with a number makes it a constant of the graph, and a schedule many
+    if torch.compiler.is_compiling():  # as a constant of the graph, each new value would recompile
         return torch.ones((), dtype=dtype, device=like.device) * scale
     return torch.full((), scale, dtype=dtype, device=like.device)
 
 
 def check_finite(scale: Tensor) -> None:
-    """The value of a scale, looked at where looking is free: on a GPU it would stop the host."""
+    """Checks the value of a CPU tensor; to read it from a GPU would stop the host."""
     if scale.is_cpu and not math.isfinite(value := scale.item()):
         raise ValueError(f"temperature must be positive, and scale, or 1 / temperature, finite, got {value}")
 
 
 def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
-    """1 / temperature, of a positive number or of a (learnable) tensor of one element.
+    """1 / temperature, of a positive number or a (learnable) tensor of one element.
 
-    The value of a tensor is looked at in eager code on the CPU; elsewhere it stays unknown to the host, and one that is
-    not positive makes the loss NaN.
+    The value of a CPU tensor is checked in eager code. Elsewhere the host does not read it, and the loss is NaN if it
+    is not positive.
     """
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
@@ -169,13 +170,13 @@ def _check_temperature(value: float) -> None:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether the host may ask for the value of x: no graph is being traced, no GPU stalled."""
+    """Whether the host may read x: no graph is traced, no GPU stalled."""
     plain = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
     return plain and x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_ids(name: str, ids: Tensor, rows: int, like: Tensor) -> None:
-    """One whole number for each row: a group, or a label."""
+    """One integer for each row: a group or a label."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
@@ -196,7 +197,7 @@ def check_groups(q_group: Tensor | None, k_group: Tensor | None, q: Tensor, k: T
 
 
 def positive_columns(positive: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The positives as (M, P) int64 key indices. None (query i's positive is key i) stays None: its layout is known."""
+    """The positives as (M, P) int64 key indices. None, key i for query i, stays None: its layout is known."""
     if positive is None:
         if q.shape[0] > k.shape[0]:
             raise ValueError(
@@ -214,7 +215,7 @@ def positive_columns(positive: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
 
 
 def check_positive_range(positive: Tensor, keys: int) -> None:
-    """Indices within the keys; looked at where looking is free (on the CPU)."""
+    """Indices within the keys, on the CPU; to read them from a GPU would stop the host."""
     low, high = (int(x) for x in positive.aminmax())
     if low < 0 or high >= keys:
         raise ValueError(f"positive must lie in [0, {keys}), got {low if low < 0 else high}")
@@ -233,7 +234,7 @@ def check_exchange(exchange: str) -> None:
 def check_options(
     label_smoothing: float, hard_negatives: float, debias: float, positive: Tensor | None, group: Tensor | None
 ) -> None:
-    """The options of InfoNCE, and that they are combined only where they mean something."""
+    """Options of InfoNCE, each in its range and only in combinations with a meaning."""
     options = {"label_smoothing": label_smoothing, "debias": debias, "hard_negatives": hard_negatives}
     for name, value in options.items():
         if not is_number(value):

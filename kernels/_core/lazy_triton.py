@@ -1,8 +1,8 @@
-"""Triton on first use: kernels are declared where they are read, and importing this package never imports triton.
+"""Triton on first use, and the few things that every launch needs.
 
-``jit`` stands for ``triton.jit``; a decorated function becomes a real Triton kernel when it is first launched, which
-is also when ``tl`` and ``triton`` appear in its module. A machine without triton can therefore import every module
-and use the CPU paths.
+``jit`` stands for ``triton.jit``. A decorated function becomes a Triton kernel at its first launch, when ``tl`` and
+``triton`` appear in its module. Importing this package never imports triton, so a machine without it can import every
+module and use the CPU paths.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import torch
 
 
 class LazyKernel:
-    """A function to be compiled by Triton: a kernel (launched as ``kernel[grid](...)``) or a device function it
-    calls.
-    """
+    """A kernel (launched as ``kernel[grid](...)``) or a device function, compiled by Triton on first use."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
@@ -31,7 +29,7 @@ class LazyKernel:
         import triton
         import triton.language as tl
 
-        # The kernel's names must resolve to real Triton objects, device functions of other modules included.
+        # The kernel's names must resolve to Triton objects, also device functions of other modules.
         names = self.function.__globals__
         names.update(triton=triton, tl=tl)
         kernel = triton.jit(self.function)
@@ -52,29 +50,28 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first), and so on CPU tensors."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before the first)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether an op on this tensor runs its Triton kernels rather than its CPU path. float64 never does, nor anything
-    on a GPU without bfloat16 tensor cores (before sm_80), where that path computes instead.
+    """Whether an op on this tensor runs its Triton kernels rather than PyTorch.
+
+    float64 never does, nor does a GPU without bfloat16 tensor cores (before sm_80).
     """
     if interpreting():
         return tensor.dtype != torch.float64
-    return tensor.dtype != torch.float64 and tensor.is_cuda and _recent(tensor.device.index)
+    return tensor.dtype != torch.float64 and tensor.is_cuda and _has_bf16_tensor_cores(tensor.device.index)
 
 
 @cache
-def _recent(device: int | None) -> bool:
-    """Also where fake tensors are traced for a GPU that is not there."""
+def _has_bf16_tensor_cores(device: int | None) -> bool:
+    """True also for fake tensors, traced for a GPU that is not there."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def arch() -> int:
-    """Compute capability that kernels compile for, as 80, 90 or 100; 0 in the interpreter. Asked of Triton's active
-    driver.
-    """
+    """Compute capability of Triton's active driver, as 80, 90 or 100; 0 in the interpreter."""
     if interpreting():
         return 0
     import triton
@@ -84,14 +81,14 @@ def arch() -> int:
 
 @cache
 def _arch_of(device: int) -> int:
-    """Of the driver's device: a launch asks ten times, and the driver takes as long as a small kernel to answer."""
+    """Cached: a launch asks ten times, and the driver takes as long to answer as a small kernel runs."""
     import triton
 
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 def shared_limit() -> int:
-    """Bytes of shared memory that a program may take on the GPU that kernels compile for."""
+    """Bytes of shared memory that a program may take on the active driver's GPU."""
     import triton
 
     driver = triton.runtime.driver.active
@@ -99,9 +96,7 @@ def shared_limit() -> int:
 
 
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the device that kernels launch on; few in the interpreter, where programs run in
-    turn.
-    """
+    """Streaming multiprocessors of the device; 4 in the interpreter, which runs programs in turn."""
     if interpreting():
         return 4
     if device.type == "cuda":
@@ -117,9 +112,7 @@ def _num_sms_of(device: int) -> int:
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the tensor's own GPU, whichever is current. Mostly it is: to enter it would take as long as half a
-    launch.
-    """
+    """Launches inside go to the tensor's GPU. No context if it is current: to enter one takes half a launch."""
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
@@ -129,8 +122,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """Rows may lie anywhere; the elements of one must be neighbors, and a tile must out_columns less than 2^31
-    elements."""
+    """x with contiguous rows at any stride, so that a tile spans less than 2^31 elements; a copy if need be."""
     return x if x.stride(1) == 1 and 0 <= x.stride(0) < 2**23 else x.contiguous()
 
 

@@ -16,13 +16,18 @@ from vito_kernels.distributed import gather_keys, global_ntxent
 
 
 class NTXentLoss(nn.Module):
-    """Takes the place of lightly's ``NTXentLoss``: ``from vito_kernels.adapters.lightly import NTXentLoss``.
+    """Replaces lightly's ``NTXentLoss``: ``from vito_kernels.adapters.lightly import NTXentLoss``.
 
-    SimCLR without a memory bank, MoCo with one: ``memory_bank_size=(keys, dim)``; 0, or 0 keys, for none. As
-    lightly's, the bank holds random unit vectors at first, takes the normalized ``out1`` in place of its oldest keys
-    when ``out0`` requires grad, and leaves the keys that pass its end; it may stay on the CPU. With
-    ``gather_distributed`` all ranks of the default process group are seen, whose batches must be equal, and under
-    ``DistributedDataParallel`` gradients are those of the whole batch.
+    Args:
+        temperature: a positive number.
+        memory_bank_size: 0 for SimCLR, or (keys, dim) for MoCo's memory bank. As lightly's, the bank holds random unit
+            vectors at first, replaces its oldest keys by the normalized ``out1`` if ``out0`` requires grad, and drops
+            the keys that pass its end. It may stay on the CPU.
+        gather_distributed: take the batches of all ranks of the default process group, which must be equal. Under
+            ``DistributedDataParallel`` gradients are those of the whole batch.
+
+    Raises:
+        ValueError, TypeError: for arguments that lightly refuses too.
     """
 
     bank: Tensor
@@ -48,7 +53,7 @@ class NTXentLoss(nn.Module):
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """(B, dim) projections of two views, of any length: they are normalized here."""
+        """The loss of (B, dim) projections of two views, which are normalized here; a float32 scalar."""
         across = self.gather_distributed and dist.is_initialized() and dist.get_world_size() > 1
         if self.bank.numel():
             return self._against_bank(out0, out1, across)
@@ -70,7 +75,7 @@ class NTXentLoss(nn.Module):
             keys, _ = gather_keys(keys, sizes=[keys.shape[0]] * dist.get_world_size()).wait()
         size, end = self.bank.shape[0], self.bank_ptr + keys.shape[0]
         keys = keys[:size].to(self.bank)
-        place = self.bank_ptr + torch.arange(keys.shape[0], device=self.bank.device)  # the host does not ask where
-        rows = place % size  # those past the end write what is there
+        place = self.bank_ptr + torch.arange(keys.shape[0], device=self.bank.device)  # without a host sync
+        rows = place % size  # rows past the end write back their old keys
         self.bank.index_copy_(0, rows, torch.where((place < size)[:, None], keys, self.bank[rows]))
         self.bank_ptr.copy_(torch.where(end >= size, 0, end))

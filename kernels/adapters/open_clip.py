@@ -12,15 +12,21 @@ from vito_kernels.distributed import global_clip_loss
 
 
 class ClipLoss(nn.Module):
-    """Takes the place of open_clip's ``ClipLoss``: ``from vito_kernels.adapters.open_clip import ClipLoss``.
+    """Replaces open_clip's ``ClipLoss``: ``from vito_kernels.adapters.open_clip import ClipLoss``.
 
-    Across ranks (``world_size`` > 1, the default process group) gradients are always those of the whole batch, which
-    open_clip gives with ``gather_with_grad=True`` and a part of otherwise. ``local_loss`` chooses the value: the
-    rank's own rows and columns, or the loss of the whole batch. There are no labels to cache, so ``cache_labels``
-    changes nothing; a ``logit_bias`` shifts every logit alike, so it changes nothing either and gets a gradient of
-    zero. ``rank`` and ``world_size`` must be those of the process group, and its ranks' batches equal, as open_clip's
-    must (others: ``vito_kernels.distributed``); with ``world_size=1`` a rank is alone, whatever its number. Raises
-    ValueError for ``use_horovod``.
+    Args:
+        local_loss: return the loss of this rank's rows and columns instead of the whole batch's.
+        gather_with_grad: ignored; gradients across ranks are always those of the whole batch, as with True.
+        cache_labels: ignored; there are no labels.
+        rank, world_size: of the default process group, whose batches must be equal (others:
+            ``vito_kernels.distributed``). With ``world_size=1`` a rank is alone, whatever its number.
+        use_horovod: not supported.
+
+    Raises:
+        ValueError: for ``use_horovod``, or a rank outside the world.
+        TypeError: an argument has another type.
+
+    A ``logit_bias`` shifts every logit alike, so it changes nothing and gets a gradient of zero.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """(B, D) and (B, D) unit vectors of a rank, the exponential of the learned scale."""
+        """The loss of (B, D) and (B, D) unit vectors of a rank under the exponential of the learned scale."""
         if self.world_size == 1:
             loss = clip_loss(image_features, text_features, logit_scale)
         else:

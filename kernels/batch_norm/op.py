@@ -1,14 +1,15 @@
-"""Batch norm in training, with the residual added and the rectifier applied in the pass that normalizes.
+"""Batch norm in training, with the residual sum and ReLU in the pass that normalizes.
 
-z = (x - mean) / sqrt(var + eps) * weight + bias [+ residual]          mean, var (biased) of a channel over all rows
-y = max(z, 0), or z without ReLU                                       rows are B, or B * H * W
+    z = (x - mean) / sqrt(var + eps) * weight + bias [+ residual]      mean, biased var of each channel over all rows
+    y = max(z, 0), or z without ReLU                                   rows are B, or B * H * W
 
-What counts is passes: forward reads x twice and writes y once; backward reads x and the gradient twice and writes dx
-once. Where a ReLU follows alone, its mask is computed anew from x. Where a residual was added it comes from y, and the
-first backward pass writes the masked gradient, which is the residual's and what the second pass reads.
+x (B, C) or (B, C, H, W) channels_last, float32, bfloat16 or float16; statistics float32. Passes over memory count:
+forward reads x twice and writes y once, backward reads x and the gradient twice and writes dx once. The mask of a ReLU
+alone is computed again from x. After a residual it comes from y; then the first backward pass writes the masked
+gradient, which is the residual's, and the second pass reads it.
 
-Ranks merge their statistics, as the programs of one GPU do, by Chan's formula (``vito_fast.model.norm``), which is why
-the steps are ops of their own. Deterministic: no atomics, sums in a fixed order.
+The steps are ops of their own, so that ranks can merge their statistics between them by Chan's formula
+(:mod:`vito_kernels.distributed.sync_batch_norm`). Deterministic: no atomics, sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @torch.library.custom_op("vito_kernels::batch_norm_local_stats", mutates_args=())
 def local_stats_op(x: Tensor) -> Tensor:
-    """The part (1, 2 C + 1) that x is, for ranks to exchange: means, squared deviations, count; float32 or float64."""
+    """Statistics of x for ranks to exchange, (1, 2 C + 1): means, squared deviations, count; float32 or float64."""
     if use_triton(x):
         with on_device(x):
             parts = launch_stats(x)
@@ -59,7 +60,7 @@ def _(x: Tensor) -> Tensor:
 def merge_stats_op(
     parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of parts (P, 2 C + 1): mean (C), 1 / deviation (C), count (1); moves the running statistics."""
+    """Of parts (P, 2 C + 1): mean (C), 1 / deviation (C), count (1). Moves the running statistics."""
     parts = parts.contiguous()
     if use_triton(parts):
         with on_device(parts):
@@ -83,7 +84,7 @@ def _(
 def stats_op(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x alone: mean (C), 1 / deviation (C), count (1), float32 or float64; moves the running statistics."""
+    """Of x alone: mean (C), 1 / deviation (C), count (1), float32 or float64. Moves the running statistics."""
     if use_triton(x):
         with on_device(x):
             return _launch_merge(launch_stats(x), running_mean, running_var, momentum, eps)
@@ -126,7 +127,7 @@ def sums_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two sums (2, C) over rows that dx needs, the gradients of weight and bias, and with y that of the residual.
 
-    ``y`` is given where a ReLU follows a residual: only then is the fourth result not empty.
+    ``y`` is given if a ReLU follows a residual; otherwise the fourth result is empty.
     """
     grad = to_rows(grad)
     if use_triton(x):
@@ -152,7 +153,7 @@ def input_grad_op(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, sums: Tensor,
     relu: bool,
 ) -> Tensor:  # fmt: skip
-    """dx, like x, from the sums over all ``count`` rows; ``relu``: the gradient is still to be masked."""
+    """dx, like x, from the sums over all ``count`` rows. ``relu``: the gradient is not yet masked."""
     grad = to_rows(grad)
     if use_triton(x):
         with on_device(x):
@@ -218,12 +219,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Whether x lies in memory as (R, C)."""
+    """Whether the memory of x is (R, C)."""
     return x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """x, copied if need be to lie in memory as (R, C), which every kernel here expects."""
+    """x with (R, C) memory, which every kernel here expects; a copy if need be."""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 

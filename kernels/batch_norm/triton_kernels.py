@@ -1,9 +1,8 @@
-"""Triton kernels of batch norm: R rows of C channels, channels next to each other, read where they lie.
+"""Triton kernels of batch norm over R rows of C channels, channels next to each other, read in place.
 
-All of it is bound by memory. Channels come in blocks of up to 128, so that a warp reads whole lines of 128 bytes, 16 of
-them a thread. Statistics and sums are taken in two steps, each program's part and then all parts, and so need no
-atomics; which program takes which rows does not depend on the GPU. A part of the statistics is (2 C + 1): means,
-squared deviations from them, count.
+All are bound by memory. Channels come in blocks of up to 128, so that a warp reads whole lines of 128 bytes, 16 of them
+a thread. Statistics and sums take two steps, each program's part and then all parts, and so need no atomics. The rows
+of a program do not depend on the GPU. A part of the statistics has 2 C + 1 numbers: means, squared deviations, count.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ def batch_norm_stats_kernel(
     x, parts, rows, C, part_count,
     UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program's part: BLOCK_C channels, every part_count-th span of rows. Each place of the tile has a mean and a sum
-    of squared deviations of its own (Welford), so that nothing cancels where a mean is far from zero.
+    """A program's part: BLOCK_C channels, every part_count-th span of rows.
+
+    Each place of the tile has a mean and a sum of squared deviations of its own (Welford), so nothing cancels if a mean
+    is far from zero.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
@@ -67,7 +68,7 @@ def batch_norm_merge_stats_kernel(
     parts, merged, mean, invstd, count, running_mean, running_var, momentum, eps, C, part_count,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All parts of BLOCK_C channels to one (``merged``), or to what normalizes, with the running statistics moved."""
+    """All parts of BLOCK_C channels to one (``merged``), or to final statistics, with the running ones moved."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     inside = (p < part_count)[:, None] & (c < C)[None, :]
@@ -102,9 +103,7 @@ def batch_norm_fwd_kernel(
     x, residual, y, weight, bias, mean, invstd, rows, C,
     RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program's rows and channels of y. The last rows come first: of what the statistics read, they may still be in
-    the cache.
-    """
+    """A program's rows and channels of y. The last rows come first: the statistics may have left them in the cache."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -130,8 +129,9 @@ def batch_norm_sums_kernel(
     grad, x, y, masked, weight, bias, mean, invstd, parts, rows, C, part_count,
     RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program's part, (2, C), of the sums of g and of g (x - mean), where g is the gradient behind the ReLU. With y
-    the mask is y's and g goes to ``masked``; otherwise it is computed as the forward pass did.
+    """A program's part (2, C) of the sums of g and of g (x - mean), where g is the gradient before the ReLU.
+
+    With y the mask is y's, and g goes to ``masked``; otherwise it is computed as in the forward pass.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
@@ -167,7 +167,7 @@ def batch_norm_merge_sums_kernel(
     parts, sums, d_weight, d_bias, invstd, C, part_count,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All parts of both sums of BLOCK_C channels, and what they are to weight and bias."""
+    """All parts of both sums of BLOCK_C channels, and the gradients of weight and bias."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     inside = (p < part_count)[:, None] & (c < C)[None, :]

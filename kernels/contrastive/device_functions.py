@@ -1,7 +1,6 @@
-"""What every contrastive kernel does with its tiles, on the device: load rows in column chunks, multiply, apply_mask
-pairs.
+"""Device functions of the contrastive kernels: load rows in column chunks, multiply, mask.
 
-D is cut into chunks of W columns and one narrower TAIL, as :mod:`vito_kernels.contrastive.tile_configs` lays them out.
+D is cut into chunks of W columns and one narrower TAIL, as :mod:`.tile_configs` lays them out.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ def load_rows(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, part after part, zero beyond the matrix; CLEAN promises
-    that no row is.
+    """Rows ``row .. row + BLOCK`` as a tuple of column chunks, part after part, zero beyond the matrix.
+
+    CLEAN promises that no row lies beyond it.
     """
     chunks = ()  # type: tuple
     index = tl.arange(0, BLOCK)
@@ -63,9 +63,7 @@ def load_rows(
 
 @jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc in float32. The interpreter multiplies bfloat16 by its bits, so there both are widened first
-    (exactly).
-    """
+    """a @ b + acc in float32. The interpreter multiplies the bits of bfloat16, so there both are widened (exactly)."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -86,10 +84,10 @@ def dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
 
 @jit
 def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """accs + p @ b for the column chunks FIRST .. LAST of b, p rounded to the type of b or split as b is.
+    """accs + p @ b for the column chunks FIRST .. LAST of b; p is rounded to the dtype of b, or split as b is.
 
-    Tensor cores cut off what a sum of theirs cannot hold: over 3000 keys, that is 1e-5 of a mean. So of the products of
-    parts each tile has a sum of its own, to which the largest come last, and is added by rounding.
+    Tensor cores truncate long sums: over 3000 keys by 1e-5 of a mean. So the products of parts get a sum of their own
+    for each tile, largest last, and that is added with rounding.
     """
     PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 2 if PRECISION == "bf16x3" else 1
     parts = ()  # type: tuple
@@ -147,9 +145,9 @@ def apply_mask(
     POSITIVES: tl.constexpr,
     FLIPPED: tl.constexpr,
 ):
-    """-inf for the pairs of ``own`` rows and ``other`` columns that do not count; FLIPPED: the queries are the columns.
+    """-inf for the masked pairs of ``own`` rows and ``other`` columns; FLIPPED: the queries are the columns.
 
-    DIAGONAL is the width of the blocks on the diagonal, 0 for none.
+    DIAGONAL is the width of the masked blocks on the diagonal, 0 for none.
     """
     seen = (other < others)[None]
     if DIAGONAL > 0:
@@ -169,7 +167,7 @@ def apply_mask(
 
 @jit
 def _no_positive(own, other, owns, others, positive, p, POSITIVES: tl.constexpr, FLIPPED: tl.constexpr):
-    """Whether a pair is another one than a query and its p-th positive."""
+    """Whether a pair is not a query and its p-th positive."""
     if FLIPPED:
         key = tl.load(positive + tl.cast(other, tl.int64) * POSITIVES + p, mask=other < others, other=-1)
         return key[None] != own[:, None]
@@ -180,10 +178,9 @@ def _no_positive(own, other, owns, others, positive, p, POSITIVES: tl.constexpr,
 
 @jit
 def plan_tiles(own, others, first, last, diagonal, BLOCK: tl.constexpr, TILE: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Of the tiles ``first .. last`` of columns, which need a mask: (first and number of the diagonal's, end of the
-    full).
+    """Tiles among ``first .. last`` that need a mask: (start and count of those on the diagonal, end of the full ones).
 
-    The diagonal of rows ``own .. own + BLOCK`` crosses few tiles, and only the last one can be ragged.
+    The diagonal of rows ``own .. own + BLOCK`` crosses few tiles, and only the last tile can be ragged.
     """
     full = tl.minimum(last, others // TILE)
     crossed = first

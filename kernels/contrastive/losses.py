@@ -1,7 +1,7 @@
-"""The losses people know by name, on the primitives of ``info_nce`` and ``two_sided``: functions, then modules.
+"""The losses by name, on the ops of ``info_nce`` and ``two_sided``: functions, then modules.
 
-All return float32, take float32, bfloat16, float16 or float64, never build the matrix of logits, and raise ValueError
-or TypeError that names what is wrong. Only NT-Xent and SupCon normalize their embeddings.
+All return float32 (float64 for float64), never build the matrix of logits, and raise ValueError or TypeError that names
+the wrong value. Only NT-Xent and SupCon normalize their embeddings.
 """
 
 from __future__ import annotations
@@ -33,11 +33,23 @@ from vito_kernels.contrastive.two_sided import apply_self_lse, clip_loss, ntxent
 def moco_loss(
     q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean"
 ) -> Tensor:
-    """MoCo: query i (M, D) finds its key k_i (M, D) among the keys of a queue (N, D). Keys and queue are locked.
+    """MoCo: query i finds its key k_i among the keys of a queue. Neither keys nor queue get a gradient.
 
     Equivalent: ``cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature, zeros(M))``.
-    Nothing is normalized here. float32, or (M,) with ``reduction="none"``; dtypes, errors and determinism as for
-    ``similarity_lse``, and ValueError where k or the queue requires grad.
+
+    Args:
+        q, k: (M, D), as for ``similarity_lse``. Nothing is normalized here.
+        queue: (N, D).
+        temperature: a positive number or a tensor of one element, which may require grad.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A float32 scalar, or (M,) with "none".
+
+    Raises:
+        ValueError, TypeError: as ``similarity_lse``, and where k or the queue requires grad.
+
+    Cost and determinism as for ``similarity_lse``.
     """
     check_paired(q, k, ("q", "k"))
     check_pair(q, queue, ("q", "queue"))
@@ -54,32 +66,52 @@ def moco_loss(
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-    """LiT: ``clip_loss`` of locked (M, D) and y (M, D) whose first tower gets no gradient: 4 M M D flops less.
+    """LiT: ``clip_loss`` with a locked first tower, which saves 4 M M D flops.
 
-    As ``clip_loss``, and ValueError where ``locked`` requires grad.
+    Args:
+        locked: (M, D) embeddings without gradient.
+        y: (M, D).
+        scale: the inverse temperature.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError, TypeError: as ``clip_loss``, and where ``locked`` requires grad.
     """
     check_no_grad("locked", locked)
     return clip_loss(locked, y, scale)
 
 
 def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
-    """SupCon (L_out): each row of z (M, D), normalized, against all others; its positives are the rows of its label
-    (M,).
+    """SupCon (L_out): each row of z, normalized, against all others; its positives are the other rows of its label.
 
     Equivalent, with ``z = normalize(z)``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)`` and
     ``same = (labels[:, None] == labels).fill_diagonal_(False)``:
-    ``-(s.log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1))``. The mean is over the rows that have a
-    positive; the others have loss 0. The logits of all positives of a row sum to one product with the sum of their
-    embeddings, so they cost O(M D) however many there are. In the gradient they are taken off the softmax before either
-    is rounded: what likely positives leave of it is as exact as a softmax in float32, in 16 bits too. Labels are int64
-    or int32; dtypes, errors, autocast and determinism as for ``similarity_lse``.
+    ``-(s.log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1))``.
+
+    Args:
+        z: (M, D), dtypes as for ``similarity_lse``.
+        labels: (M,) int64 or int32.
+        temperature: a positive number or a tensor of one element, which may require grad.
+        reduction: "mean" over the rows that have a positive, "sum" or "none".
+
+    Returns:
+        A float32 scalar, or (M,) with "none". A row without positives has loss 0.
+
+    Raises:
+        ValueError, TypeError: as ``similarity_lse``.
+
+    The logits of all positives of a row sum to one product with the sum of their embeddings: O(M D), however many there
+    are. In the gradient the positives are subtracted from the softmax before either is rounded, so likely positives
+    leave a difference as exact as float32, in 16 bits too. Autocast and determinism as for ``similarity_lse``.
     """
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
     (z,), matmul_dtype = autocast_inputs(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
-    # A label goes by where it starts among the sorted ones, and has as many rows as lie before the next: no host sync.
+    # The group of a label is its first place among the sorted ones, found without a host sync.
     ordered = labels.sort().values
     first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
     count = past - first - 1
@@ -90,8 +122,10 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
 
 
 class InfoNCELoss(nn.Module):
-    """``info_nce`` with its options: the loss of VITO and MoCLR (groups: the same video is no negative), of
-    DetCon-B (positives (M, P) among the regions of both views), of any queries against any keys.
+    """``info_nce`` as a module. With groups it is the loss of VITO and MoCLR; with positives (M, P) that of DetCon-B.
+
+    Args:
+        temperature, label_smoothing, hard_negatives, debias, reduction: as for ``info_nce``.
 
     ``forward(q (M, D), k (N, D), positive=None, q_group=None, k_group=None)``.
     """
@@ -133,9 +167,15 @@ class InfoNCELoss(nn.Module):
 
 
 class MoCoLoss(nn.Module):
-    """``moco_loss`` with its queue, a buffer (``queue_size``, ``width``) of unit vectors. In training mode
-    ``forward(q (M, width), k (M, width))`` puts the keys (already normalized, at most ``queue_size`` of them) in place
-    of the oldest ones, after the loss.
+    """``moco_loss`` with its queue, a buffer of unit vectors.
+
+    In training mode ``forward(q (M, width), k (M, width))`` replaces the oldest keys by k after the loss. k must be
+    normalized and have at most ``queue_size`` rows.
+
+    Args:
+        width: D.
+        queue_size: keys in the queue, random at first.
+        temperature, reduction: as for ``moco_loss``.
     """
 
     queue: Tensor
@@ -163,7 +203,7 @@ class MoCoLoss(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
-        """Puts keys (B, width), B <= queue_size, in place of the oldest ones."""
+        """Replaces the oldest keys by k (B, width), B <= queue_size."""
         check_pair(k, self.queue[:1].to(k.dtype) if isinstance(k, Tensor) else k, ("k", "queue"))
         size = self.queue.shape[0]
         if k.shape[0] > size:

@@ -1,11 +1,11 @@
-"""Rows to unit length, one kernel each way: what stands before a contrastive loss.
+"""Rows to unit length, one kernel each way: the step before a contrastive loss.
 
-    u  = x / max(|x|, 1e-12)                                            as torch.nn.functional.normalize(x, dim=1)
-    dx = (g - u (u . g)) / |x|,  g / 1e-12 where |x| is smaller
+    u  = x / max(|x|, 1e-12)                                        torch.nn.functional.normalize(x, dim=1)
+    dx = (g - u (u . g)) / |x|,  g / 1e-12 if |x| is smaller
 
-PyTorch takes three kernels forward and fourteen back, at a few thousand rows longer than the loss itself, and rounds
-bfloat16 lengths before it divides. Here everything between input and output is float32 (float64 for float64). A
-program owns whole rows: deterministic.
+x (M, D) float32, bfloat16 or float16. PyTorch takes three kernels forward and fourteen back, at a few thousand rows
+longer than the loss itself, and rounds bfloat16 lengths before it divides. Here everything between input and output is
+float32 (float64 for float64). A program owns whole rows: deterministic.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, 
 if TYPE_CHECKING:
     import triton.language as tl
 
-SHORTEST = 1e-12
+MIN_LENGTH = 1e-12
 
 
 @jit
-def normalize_fwd_kernel(x, out, M, D, stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def normalize_fwd_kernel(x, out, M, D, stride, MIN_LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None]
     inside = (row < M) & (column < D)
     own = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt_rn(tl.sum(own * own, 1)), SHORTEST)[:, None]
+    length = tl.maximum(tl.sqrt_rn(tl.sum(own * own, 1)), MIN_LENGTH)[:, None]
     tl.store(out + row * D + column, tl.div_rn(own, length).to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def normalize_bwd_kernel(
-    gradient, x, out, M, D, g_stride, x_stride, SHORTEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    gradient, x, out, M, D, g_stride, x_stride, MIN_LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None]
@@ -45,9 +45,9 @@ def normalize_bwd_kernel(
     own = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
     length = tl.sqrt_rn(tl.sum(own * own, 1))[:, None]
-    divisor = tl.maximum(length, SHORTEST)
+    divisor = tl.maximum(length, MIN_LENGTH)
     unit = tl.div_rn(own, divisor)
-    along = tl.where(length < SHORTEST, 0.0, tl.sum(unit * g, 1)[:, None])
+    along = tl.where(length < MIN_LENGTH, 0.0, tl.sum(unit * g, 1)[:, None])
     dx = (g - unit * along) / divisor
     tl.store(out + row * D + column, dx.to(out.dtype.element_ty), mask=inside)
 
@@ -57,7 +57,7 @@ def launch_normalize(x: Tensor) -> Tensor:
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
     width, rows = program_shape(D)
     with on_device(x):
-        normalize_fwd_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), SHORTEST, width, rows)
+        normalize_fwd_kernel[(cdiv(M, rows),)](x, out, M, D, x.stride(0), MIN_LENGTH, width, rows)
     return out
 
 
@@ -67,7 +67,7 @@ def launch_normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
     width, rows = program_shape(D)
     with on_device(x):
         normalize_bwd_kernel[(cdiv(M, rows),)](
-            gradient, x, out, M, D, gradient.stride(0), x.stride(0), SHORTEST, width, rows
+            gradient, x, out, M, D, gradient.stride(0), x.stride(0), MIN_LENGTH, width, rows
         )
     return out
 
@@ -91,8 +91,8 @@ def normalize_backward_op(gradient: Tensor, x: Tensor) -> Tensor:
         return launch_normalize_backward(gradient, x)
     g, wide = _wide(gradient), _wide(x)
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    short = length < SHORTEST
-    unit = wide / length.clamp_(min=SHORTEST)
+    short = length < MIN_LENGTH
+    unit = wide / length.clamp_(min=MIN_LENGTH)
     along = (unit * g).sum(1, keepdim=True).masked_fill_(short, 0)
     return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype).contiguous()
 
@@ -121,11 +121,22 @@ apply_backward = refuse_double_backward(normalize_backward_op)
 
 
 def normalize(x: Tensor) -> Tensor:
-    """The rows of x (M, D) divided by their Euclidean length, or by 1e-12 where that is smaller; in the dtype of x.
+    """Rows of x divided by their Euclidean length, or by 1e-12 if that is larger.
 
-    Equivalent: ``torch.nn.functional.normalize(x, dim=1)``. x is float32, bfloat16, float16 or float64, its rows may be
-    strided. Rounded once. Deterministic; double backward raises RuntimeError. Raises ValueError or TypeError for a
-    wrong shape or dtype.
+    Equivalent: ``torch.nn.functional.normalize(x, dim=1)``, rounded once.
+
+    Args:
+        x: (M, D) float32, bfloat16, float16 or float64; rows may be strided.
+
+    Returns:
+        (M, D) in the dtype of x.
+
+    Raises:
+        ValueError: a wrong shape.
+        TypeError: a wrong dtype.
+        RuntimeError: in double backward.
+
+    Deterministic.
     """
     check_pair(x, x, ("x", "x"))
     return apply_normalize(x)

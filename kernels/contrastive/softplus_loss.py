@@ -1,12 +1,11 @@
-"""How far the negatives of a query come up to its positives: where the contrastive losses end.
+"""The end of the contrastive losses: softplus of the negatives' log-sum-exp minus the positive's logit.
 
-    margin_i = mean over p of softplus(lse_i - logit_ip),     softplus(x) = log(1 + e^x)
+    loss_i = mean over p of softplus(lse_i - logit_ip),     softplus(x) = log(1 + e^x)
 
-of log-sum-exps in two parts (``cpu.split_sum``) and logits in units of log 2, whose difference may be small,
-
-which is -log of the positive's share among itself and the negatives; in a loss of two sides it is the mean of that of
-the pair's row and that of its column. One kernel each way, in place of ten of PyTorch's that take longer than the
-products of a few thousand rows. Elementwise, deterministic, in float32 (float64 for float64).
+That is -log of the positive's share among itself and the negatives. A two-sided loss takes the mean over the pair's row
+and its column. lse comes in two parts (``terms.split_sum``), since a difference of large logits may be small; lse and
+logits are in units of log 2. One kernel each way replaces ten of PyTorch's, which at a few thousand rows take
+longer than the products. Elementwise, deterministic, float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ ROWS = 256  # of a program
 @jit
 def _softplus(x):
     e = tl.exp(-tl.abs(x))
-    u = 1.0 + e  # log(1 + e) to its last bit also where e is small: what u lost, u - 1 lost as well
+    u = 1.0 + e  # log(1 + e) to its last bit also where e is small: u - 1 has lost what u lost
     return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @jit
 def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))  # which cannot overflow
+    e = tl.exp(-tl.abs(x))  # cannot overflow
     return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
 
 
@@ -123,7 +122,7 @@ def _count(sides: Sides) -> int:
 def softplus_loss_op(
     lse2: Tensor, lse_residual: Tensor, second: Tensor | None, second_residual: Tensor | None, logits: Tensor
 ) -> Tensor:
-    """See ``softplus_loss``."""
+    """As ``softplus_loss``."""
     sides = lse2, lse_residual, second, second_residual
     if use_triton(lse2):
         return launch_softplus_loss(sides, logits)
@@ -144,7 +143,7 @@ def softplus_loss_backward_op(
     second_residual: Tensor | None,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(of lse2 (M,), of the logits (M, P), of ``second`` (M,) or empty) where ``gradient`` (M,) arrives."""
+    """Gradients of lse2 (M,), of the logits (M, P), and of ``second``, (M,) or (0,)."""
     sides = lse2, lse_residual, second, second_residual
     if use_triton(lse2):
         return launch_softplus_loss_backward(gradient, sides, logits)
@@ -159,7 +158,7 @@ def _(gradient, lse2, lse_residual, second, second_residual, logits):
 
 
 def _over_logits(sides: Sides, logits: Tensor) -> Tensor:
-    """(sides, M, P): how far each log-sum-exp lies above each logit of its row, in natural units."""
+    """(sides, M, P): each log-sum-exp minus each logit of its row, in natural units."""
     lse2, lse_residual, second, second_residual = sides
     over = [(lse2[:, None] - logits).add_(lse_residual[:, None])]
     if second is not None and second_residual is not None:
@@ -190,8 +189,14 @@ def softplus_loss(
     second: Tensor | None = None,
     second_residual: Tensor | None = None,
 ) -> Tensor:
-    """The margins (M,) of lse2 (M,), and the lse_residual that it rounds away (M,), over logits (M, P), all in units
-    of log 2;
-    with ``second`` (M,) and its lse_residual, another side's lse2, the mean of both.
+    """The loss of each row, of one side or of two.
+
+    Args:
+        lse2, lse_residual: (M,), the log-sum-exp of the negatives and its rounding residual, in units of log 2.
+        logits: (M, P), of the positives, in units of log 2.
+        second, second_residual: (M,), the log-sum-exp of another side; the result is the mean over both.
+
+    Returns:
+        (M,), in natural units.
     """
     return apply_softplus_loss(lse2, lse_residual, second, second_residual, logits)

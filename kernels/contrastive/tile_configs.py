@@ -1,12 +1,11 @@
-"""Tiles: their sizes on each family of GPUs, and matrices as kernels read them by tiles.
+"""Tile sizes for each family of GPUs, and matrices as kernels read them by tiles.
 
-D is cut into chunks of W columns and one narrower TAIL, each a power of two, so that D = 192 costs 128 + 64 and not
-256. A matrix is read through pointers or, on sm_90 and sm_100, through tensor descriptors, whose copies no thread has
-to address.
+D is cut into chunks of W columns and one narrower TAIL, each a power of two: D = 192 costs 128 + 64, not 256. A matrix
+is read through pointers or, on sm_90 and sm_100, through tensor descriptors, whose copies no thread has to address.
 
-Float32 matrices are split into bfloat16 parts, x = x1 + x2 + x3 to its last bit, which lie side by side in one matrix:
-tensor cores have no float32, and six products of parts (those beyond 2^-24 are left out) take a fraction of the time
-of one on the plain arithmetic units.
+float32 matrices are split into bfloat16 parts, x = x1 + x2 + x3 to its last bit, side by side in one matrix. Tensor
+cores have no float32, and six products of parts (without those beyond 2^-24) take a fraction of the time of one on the
+plain arithmetic units.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Tile:
 
 
 # Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 256 columns,
-# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4). What most of them do at such widths
-# goes by ``large_dim``; float32 in one part, the mean of float16, and what is repeated, do not.
+# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4). ``large_dim`` does most of the work
+# at such widths; float32 in one part, the mean of float16, and repeated blocks remain.
 WIDE = {
     80: {1024: Tile(32, 32, 128, 4, 2, out_columns=256)},
     89: {512: Tile(32, 32, 128, 4, 2, out_columns=256), 1024: Tile(32, 16, 128, 4, 2, out_columns=256)},
@@ -56,7 +55,7 @@ WIDE = {
     100: {1024: Tile(64, 16, 256, 8, 2, out_columns=256)},
 }
 
-# All 512 columns of the mean fit the registers of sm_80 only while nothing is hidden and nothing rescaled. They would
+# All 512 columns of the mean fit the registers of sm_80 only while nothing is masked and nothing rescaled. They would
 # be all of sm_100's tensor memory, which the logits need as well: two launches.
 MASKED_80 = {
     64: Tile(128, 64, 64, 8, 2, 8),
@@ -68,9 +67,9 @@ MASKED_80 = {
 }
 
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
-# of the compiled kernels. Keys: family of GPUs and pass; then the largest D that a tile supports. "mean" and "lse" are
-# the forward pass with and without the keys' mean. A pass has a row of its own for the online variant, or for the fixed
-# one with masks anywhere ("masked"), where that needs another tile; it has the same chunks.
+# of the compiled kernels. Keys: family of GPUs and pass; then the largest D of a tile. "mean" and "lse" are the forward
+# pass with and without the keys' mean. The online variant, or the fixed one with masks anywhere ("masked"), has a row
+# of its own if it needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
@@ -91,9 +90,9 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         **WIDE[80],
     },
     (80, "two_sided"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(64, 64, 256, 8, 2), **WIDE[80]},
-    # 99 KB a block. Of the tiles that fit and spill nothing, those whose warps compute no product twice, as eight warps
-    # do with 64 x 32; beyond D = 256 none is left, and what ``large_dim`` leaves over (float16's mean, pulls, what is
-    # repeated) makes do. On sm_120 descriptors spill where pointers do not.
+    # 99 KB a block. Of the tiles that fit and do not spill, those whose warps compute no product twice, as eight warps
+    # do with 64 x 32. Beyond D = 256 none is left, and float16's mean, SupCon and repeated blocks make do. On sm_120
+    # descriptors spill where pointers do not.
     (89, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
         128: Tile(128, 64, 128, 8, 2, 8),
@@ -204,7 +203,7 @@ ALIKE = {86: 89, 87: 80, 103: 100, 110: 100, 120: 89, 121: 89}  # no tensor memo
 
 
 def family() -> int:
-    """The GPUs whose tiles this one takes, as 80, 89, 90 or 100; 0 in the interpreter."""
+    """The family of GPUs whose tiles this one takes: 80, 89, 90 or 100; 0 in the interpreter."""
     return 0 if interpreting() else _family(arch())
 
 
@@ -230,9 +229,11 @@ def _matmul_precision() -> str:
 
 
 def precision(dtype: torch.dtype, D: int) -> str:
-    """How products are taken. Float32 ones by ``torch.get_float32_matmul_precision``: "highest" in three bfloat16 parts
-    (six products, to float32's last bit), "high" (or ``torch.backends.cuda.matmul.fp32_precision = "tf32"``) in two
-    (three products, 16 bits), "medium" in one.
+    """How products are taken: "native", "bf16x6", "bf16x3", "ieee", or "widened" in the interpreter.
+
+    float32 follows ``torch.get_float32_matmul_precision``: "highest" takes three bfloat16 parts (six products, float32
+    to its last bit), "high" (or ``torch.backends.cuda.matmul.fp32_precision = "tf32"``) two (three products, 16 bits),
+    "medium" one.
     """
     if interpreting():
         return "widened"
@@ -243,14 +244,14 @@ def precision(dtype: torch.dtype, D: int) -> str:
 
 
 class Matrix:
-    """What launches read: rows whose elements are neighbors, and, once one of them asks, the parts of float32."""
+    """A matrix with contiguous rows, and the bfloat16 parts of float32 once a launch asks for them."""
 
     def __init__(self, x: Tensor):
         self.tensor = rows_contiguous(x)
         self._parts: Tensor | None = None
 
     def parts(self, width: int, count: int) -> Tensor:
-        """``split``, which the launches that follow find done."""
+        """``split``, done once for all launches."""
         if self._parts is None or self._parts.shape[1] != count * width:
             self._parts = split(self.tensor, width, count)
         return self._parts
@@ -262,9 +263,7 @@ def matrices(x: Tensor, y: Tensor) -> tuple[Matrix, Matrix]:
 
 
 class Operand:
-    """A matrix as a kernel reads it: how its columns are cut, in which parts, and by what (pointers or descriptors) it
-    is addressed.
-    """
+    """A matrix as one kernel reads it: column chunks, parts, and pointers or descriptors."""
 
     def __init__(self, source: Matrix, rows: int, tile: Tile):
         x, D = source.tensor, source.tensor.shape[1]
@@ -290,7 +289,7 @@ class Operand:
 
 @jit
 def split_bf16_kernel(x, out, stride, D, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. Beyond 2^67, where products of the small parts alone could overflow, there is only the first."""
+    """One row. Beyond 2^67, products of the small parts alone could overflow: there is only the first part."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     rest = tl.load(x + row * stride + column, mask=column < D, other=0.0)
@@ -317,7 +316,7 @@ def chunk_width(D: int, tile: Tile) -> int:
 
 
 def products(dtype: torch.dtype, D: int) -> int:
-    """Products of parts for each product of numbers, in an inspection."""
+    """Products of parts for each product of numbers."""
     parts = PARTS.get(precision(dtype, D), 1) if dtype == torch.float32 else 1
     return parts * (parts + 1) // 2
 

@@ -1,5 +1,6 @@
-"""Contrastive losses whose negatives lie on all ranks of a process group."""
+"""Contrastive losses and batch norm over all ranks of a process group."""
 
 from .losses import PendingKeys, gather_keys, global_clip_loss, global_info_nce, global_ntxent
+from .sync_batch_norm import sync_batch_norm
 
-__all__ = ["PendingKeys", "gather_keys", "global_clip_loss", "global_info_nce", "global_ntxent"]
+__all__ = ["PendingKeys", "gather_keys", "global_clip_loss", "global_info_nce", "global_ntxent", "sync_batch_norm"]

@@ -1,6 +1,6 @@
-"""Rows of all ranks, whose batches may differ in size: how many there are, gathering them, gradients back.
+"""Rows of all ranks, whose batches may differ in size: their sizes, a gather, and the gradients back.
 
-Where ranks hold different numbers of rows, each is padded to the largest: one collective whatever the sizes.
+Rows are padded to the largest batch if sizes differ: one collective for any sizes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 Group = Any  # torch.distributed.ProcessGroup, or None for the default one
 
 
-# Newer torch warns of the name that torch 2.11 knows.
+# Newer torch deprecates the name of torch 2.11.
 gather_rows: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list[int]:
-    """How many rows each rank holds. Stops the host: where batches are equal or known, pass ``sizes`` instead."""
+    """Rows of each rank. Stops the host; pass ``sizes`` if batches are equal or known."""
     mine = torch.tensor([rows], device=device)
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group=group)
@@ -28,7 +28,7 @@ def exchange_sizes(rows: int, device: torch.device, group: Group = None) -> list
 
 
 def checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]:
-    """``sizes``, or what the ranks tell each other. ValueError where they contradict x (B, ...) or the ranks."""
+    """``sizes``, or by default those that the ranks exchange. ValueError if they contradict x (B, ...) or the ranks."""
     if sizes is None:
         return exchange_sizes(x.shape[0], x.device, group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -43,21 +43,21 @@ def checked_sizes(x: Tensor, sizes: list[int] | None, group: Group) -> list[int]
 
 
 def start_gather(x: Tensor, sizes: list[int], group: Group = None) -> tuple[Tensor, Any]:
-    """Where x (B, ...) of all ranks will be, (ranks, largest size, ...) padded rows, and the transfer under way."""
+    """(padded rows of all ranks, (ranks, largest size, ...), filled when the transfer ends; the transfer)."""
     padded = _padded(x, [len(x)], max(sizes))
     out = x.new_empty(len(sizes) * max(sizes), *x.shape[1:])
     return out.unflatten(0, (len(sizes), -1)), gather_rows(out, padded, group=group, async_op=True)
 
 
 def without_padding(x: Tensor, sizes: list[int]) -> Tensor:
-    """(N, ...) rows in the order of ranks, of the padded ones of ``start_gather``."""
+    """(N, ...) rows in the order of ranks."""
     if min(sizes) == max(sizes):
         return x.flatten(0, 1)
     return torch.cat([part[:size] for part, size in zip(x, sizes, strict=True)])
 
 
 def _padded(x: Tensor, sizes: list[int], largest: int) -> Tensor:
-    """Parts of ``sizes`` rows, one after the other in x, each with rows of zeros up to the largest."""
+    """Parts of ``sizes`` rows in x, each with rows of zeros up to the largest."""
     if min(sizes) == largest:
         return x.contiguous()
     out = x.new_zeros(len(sizes), largest, *x.shape[1:])
@@ -67,7 +67,7 @@ def _padded(x: Tensor, sizes: list[int], largest: int) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward: the gradients that all ranks found for this rank's rows, added up."""
+    """All ranks' rows. Backward sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
@@ -82,7 +82,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The sum over ranks of what each holds for this rank's rows: the adjoint of ``_Gather``, as that is of this.
+    """The sum over ranks of the values for this rank's rows: the adjoint of ``_Gather``.
+
     Rounded to 16 bits once, not at each addition.
     """
 
@@ -90,7 +91,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
         rank, wide = dist.get_rank(group), x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.device.type == "cpu":  # gloo's own reduce-scatter is young, and half of little traffic is saved there
+        if x.device.type == "cpu":  # gloo's own reduce-scatter is young and saves little
             total = wide.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=group)
             return total.split(sizes)[rank].to(x.dtype)

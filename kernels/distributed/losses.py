@@ -1,23 +1,21 @@
-"""The losses across ranks: every rank sees every other rank's keys, and gradients are those of one process with the
-batch.
+"""Contrastive losses over the batches of all ranks; gradients are those of one process with the whole batch.
 
-Each function takes a rank's rows and returns the rank's share of the loss of the whole batch,
-``ranks / rows of the batch * sum over its own rows``, so that the *mean over ranks* of the shares, and of their
-gradients (which is what ``DistributedDataParallel`` takes), is the loss and its gradient. Ranks may hold different
-numbers of rows.
+Each function takes a rank's rows and returns ``ranks / rows of the whole batch * sum over the rank's rows``. The *mean
+over ranks* of these shares is the loss, and the mean of their gradients, which ``DistributedDataParallel`` computes, is
+its gradient. Ranks may hold different numbers of rows.
 
-Keys without gradient are gathered asynchronously: start with ``gather_keys`` as soon as the target network has made
-them, run the online network, and hand the handle to ``global_info_nce``. Keys with gradient are gathered when they
-are used, and their gradients go back summed over ranks.
+Keys without gradient are gathered asynchronously. Call ``gather_keys`` as soon as the target network has made them, run
+the online network, and pass the handle to ``global_info_nce``. Keys with gradient are gathered when they are used, and
+their gradients return summed over ranks.
 
-``exchange`` says how keys come to the ranks, with the same result. ``"gather"``: one collective, which can run beside
-the online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank
-while the previous block is worked on (``.ring``); a rank holds two blocks beside its own, 2 B D, and runs
-many small passes in place of one. Forward traffic is the same; for keys with gradient the ring sends them again in the
-backward pass. Choose the ring where gathered keys do not fit.
+``exchange`` chooses how keys reach the ranks, with the same result. ``"gather"``: one collective, which can overlap the
+online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank during
+the work on the previous block. A rank holds two blocks beside its own, 2 B D, and runs many small passes. Forward
+traffic is the same; for keys with gradient the ring sends them again in the backward pass. Choose the ring if the
+gathered keys do not fit.
 
-Dtypes, errors and autocast as for ``info_nce``, ``clip_loss`` and ``ntxent``. Deterministic where the collectives are:
-sums are in the order of the ranks. No second derivative: double backward raises RuntimeError.
+Dtypes, errors and autocast as for ``info_nce``, ``clip_loss`` and ``ntxent``. Deterministic if the collectives are:
+sums are in the order of the ranks. Double backward raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ from vito_kernels.distributed.collectives import Group, checked_sizes, gather_wi
 
 @dataclass
 class PendingKeys:
-    """Keys on their way from all ranks; the tensors are there after ``wait``."""
+    """The handle of ``gather_keys``: keys of all ranks, in transfer until ``wait``."""
 
     padded: Tensor
     padded_ids: Tensor | None
@@ -74,10 +72,19 @@ class PendingKeys:
 def gather_keys(
     k: Tensor, ids: Tensor | None = None, *, group: Group = None, sizes: list[int] | None = None
 ) -> PendingKeys:
-    """Starts to gather locked keys k (B, D), and an id (B,) for each (its video, say), and returns at once.
+    """Starts to gather keys without gradient, and returns at once.
 
-    ``sizes``: rows of every rank; without it the ranks ask each other first, which stops the host. Raises ValueError
-    where the keys require grad: give them to ``global_info_nce`` themselves.
+    Args:
+        k: (B, D), this rank's keys.
+        ids: (B,) int64 or int32, an id for each key, such as its video.
+        group: the process group, by default the default one.
+        sizes: rows of every rank. Without it the ranks exchange them first, which stops the host.
+
+    Returns:
+        A handle; its ``wait()`` gives keys (N, D) and ids (N,) or None, in the order of ranks.
+
+    Raises:
+        ValueError: the keys require grad (pass them to ``global_info_nce``), or ``sizes`` contradicts k.
     """
     check_pair(k, k, ("k", "k"))
     check_no_grad("k", k)
@@ -107,12 +114,21 @@ def global_info_nce(
     sizes: list[int] | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """This rank's share of ``info_nce`` over all ranks' queries and keys; query i's positive is this rank's key i.
+    """This rank's share of ``info_nce`` over all ranks; the positive of query i is this rank's key i.
 
-    q (B, D); k (B, D), with or without gradient, or the handle of ``gather_keys``, which brings ``k_group`` as its ids.
-    ``q_group``, ``k_group`` (B,) as in ``info_nce``; the group of a video must be the same number on every rank.
-    ``exchange``: "gather" or "ring", see above; a handle is gathered already. Raises ValueError or TypeError as
-    ``info_nce``, and where a handle comes with what it holds itself: ``k_group``, ``group``, ``sizes``.
+    Args:
+        q: (B, D).
+        k: (B, D), with or without gradient, or the handle of ``gather_keys``, whose ids are ``k_group``.
+        temperature: as for ``info_nce``.
+        q_group, k_group: (B,) as for ``info_nce``. A video must have the same number on every rank.
+        group, sizes: as for ``gather_keys``.
+        exchange: "gather" or "ring" (see the module); a handle is gathered already.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError, TypeError: as ``info_nce``, and for ``k_group``, ``group`` or ``sizes`` beside a handle.
     """
     check_exchange(exchange)
     scale = inverse_temperature(temperature)
@@ -155,11 +171,22 @@ def global_clip_loss(
     sizes: list[int] | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """This rank's share of ``clip_loss`` over all ranks' pairs; x (B, D), y (B, D).
+    """This rank's share of ``clip_loss`` over all ranks' pairs.
 
-    A rank takes its rows of the matrix of logits, against y of all ranks: 1 / ranks of the work of one process. Its
-    columns are finished by a log-sum-exp over ranks, of one number for each column. ``exchange``: "gather" or "ring",
-    see above; it is y that is exchanged.
+    Args:
+        x, y: (B, D), row i of one belongs to row i of the other.
+        scale: the inverse temperature.
+        group, sizes: as for ``gather_keys``.
+        exchange: "gather" or "ring" (see the module), of y.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError, TypeError: as ``clip_loss``.
+
+    A rank takes its rows of the matrix of logits against y of all ranks: 1 / ranks of the work of one process. A
+    log-sum-exp over ranks, of one number a column, finishes its columns.
     """
     check_paired(x, y, ("x", "y"))
     check_exchange(exchange)
@@ -186,7 +213,19 @@ def _logsumexp(parts: Tensor) -> Tensor:
 def global_ntxent(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
 ) -> Tensor:
-    """This rank's share of ``ntxent`` over all ranks' samples, gathered; z1 (B, D), z2 (B, D)."""
+    """This rank's share of ``ntxent`` over all ranks' samples, gathered.
+
+    Args:
+        z1, z2: (B, D).
+        temperature: as for ``ntxent``.
+        group, sizes: as for ``gather_keys``.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError, TypeError: as ``ntxent``.
+    """
     check_paired(z1, z2, ("z1", "z2"))
     scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)

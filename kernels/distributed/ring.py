@@ -1,12 +1,11 @@
-"""The losses' log-sum-exps across ranks with keys that pass round a ring: no rank ever holds all of them.
+"""Log-sum-exps over all ranks with keys that pass round a ring: no rank ever holds all of them.
 
-Ranks show each other blocks of rows. A block visits the ranks one after the other, the next one on its way while the
-present one is worked on, so a rank holds two visiting blocks beside its own: O(B D) memory, where gathered keys take
-O(N D). What visits add up for a block's owner (its gradient, the sums of its columns) follows one hop behind it and
-comes home at the end.
+A block of rows visits the ranks one after the other. The next block is in transfer during the work on this one, so a
+rank holds two visiting blocks beside its own: O(B D) memory, where gathered keys take O(N D). Results for the owner of
+a block (its gradient, the sums of its columns) follow one hop behind and arrive at the end.
 
-Locked keys travel once. Keys with gradient travel again in the backward pass, and their gradients behind them, in the
-precision of the sums. Sums are merged in the order of the visits: deterministic.
+Keys without gradient travel once. Keys with gradient travel again in the backward pass, and their gradients behind
+them, in float32. Sums are merged in the order of the visits: deterministic.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
 
-Rows = tuple[Tensor, ...]  # each of as many rows as a rank has
+Rows = tuple[Tensor, ...]  # each with the rows of one rank
 
 
 @dataclass
 class _Transfer:
-    """Rows on their way to the next rank, and the previous rank's on their way here."""
+    """Rows in transfer to the next rank, and from the previous one."""
 
     sent: Rows  # held until it is done
     received: Rows
@@ -54,8 +53,9 @@ class _Ring:
         return cls(sizes, dist.get_rank(group), group)
 
     def _send_recv(self, rows: Rows, coming: int, tag: int) -> _Transfer:
-        """Starts to send ``rows`` to the next rank and to receive those of as many tensors of ``coming`` rows; ``tag``
-        keeps blocks apart from what follows them.
+        """Starts to send ``rows`` to the next rank, and to receive tensors of ``coming`` rows from the previous one.
+
+        ``tag`` keeps blocks apart from the results that follow them.
         """
         ranks = len(self.sizes)
         if ranks == 1 or not rows:
@@ -77,8 +77,7 @@ class _Ring:
     ) -> Rows:
         """Calls ``visit(block, own)`` with the block of every rank, this rank's first.
 
-        What it returns is for the block's owner: merged with that of the other ranks, it is what ``travel`` returns
-        there. Without ``merge`` nothing comes home.
+        Returns the results of all visits to this rank's block, combined by ``merge``; without ``merge`` nothing.
         """
         ranks = len(self.sizes)
         results = None

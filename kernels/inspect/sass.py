@@ -1,4 +1,4 @@
-"""Reads a compiled kernel: registers, spills, what its main loop is made of. The disassembler is in Triton's wheel."""
+"""Reads a compiled kernel: registers, spills, instructions of its main loop. The disassembler is in Triton's wheel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = (  # of instructions, the first that matches
 
 @dataclass(frozen=True)
 class Binary:
-    """What a cubin with one kernel shows."""
+    """Figures of a cubin with one kernel."""
 
     registers: int
     stack_bytes: int

@@ -1,15 +1,13 @@
 """The CPU path of :mod:`vito_kernels.photometric`: one image at a time, in buffers that stay in the second-level cache.
 
-A 224-pixel image is three float32 planes of 200 kB, so that every operation below is a vectorized pass over data in the
-cache and costs microseconds. Each operator divides it among PyTorch's threads: a thread for each image, which was
-tried, spends what that saves on waiting for the interpreter's lock. Buffers are kept between calls: to touch new memory
-takes as long as an image does. What makes it fast besides:
+A 224-pixel image is three float32 planes of 200 kB, so every operation is a vectorized pass over data in the cache and
+costs microseconds. Each operator divides it among PyTorch's threads; a thread for each image loses as much to the
+interpreter's lock. Buffers are kept between calls, since to touch new memory takes as long as an image.
 
 - HSV is never formed. With V and C the largest channel and the largest minus the smallest, saturation times f moves
-  every channel to ``V - (V - x) min(f, V / C)``; hue goes by the identity in ``_Color._hue``, which needs no
-  comparison and no branch.
-- Blur is two banded matrix products: 16 output rows (then columns) at a time need 16 + 2 radius input rows, and all
-  these blocks share one small Toeplitz matrix. Taps below 2^-24 of the center are left out, so small sigmas cost less.
+  every channel to ``V - (V - x) min(f, V / C)``. Hue takes the identity in ``_Color._hue``, without a branch.
+- Blur is two banded matrix products. 16 output rows (then columns) need 16 + 2 radius input rows, and all these blocks
+  share one small Toeplitz matrix. Taps below 2^-24 of the center are left out, so small sigmas cost less.
 - A gray image is blurred and solarized as one plane.
 """
 
@@ -24,9 +22,9 @@ from torch import Tensor
 from ..reference.photometric import GRAY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
-FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has made the default
-KEPT_PIXELS = 1 << 18  # of an image and its padding; the 16 planes of a larger one are made anew for each call
-TINY = 1e-30  # stands for a chroma of zero, where any finite quotient gives the same color
+FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not the caller's default
+MAX_CACHED_PIXELS = 1 << 18  # of an image and its padding; the 16 planes of a larger one are made anew for each call
+TINY = 1e-30  # for a chroma of zero, where any finite quotient gives the same color
 
 
 def photometric(
@@ -68,16 +66,16 @@ class _Augment:
         return torch.sub(x, mean_C11, out=self.color.planes).div_(std_C11)
 
 
-_kept = local()
+_cached = local()
 
 
 def _augment(height: int, width: int, radius: int) -> _Augment:
     """This thread's: the one of its last call, if the size is the same."""
-    augment = getattr(_kept, "augment", None)
+    augment = getattr(_cached, "augment", None)
     if augment is None or augment.size != (height, width, radius):
         augment = _Augment(height, width, radius)
-        if (height + 2 * radius) * (width + 2 * radius) <= KEPT_PIXELS:
-            _kept.augment = augment
+        if (height + 2 * radius) * (width + 2 * radius) <= MAX_CACHED_PIXELS:
+            _cached.augment = augment
     return augment
 
 

@@ -1,11 +1,10 @@
 """Photometric augmentation of a batch: jitter in each image's own order, gray, blur, solarize, normalize.
 
 Equivalent to ``vito_kernels.reference.photometric``, the color chain of BYOL and DetCon, on (B, H, W, 3) uint8 images
-and a (B, 8) table of parameters. On a GPU four launches do it, whatever the parameters' values: partial sums of the
-channels as they are when contrast needs their means; color; and two passes of the blur, which only the images that
-have one take part in. An image without blur is read once or twice as bytes and written once. Nothing depends on values
-on the host, so the op can be captured in a CUDA graph. Deterministic: no atomics, sums in a fixed order. Not
-differentiable.
+and a (B, 8) table of parameters. A GPU takes four launches, whatever the parameters: partial sums of the channels, for
+contrast; color; and two passes of the blur, which only blurred images take part in. An image without blur is read once
+or twice as bytes and written once. Nothing depends on values on the host, so a CUDA graph can capture the op.
+Deterministic: no atomics, sums in a fixed order. Not differentiable.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ REACH = math.sqrt(48 * math.log(2))  # taps beyond REACH * sigma are below 2^-24
 
 @jit
 def load_jitter(table, b):
-    """One image's jitter; an order that is no rank counts as none. (Triton keeps the name ``params`` for itself.)"""
+    """One image's jitter; an invalid order counts as none. (Triton reserves the name ``params``.)"""
     row = table + b * 8
     order = tl.load(row + 4)
     order = tl.where((order >= 0) & (order <= 23), order, -1.0).to(tl.int32)
@@ -144,7 +143,7 @@ def finish(x, threshold, valid, mean, std):
 
 @jit
 def photometric_sums_kernel(images, table, sums, pixels, SPLITS: tl.constexpr, PIXELS: tl.constexpr):
-    """A program adds up one split of one image, taken through the operations that come before contrast."""
+    """A program sums one split of one image, after the operations that precede contrast."""
     b_id = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     brightness, contrast, saturation, hue, order = load_jitter(table, b_id)

@@ -1,6 +1,4 @@
-"""The specification of every op: plain PyTorch, the same names and arguments, differentiable by autograd, any float
-dtype.
-"""
+"""The specification of every op: plain PyTorch, the same names and arguments, differentiable, any float dtype."""
 
 from .batch_norm import batch_norm
 from .contrastive import clip_loss, info_nce, lit_loss, moco_loss, normalize, ntxent, similarity_lse, supcon_loss

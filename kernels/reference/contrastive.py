@@ -1,4 +1,4 @@
-"""The contrastive losses over the full matrix of logits, as one would write them without regard to memory.
+"""The contrastive losses over the full matrix of logits.
 
 Sources: InfoNCE: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4. CLIP: Radford et al. 2021 (arXiv 2103.00020),
 fig. 3. NT-Xent: Chen et al. 2020 (arXiv 2002.05709), eq. 1.

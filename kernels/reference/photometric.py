@@ -1,11 +1,11 @@
 """Specification of the photometric augmentations in plain PyTorch: the color chain of BYOL and DetCon, image by image.
 
 Formulas: ``byol/utils/augmentations.py`` of google-deepmind/deepmind-research (2020) and ``utils/augmentations.py`` of
-google-deepmind/detcon (2021), which agree. What is easily got wrong, and settled there:
+google-deepmind/detcon (2021), which agree. Details that are easily wrong:
 
 - every jitter operation is followed by its own clip to [0, 1], not only the whole jitter;
-- brightness adds a delta; contrast scales about the mean of each channel *at that point of the order*;
-- saturation and hue go through HSV: s is scaled and clipped to [0, 1], h is shifted modulo one turn;
+- brightness adds a delta; contrast multiplies about the mean of each channel *at that point of the order*;
+- saturation and hue go through HSV: s is multiplied and clipped to [0, 1], h is shifted modulo one turn;
 - gray is 0.2989 R + 0.5870 G + 0.1140 B;
 - blur is separable and zero-padded ('SAME'), so borders darken; its radius is ``int(height / 10 / 2)``,
   whatever sigma is;

@@ -72,7 +72,7 @@ def test_rows_are_split_when_there_are_few(device, monkeypatch):
     import importlib
 
     module = importlib.import_module("vito_kernels.attention_pool")
-    monkeypatch.setattr(module, "processors", lambda device: 16)
+    monkeypatch.setattr(module, "num_sms", lambda device: 16)
     torch.manual_seed(3)
     features, logits = torch.randn(1, 700, 24, device=device), torch.randn(1, 700, device=device)
     grids = []

@@ -114,7 +114,7 @@ def test_parts_of_two_ranks_make_the_whole(device):
     g = to_rows(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device))
     found, totals = [], 0
     for share, rows in zip(shares, (slice(0, 3), slice(3, 7)), strict=True):
-        ours = module.normalize(share, weight, bias, to_rows(residual[rows]), mean, invstd, count, True)
+        ours = module.apply_norm(share, weight, bias, to_rows(residual[rows]), mean, invstd, count, True)
         sums, *of_parameters, masked = module.grad_sums(to_rows(g[rows]), share, ours, weight, bias, mean, invstd, True)
         totals = totals + sums
         found.append((ours, masked, *of_parameters))
@@ -134,7 +134,7 @@ def test_the_mask_computed_anew_is_that_of_the_output(device):
     x, weight, bias, _ = make((3, 64, 9, 8), torch.bfloat16, device)
     bias = bias.round()
     mean, invstd, count = module.merge_stats(module.local_stats(x), None, None, 0.0, 1e-5)
-    y = module.normalize(x, weight, bias, None, mean, invstd, count, True)
+    y = module.apply_norm(x, weight, bias, None, mean, invstd, count, True)
     assert 0.1 < (y == 0).float().mean() < 0.9
     g = to_rows(torch.randn(x.shape, device=device).bfloat16())
     *by_output, masked = module.grad_sums(g, x, y, weight, bias, mean, invstd, True)

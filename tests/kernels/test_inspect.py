@@ -267,8 +267,8 @@ def test_an_unknown_gpu_takes_tiles_that_fit_its_memory(monkeypatch, limit, fami
 def test_gpus_without_bfloat16_tensor_cores_take_the_cpu_path(monkeypatch):
     tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
     for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
-        lazy_triton._recent.cache_clear()
+        lazy_triton._has_bf16_tensor_cores.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert use_triton(tensor) is expected
-    lazy_triton._recent.cache_clear()
+    lazy_triton._has_bf16_tensor_cores.cache_clear()
