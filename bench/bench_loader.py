@@ -98,7 +98,7 @@ def test_jpeg_store(race: Any, quick: bool) -> None:
     folder = store(files, "jpeg")
     mine, loader = ours(folder, count)
     index = loader.store.index
-    samples = Sampler(index, SamplerConfig(), 1).sample(np.arange(count))
+    samples = Sampler(index, SamplerConfig(views=2), 1).sample(np.arange(count))
     by_source = {file.name: file for file in files}
     by_clip = {clip: by_source[index.clip(clip).source] for clip in range(count)}
     scale = index.clip(0).height / 256

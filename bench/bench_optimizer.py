@@ -27,7 +27,7 @@ Drawn = list[tuple[Tensor, Tensor]]
 @pytest.fixture(scope="module")
 def drawn(device: torch.device, quick: bool) -> Drawn:
     """(weights, gradient) of each parameter of the default online branch; in the quick set, of ResNet-18's."""
-    config = ModelConfig(backbone="resnet18") if quick else ModelConfig()
+    config = ModelConfig(backbone="resnet18" if quick else "resnet50", heads="per_level")
     with torch.device("meta"):
         shapes = [p.shape for p in Branch(config, predictor=True).parameters()]
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def test_lars(race: Any, device: torch.device, drawn: Drawn) -> None:
 def test_target(race: Any, device: torch.device) -> None:
     """target <- tau target + (1 - tau) online."""
     torch.manual_seed(0)
-    model = VitoModel(ModelConfig()).to(device)
+    model = VitoModel(ModelConfig(heads="per_level", predictor=True)).to(device)
     for parameter in model.online.parameters():
         parameter.data.add_(0.01)
     target, online = model.averaged_pairs()

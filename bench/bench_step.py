@@ -16,7 +16,7 @@ from bench.bench_optimizer import some
 from bench.harness import Budget, Candidate, Result, Work
 from bench.limits import bare
 from bench.peers import not_compiled
-from vito_fast.config import Config, ModelConfig, ScheduleConfig, TrainConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, ScheduleConfig, TrainConfig
 from vito_fast.model import norm
 from vito_fast.train.distributed import World
 from vito_fast.train.trainer import Trainer
@@ -41,7 +41,8 @@ def plain_kernels() -> Iterator[None]:
 
 def trainer(backbone: str, batch: int, device: torch.device, dtype: str = "float32", **train: bool) -> Trainer:
     config = Config(
-        model=ModelConfig(backbone=backbone),
+        model=ModelConfig(backbone=backbone, heads="per_level", predictor=True),  # the step of the committed results
+        sampler=SamplerConfig(views=2),
         schedule=ScheduleConfig(warmup_epochs=0),
         train=TrainConfig(batch_size=batch, dtype=dtype, **train),
     )

@@ -94,11 +94,12 @@ def packets_per_frame(folder: Path, gop: int, samples: int = 512) -> float:
 
     a file name in ``folder`` is used.
     """
+    from vito_fast.config import SamplerConfig
     from vito_fast.data.loader.sampler import Sampler
     from vito_fast.data.store.index import plan_packets
 
     index = make_index(folder / f"gop{gop}.bin", gop)
-    drawn = Sampler(index, seed=1).sample(np.arange(samples))
+    drawn = Sampler(index, SamplerConfig(views=2), seed=1).sample(np.arange(samples))
     decoded = used = 0
     for clip, frames in zip(drawn.clip, drawn.frame, strict=True):
         decoded += len(plan_packets(index, int(clip), frames, single_stream=False).packets)
@@ -110,15 +111,16 @@ def traced_steps() -> dict[str, float]:
     """What a GPU's share of a CUDA step takes, traced on fake tensors, and what the plan makes of it: the step that
     ``bench.step_modes`` times, and the paper's on eight H100.
     """
-    from vito_fast.config import Config, ModelConfig, TrainConfig
+    from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
     from vito_fast.config_files import load_config, preset_files
     from vito_fast.plan.predict import PlanOptions, predict
 
+    measured = ModelConfig(backbone="resnet50", heads="per_level", predictor=True)  # as in nvidia-h200-steps.json
     single = TrainConfig(batch_size=256, dtype="bfloat16", compile=True)
     paper = next(file for file in preset_files() if file.stem == "vito_r50_8xh100")
     steps = {
         "step of ResNet-50, 256 clips on an H200": (
-            Config(model=ModelConfig(backbone="resnet50"), train=single),
+            Config(model=measured, sampler=SamplerConfig(views=2), train=single),
             PlanOptions(gpu="h200", gpus=1),
         ),
         "step of vito_r50_8xh100": (load_config(paper), PlanOptions(gpu="h100", gpus=8)),

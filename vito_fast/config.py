@@ -1,7 +1,11 @@
 """Configuration: frozen dataclasses, strict YAML, and where each default comes from.
 
-Provenance words in the field docstrings: *paper* (VITO, arXiv 2210.06433), *recalled* (the paper's, from memory:
-switchable), *ancestor* (exact, from the public BYOL and DetCon code of the same group), *ours* (this project's choice).
+Provenance words in the field docstrings:
+
+*paper*     stated in the text of VITO (arXiv 2210.06433), ICLR 2023 version, with its appendix
+*rebuttal*  stated by its authors in the public discussion of that version
+*ancestor*  exact, from the public code of BYOL and DetCon, which the paper follows
+*ours*      stated nowhere; this project's choice
 """
 
 import math
@@ -39,14 +43,14 @@ class SamplerConfig:
 
     size: int = 224
     """Side of a view in pixels, after the crop is resized (ancestor)."""
-    views: int = 2
-    """Views of a clip, 1 to 4 (paper: 2)."""
+    views: int = 3
+    """Views of a clip, 1 to 4 (paper: 3 in the main runs, 2 in the study of data sets)."""
     frame_window: float = 2.56
-    """Seconds that hold all views of a clip (recalled); 0 = all views are one frame (the MoCLR baseline)."""
+    """Seconds that hold all views of a clip, each frame uniform in them (paper); 0 = all views are one frame."""
     crop_area: tuple[float, float] = (0.4, 1.0)
-    """Area of a crop as a share of the frame, uniform (lower bound: recalled; ancestor: 0.08)."""
+    """Area of a crop as a share of the frame, uniform (paper; its lower bound on images is 0.08)."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width / height of a crop, log-uniform (ancestor)."""
+    """Width / height of a crop, log-uniform (paper)."""
     flip: float = 0.5
     """Probability of a horizontal flip (ancestor)."""
     jitter: float = 0.8
@@ -61,12 +65,13 @@ class SamplerConfig:
     """Largest shift of hue in turns (ancestor)."""
     grayscale: float = 0.2
     """Probability of conversion to grayscale (ancestor)."""
-    blur: tuple[float, ...] = (1.0, 0.1)
-    """Probability of blur in each view; the last repeats (ancestor)."""
+    blur: tuple[float, ...] = (1.0, 0.1, 1.0)
+    """Probability of blur in each view; the last repeats (ancestor; paper: a third view is drawn as the first)."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels of the view, uniform (ancestor)."""
-    solarize: tuple[float, ...] = (0.0, 0.2)
-    """Probability of solarizing at 0.5 in each view; the last repeats (ancestor)."""
+    solarize: tuple[float, ...] = (0.0, 0.2, 0.0)
+    """Probability of solarizing at 0.5 in each view; the last repeats (ancestor; paper: a third view is drawn as the
+    first)."""
 
     def __post_init__(self) -> None:
         for name in ("size", "views"):
@@ -106,20 +111,22 @@ class ModelConfig:
     """The encoder, its pooling and its heads."""
 
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50 (recalled: ResNet-50), or ``timm:NAME`` when timm is installed (ours)."""
+    """resnet18, resnet34, resnet50 (paper: ResNet-50), or ``timm:NAME`` when timm is installed (paper: Swin-S)."""
     levels: int = 2
-    """How many last stages are pooled and contrasted: 2 = strides 16 and 32 (recalled); 1 = the last alone
-    (ablation)."""
+    """How many last stages are pooled: 2 = strides 16 and 32 (paper); 1 = the last alone (ablation)."""
     pooling: Literal["attention", "average"] = "attention"
     """Spatial pooling of each level: learned attention (paper) or the mean (ablation)."""
     attention_hidden: int = 0
-    """Hidden width of the attention MLP; 0 = the stage's channels (recalled, the paper's width is unknown)."""
+    """Hidden width of the attention MLP; 0 = the stage's channels (ours: the paper states two layers and no width)."""
+    heads: Literal["concatenated", "per_level"] = "concatenated"
+    """One projector on the concatenated pooled vectors of all levels, hence one loss (paper); or a projector and a loss
+    of its own for each level, summed (ours)."""
     projector_hidden: int = 4096
     """Hidden width of projector and predictor (ancestor)."""
     projector_out: int = 256
     """Width of the embedding that is contrasted (ancestor)."""
-    predictor: bool = True
-    """Whether the online network has a predictor after its projector (ancestor)."""
+    predictor: bool = False
+    """Whether the online network has a predictor after its projector (paper: no; ancestor: DetCon-B and BYOL do)."""
     zero_init_residual: bool = True
     """Start each residual block as the identity: the last norm's weight is 0 (ours, usual for large batches)."""
     checkpoint_activations: bool = False
@@ -131,17 +138,26 @@ class ModelConfig:
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _require(self.attention_hidden >= 0, "model.attention_hidden", self.attention_hidden, "0 or more")
 
+    @property
+    def embeddings(self) -> int:
+        """How many embeddings an image has, each with a projector and a loss of its own."""
+        return self.levels if self.heads == "per_level" else 1
+
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective."""
+    """The objective: the sum of one term for each ordered pair of views and each embedding (paper).
+
+    A sum grows with the pairs: 2 for two views, 6 for three. LARS cancels the factor where the trust ratio applies, but
+    for weight decay. Biases and norms, which it excludes, take updates that many times larger than of the mean.
+    """
 
     name: Literal["contrastive", "byol"] = "contrastive"
-    """InfoNCE against other videos (paper), or BYOL's cosine regression without negatives (ancestor, ablation)."""
+    """InfoNCE against other videos (paper), or BYOL's cosine regression without negatives (ancestor)."""
     temperature: float = 0.1
-    """Softmax temperature (recalled; DetCon: 0.1)."""
+    """Softmax temperature (paper)."""
     negatives: Literal["cross_view", "both_views"] = "cross_view"
-    """Keys of the other view only (MoCLR, recalled), or of both views: 2B-1 logits (DetCon-B, ancestor)."""
+    """Keys of the other view only (paper), or of both views: 2B-1 logits (DetCon-B, ancestor)."""
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "loss.temperature", self.temperature, "above 0")
@@ -149,12 +165,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """LARS (ancestor). Bias and norm parameters are excluded from weight decay and from the trust ratio."""
+    """LARS (paper). Bias and norm parameters are excluded from weight decay and from the trust ratio (ancestor)."""
 
     base_lr: float = 0.3
-    """Learning rate for a batch of 256 clips, scaled by batch/256 (ancestor: BYOL, 300 epochs)."""
+    """Learning rate for a batch of 256 clips, scaled by batch/256 (paper)."""
     weight_decay: float = 1e-6
-    """Added to the gradient before the trust ratio (ancestor: BYOL, 300 epochs)."""
+    """Added to the gradient before the trust ratio (paper)."""
     momentum: float = 0.9
     """Heavy-ball momentum, applied after the trust ratio and before the learning rate (ancestor)."""
     trust_coefficient: float = 1e-3
@@ -172,15 +188,18 @@ class ScheduleConfig:
     """Length of the run, learning rate and moving average."""
 
     epochs: float = 300.0
-    """Passes over the clips; one pass shows each clip once (recalled)."""
+    """Epochs of ``epoch_clips`` examples (paper; 200 in its comparison of video methods)."""
+    epoch_clips: int = 1_280_000
+    """Examples of an epoch on any store, as many as ImageNet has (paper); 0 = each clip of the store once (ours)."""
     warmup_epochs: float = 10.0
-    """Linear warm-up of the learning rate, then cosine to 0 (ancestor: BYOL)."""
+    """Linear warm-up of the learning rate (ancestor: BYOL), then cosine to 0 (paper)."""
     base_ema: float = 0.99
     """tau_0 of the target's moving average; tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1)/2 (ancestor: BYOL, 300
-    epochs)."""
+    epochs; the paper states a moving average and no rate)."""
 
     def __post_init__(self) -> None:
         _require(0 < self.epochs <= 1e9, "schedule.epochs", self.epochs, "above 0, and at most 1e9")
+        _require(0 <= self.epoch_clips <= 10**15, "schedule.epoch_clips", self.epoch_clips, "0 to 1e15")
         _require(0 <= self.warmup_epochs <= 1e9, "schedule.warmup_epochs", self.warmup_epochs, "0 to 1e9")
         _require(0 <= self.base_ema <= 1, "schedule.base_ema", self.base_ema, "in [0, 1]")
 
@@ -190,7 +209,7 @@ class TrainConfig:
     """The machine's side of the loop. Only ``batch_size`` and ``micro_batches`` change the result beyond rounding."""
 
     batch_size: int = 4096
-    """Clips in one step over all ranks together (recalled)."""
+    """Clips in one step over all ranks together (paper)."""
     micro_batches: int = 1
     """Micro-batches of a rank's share; cached gradients keep the loss over the whole batch. Batch norm takes its
     statistics over one micro-batch (ours)."""
@@ -218,10 +237,10 @@ class TrainConfig:
     evaluate_clips: int = 264
     """Maximum clips of the retrieval evaluation; fewer are drawn up to four times each (ours)."""
     collapse_std: float = 0.05
-    """A logged step warns of collapse if a level's ``embedding_std`` is below this (1 = spread evenly over the sphere,
+    """A logged step warns of collapse if an ``embedding_std`` is below this (1 = spread evenly over the sphere,
     0 = one point); 0 = never (ours)."""
     collapse_rank: float = 2.0
-    """Likewise for ``embedding_rank``, the dimensions of a level's embeddings (1 = a line); not where a rank has fewer
+    """Likewise for ``embedding_rank``, the dimensions of the embeddings (1 = a line); not where a rank has fewer
     than eight times as many clips; 0 = never (ours)."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
@@ -283,6 +302,11 @@ class Config:
         _require(views >= 2, "sampler.views", views, "2 to 4: the loss compares views of a clip")
         alone = self.loss.name == "contrastive" and self.train.batch_size == 1
         _require(not alone, "train.batch_size", 1, "at least 2 with the contrastive loss: negatives are other clips")
+
+    def steps_per_epoch(self, clips: int) -> float:
+        """Steps of an epoch on a store of ``clips`` clips; only an epoch of ``epoch_clips`` can have a fraction."""
+        size = self.train.batch_size
+        return self.schedule.epoch_clips / size if self.schedule.epoch_clips else clips // size
 
 
 def _require(holds: bool, key: str, value: object, wanted: str) -> None:

@@ -19,6 +19,13 @@ log = logging.getLogger("vito_fast")
 
 T = TypeVar("T")
 
+LEGACY: dict[str, dict[str, Any]] = {
+    "model": {"heads": "per_level", "predictor": True},
+    "sampler": {"views": 2, "blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
+    "schedule": {"epoch_clips": 0},
+}
+"""Defaults of version 0.1, from before the paper's text was at hand: its files and checkpoints keep their meaning."""
+
 RENAMED = {
     "loss.kind": "loss.name",
     "model.scales": "model.levels",
@@ -62,14 +69,31 @@ def _load(path: Path, seen: tuple[str, ...]) -> Config:
     mapping = {} if loaded is None else loaded
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: a configuration is a mapping of names to values, not a {type(mapping).__name__}")
-    base = Config()
     parent = mapping.pop("extends", None)
-    if parent is not None:
+    if parent is None:
+        base = _base(mapping, str(path))
+    else:
         here = os.path.realpath(path)
         if here in seen:
             raise UserError(f"{path}: 'extends' goes in a circle")
         base = _load(path.parent / str(parent), (*seen, here))
     return from_mapping(base, mapping, str(path))
+
+
+def _base(mapping: dict[Any, Any], source: str) -> Config:
+    """The defaults for a file's mapping: those of version 0.1 if it has names of that version and no later ones."""
+    names = {f"{section}.{name}" for section, given in mapping.items() if isinstance(given, dict) for name in given}
+    later = {*RENAMED.values(), "model.heads", "schedule.epoch_clips"}
+    if not names & RENAMED.keys() or names & later:
+        return Config()
+    kept = ", ".join(f"{s}.{name} {value}" for s, given in LEGACY.items() for name, value in given.items())
+    log.warning("%s: of version 0.1, whose defaults it keeps: %s", source, kept)
+    return legacy_defaults()
+
+
+def legacy_defaults() -> Config:
+    """The defaults of version 0.1."""
+    return from_mapping(Config(), LEGACY, "version 0.1")
 
 
 def find_preset(path: str | Path) -> Path:
@@ -95,7 +119,7 @@ def preset_files() -> list[Path]:
     return []
 
 
-def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = "") -> T:
+def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = "", notice: bool = True) -> T:
     """Replaces the fields of ``base``, a frozen dataclass, by those of ``mapping``, with their types checked.
 
     Args:
@@ -103,6 +127,7 @@ def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = ""
         mapping: Nested, as from YAML.
         source: The file's name, for messages.
         prefix: Dotted name of the section, with a dot at its end.
+        notice: Whether to log old names.
 
     Raises:
         UserError: as ``load_config``.
@@ -110,7 +135,8 @@ def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = ""
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
     for written, value in mapping.items():
-        key = current_name(f"{prefix}{written}", source).removeprefix(prefix)
+        name = f"{prefix}{written}"
+        key = (current_name(name, source) if notice else RENAMED.get(name, name)).removeprefix(prefix)
         if key in changes:
             raise UserError(f"{source}: '{prefix}{key}' is given twice, as '{prefix}{written}' too: remove one")
         if key not in hints:
@@ -119,7 +145,7 @@ def from_mapping(base: T, mapping: dict[Any, Any], source: str, prefix: str = ""
         if is_dataclass(current):
             if not isinstance(value, dict):
                 raise UserError(f"{source}: '{prefix}{key}' is a section with fields of its own, got {value!r}")
-            changes[key] = from_mapping(current, value, source, f"{prefix}{key}.")
+            changes[key] = from_mapping(current, value, source, f"{prefix}{key}.", notice)
         else:
             changes[key] = _convert(value, hints[key], f"{source}: '{prefix}{key}'")
     try:

@@ -19,6 +19,7 @@ from vito_fast.data.store.index import KEY, Index, write_index
 from vito_kernels.photometric import PARAMS
 
 NUMBERS = np.arange(20_000)
+TWO = SamplerConfig(views=2)
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +85,26 @@ def test_shuffle_errors() -> None:
 
 
 def test_epochs_visit_every_clip_once_in_orders_of_their_own(index: Index) -> None:
-    orders = Sampler(index, seed=3).clips(np.arange(13 * 50)).reshape(50, 13)
+    orders = Sampler(index, TWO, seed=3).clips(np.arange(13 * 50)).reshape(50, 13)
     assert np.array_equal(np.sort(orders, axis=1), np.tile(np.arange(13), (50, 1)))
     assert len({tuple(order) for order in orders}) == 50
 
 
 def test_samples_are_pure_functions_of_their_number(index: Index) -> None:
-    sampler = Sampler(index, seed=3)
+    sampler = Sampler(index, TWO, seed=3)
     whole = sampler.sample(NUMBERS[:500])
-    backwards = Sampler(index, seed=3).sample(NUMBERS[:500][::-1])
+    backwards = Sampler(index, TWO, seed=3).sample(NUMBERS[:500][::-1])
     for a, b in zip(whole, backwards, strict=True):
         assert np.array_equal(a, b[::-1])
     alone = sampler.sample([123])
     for a, b in zip(whole, alone, strict=True):
         assert np.array_equal(a[123:124], b)
-    assert not np.array_equal(whole.params, Sampler(index, seed=4).sample(NUMBERS[:500]).params)
+    assert not np.array_equal(whole.params, Sampler(index, TWO, seed=4).sample(NUMBERS[:500]).params)
 
 
 def test_samples_are_pinned(index: Index) -> None:
     """What a seed means must not change by accident: a resumed run would see other data."""
-    out = Sampler(index, seed=2024).sample([0, 7, 10**12], attempt=[0, 1, 5])
+    out = Sampler(index, TWO, seed=2024).sample([0, 7, 10**12], attempt=[0, 1, 5])
     assert out.clip.tolist() == PINNED["clip"]
     assert out.frame.tolist() == PINNED["frame"]
     assert out.crop[:, 0].tolist() == PINNED["crop"]
@@ -111,7 +112,7 @@ def test_samples_are_pinned(index: Index) -> None:
 
 
 def test_attempts_replace_the_clip_and_every_parameter(index: Index) -> None:
-    sampler = Sampler(index, seed=3)
+    sampler = Sampler(index, TWO, seed=3)
     clips = np.stack([sampler.clips(NUMBERS[:100], attempt) for attempt in range(13)])
     assert np.array_equal(np.sort(clips, axis=0), np.tile(np.arange(13)[:, None], (1, 100)))
     first, second = sampler.sample(NUMBERS[:100]), sampler.sample(NUMBERS[:100], 1)
@@ -129,11 +130,11 @@ def test_shapes_and_dtypes(index: Index) -> None:
         dtypes = ["int64", "int64", "int32", "float64", "int32", "uint8", "float32"]
         assert [a.shape for a in out] == shapes
         assert [a.dtype for a in out] == [np.dtype(d) for d in dtypes]
-    assert Sampler(index).sample([]).frame.shape == (0, 2)
+    assert Sampler(index, TWO).sample([]).frame.shape == (0, 2)
 
 
 def test_times_of_a_constant_rate(index: Index) -> None:
-    out = Sampler(index).sample(NUMBERS)
+    out = Sampler(index, TWO).sample(NUMBERS)
     assert np.array_equal(out.video, out.clip)
     assert np.array_equal(out.time, out.frame / 25)
     gap = np.abs(out.frame[:, 0] - out.frame[:, 1])
@@ -146,7 +147,7 @@ def test_times_of_a_constant_rate(index: Index) -> None:
 
 def test_times_of_a_variable_rate(tmp_path: Path) -> None:
     index = irregular_index(tmp_path / "index.bin")
-    out = Sampler(index, SamplerConfig(frame_window=0.5)).sample(np.arange(20_000))
+    out = Sampler(index, SamplerConfig(views=2, frame_window=0.5)).sample(np.arange(20_000))
     for clip in range(2):
         times = index.times(clip)
         assert np.all(np.diff(times) > 0)
@@ -168,14 +169,14 @@ def test_window_of_zero_gives_one_frame_to_all_views(index: Index) -> None:
 
 
 def test_window_longer_than_the_clip_is_the_clip(index: Index) -> None:
-    out = Sampler(index, SamplerConfig(frame_window=1e9)).sample(NUMBERS)
+    out = Sampler(index, SamplerConfig(views=2, frame_window=1e9)).sample(NUMBERS)
     counts = np.bincount(out.frame.ravel(), minlength=250)
     assert len(counts) == 250
     assert counts.min() > 0.5 * counts.mean()
 
 
 def test_crops(index: Index) -> None:
-    crop = Sampler(index).sample(NUMBERS).crop.reshape(-1, 4).astype(float)
+    crop = Sampler(index, TWO).sample(NUMBERS).crop.reshape(-1, 4).astype(float)
     y, x, height, width = crop.T
     assert np.all((y >= 0) & (x >= 0) & (y + height <= 180) & (x + width <= 320))
     area, aspect = height * width / (320 * 180), width / height
@@ -202,7 +203,7 @@ def test_crops_follow_the_published_procedure(index: Index) -> None:
         else:
             width, height = 240, 180
         expected.append((height, width))
-    drawn = Sampler(index).sample(NUMBERS).crop.reshape(-1, 4)[:, 2:]
+    drawn = Sampler(index, TWO).sample(NUMBERS).crop.reshape(-1, 4)[:, 2:]
     for side in range(2):
         grid = np.quantile(np.array(expected)[:, side], np.linspace(0.05, 0.95, 19))
         theirs = np.searchsorted(np.sort(np.array(expected)[:, side]), grid, "right") / 20_000
@@ -215,7 +216,7 @@ def test_columns_are_those_of_the_kernel() -> None:
 
 
 def test_photometric_parameters(index: Index) -> None:
-    out = Sampler(index).sample(NUMBERS)
+    out = Sampler(index, TWO).sample(NUMBERS)
     column = dict(zip(PARAMS, np.moveaxis(out.params, -1, 0), strict=True))
     jittered = column["order"] >= 0
     assert abs(jittered.mean() - 0.8) < 0.01
@@ -243,7 +244,7 @@ def test_photometric_parameters(index: Index) -> None:
 
 
 def test_parameters_are_independent(index: Index) -> None:
-    out = Sampler(index, SamplerConfig(jitter=1, blur=(1,))).sample(NUMBERS)
+    out = Sampler(index, SamplerConfig(views=2, jitter=1, blur=(1,))).sample(NUMBERS)
     columns = np.concatenate(
         [out.crop.reshape(len(NUMBERS), -1), out.params[..., :7].reshape(len(NUMBERS), -1), out.flip, out.frame[:, :1]],
         1,
@@ -283,7 +284,7 @@ def test_nonsense_names_field_and_value(field: str, value: object) -> None:
 
 
 def test_bad_arguments(index: Index, tmp_path: Path) -> None:
-    sampler = Sampler(index)
+    sampler = Sampler(index, TWO)
     with pytest.raises(ValueError, match="sample number -1 is negative"):
         sampler.sample([0, -1])
     with pytest.raises(ValueError, match="numbers has dtype float64"):
@@ -296,7 +297,7 @@ def test_bad_arguments(index: Index, tmp_path: Path) -> None:
         sampler.sample([1], -1)
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=f"seed is {seed}"):
-            Sampler(index, seed=seed)
+            Sampler(index, TWO, seed=seed)
     write_index(tmp_path / "empty.bin", [], format="jpeg", shards=[])
     with pytest.raises(ValueError, match="has no clips"):
         Sampler(Index(tmp_path / "empty.bin"))
@@ -313,7 +314,7 @@ def test_a_corrupt_index_raises(tmp_path: Path) -> None:
 
 
 def test_threads_agree(index: Index) -> None:
-    sampler = Sampler(index, seed=1)
+    sampler = Sampler(index, TWO, seed=1)
     expected = sampler.sample(NUMBERS)
     results: list[bool] = []
 

@@ -23,7 +23,7 @@ from vito_fast.data.store.decode import Decoder, decode_jpeg
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
-SMALL = SamplerConfig(size=32)
+SMALL = SamplerConfig(size=32, views=2)
 FORMATS = ("jpeg", "h264", "copy")
 
 
@@ -199,7 +199,7 @@ def test_it_is_used_as_dalis_iterators_are(stores):
 
 
 def test_the_same_frame_when_the_window_is_zero(stores):
-    with loader(stores / "h264", sampler=SamplerConfig(size=32, frame_window=0)) as data:
+    with loader(stores / "h264", sampler=SamplerConfig(size=32, views=2, frame_window=0)) as data:
         batch = next(iter(data))
     assert torch.equal(batch["frame"][:, 0], batch["frame"][:, 1])
 

@@ -55,10 +55,10 @@ def small_run(store):
         return Config(
             name="whole",
             data=DataConfig(store=str(store), threads=1),
-            sampler=SamplerConfig(size=32),
+            sampler=SamplerConfig(size=32, views=2),
             model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
             optimizer=OptimizerConfig(base_lr=16.0),
-            schedule=ScheduleConfig(epochs=60, warmup_epochs=1, base_ema=0.9),
+            schedule=ScheduleConfig(epochs=60, epoch_clips=0, warmup_epochs=1, base_ema=0.9),
             train=TrainConfig(
                 batch_size=4, device="cpu", log_every=5, checkpoint_every=1, evaluate_clips=4, runs=str(folder / "runs")
             ),

@@ -18,7 +18,7 @@ from vito_fast.train.trainer import Trainer
 
 CLIPS = 4  # of a rank
 PLAIN = Config(
-    sampler=SamplerConfig(size=32),
+    sampler=SamplerConfig(size=32, views=2),
     model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
     train=TrainConfig(batch_size=2 * CLIPS, device="cpu"),
 )

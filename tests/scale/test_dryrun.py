@@ -22,7 +22,7 @@ from vito_fast.train.distributed import World
 from vito_kernels import info_nce
 
 SMALL = Config(
-    sampler=SamplerConfig(size=64),
+    sampler=SamplerConfig(size=64, views=2),
     model=ModelConfig(backbone="resnet18", projector_hidden=64, projector_out=32, attention_hidden=16),
     train=TrainConfig(batch_size=8, dtype="bfloat16"),
 )

@@ -25,7 +25,7 @@ from vito_fast.train.trainer import Trainer
 CLIPS = 16
 LARGE = 25 * 2**18  # float32 numbers in a bucket of gradients
 CONFIG = Config(
-    sampler=SamplerConfig(size=64),
+    sampler=SamplerConfig(size=64, views=2),
     model=ModelConfig(backbone="resnet18", projector_hidden=64, projector_out=32, attention_hidden=32),
     train=TrainConfig(batch_size=CLIPS, device="cpu"),
 )

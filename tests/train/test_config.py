@@ -37,12 +37,18 @@ def test_presets_load_and_survive_saving(name, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_ablations_differ_from_the_demo_in_one_field_each():
+def test_ablations_differ_from_the_demo_in_what_they_name():
     changed = {
         "ablation_same_frame": {"sampler.frame_window"},
         "ablation_average_pooling": {"model.pooling"},
         "ablation_single_level": {"model.levels"},
-        "ablation_byol": {"loss.name"},
+        "ablation_crop_08": {"sampler.crop_area"},
+        "ablation_window_1_28": {"sampler.frame_window"},
+        "ablation_window_3_2": {"sampler.frame_window"},
+        "ablation_two_views": {"sampler.views"},
+        "ablation_moclr": {"sampler.frame_window", "sampler.crop_area", "model.levels", "model.pooling"},
+        "ablation_per_level": {"model.heads", "model.predictor"},
+        "ablation_byol": {"loss.name", "model.predictor", "schedule.base_ema"},
     }
     base = load_config("demo")
     for name, changes in changed.items():
@@ -53,6 +59,7 @@ def test_detcon_b_and_the_paper_level_presets_state_the_method():
     detcon = load_config("detcon_b")
     assert (detcon.optimizer.base_lr, detcon.optimizer.weight_decay, detcon.schedule.base_ema) == (0.2, 1.5e-6, 0.996)
     assert detcon.loss.negatives == "both_views"
+    assert (detcon.model.predictor, detcon.sampler.views, detcon.schedule.warmup_epochs) == (True, 2, 3)
     paper = load_config("vito_r50_8xh100")
     assert method_differences(paper, replace(Config(), seed=paper.seed)) == []
 
@@ -66,6 +73,8 @@ def test_defaults_are_the_methods():
         1e-3,
     )
     assert (c.schedule.epochs, c.schedule.base_ema, c.train.batch_size) == (300, 0.99, 4096)
+    assert (c.model.heads, c.model.predictor, c.sampler.views) == ("concatenated", False, 3)
+    assert c.schedule.epochs * c.steps_per_epoch(1000) == 93_750  # on any store
     assert (c.model.projector_hidden, c.model.projector_out, c.model.levels, c.loss.temperature) == (4096, 256, 2, 0.1)
 
 
@@ -171,10 +180,23 @@ def test_old_names_still_work_and_say_so(write, caplog):
         section, _, field = new.rpartition(".")
         assert old.rpartition(".")[0] == section
         value = to_mapping(Config())[section][field]
-        assert load_config(write(f"{section}: {{{old.rpartition('.')[2]}: {value}}}\n")) == Config()
+        text = "schedule: {epoch_clips: 1280000}\n"
+        text += f"{section}: {{{old.rpartition('.')[2]}: {value}}}\n"
+        assert load_config(write(text)) == Config()
         assert f"{old} is now {new}" in caplog.messages[-1]
     with pytest.raises(UserError, match=r"'sampler.crop_area' is given twice, as 'sampler.area' too"):
         load_config(write("sampler: {crop_area: [0.1, 1], area: [0.2, 1]}\n"))
+
+
+def test_files_of_version_0_1_keep_their_meaning(write, caplog):
+    old = load_config(write("model: {backbone: resnet18, scales: 2}\nsampler: {window: 1.5}\nschedule: {epochs: 3}\n"))
+    assert (old.model.heads, old.model.predictor, old.sampler.views) == ("per_level", True, 2)
+    assert (old.sampler.blur, old.sampler.solarize, old.sampler.frame_window) == ((1.0, 0.1), (0.0, 0.2), 1.5)
+    assert old.schedule.epochs * old.steps_per_epoch(8192) == 3 * 2
+    assert "of version 0.1, whose defaults it keeps: model.heads per_level" in caplog.text
+    explicit = load_config(write("model: {scales: 2, predictor: false}\n"))
+    assert (explicit.model.heads, explicit.model.predictor) == ("per_level", False)
+    assert load_config(write("model: {levels: 2}\n")) == Config()
 
 
 def test_numbers_as_people_write_them(write):

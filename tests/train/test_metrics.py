@@ -20,7 +20,7 @@ from vito_fast.train.probe import CollapseAlarm, knn_top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(
-    sampler=SamplerConfig(size=32),
+    sampler=SamplerConfig(size=32, views=2),
     model=ModelConfig(backbone="resnet18", projector_hidden=16, projector_out=8, attention_hidden=8),
     train=TrainConfig(batch_size=8, dtype="bfloat16"),
 )
@@ -86,7 +86,7 @@ def test_the_collapse_alarm_rings_once_per_onset(capsys):
     alarm = CollapseAlarm(TrainConfig(collapse_std=0.05), 1)
     spreads = [(0.9, 0.8), (0.04, 0.8), (0.01, 0.02), (0.5, 0.5), (math.nan, 0.5), (0.5, 0.0)]
     found = [
-        alarm({"step": i, "embedding_std_level0": a, "embedding_std_level1": b, "loss": 0.0})["collapsed_levels"]
+        alarm({"step": i, "embedding_std_level0": a, "embedding_std_level1": b, "loss": 0.0})["collapsed"]
         for i, (a, b) in enumerate(spreads)
     ]
     assert found == [0, 1, 2, 0, 0, 1]
@@ -112,9 +112,9 @@ def test_the_collapse_alarm_sees_a_line_that_the_spread_does_not_show(capsys):
     assert spread[0] == pytest.approx(32**0.5 / 32)
     row = {"step": 3} | {f"embedding_std_level{i}": value for i, value in enumerate(spread)}
     row |= {f"embedding_rank_level{i}": value for i, value in enumerate(rank)}
-    assert CollapseAlarm(train, 1)(row) == {"collapsed_levels": 1}
+    assert CollapseAlarm(train, 1)(row) == {"collapsed": 1}
     assert "step 3: embeddings collapse: embedding_rank_level0 1 (" in capsys.readouterr().out
-    assert CollapseAlarm(train, 8)(row) == {"collapsed_levels": 0}  # of eight clips a rank one expects no more
+    assert CollapseAlarm(train, 8)(row) == {"collapsed": 0}  # of eight clips a rank one expects no more
 
 
 def test_neighbours_of_other_videos_vote_with_their_weight():

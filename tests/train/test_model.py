@@ -62,10 +62,11 @@ def test_zero_init_makes_blocks_start_as_the_identity():
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("pooling", ["attention", "average"])
-def test_branch_gives_one_embedding_a_level(levels, pooling):
-    model = VitoModel(ModelConfig(**{**vars(SMALL), "levels": levels, "pooling": pooling}))
+@pytest.mark.parametrize("heads", ["concatenated", "per_level"])
+def test_branch_gives_one_embedding_or_one_a_level(levels, pooling, heads):
+    model = VitoModel(ModelConfig(**{**vars(SMALL), "levels": levels, "pooling": pooling, "heads": heads}))
     out = model.online(images())
-    assert [z.shape for z in out.embeddings] == [(4, 16)] * levels
+    assert [z.shape for z in out.embeddings] == [(4, 16)] * (levels if heads == "per_level" else 1)
     assert [w.shape[1] for w in out.weights] == [(64 // s) ** 2 for s in model.online.backbone.strides]
     for w in out.weights:
         torch.testing.assert_close(w.sum(1), torch.ones(4))

@@ -7,7 +7,15 @@ import pytest
 import torch
 from ranks import spawn
 
-from vito_fast.config import Config, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vito_fast.config import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from vito_fast.errors import UserError
 from vito_fast.train.checkpoint import read, write
 from vito_fast.train.distributed import World, init_distributed
@@ -15,7 +23,16 @@ from vito_fast.train.trainer import Trainer
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 CONFIG = Config(
-    model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8, levels=2),
+    sampler=SamplerConfig(views=2),
+    model=ModelConfig(
+        backbone="timm:test_resnet",
+        projector_hidden=16,
+        projector_out=8,
+        attention_hidden=8,
+        levels=2,
+        heads="per_level",
+        predictor=True,
+    ),
     optimizer=OptimizerConfig(base_lr=8.0, weight_decay=1e-4),
     schedule=ScheduleConfig(epochs=10, warmup_epochs=0, base_ema=0.9),
     train=TrainConfig(batch_size=8, dtype="float64", channels_last=False),

@@ -56,10 +56,10 @@ def config(store, tmp_path):
     return Config(
         name="r",
         data=DataConfig(store=str(store), threads=1),
-        sampler=SamplerConfig(size=32),
+        sampler=SamplerConfig(size=32, views=2),
         model=ModelConfig(backbone="timm:test_resnet", projector_hidden=16, projector_out=8, attention_hidden=8),
         optimizer=OptimizerConfig(base_lr=16.0),
-        schedule=ScheduleConfig(epochs=STEPS / 2, warmup_epochs=1, base_ema=0.9),
+        schedule=ScheduleConfig(epochs=STEPS / 2, epoch_clips=0, warmup_epochs=1, base_ema=0.9),
         train=TrainConfig(batch_size=4, log_every=2, checkpoint_every=3, evaluate_every=4, runs=str(tmp_path / "runs")),
     )
 
@@ -105,7 +105,7 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
         assert {"step", "loss", "pairs_per_s", "data_wait", *TIMINGS} <= row.keys()
         assert 0 <= row["data_wait"] <= 1
         assert row["pairs_per_s"] > 0
-        assert row["collapsed_levels"] == 0
+        assert row["collapsed"] == 0
         if not torch.cuda.is_available():
             assert row["mfu"] is None
     assert [row["step"] for row in rows(config, "evaluations.jsonl")] == [0, 4, 8, 10]

@@ -78,7 +78,7 @@ def bench_data(
     for name, value in (("pairs", pairs), ("rounds", rounds), ("seconds", seconds)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, must be above 0 and finite")
-    config = SamplerConfig(size=size)
+    config = SamplerConfig(size=size, views=2)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"store": os.fspath(store), "size": size, "machine": _machine()}
     batch_size = min(batch_size, len(Store(store, threads=1)))
@@ -137,7 +137,7 @@ def decoding(
 ) -> dict[str, Any]:
     """Compare decoding to ``size`` x ``size`` pixels on one thread. Arguments and errors as in :func:`bench_data`."""
     opened = Store(store, threads=1)
-    samples = Sampler(opened.index, SamplerConfig(size=size), seed).sample(np.arange(pairs))
+    samples = Sampler(opened.index, SamplerConfig(size=size, views=2), seed).sample(np.arange(pairs))
     requests = list(zip(samples.clip.tolist(), samples.frame.tolist(), strict=True))
     readers, missing = installed()
     threads = torch.get_num_threads()

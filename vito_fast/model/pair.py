@@ -15,12 +15,13 @@ from vito_kernels import AttentionPool
 
 
 class BranchOutput(NamedTuple):
-    """Outputs of a branch for B images, one entry a level, finest first."""
+    """Outputs of a branch for B images."""
 
     embeddings: list[Tensor]
-    """(B,D), not normalized: predictions of the online branch, projections of the target."""
+    """(B,D), not normalized; one with concatenated heads, else one a level, finest first. Predictions if the branch has
+    a predictor, else projections."""
     weights: list[Tensor]
-    """(B,L) pooling weights, each row summing to 1."""
+    """(B,L) pooling weights of each level, finest first; each row sums to 1."""
 
 
 class AveragePool(nn.Module):
@@ -39,7 +40,10 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Branch(nn.Module):
-    """Backbone, then for each level: pooling, projector and, in the online branch, predictor."""
+    """Backbone, pooling of each level, then the heads: a projector and, if asked for, a predictor.
+
+    Concatenated heads project the pooled vectors of all levels together; heads per level project each one.
+    """
 
     def __init__(self, config: ModelConfig, predictor: bool) -> None:
         super().__init__()
@@ -50,18 +54,18 @@ class Branch(nn.Module):
         else:
             self.pools = nn.ModuleList(AveragePool() for _ in channels)
         hidden, out = config.projector_hidden, config.projector_out
-        self.projectors = nn.ModuleList(mlp(c, hidden, out) for c in channels)
-        self.predictors = nn.ModuleList(mlp(out, hidden, out) for _ in channels) if predictor else None
+        inputs = channels if config.heads == "per_level" else [sum(channels)]
+        self.projectors = nn.ModuleList(mlp(c, hidden, out) for c in inputs)
+        self.predictors = nn.ModuleList(mlp(out, hidden, out) for _ in inputs) if predictor else None
 
     def forward(self, images: Tensor) -> BranchOutput:
-        """(B,3,H,W) -> embeddings and pooling weights of each level."""
-        embeddings, weights = [], []
-        for level, features in enumerate(self.backbone(images)):
-            pooled, weight = self.pools[level](features)
-            z = self.projectors[level](pooled)
-            embeddings.append(z if self.predictors is None else self.predictors[level](z))
-            weights.append(weight)
-        return BranchOutput(embeddings, weights)
+        """(B,3,H,W) -> embeddings, and pooling weights of each level."""
+        pooled, weights = zip(*(p(f) for p, f in zip(self.pools, self.backbone(images), strict=True)), strict=True)
+        inputs = pooled if len(self.projectors) == len(pooled) else (torch.cat(pooled, 1),)
+        embeddings = [project(x) for project, x in zip(self.projectors, inputs, strict=True)]
+        if self.predictors is not None:
+            embeddings = [predict(z) for predict, z in zip(self.predictors, embeddings, strict=True)]
+        return BranchOutput(embeddings, list(weights))
 
 
 class VitoModel(nn.Module):

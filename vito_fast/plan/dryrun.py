@@ -108,7 +108,7 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
             parameters=sum(p.numel() for p in learned),
             gradient_bytes=sum(p.numel() * p.element_size() for p in learned),
             norms=sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in counted.model.modules()),
-            key_bytes=config.sampler.views * clips * config.model.projector_out * 4 * config.model.levels,
+            key_bytes=config.sampler.views * clips * config.model.projector_out * 4 * config.model.embeddings,
             problems=tuple(problems + breaks),
         )
 

@@ -172,7 +172,7 @@ def predict(config: Config, options: PlanOptions, constants: Machine | None = No
         "storage": read / (m["node_read"] * nodes),
         "link": uploaded / (m["host_link"] * options.gpus),
     }
-    steps = max(1, round(config.schedule.epochs * (options.clips // config.train.batch_size)))
+    steps = max(1, round(config.schedule.epochs * config.steps_per_epoch(options.clips)))
     watts = m["node_power"] * m["power_share"] * options.gpus / m["node_gpus"]
     return Prediction(
         config=config,
@@ -310,7 +310,7 @@ def collectives(config: Config, dry: DryRun) -> dict[str, int]:
     Gradients go in buckets, one of 1 MiB and then of 25; keys in one gather and their videos' numbers in another; each
     batch norm's statistics once forward and once backward; and one flag tells whether all ranks' numbers are finite.
     """
-    predictors = config.model.levels if config.model.predictor else 0
+    predictors = config.model.embeddings if config.model.predictor else 0
     in_target = (dry.norms - predictors) // 2
     in_online = in_target + predictors
     parts = config.train.micro_batches

@@ -114,9 +114,9 @@ def _memory_table(p: Prediction) -> Table:
 def _total_table(p: Prediction) -> Table:
     c, o = p.config, p.options
     table = _table("The whole schedule", "quantity", "value", "how")
-    per_epoch = o.clips // c.train.batch_size
+    epoch = f"{c.schedule.epoch_clips or o.clips:,}"
     table.add_row(
-        "steps", f"{p.steps:,}", f"{c.schedule.epochs:g} epochs x {o.clips:,} // {c.train.batch_size} = {per_epoch}"
+        "steps", f"{p.steps:,}", f"{c.schedule.epochs:g} epochs of {epoch} clips, {c.train.batch_size} a step"
     )
     table.add_row("step", _ms(p.step_seconds), f"{p.clips_per_second:,.0f} clips/s")
     table.add_row("hours", f"{p.hours:.2f}", f"{p.hours * o.gpus:.1f} GPU hours")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vito_fast.config import Config
-from vito_fast.config_files import from_mapping
+from vito_fast.config_files import from_mapping, legacy_defaults
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 
@@ -52,10 +52,14 @@ class Checkpoint(NamedTuple):
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration of the run that made a checkpoint. UserError if it has none, or one that makes no sense."""
+    """The configuration of the run that made a checkpoint; one of version 0.1 keeps its meaning.
+
+    UserError if it has none, or one that makes no sense.
+    """
     mapping = checkpoint.value("config")
+    base = Config() if "heads" in mapping.get("model", {}) else legacy_defaults()
     try:
-        return from_mapping(Config(), mapping, str(checkpoint.path))
+        return from_mapping(base, mapping, str(checkpoint.path), notice=False)
     except UserError as error:
         raise UserError(f"{error} (the checkpoint may come from a newer version of this program)") from None
 

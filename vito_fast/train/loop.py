@@ -87,7 +87,11 @@ def _train(run: Run, profile: bool, clips_at_peak: float | None) -> dict[str, An
                 clock.count(config.train.batch_size, waited)
 
                 if logged:
-                    row = {"step": step, "epoch": step / len(loader)} | row | clock.timings(loader.stats.failures)
+                    row = (
+                        {"step": step, "epoch": step / trainer.schedule.steps_per_epoch}
+                        | row
+                        | clock.timings(loader.stats.failures)
+                    )
                     if run.recorder:
                         run.recorder.log(row | alarm(row))
                     gc.collect(1)

@@ -1,13 +1,14 @@
-"""The objective: the queries of each view find the same clip's key in each other view, at each level.
+"""The objective: the queries of each view find the same clip's key in each other view.
 
-Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, S levels.
+Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, E embeddings of an image (1 with
+concatenated heads, else one a level), S levels.
 The contrastive term of view a against view b is, with unit queries q and keys k and temperature t,
 
     -log  exp(q_i.k_i/t) / (exp(q_i.k_i/t) + sum over keys j of other videos exp(q_i.k_j/t))
 
 averaged over the clips i. The keys are those of view b (``cross_view``, MoCLR), or of views a and b (``both_views``,
 DetCon-B: a batch of distinct videos gives 2N-1 logits). The objective is the sum over ordered pairs (a,b) of views
-and over levels.
+and over embeddings.
 """
 
 from collections.abc import Iterator
@@ -33,20 +34,20 @@ def _key_rows(keys: Tensor, video: Tensor, a: int, b: int, config: LossConfig) -
 
 
 def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Sums the terms over ordered pairs of views and levels. Gradient flows to the queries only.
+    """Sums the terms over ordered pairs of views and over embeddings. Gradient flows to the queries only.
 
     Args:
-        queries: One (V,B,D) of unit rows a level.
-        keys: GatheredKeys of all ranks.
+        queries: E times (V,B,D) of unit rows.
+        keys: Keys of all ranks.
         config: The loss; with ``byol`` a term is 2 - 2 q_i.k_i.
 
     Returns:
-        (objective (), mean term of each level (S,), detached). The mean term compares with ``chance``.
+        (objective (), mean term of each embedding (E,), detached). The mean term compares with ``chance``.
     """
     views, clips, _ = queries[0].shape
     own = keys.own(clips)
     video, positive = keys.video[own], torch.arange(own.start, own.stop, device=queries[0].device)
-    levels = []
+    terms_of = []
     for q, k in zip(queries, keys.embeddings, strict=True):
         terms = []
         for a, b in ordered_pairs(views):
@@ -57,23 +58,26 @@ def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> 
             terms.append(
                 info_nce(q[a], rows, temperature=config.temperature, positive=positive, q_group=video, k_group=groups)
             )
-        levels.append(torch.stack(terms))
-    by_level = torch.stack(levels)
-    return by_level.sum(), by_level.detach().mean(1)
+        terms_of.append(torch.stack(terms))
+    by_embedding = torch.stack(terms_of)
+    return by_embedding.sum(), by_embedding.detach().mean(1)
 
 
 @torch.no_grad()
 def chance(keys: GatheredKeys, clips: int, config: LossConfig) -> Tensor:
-    """log(negatives + 1), averaged over this rank's queries (): the loss of a network with equal similarities."""
+    """log(negatives + 1), averaged over this rank's queries (): the loss of a network with equal similarities.
+
+    NaN for BYOL, which has no negatives.
+    """
     if config.name == "byol":
-        return torch.tensor(2.0, device=keys.video.device)
+        return torch.tensor(torch.nan, device=keys.video.device)
     negatives = (keys.video[keys.own(clips), None] != keys.video).sum(1)
     return torch.log1p(negatives * (2 if config.negatives == "both_views" else 1)).mean()
 
 
 @torch.no_grad()
 def accuracy(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> Tensor:
-    """Share of view 0's queries that are nearer to their key in view 1 than to every negative, by level (S,)."""
+    """Share of view 0's queries that are nearer to their key in view 1 than to every negative, by embedding (E,)."""
     own = keys.own(queries[0].shape[1])
     video = keys.video[own]
     result = []
@@ -88,15 +92,15 @@ def accuracy(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> T
 
 @torch.no_grad()
 def embedding_std(queries: list[Tensor]) -> Tensor:
-    """Collapse alarm, by level (S,): sqrt(D) times the mean over dimensions of the standard deviation over clips of
+    """Collapse alarm, by embedding (E,): sqrt(D) times the mean over dimensions of the standard deviation over clips of
     view 0's unit rows. 1 = spread evenly over the sphere, 0 = all alike."""
     return torch.stack([q[0].std(0, correction=0).mean() * q.shape[-1] ** 0.5 for q in queries])
 
 
 @torch.no_grad()
 def embedding_rank(queries: list[Tensor]) -> Tensor:
-    """How many dimensions the unit rows of view 0 use, by level (S,): the participation ratio (sum l)^2 / sum l^2 of
-    the eigenvalues l of their covariance over clips. D or clips - 1 = all alike, 1 = a line, 0 = a point.
+    """Dimensions of view 0's unit rows, by embedding (E,): the participation ratio (sum l)^2 / sum l^2 of the
+    eigenvalues l of their covariance over clips. D or clips - 1 = all alike, 1 = a line, 0 = a point.
     """
     ratios = []
     for q in queries:

@@ -129,8 +129,9 @@ def _chunks(tensors: list[Tensor]) -> list[slice]:
 class Schedule:
     """Learning rate and target average at each step of a run with ``steps_per_epoch`` steps an epoch."""
 
-    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+    def __init__(self, config: Config, steps_per_epoch: float) -> None:
         schedule: ScheduleConfig = config.schedule
+        self.steps_per_epoch = steps_per_epoch
         self.peak = config.optimizer.base_lr * config.train.batch_size / 256
         self.total_steps = max(1, round(schedule.epochs * steps_per_epoch))
         self.warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), self.total_steps)

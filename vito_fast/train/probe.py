@@ -68,7 +68,7 @@ class CollapseAlarm:
             self.minimum["embedding_rank"] = config.collapse_rank
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """``collapsed_levels`` for metrics.jsonl: how many levels are below a threshold."""
+        """``collapsed`` for metrics.jsonl: how many embeddings are below a threshold."""
         low: dict[str, Any] = {}
         for key, value in row.items():
             name, _, level = key.partition("_level")
@@ -90,7 +90,7 @@ class CollapseAlarm:
                 flush=True,
             )
         self.alone = alone
-        return {"collapsed_levels": len(low)}
+        return {"collapsed": len(low)}
 
 
 def draw(config: Config, clips: int) -> Frames:

@@ -140,7 +140,7 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
     folder = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     _check_negatives(config, loader)
-    trainer = Trainer(config, world, len(loader))
+    trainer = Trainer(config, world, config.steps_per_epoch(len(loader.store)))
     with sole_writer(folder, world):
         checkpoint = _open_folder(folder, config, resume, world)
         if checkpoint is not None:
@@ -249,7 +249,7 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
             f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}"
         )
     first, last, uniform = (summary[k] for k in ("first_loss", "last_loss", "log_negatives_plus_1"))
-    if None not in (first, last, uniform):
-        print(f"loss: first {first:.4f}, last {last:.4f}; log(negatives + 1) {uniform:.4f}")
+    if None not in (first, last):
+        print(f"loss: first {first:.4f}, last {last:.4f}" + (f"; log(negatives + 1) {uniform:.4f}" if uniform else ""))
     print(f"speed: {summary['pairs_per_s']:.1f} pairs/s")
     print(f"checkpoint: {summary['checkpoint']}", flush=True)

@@ -1,6 +1,7 @@
 """One training step: keys, queries, loss, gradient, update; alike on one process or many, CPU or GPU.
 
-Legend: V views, B clips of this rank, b clips of a micro-batch, S levels, D embedding width, L locations of a level.
+Legend: V views, B clips of this rank, b clips of a micro-batch, D embedding width, L locations
+of a level.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 class Trainer:
     """Model, optimizer and schedule, and the step that updates them."""
 
-    def __init__(self, config: Config, world: World, steps_per_epoch: int) -> None:
+    def __init__(self, config: Config, world: World, steps_per_epoch: float) -> None:
         self.config, self.world, self.step_count = config, world, 0
         torch.manual_seed(config.seed)
         model = VitoModel(config.model).to(world.device, WEIGHTS[config.train.dtype])
@@ -101,11 +102,11 @@ class Trainer:
                 rows, weights = self._forward(self.online, micro[0])
                 queries = [normalize(z) for z in rows]
             with profiling.range("loss"):
-                loss, by_level = objective(queries, every := pending.wait(), self.config.loss)
+                loss, by_embedding = objective(queries, every := pending.wait(), self.config.loss)
             with profiling.range("backward"):
                 (loss * self.weight).backward()
         else:
-            queries, weights, every, loss, by_level = self._cached_gradients(micro, pending)
+            queries, weights, every, loss, by_embedding = self._cached_gradients(micro, pending)
 
         with profiling.range("optimizer"):
             norm = self.optimizer.gradient_norm()
@@ -127,10 +128,10 @@ class Trainer:
         self.step_count += 1
         if not measure:
             return {}
-        return self._measure(queries, weights, every, by_level, norm) | {"lr": lr, "tau": tau}
+        return self._measure(queries, weights, every, by_embedding, norm) | {"lr": lr, "tau": tau}
 
     def _forward(self, branch: nn.Module, views: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """All views of some clips in one pass: embeddings (V,b,D) and pooling weights (V*b,L) of each level."""
+        """All views of some clips in one pass: embeddings (V,b,D), and pooling weights (V*b,L) of each level."""
         device, config = self.world.device, self.config.train
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             images = torch.cat(views)
@@ -148,7 +149,7 @@ class Trainer:
         rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
         queries = [normalize(z) for z in rows]
         with profiling.range("loss"):
-            loss, by_level = objective(queries, every := pending.wait(), self.config.loss)
+            loss, by_embedding = objective(queries, every := pending.wait(), self.config.loss)
         gradients = [
             g.split([len(part[0]) for part in micro], 1) for g in torch.autograd.grad(loss * self.weight, rows)
         ]
@@ -158,7 +159,7 @@ class Trainer:
                     again, _ = self._forward(self.online, part)
                 with profiling.range("backward"):
                     torch.autograd.backward(again, [g[i] for g in gradients])
-        return queries, forwards[0][1], every, loss, by_level
+        return queries, forwards[0][1], every, loss, by_embedding
 
     def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         online = self.online
@@ -177,21 +178,22 @@ class Trainer:
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad]))
         return finite
 
-    def _measure(self, queries: Any, weights: Any, keys: Any, by_level: Tensor, norm: Tensor) -> dict[str, Any]:
+    def _measure(self, queries: Any, weights: Any, keys: Any, by_embedding: Tensor, norm: Tensor) -> dict[str, Any]:
         """A row of metrics.jsonl; here the host waits for the device."""
         config = self.config.loss
         groups = {
-            "loss_level": by_level,
-            "accuracy_level": accuracy(queries, keys, config),
-            "embedding_std_level": embedding_std(queries),
-            "embedding_rank_level": embedding_rank(queries),
-            "attention_entropy_level": attention_entropy(weights),
+            "loss": by_embedding,
+            "accuracy": accuracy(queries, keys, config),
+            "embedding_std": embedding_std(queries),
+            "embedding_rank": embedding_rank(queries),
+            "attention_entropy": attention_entropy(weights),
         }
-        scalars = [by_level.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
+        scalars = [by_embedding.mean(), chance(keys, queries[0].shape[1], config), norm, self.model.target_distance()]
         flat = torch.cat([torch.stack([s.double() for s in scalars]), *(g.double() for g in groups.values())])
         values = mean_over_ranks(flat * self.weight).tolist()
         row = dict(zip(("loss", "chance", "gradient_norm", "target_distance"), values, strict=False))
-        names = (f"{name}{s}" for name, group in groups.items() for s in range(len(group)))
+        per_level = {name: len(group) > 1 or name == "attention_entropy" for name, group in groups.items()}
+        names = (f"{n}_level{i}" if per_level[n] else n for n, group in groups.items() for i in range(len(group)))
         row |= zip(names, values[len(scalars) :], strict=True)
         row["skipped"], row["skipped_in_a_row"] = self.skipped.tolist()
         return row

@@ -102,7 +102,7 @@ class _Tally:
 
 def expected_packets(index: Index, frame_window: float = 2.56, draws: int = 512) -> float:
     """Packets decoded per distinct frame used, in software, for ``draws`` pairs of the sampler. Deterministic."""
-    samples = Sampler(index, SamplerConfig(frame_window=frame_window), seed=0).sample(np.arange(draws))
+    samples = Sampler(index, SamplerConfig(views=2, frame_window=frame_window), seed=0).sample(np.arange(draws))
     decoded = used = 0
     for clip, frames in zip(samples.clip, samples.frame, strict=True):
         decoded += len(plan_packets(index, int(clip), frames, single_stream=False).packets)
