@@ -21,7 +21,7 @@ from vito_fast.plan.predict import PlanOptions, collectives, predict
 from vito_fast.plan.report import summary
 
 PAPER = "vito_r50_8xh100"
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs/scaling.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/planning.md"
 
 
 def replaced(gpu, **values):
