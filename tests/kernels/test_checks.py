@@ -85,12 +85,12 @@ PAIR_LOSSES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("matmul_dtype", [(True, False), (False, True)], ids=["first", "second"])
+@pytest.mark.parametrize("narrow", [(True, False), (False, True)], ids=["first", "second"])
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
-def test_autocast_mixes_dtypes(loss, matmul_dtype, dtype):
+def test_autocast_mixes_dtypes(loss, narrow, dtype):
     """As float32 embeddings of the same values: the side of 16 bits rounds its gradient once."""
     wide = [x.to(dtype).float().requires_grad_() for x in pair()]
-    mixed = [x.to(dtype) if narrow_one else x for x, narrow_one in zip(wide, matmul_dtype, strict=True)]
+    mixed = [x.to(dtype) if narrow_one else x for x, narrow_one in zip(wide, narrow, strict=True)]
     mixed = [x.detach().requires_grad_() for x in mixed]
     with torch.autocast("cpu", dtype):
         expected, found = (PAIR_LOSSES[loss](*sides) for sides in (wide, mixed))

@@ -349,7 +349,7 @@ GROUPS = torch.arange(50) // 2
 
 @pytest.mark.parametrize("scale", [10.0, 200.0], ids=["direct", "online"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_kept_tiles_change_no_gradient(loss, scale, monkeypatch):
+def test_cached_logits_change_no_gradient(loss, scale, monkeypatch):
     """Nor does a second backward pass, or one that would divide the logits into other tiles, as with more threads."""
     x, y = (embeddings(50, 16, torch.float32, "cpu", i, True).requires_grad_() for i in range(2))
     products = Mock(wraps=torch.mm)
@@ -384,7 +384,7 @@ def test_listed_positives_give_keys_the_same_gradient_every_time():
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_one_sided_key_gradient_equals_the_two_role_form():
+def test_one_sided_key_gradient_equals_the_two_sided_form():
     x, y = embeddings(30, 16, torch.float32, "cpu", 0), embeddings(20, 16, torch.float32, "cpu", 1)
     scale, weight = torch.tensor(6.0), torch.rand(30)
     lse = similarity_lse(x, y, scale)

@@ -139,12 +139,12 @@ def test_two_sided_losses(device, rows, scale):
 @pytest.mark.parametrize("diagonal", [0, None], ids=["pairs", "visiting"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (20, 37), (37, 20)])
 def test_two_sided_sums_in_bfloat16(device, rows, columns, diagonal):
-    """The transposed tile, which float32 does not take; ``visiting`` is the ring's, where nothing is hidden."""
+    """The transposed tile, which float32 does not take; ``visiting`` is the ring's, where nothing is masked."""
     x, y = (embeddings(n, 40, torch.bfloat16, device, n) for n in (rows, columns))
     scale = torch.tensor(20.0, device=device)
     found = launch_two_sided(x, y, scale, Mask(diagonal=diagonal))
-    hidden = torch.eye(rows, columns, dtype=torch.bool, device=device) & (diagonal is not None)
-    logits = (20 * x.double() @ y.double().T).masked_fill(hidden, -torch.inf)
+    masked = torch.eye(rows, columns, dtype=torch.bool, device=device) & (diagonal is not None)
+    logits = (20 * x.double() @ y.double().T).masked_fill(masked, -torch.inf)
     for sums, rest, dim in ((*found[:2], 1), (*found[2:], 0)):
         torch.testing.assert_close((sums.double() + rest) / LOG2E, logits.logsumexp(dim), rtol=1e-6, atol=1e-6)
 
@@ -283,7 +283,7 @@ def test_all_keys_excluded_and_one_of_each(device):
     assert info_nce(q[:1], k[:1]) == 0
 
 
-def test_logits_that_overflow_downwards_count_as_hidden(device):
+def test_logits_that_overflow_downwards_count_as_masked(device):
     """Whole tiles of them, alone and before keys that are seen."""
     q, k = torch.full((20, 16), 1e20, device=device), torch.full((40, 16), -1e20, device=device)
     assert similarity_lse(q, k, 1.0).tolist() == [-torch.inf] * 20

@@ -26,11 +26,11 @@ def test_strided_rows():
 
 
 @pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
-def test_margin_is_as_exact_as_torch(pairs, sides):
+def test_softplus_loss_is_as_exact_as_torch(pairs, sides):
     cases.check_softplus_loss("cpu", pairs, sides)
 
 
-def test_margin_at_its_ends():
+def test_softplus_loss_at_its_ends():
     cases.check_softplus_loss_at_its_ends("cpu")
 
 

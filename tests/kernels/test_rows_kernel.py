@@ -24,15 +24,15 @@ def test_strided_rows(device):
 
 
 @pytest.mark.parametrize(("pairs", "sides"), [(1, 1), (3, 1), (1, 2), (3, 2)])
-def test_margin_is_as_exact_as_torch(device, pairs, sides):
+def test_softplus_loss_is_as_exact_as_torch(device, pairs, sides):
     cases.check_softplus_loss(device, pairs, sides)
 
 
-def test_margin_at_its_ends(device):
+def test_softplus_loss_at_its_ends(device):
     cases.check_softplus_loss_at_its_ends(device)
 
 
-def test_margin_gradient_of_a_wide_matrix(device, tmp_path):
+def test_softplus_loss_gradient_of_a_wide_matrix(device, tmp_path):
     if device != "cpu" and torch.cuda.mem_get_info()[0] < 9e9:
         pytest.skip("its matrix takes 8.6 GB")
     cases.check_softplus_loss_gradient_of_a_large_matrix(device, tmp_path / "matrix")

@@ -86,7 +86,7 @@ def test_the_model_of_time_gives_the_published_speed_of_resnet50_on_an_a100(monk
     """2470 images/s in mixed precision (NVIDIA DeepLearningExamples, batch 256), which its efficiencies come from: with
     torch's batch norm, sum and ReLU, not ours.
     """
-    monkeypatch.setattr("vito_fast.model.norm.fuses", lambda *_: False)
+    monkeypatch.setattr("vito_fast.model.norm.can_fuse", lambda *_: False)
     m, batch = machine("a100"), 256
     with torch.device("meta"):
         model = resnet50(levels=1)
