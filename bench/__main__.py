@@ -17,20 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OVER = (0, 1)  # pytest's exit statuses of a session that ran to its end, with and without failures
 STOPPED = 130  # exit status of a shell's command after Ctrl-C
-# glibc moves these thresholds as a process runs, and with them the time of all that allocates a few MiB.
+# glibc moves these thresholds as a process runs, which changes the time of calls that allocate a few MiB.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> int:
-    """Exit status: pytest's; non-zero when a result of ours was wrong, a case failed, or no case ran; 2 for what cannot
-    be written, 130 after Ctrl-C.
+    """Returns the exit status: that of pytest, 2 for a file that cannot be written, or 130 after Ctrl-C.
+
+    It is not zero if a result of ours was wrong, a case failed, or no case ran.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the quick set, under three minutes on two cores")
-    parser.add_argument("--counted", action="store_true", help="no clock: what is counted, and whether it is right")
+    parser.add_argument("--counted", action="store_true", help="no clock: counted figures and correctness only")
     parser.add_argument("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
     parser.add_argument(
         "--rounds", type=positive, metavar="N", help="exactly N rounds a case, instead of a time budget"
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave the counted figures out")
     options = parser.parse_args()
     os.chdir(ROOT)
-    if options.counted:  # scratch of convolutions depends on the instructions that oneDNN finds: it shall find the same
+    if options.counted:  # scratch of convolutions depends on the instruction set that oneDNN finds
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
     from bench import report, static
@@ -124,7 +125,7 @@ def _suites(options: argparse.Namespace) -> list[str]:
 
 
 def _arguments(options: argparse.Namespace, results: Path) -> list[str]:
-    """The arguments of pytest besides the tests."""
+    """The arguments of pytest other than the tests."""
     found = [
         "-q",
         "-s",

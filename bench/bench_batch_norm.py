@@ -57,7 +57,7 @@ def test_batch_norm(race: Any, device: torch.device, channels: int, side: int) -
         not_compiled("it fuses with the network around it: python -m bench.step_modes times compiled steps"),
         traffic([x.detach()], [(gradient, torch.empty_like(gradient)) for _ in range(5)]),
     ]
-    # x, x, residual and y; the gradient, x and y, masked; that, x and dx
+    # forward: x, x, residual, y. backward: gradient, x, y, masked gradient. Then masked gradient, x, dx
     work = Work(bytes=11.0 * x.numel() * x.itemsize, items=IMAGES, unit="images")
     truth = through(vito_kernels.reference.batch_norm, exact=True)
     race("batch_norm", {"B": IMAGES, "C": channels, "side": side}, candidates, truth=truth, work=work)

@@ -129,7 +129,7 @@ def decode_race(
     "gop", [12, pytest.param(50, marks=pytest.mark.full), pytest.param(250, marks=pytest.mark.full)]
 )
 def test_copy_store(race: Any, gop: int) -> None:
-    """256p originals, not coded anew."""
+    """256p originals, not encoded again."""
     files = originals(256, gop, 2)
     asked = requests(len(files), 4)
     folder = store(files, "copy")
@@ -143,7 +143,7 @@ def test_copy_store(race: Any, gop: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("format", ["jpeg", "h264"])
 def test_packed_store(race: Any, format: str) -> None:
-    """Stores coded anew at 256p, against the readers on the 720p originals with a key every 250 frames."""
+    """Stores encoded again at 256p, against readers of the 720p originals with a keyframe every 250 frames."""
     files = originals(720, 250, 2)
     asked = requests(len(files), 2)
     mine = [Candidate(f"vito_fast {format} store", by_store(store(files, format), files, asked), "ours")]

@@ -115,7 +115,7 @@ def test_over_d(race: Any, device: torch.device, d: int) -> None:
 
 @pytest.mark.full
 def test_other_precision(race: Any, device: torch.device) -> None:
-    """bfloat16 on a CPU, float32 on a GPU: not what one would choose there."""
+    """bfloat16 on a CPU, float32 on a GPU: the unusual choices."""
     cuda = device.type == "cuda"
     n, dtype = (4096, torch.float32) if cuda else (1024, torch.bfloat16)
     q, k = pair(n, n, 256, device, dtype)
@@ -169,7 +169,7 @@ def test_queue(race: Any, device: torch.device, n: int) -> None:
     keys, queue = k[:m], k[m:]
 
     def moco(library: Any) -> Callable[[Tensor], Tensor]:
-        """Normalizes everything in every call, as the peer does and cannot be told not to."""
+        """Normalizes everything in every call, as the peer always does."""
 
         def call(q: Tensor) -> Tensor:
             units = [library.normalize(t) for t in (q, keys.to(q.dtype), queue.to(q.dtype))]

@@ -49,7 +49,7 @@ def test_clip(race: Any, device: torch.device, n: int) -> None:
 def test_ntxent(race: Any, device: torch.device, n: int) -> None:
     """2N embeddings against each other."""
     if n == 2048 and device.type == "cpu":
-        n = 1408  # malloc keeps the matrices: faulted in anew by each call, they cost a fifth more in some passes
+        n = 1408  # malloc reuses the matrices. New pages for each call cost a fifth more in some passes.
     z1, z2 = both_trained(n, 128, device)
 
     def ours(z1: Tensor, z2: Tensor) -> Tensor:

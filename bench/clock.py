@@ -17,9 +17,8 @@ wall_clock = time.perf_counter
 class CudaClock:
     """Time on the device between two calls, by CUDA events.
 
-    The first call of a pair records an event and returns at once, so that the host runs ahead and launch latency is
-    hidden as it is in training; the second records another, waits for it and adds the difference to the running
-    total.
+    The first call of a pair records an event and returns at once. So the host runs ahead, and launch latency overlaps
+    as it does in training. The second call records another event, waits for it and adds the difference to the total.
     """
 
     def __init__(self) -> None:
@@ -50,11 +49,12 @@ class ColdCache:
 
 
 def graphed(call: Callable[[], object], repeats: int = 1) -> Callable[[], None]:
-    """``repeats`` runs of ``call`` as one CUDA graph: what remains is the device's work, without Python and launches.
+    """``repeats`` runs of ``call`` as one CUDA graph: the work of the device, without Python and launches.
 
     Warm-up happens on a side stream, as capture asks for, so that lazy initialization and autotuning are over by then.
-    Raises RuntimeError when the call does what a graph forbids (a host synchronization, an allocation outside the
-    pool).
+
+    Raises:
+        RuntimeError: A graph forbids an operation of the call, as a host synchronization.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,8 +1,9 @@
 """``python -m bench.compare OLD NEW``: has this project become slower? Compares figures that hold on every machine.
 
 *Timed* figures are ratios within one run: our time over the time of each anchor (limit, reference, peers) of the case.
-A case is slower by the median growth of that ratio over its anchors. *Counted* figures (flops, peak memory,
-instructions, packets per frame, registers, spills) are exact and may hardly grow.
+A case is slower by the median growth of that ratio over its anchors.
+
+*Counted* figures are exact and may hardly grow: flops, peak memory, instructions, packets per frame, registers, spills.
 
 A case, a figure, a kernel or all anchors that OLD has and NEW lost is a regression too, and so is a figure that is not
 finite. Three kinds are excused: full cases and targets in a quick run, times in a --counted run, and instructions

@@ -27,7 +27,7 @@ CUDA = Budget(seconds=0.7, fewest=9, most=40)  # graphs differ by less than 1 % 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vito-fast benchmarks")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the races run")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device of the races")
     group.addoption("--quick", action="store_true", help="the quick set: fewer cases, fewer rounds")
     group.addoption("--counted", action="store_true", help="no clock: correctness, flops and peak memory of ours alone")
     group.addoption("--cold", action="store_true", help="CUDA: empty the L2 cache before every sample")
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out of the quick set")
     config.addinivalue_line("markers", "benchmark: group and timer, for pytest-benchmark")
-    config.addinivalue_line("markers", "cpu_only: what is measured does not depend on a GPU")
+    config.addinivalue_line("markers", "cpu_only: the measurement does not depend on a GPU")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine has no CUDA device that torch can use")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -77,8 +77,8 @@ def quick(pytestconfig: pytest.Config) -> bool:
 def race(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """``race(case, params, candidates, truth=..., ...) -> record``: the arguments of :class:`bench.harness.Race`.
 
-    Our own call is the one that pytest-benchmark times; everybody else has their turn in the set-up of its rounds. A
-    bare pytest does as well, on a machine with little more than torch. The suite is the file's name without ``bench_``.
+    pytest-benchmark times our own call. All others run in the set-up of its rounds. A bare pytest does as well, on a
+    machine with little more than torch. The suite is the file's name without ``bench_``.
     """
     config = request.config
     timed = config.pluginmanager.hasplugin("benchmark") and not config.getoption("--counted")
@@ -157,7 +157,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _save(config: pytest.Config) -> None:
-    """Writes the cases so far: what stops a run on a lent machine does not take them along."""
+    """Writes the cases so far, so that a stopped run does not lose them."""
     cases = config.stash[RECORDS]
     if not cases or not (target := config.getoption("--results")):
         return

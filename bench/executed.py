@@ -1,8 +1,8 @@
-"""``python -m bench.executed``: what the Triton kernels execute, counted by Triton's interpreter, without a GPU.
+"""``python -m bench.executed``: operations of the Triton kernels, counted by Triton's interpreter, without a GPU.
 
-Machine code tells what one turn of a loop costs, not how many there are: here every program runs to its end, at small
-sizes with ragged tiles. Prints one JSON object: for each kernel of a case its launches, flops of matrix products, other
-operations by element (addresses included), bytes read and bytes written. The same on every machine.
+Machine code shows the cost of one turn of a loop, and not the number of turns. Here every program runs to its end, at
+small sizes with ragged tiles. Prints one JSON object: for each kernel of a case its launches, flops of matrix
+products, other operations by element (addresses included), bytes read and bytes written. The same on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports a kernel
+os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ FIGURES = ("launches", "flops", "operations", "bytes_read", "bytes_written")
 
 
 class Tally:
-    """Counts what the interpreter does from now on, by the case that is set and the kernel that runs."""
+    """Counts the operations of the interpreter from now on, by the current case and kernel."""
 
     def __init__(self) -> None:
         self.case, self.kernel = "", ""
@@ -50,7 +50,7 @@ class Tally:
         GridExecutor.__call__ = counted
 
     def _watch(self, owner: type, name: str, figure: str, amount: Callable[..., int]) -> None:
-        """From now on each ``owner.name`` adds to the figure the amount that its result and arguments tell."""
+        """From now on each ``owner.name`` adds to the figure the amount that follows from its result and arguments."""
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -70,7 +70,7 @@ def _moved(values: Any, mask: Any) -> int:
 
 
 def cases() -> dict[str, Callable[[], Tensor]]:
-    """What is run, with its gradients, by name. The interpreter's tiles are 16 rows by 16, chunks 32 columns."""
+    """The calls that run, with their gradients, by name. The interpreter's tiles are 16 x 16, chunks 32 columns."""
     generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -24,14 +24,15 @@ from bench.harness import partial
 from bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 570  # for the tests, and what they leave of it for the benches
+SECONDS = 570  # for the tests; the benches get the rest
 SUITES = ("infonce", "losses", "pooling", "batch_norm", "photometric")
 TRAINING = ("optimizer", "step")  # where the package is built: configurations come with its sampler
 
 
 def run_tests() -> dict[str, Any]:
-    """The Triton tests, by bare pytests in several processes, as what takes the time is Triton's compiler: as many as
-    there are cores with pytest-xdist, else one a file.
+    """Runs the Triton tests by bare pytests in several processes, since Triton's compiler takes most of the time.
+
+    With pytest-xdist there are as many processes as cores, else one a file.
     """
     files = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py"))
     spread = ["-n", str(min(16, os.cpu_count() or 1))]
@@ -64,7 +65,7 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
-    """Exit status, or what kept the process from one: then all that it started ends with it."""
+    """Exit status, or the reason why there is none. All processes that it started end with it."""
     try:
         return process.wait(max(0.0, seconds))
     except BaseException as error:

@@ -43,9 +43,9 @@ class Candidate:
     """One way of doing the work.
 
     ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare
-    decode) does the unavoidable part only, and a ``context`` candidate does more or other work, worth knowing but not
-    a peer: neither is compared with the truth unless it brings its own. ``None`` as ``call`` says why in ``note`` and
-    stays in the record. One that ``compiles`` does so in a call of its own, and only where it races.
+    decode) does the unavoidable part only. A ``context`` candidate does more or other work and is no peer. Neither is
+    compared with the truth unless it has its own. A candidate without ``call`` stays in the record with its ``note``.
+    One that ``compiles`` does so in a call of its own, and only in a race.
     """
 
     name: str
@@ -142,11 +142,11 @@ class Race:
         params: its parameters, which complete its id.
         candidates: exactly one of them has the role ``ours``.
         truth: the float64 result.
-        work: what the task demands.
+        work: flops, bytes and items of the task.
         agree: replaces :func:`relative_error`.
-        bound: the largest error allowed. Without it a candidate may err twice as much as the reference, computed in the
-            precision of the inputs, and at least 1e-5, which float32 sums in another order differ by.
-        device: where the candidates run.
+        bound: the largest error allowed. By default twice the error of the reference in the precision of the inputs,
+            and at least 1e-5, the effect of another order of float32 sums.
+        device: of the candidates.
         budget: how long to race.
         cold: on CUDA, empty the L2 cache before each sample.
         memory: whether to count peak memory and flops.
@@ -319,7 +319,7 @@ class Race:
             self.time_ours()
 
     def time_others(self) -> None:
-        """Everybody's turn but ours; opens a round."""
+        """Opens a round and times all candidates but ours."""
         self._last.clear()
         for runner in self._racing():
             if runner is not self.ours and (not self._slow(runner) or self._round < self._few(runner)):
@@ -400,7 +400,7 @@ def _repeated(call: Callable[[], Result], repeats: int) -> Callable[[], Result]:
 
 
 def _replayed(call: Callable[[], Result], repeats: int = 1) -> Callable[[], Result]:
-    """As a graph; returns what the last call in it writes. Detached, as an autograd node would outlive the capture."""
+    """As a graph that returns the results of its last call. Detached, as an autograd node would outlive the capture."""
     kept: list[Tensor] = []
 
     def keeping() -> None:

@@ -46,9 +46,10 @@ def traffic(
     writes: Sequence[tuple[Tensor, Tensor]] = (),
     updates: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Candidate:
-    """Reads ``reads`` once by a sum, copies each ``(from, to)``, converting where the types differ, and adds to each
-    ``(target, other)`` in place: where a task overwrites what it read, a copy is no limit, as a CPU first reads the
-    line that it writes.
+    """Moves the least bytes of a task.
+
+    Reads ``reads`` once by a sum, copies each ``(from, to)`` with conversion, and adds to each ``(target, other)`` in
+    place. A copy is no limit for a task in place, because a CPU first reads the line that it writes.
     """
 
     def call() -> Result:

@@ -66,7 +66,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what takes part; a package that is not installed is left out."""
+    """Versions of Python and of the packages that take part and are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,8 +1,8 @@
-"""What a call costs besides time: peak memory and matrix-multiplication flops, counted rather than sampled.
+"""Costs of a call other than time: peak memory and matrix-multiplication flops, counted rather than sampled.
 
-On the CPU both come from PyTorch's profiler: it reports every allocation and release of the CPU allocator, so the
-peak is exact and the same on every run, which the resident set size is not. On CUDA the caching allocator keeps the
-peak itself, and flops are not counted: nothing sees those of a Triton kernel.
+On the CPU both come from PyTorch's profiler. It reports every allocation and release of the CPU allocator, so the peak
+is exact and the same on every run. On CUDA the caching allocator records the peak. Flops are not counted there, because
+PyTorch does not see those of a Triton kernel.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 @dataclass(frozen=True)
 class Cost:
-    """``peak_bytes`` above what was allocated before the call;
-
-    ``flops`` of the matmuls and convolutions that it ran, None on CUDA, where PyTorch does not see those of kernels.
-    """
+    """Memory in bytes above the level before the call, and flops of its matmuls and convolutions (None on CUDA)."""
 
     peak_bytes: int
     flops: int | None
 
 
 def cost(call: Callable[[], object], device: torch.device) -> Cost:
-    """Runs ``call``, under the profiler on the CPU, and says what it allocated and multiplied.
+    """Runs ``call``, under the profiler on the CPU, and counts its allocations and multiplications.
 
     It runs once before it counts.
 

@@ -1,7 +1,7 @@
 """Other people's losses, each brought to the same calling convention, or named with the reason why it is not raced.
 
-Every function of a family takes the *raw* embeddings and normalizes them itself: most peers do that inside and cannot
-be told not to, so all candidates do it, ours included, and all gradients are those of the raw embeddings.
+Every function of a family takes the *raw* embeddings and normalizes them itself, because most peers always do. All
+candidates do so, ours included, and all gradients are those of the raw embeddings.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def peer(
 ) -> Candidate:
     """A candidate from a third-party package; ``matrices`` is how many bytes its M x N temporaries take.
 
-    ``make`` imports the package and returns the loss. What cannot race stays in the record with its reason: not
-    installed, CUDA only, or too large for this machine's memory.
+    ``make`` imports the package and returns the loss. A peer that cannot race stays in the record with its
+    reason: not installed, CUDA only, or too large for this machine's memory.
     """
     on_cuda = inputs[0].is_cuda
     if cuda_only and not on_cuda:
@@ -199,10 +199,7 @@ def _metric_learning_ntxent(temperature: float) -> Loss:
 
 
 def one_sided(q: Tensor, k: Tensor, temperature: float) -> list[Candidate]:
-    """Peers of InfoNCE with locked keys;
-
-    open_clip's two-sided loss comes along as context: it is what people use instead.
-    """
+    """Peers of InfoNCE with locked keys, and the two-sided loss of open_clip, the usual alternative, as context."""
     entries = len(q) * len(k) * q.element_size()
     triples = 8.0 * len(q) ** 2 * len(k)  # its mask holds every positive against every negative pair
     two_sided = truth_of(lambda x, y: _reference_clip(x, y, temperature), q, k)

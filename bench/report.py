@@ -86,8 +86,9 @@ def _machine(results: Record) -> str:
         f"</strong> · {escape(results['date'])} · commit {escape(results['commit'] or 'unknown')} · "
         f"{results['threads']} threads{quick}</p>"
         f"<details><summary>Versions</summary><p>{escape(listed)}</p></details>"
-        "<p>Every result was first compared with a float64 truth; whoever failed has no time. Rounds are interleaved, "
-        "figures are medians, ± is half the interquartile range, ratios are medians of the ratio within a round. "
+        "<p>Every result was first compared with a float64 truth. A candidate that failed has no time. Rounds are "
+        "interleaved, figures are medians, ± is half the interquartile range. "
+        "Ratios are medians of the ratio within a round. "
         f"<em>ours ×2</em> means that vito-fast is twice as fast.</p>"
     )
 
@@ -133,8 +134,8 @@ def _summary(cases: list[Record]) -> str:
         )
     header = ["case", "ours", "vs reference", "vs best peer", "of the limit", "peak memory"]
     note = (
-        "Speed over the others' in the same run; the limit is the bare matmuls, copies or decoding of the case. "
-        "†: ours is replayed as a CUDA graph, the other runs in Python, whose time may count."
+        "Speed over the others in the same run. The limit is the bare matmuls, copies or decoding of the case. "
+        "†: ours is replayed as a CUDA graph. The other runs in Python, and that time may count."
     )
     return _section("summary", "Summary", note, table(header, rows))
 
@@ -317,10 +318,10 @@ def _static(static: Record) -> str:
             for name, kernel in static["executed"].items()
         ]
         body = table(["kernel", *(figure.replace("_", " ") for figure in figures)], rows)
-        parts.append(f"<details><summary>What kernels execute at a small size</summary>{body}</details>")
+        parts.append(f"<details><summary>Operations of the kernels at a small size</summary>{body}</details>")
     note = (
         "The same on every machine: instructions by callgrind, packets by the planner, kernels as they were compiled, "
-        "and what they execute in Triton's interpreter."
+        "and their operations in Triton's interpreter."
     )
     return _section("static", "Counted, not timed", note, "".join(parts) or "<p>Not counted in this run.</p>")
 
@@ -330,7 +331,7 @@ def _skipped(results: Record) -> str:
         [escape(row["name"]), f"<small>{escape(row['reason'])}</small>", escape(row["cases"])]
         for row in results["skipped"]
     ]
-    note = "Candidates without a time, and why; nobody is left out silently."
+    note = "Candidates without a time, each with the reason."
     return _section("skipped", "Not raced", note, table(["candidate", "reason", "cases"], rows))
 
 

@@ -1,5 +1,5 @@
 """Figures without a clock: instructions of the C++ core, packets per frame, the traced CUDA step, kernels as the
-compiler made them and what they execute.
+compiler made them, and their operations.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SOURCES = ("bitstream", "index", "index_writer", "miniclip", "planner", "reader"
 TIMES = (200, 1200)
 GOPS = (1, 8, 12, 50, 250)
 KERNELS = ("D=256 bfloat16 diagonal", "two-sided lse D=256 bfloat16", "B=256 L=196", "photometric")
-"""Parts of the names of what a timed run compiles; a counted one has the time for all but the rare ones."""
+"""Parts of the names of the launches that a timed run compiles. A counted run compiles all but the rare ones."""
 
 KEPT = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "shared_limit", "flops", "min_bytes", "roofline_ms")
 
 
 def add(results: Path) -> None:
-    """Adds ``static`` to a results file: ``counts``, ``kernels`` as compiled, what they ``executed``, and what is
-    ``missing``, with reasons.
+    """Adds ``static`` to a results file: ``counts``, ``kernels`` as compiled, operations ``executed``, and the
+    ``missing`` figures with reasons.
     """
     content = json.loads(results.read_text())
     with ThreadPoolExecutor(1) as beside:  # mostly waits for g++ and valgrind
@@ -47,7 +47,7 @@ def add(results: Path) -> None:
 
 
 def count() -> tuple[dict[str, float], list[str]]:
-    """Counts of the C++ core by name, and what could not be counted."""
+    """Counts of the C++ core by name, and the missing ones with reasons."""
     counts: dict[str, float] = {}
     missing: list[str] = []
     try:
@@ -108,8 +108,9 @@ def packets_per_frame(folder: Path, gop: int, samples: int = 512) -> float:
 
 
 def traced_steps() -> dict[str, float]:
-    """What a GPU's share of a CUDA step takes, traced on fake tensors, and what the plan makes of it: the step that
-    ``bench.step_modes`` times, and the paper's on eight H100.
+    """Cost of one GPU's share of a CUDA step, traced on fake tensors, and the plan for it.
+
+    The steps are those of ``bench.step_modes`` and of the paper on eight H100.
     """
     from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
     from vito_fast.config_files import load_config, preset_files
@@ -174,7 +175,7 @@ def execute() -> tuple[dict[str, dict[str, int]], list[str]]:
 
 
 def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records of ``vito_kernels.inspect``, and what could not be compiled.
+    """Records of ``vito_kernels.inspect``, and the failures to compile.
 
     Of all kernels but the rare ones for a counted run, else of the races' shapes, for the quick set on Hopper alone.
     """
@@ -191,7 +192,7 @@ def inspect(quick: bool, counted: bool) -> tuple[list[dict[str, Any]], list[str]
 
 
 def _compile(job: tuple[int, int]) -> list[dict[str, Any]]:
-    """Compiles one launch for one target; only what the report and the gate need."""
+    """Compiles one launch for one target, with the figures of the report and the gate."""
     from vito_kernels.inspect import inspect_job
 
     found = []

@@ -1,7 +1,7 @@
 """``python -m bench.step_modes``: the training step of ResNet-50 at 224 px on this machine's GPU, eager, compiled and
-as CUDA graphs: which mode is the fastest here. Writes ``bench/results/<gpu>-steps.json``.
+as CUDA graphs. Writes ``bench/results/<gpu>-steps.json``.
 
-Compiling takes minutes. Views are random, so no data is loaded: what is timed is everything between a batch on the GPU
+Compiling takes minutes. Views are random, so no data is loaded. The time covers everything between a batch on the GPU
 and the next.
 """
 

@@ -3,8 +3,8 @@
 Between ``<!-- bench:TABLE MACHINE -->`` and ``<!-- /bench -->`` stands the table of that name, made from
 ``bench/results/MACHINE.json``, for a table of cases with only those whose ids follow, if any do.
 ``bench:value MACHINE CASE PATH`` puts a single figure into a sentence, where PATH is ``vs.limit``, ``ours.peak_bytes``,
-``rates.items`` and the like, and ``bench:at MACHINE KEY/KEY/...`` any other number of the file. Whatever else stands
-there is replaced; nothing else is touched. Without files it also writes the chart ``docs/h200.svg``.
+``rates.items`` and the like, and ``bench:at MACHINE KEY/KEY/...`` any other number of the file. Other text there
+is replaced, and no text elsewhere. Without files it also writes the chart ``docs/h200.svg``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load(machine: str) -> Record:
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """The table. ValueError for one without rows, which nobody asks for."""
+    """The table. ValueError for one without rows."""
     if not (cells := list(rows)):
         raise ValueError("the results hold none of its rows")
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
@@ -45,8 +45,9 @@ def ours_of(record: Record) -> Record:
 
 
 def versus(record: Record, role: str) -> str:
-    """Our speed over that of the "reference" or "best_peer", "" without one; † where ours is replayed as a CUDA graph
-    and the other is not, so that Python's time may be in the ratio.
+    """Our speed over that of the "reference" or "best_peer", "" without one.
+
+    † marks a ratio of our CUDA graph to a call without a graph, which may contain Python's time.
     """
     if role not in record["vs"]:
         return ""
@@ -120,7 +121,7 @@ def counts(results: Record) -> str:
 
 
 def machine(results: Record) -> str:
-    """One line: on what and with what."""
+    """Hardware and software in one line."""
     on, versions = results["machine"], results["versions"]
     gpu = f"{on['gpu']['name']}, driver {on['gpu']['driver']}, " if on["gpu"] else ""
     shown = [
@@ -191,7 +192,7 @@ def at(results: Record, path: str) -> str:
 
 
 def fill(text: str) -> str:
-    """``text`` with everything between markers made anew. ValueError names the marker that cannot be filled."""
+    """``text`` with the text between markers generated again. ValueError names the marker that cannot be filled."""
 
     def make(match: re.Match[str]) -> str:
         start, name, arguments, _, end = match.groups()
@@ -210,7 +211,7 @@ def fill(text: str) -> str:
 
 
 def _filling(name: str, machine: str = "", *words: str) -> str:
-    """What belongs between markers."""
+    """The text between two markers."""
     if name not in ("value", "at", *TABLES):
         raise ValueError(f"unknown table {name!r}, known: value, at, {', '.join(TABLES)}")
     if not machine:

@@ -94,6 +94,6 @@ def store(files: Sequence[Path], format: str) -> Path:
 
 
 def sequential(path: Path) -> np.ndarray:
-    """All frames by plain decoding from the start, (n, H, W, 3) uint8: what every reader must deliver."""
+    """All frames by plain decoding from the start, (n, H, W, 3) uint8. Every reader must deliver them."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -90,7 +90,7 @@ uint8_t h264_flags(Bytes packet, int length_size) {
 // Temporal sub-layers by a sequence parameter set, 0 for any other unit.
 int layers_by(Bytes nal) { return nal.size() > 2 && (nal[0] >> 1 & 63) == 33 ? (nal[2] >> 1 & 7) + 1 : 0; }
 
-// The same of the whole stream; 0 where its extradata do not tell.
+// The same of the whole stream, 0 if its extradata are silent.
 int hevc_layers(Bytes extradata) {
   int layers = 0;
   if (nal_length_size(true, extradata) == 0) {

@@ -39,8 +39,8 @@ class Feistel {
  private:
   static constexpr uint32_t kRounds = 8;
 
-  // Each round adds to one half a function of the other, which is undone by adding it again: a bijection whatever the
-  // function and however unequal the halves.
+  // Each round adds to one half a function of the other. Adding it again undoes it, so a round is a bijection for any
+  // function and for unequal halves.
   uint64_t permute(uint64_t x) const {
     uint32_t low = static_cast<uint32_t>(x) & low_mask_, high = static_cast<uint32_t>(x >> low_bits_);
     for (uint32_t i = 0; i < kRounds; i += 2) {

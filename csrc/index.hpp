@@ -2,16 +2,17 @@
 //
 //   Header | blocks, one a clip | Record[num_clips] | shard table
 //
-// A clip's block holds its packet table, its presentation order, its codec's extradata and its source's name. Two layouts
-// of the packet table:
-//   constant: 8 bytes a packet {u32 end, u32 checksum}; every packet is a key frame, packets follow one another without
-//             gaps, frame k is shown at start + k * step. What a JPEG clip of constant rate is.
+// A clip's block holds its packet table, its presentation order, its codec's extradata and its source's name.
+//
+// The packet table has two layouts:
+//   constant: 8 bytes a packet {u32 end, u32 checksum}, as for a JPEG clip of constant rate. Every packet is a key
+//             frame, packets follow one another without gaps, and frame k is shown at start + k * step.
 //   general:  24 bytes a packet {u64 offset << 8 | flags, i64 pts, u32 size, u32 checksum}, then u32 order[num_frames].
 //
 // Trust: opening verifies the header and the shard table only, so that it costs the same for ten clips and a million. A
 // clip's record and block are verified when they are first touched. All are XXH64 checksums, seeded by the clip's
-// number, so that two swapped records are noticed too. Bounds are checked whatever the checksums say: no file content
-// makes the reader leave the mapping.
+// number, so that two swapped records are noticed too. Bounds are checked even behind a right checksum: no file
+// content makes the reader leave the mapping.
 #pragma once
 
 #include <atomic>
@@ -159,7 +160,7 @@ class Index {
   uint64_t size_ = 0;
   Header header_{};
   std::vector<Shard> shards_;
-  // One bit a clip: what has been verified. Set by whoever verifies first; verifying twice does no harm.
+  // One bit a verified clip. The first thread to verify sets it, and to verify twice does no harm.
   std::unique_ptr<std::atomic<uint64_t>[]> good_records_, good_blocks_;
 };
 

@@ -1,4 +1,4 @@
-// Matroska: RFC 9559; EBML: RFC 8794; avcC and hvcC: ISO/IEC 14496-15.
+// Matroska is RFC 9559, EBML is RFC 8794, avcC and hvcC are ISO/IEC 14496-15.
 #include "miniclip.hpp"
 
 #include <array>
@@ -60,7 +60,7 @@ std::vector<Bytes> parameter_sets(Bytes stream, bool hevc, int type) {
   }
 }
 
-// What the encoder put in to keep start codes from arising by chance is taken out.
+// Without the bytes that the encoder inserts so that no start code arises by chance.
 Buffer without_emulation(Bytes nal) {
   Buffer out;
   for (size_t i = 0; i < nal.size(); ++i)
@@ -96,8 +96,8 @@ Buffer make_hvcc(Bytes stream) {
   if (sps.size() < 15) return {};
   Buffer out{1};
   put(out, {sps.data() + 3, 12});  // profile, tier, level: as they stand in the sequence parameter set
-  // No segmentation or parallelism promised; 4:2:0 of 8 bits and the frame rate are hints that decoders take from the
-  // parameter sets themselves; lengths are of four bytes.
+  // No segmentation or parallelism is promised. 4:2:0 of 8 bits and the frame rate are hints, which decoders take from
+  // the parameter sets. Lengths have four bytes.
   put(out, std::string_view("\xF0\x00\xFC\xFD\xF8\xF8\x00\x00\x0F\x03", 10));
   for (size_t i = 0; i < 3; ++i) {
     out.push_back(static_cast<unsigned char>(0x80 | types[i]));
@@ -139,8 +139,8 @@ Track make_track(const MiniClip& clip) {
   return track;
 }
 
-// A key of HEVC that continues a sequence (CRA) becomes one that starts anew (BLA without leading pictures), which is
-// what the standard has for spliced streams; and what was decoded before it shall still be shown.
+// A key of HEVC that continues a sequence (CRA) becomes one that starts a new one (BLA without leading pictures), as the
+// standard has it for spliced streams. Pictures decoded before it are still shown.
 void splice(unsigned char* nal, size_t size) {
   const int type = nal[0] >> 1 & 63;
   if (type < 16 || type > 21 || size < 3) return;

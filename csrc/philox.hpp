@@ -1,5 +1,5 @@
 // Philox4x32-10, a counter-based random generator: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011. A block is a pure function of (key, counter), which is what makes the sampler one.
+// 1, 2, 3", SC 2011. A block is a pure function of (key, counter), and so is the sampler.
 #pragma once
 
 #include <array>

@@ -12,15 +12,15 @@ struct Run {
   uint32_t first, last;
 };
 
-// Whether a run that starts at `key` shows a picture of time `pts`. One shown before its key may refer to what lies
-// before the key (an open group of pictures), so it needs an earlier start.
+// Whether a run that starts at `key` shows a picture of time `pts`. One shown before its key may refer to
+// pictures before the key (an open group of pictures), so it needs an earlier start.
 bool can_start(const Packet& key, int64_t pts, bool closed_only) {
   return (key.flags & kKey) && key.pts <= pts && !(closed_only && (key.flags & kOpen));
 }
 
 std::vector<Run> find_runs(const Index::Clip& clip, const std::vector<uint32_t>& targets, bool single_stream) {
   const std::string_view codec = clip.record().codec;
-  // The mini-clip writer can make any key of HEVC start anew; of other codecs only closed ones do.
+  // The mini-clip writer can turn any key of HEVC into a new start. In other codecs only closed keys are one.
   const bool any_key_resets = codec == "hevc";
   // Where a packet may hold a single field, the one after may be the rest of the picture.
   const bool fields = codec != "vp8" && codec != "vp9" && codec != "av1";
@@ -57,8 +57,8 @@ Plan plan_packets(const Index::Clip& clip, const uint32_t* frames, size_t count,
     pictures.clear();
     for (uint32_t number = run.first; number <= run.last; ++number) {
       const Packet packet = clip.packet(number);
-      // Left out: pictures that nothing refers to, and those that an open key's decoder would drop, as they refer to what
-      // is not there.
+      // Left out are pictures without references to them. So are those that the decoder of an open key would drop, because
+      // they refer to missing pictures.
       const bool disposable = (packet.flags & (kDisposable | kNoPicture)) == kDisposable;
       const bool leading = (key.flags & kOpen) && packet.pts < key.pts;
       if ((disposable || leading) && !std::binary_search(distinct.begin(), distinct.end(), number)) continue;

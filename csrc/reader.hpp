@@ -19,7 +19,7 @@ namespace vito {
 enum class ReadCode { ok, missing, io, truncated, checksum, index, unsupported, memory };
 const char* name(ReadCode code);
 
-// What one sample needs, or why it cannot be had.
+// The data of one sample, or the reason why it cannot be read.
 struct ReadResult {
   ReadCode code = ReadCode::ok;
   std::string error;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kTaps = 4;
 
-// One pixel as red, green, blue and a fourth that is not looked at: what a vector register holds.
+// One pixel as red, green, blue and an unused fourth value, as a vector register holds it.
 typedef float Pixel __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
 
@@ -82,8 +82,8 @@ void resize_cubic(const Picture& picture, const Window& window, bool vertically,
   const uint8_t* corner = picture.pixels + window.y * picture.stride + 3 * window.x;
   const std::vector<Mix> rows = mixes(window.height, size, vertically), columns = mixes(window.width, size, horizontally);
 
-  // The window's rows, resized across, that the rows of the result at hand are made of: row n in slot n % 4, as four
-  // neighbors are needed at a time.
+  // The window's rows, resized across, for the current rows of the result. Row n is in slot n % 4, since four neighbors
+  // are needed at a time.
   std::vector<Pixel> kept(kTaps * size);
   std::vector<float> floats(3 * window.width + 1);
   std::array<size_t, kTaps> holds;

@@ -16,10 +16,10 @@ struct Window {
   size_t y, x, height, width;
 };
 
-// Keys' cubic (a = -1/2) without an antialiasing filter, pixel centers at half integers; beyond the window's border its
+// Keys' cubic (a = -1/2) without an antialiasing filter, pixel centers at half integers. Beyond the window's border its
 // outermost pixels are repeated. Rounds to nearest, ties to even, in float32. `out` takes size * size pixels without
-// gaps, mirrored top to bottom (`vertically`) and left to right (`horizontally`) as told. The result is the same on
-// every machine. Throws std::invalid_argument for a window that is not inside the picture.
+// gaps, mirrored top to bottom if `vertically` and left to right if `horizontally`. The result is the same on every
+// machine. Throws std::invalid_argument for a window that is not inside the picture.
 void resize_cubic(const Picture& picture, const Window& window, bool vertically, bool horizontally, size_t size,
                   uint8_t* out);
 

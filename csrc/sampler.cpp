@@ -13,8 +13,8 @@ namespace {
 constexpr int kCropTries = 10;
 constexpr double kNoSolarize = 2;  // a threshold that no pixel reaches
 
-// e^x by IEEE arithmetic alone, so that a crop does not depend on the C library: the Taylor series at x / 2^k, where it
-// is exact to 1e-14, squared k times.
+// e^x by IEEE arithmetic alone, so that a crop does not depend on the C library. The Taylor series at x / 2^k is exact to
+// 1e-14, and is squared k times.
 double exponential(double x) {
   constexpr double kTerms[] = {1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720, 1. / 120,
                                1. / 24,      1. / 6,      1. / 2,     1.,        1.};
@@ -110,7 +110,7 @@ void Sampler::times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& r
   }
 }
 
-// Area uniform, aspect ratio log-uniform, position uniform; up to ten tries to fit the frame, then the center: the
+// Area uniform, aspect ratio log-uniform, position uniform. Up to ten tries to fit the frame, then the center. This is the
 // random-resized-crop of Szegedy et al., "Going deeper with convolutions" (2014), in torchvision's formulation.
 void Sampler::crop(uint64_t n, uint32_t attempt, uint32_t view, const Record& record, int32_t* out) const {
   const int32_t height = static_cast<int32_t>(record.height), width = static_cast<int32_t>(record.width);

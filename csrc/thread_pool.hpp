@@ -22,7 +22,7 @@ class ThreadPool {
   }
 
   ~ThreadPool() {
-    if (getpid() != owner_) {  // in a forked child the workers do not exist: there is nobody to join
+    if (getpid() != owner_) {  // in a forked child the workers do not exist and cannot be joined
       for (std::thread& worker : workers_) worker.detach();
       return;
     }

@@ -47,8 +47,8 @@ def export(
         The file's path, and a line of Python that loads it.
 
     Raises:
-        UserError: an unusable run, an extension that contradicts ``ext``, a timm backbone in torchvision's format, or a
-            place that cannot be written or belongs to a checkpoint or a store.
+        UserError: an unusable run, an extension that contradicts ``ext``, or a timm backbone in torchvision's format.
+            Also a path that cannot be written, or belongs to a checkpoint or a store.
     """
     path = _with_extension(out, ext)
     check_outside_stores(path)

@@ -1,5 +1,5 @@
-// Runs one part of the C++ core a given number of times, for callgrind to count its instructions:
-//   count INDEX sample|plan|miniclip TIMES
+// Runs one part of the C++ core a given number of times, so that callgrind counts its instructions.
+// Usage: count INDEX sample|plan|miniclip TIMES.
 // The difference between two TIMES, divided by their difference, is the cost of one, without start-up.
 #include <cstdio>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 """``vito-fast COMMAND``: finds the command, reads its arguments, and turns a user's mistake into one line.
 
 A command's module is imported when the command runs, so that ``--help`` waits for nothing heavy.
-Exit status: 0 done; 1 failed; 2 a mistake of the user's; 128 + n ended by signal n, its state saved.
+The exit status is 0 (done), 1 (failed), 2 (a mistake of the user's) or 128 + n (signal n; the state is saved).
 """
 
 import difflib

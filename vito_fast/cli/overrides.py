@@ -1,8 +1,8 @@
 """Arguments: typed functions and configurations, read by tyro; every complaint is one line.
 
 A command is one of two things. A function gets its arguments from its signature. A frozen dataclass with a field
-``config`` and a method ``run`` gets a configuration file first, then options of its own and overrides of any field of
-the configuration by its dotted name.
+``config`` and a method ``run`` gets a configuration file first, then options of its own. Dotted names override any
+field of the configuration.
 """
 
 import contextlib

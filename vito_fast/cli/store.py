@@ -16,7 +16,7 @@ def inspect_store(
     verify: Annotated[bool, tyro.conf.FlagConversionOff] = True,
     threads: int = 0,
 ) -> int:
-    """Verify a store's checksums, say what it holds and draw a contact sheet.
+    """Verify a store's checksums, describe its content and draw a contact sheet.
 
     Args:
         store: A folder written by vito-fast pack.
