@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,16 +13,6 @@ from vito_fast.evaluate.task import find_preset, find_task
 from vito_fast.evaluate.ucf101 import Ucf101, decode, read_clip, read_clips, read_lists
 
 CLASSES = ("Archery", "Bowling", "Diving")
-
-
-def write_video(path, pictures, rate=25):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
-        stream.bit_rate = 2_000_000
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def scene(label, rng):
@@ -38,7 +27,7 @@ def scene(label, rng):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, write_video):
     root, rng = tmp_path_factory.mktemp("ucf"), np.random.default_rng(0)
     (root / "ucfTrainTestlist").mkdir()
     lists = {"train": [], "test": []}
@@ -82,7 +71,7 @@ def test_it_learns_the_classes(data, small, tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in encoder.backbone.state_dict().items())
 
 
-def test_clips_are_taken_at_their_times(data, tmp_path):
+def test_clips_are_taken_at_their_times(tmp_path, write_video):
     levels = np.arange(20, 240, 20)[:11]
     pictures = np.broadcast_to(levels[:, None, None, None], (11, 32, 32, 3)).astype(np.uint8)
     write_video(tmp_path / "v.avi", pictures, rate=10)

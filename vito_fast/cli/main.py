@@ -17,6 +17,12 @@ COMMANDS = {
     "inspect-store": ("vito_fast.cli.store", "inspect_store", "verify a store and describe it"),
     "train": ("vito_fast.cli.train", "Train", "pretrain an encoder: vito-fast train CONFIG [--section.field VALUE]"),
     "export": ("vito_fast.cli.export", "export", "write a run's encoder for torchvision or timm"),
+    "evaluate": (
+        "vito_fast.cli.evaluate",
+        "evaluate",
+        "score an encoder: vito-fast evaluate ENCODER --tasks NAMES",
+    ),
+    "card": ("vito_fast.cli.evaluate", "card", "set results side by side: vito-fast card DIR... OUT.html"),
     "attention": ("vito_fast.cli.export", "attention", "draw the encoder's attention in a video"),
     "plan": (
         "vito_fast.cli.plan",

@@ -37,6 +37,8 @@ def run(command: str, target: Callable[..., Any], words: Sequence[str]) -> int:
     Raises:
         UserError: words that make no sense.
     """
+    if getattr(target, "takes_words", False):
+        return int(target(words))
     if isinstance(target, type):
         return int(configured(command, target, words).run())
     words = [_current_flag(command, word) for word in words]

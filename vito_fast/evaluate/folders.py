@@ -32,8 +32,9 @@ class FolderOptions:
     """Side of the center crop in pixels; the short side is 8 / 7 of it."""
     frames: int = 4
     """Frames of a video, evenly spaced. The features of a video are their mean."""
-    features: Literal["pooled", "attended"] = "pooled"
-    """``pooled``: the spatial mean of the last stage. ``attended``: the vectors of a run's attention pools."""
+    features: Literal["pooled", "attended", "own"] = "pooled"
+    """``pooled``: the spatial mean of the last stage. ``attended``: the vectors of a run's attention pools. ``own``:
+    ``attended`` for an encoder that has such pools, else ``pooled``."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def batches(paths: Sequence[Path], options: FolderOptions) -> Iterator[list[Tens
 
 def encode(encoder: Encoder, images: Tensor, options: FolderOptions) -> Tensor:
     """Features (T, D) float32 on the CPU of pictures (T, 3, S, S) uint8."""
-    take = encoder.attended if options.features == "attended" else encoder.pooled
+    attends = options.features == "attended" or (options.features == "own" and encoder.pools is not None)
+    take = encoder.attended if attends else encoder.pooled
     return torch.cat([take(encoder.normalize(part)).float().cpu() for part in images.split(BATCH)])
 
 

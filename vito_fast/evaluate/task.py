@@ -32,6 +32,7 @@ official: from the benchmark's own code or description. ours: this project's cho
 
 TASKS = {
     "davis": "vito_fast.evaluate.davis_task:Davis",
+    "attention": "vito_fast.evaluate.attention_task:Attention",
     "knn": "vito_fast.evaluate.folder_tasks:Knn",
     "linear": "vito_fast.evaluate.folder_tasks:Linear",
     "corruptions": "vito_fast.evaluate.folder_tasks:Corruptions",
