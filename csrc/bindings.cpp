@@ -161,7 +161,8 @@ SamplerConfig sampler_config(const py::dict& c) {
   if (views < 1 || views > kMaxViews) throw std::invalid_argument("views must be 1 to 4");
   return {views, number("frame_window"), range("crop_area"), range("log_aspect"), number("flip"), number("jitter"),
           number("brightness"), number("contrast"), number("saturation"), number("hue"), number("grayscale"),
-          range("blur_sigma"), per_view("blur"), per_view("solarize")};
+          range("blur_sigma"), per_view("blur"), per_view("solarize"), c["crop_retry"].cast<bool>(),
+          c["fixed_frames"].cast<bool>()};
 }
 
 void bind_sampler(py::module_& m) {
@@ -358,7 +359,7 @@ void bind_resize(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_sampler, m) {
-  m.attr("API") = 2;  // to be raised with every change that vito_fast/native.py must not load an older build for
+  m.attr("API") = 3;  // to be raised with every change that vito_fast/native.py must not load an older build for
   m.doc() = "vito-fast's C++ core: store index, sampler, packet planner, reader and mini-clip writer.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

@@ -10,7 +10,7 @@ namespace vito {
 
 namespace {
 
-constexpr int kCropTries = 10;
+constexpr uint32_t kCropTries = 10;
 constexpr double kNoSolarize = 2;  // a threshold that no pixel reaches
 
 // e^x by IEEE arithmetic alone, so that a crop does not depend on the C library. The Taylor series at x / 2^k is exact to
@@ -93,9 +93,11 @@ void Sampler::sample(const int64_t* numbers, const uint32_t* attempts, size_t ba
 }
 
 // A window placed uniformly in the clip, a time for each view uniform in the window, and the frame shown at that time.
-// The whole clip is the window if it is shorter; a window of zero gives all views one frame.
+// The whole clip is the window if it is shorter; a window of zero gives all views one frame. Fixed frames depend on the
+// clip alone.
 void Sampler::times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& record, int32_t* frame,
                     double* time) const {
+  if (config_.fixed_frames) n = clip, attempt = 0;
   const Block bits = draw(seed_, n, attempt, Purpose::times, 0, 0);
   const Block more = config_.views == kMaxViews ? draw(seed_, n, attempt, Purpose::times, 0, 1) : Block{};
   const double duration = static_cast<double>(record.end - record.start);
@@ -110,17 +112,23 @@ void Sampler::times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& r
   }
 }
 
-// Area uniform, aspect ratio log-uniform, position uniform. Up to ten tries to fit the frame, then the center. This is the
-// random-resized-crop of Szegedy et al., "Going deeper with convolutions" (2014), in torchvision's formulation.
+// Area uniform, aspect ratio log-uniform, position uniform. As in the code of BYOL and DetCon, one draw, whose sides are
+// clipped to the frame. With `crop_retry`, torchvision's random-resized-crop: up to ten draws until one fits, then the
+// center.
 void Sampler::crop(uint64_t n, uint32_t attempt, uint32_t view, const Record& record, int32_t* out) const {
   const int32_t height = static_cast<int32_t>(record.height), width = static_cast<int32_t>(record.width);
-  for (uint32_t i = 0; i < kCropTries; ++i) {
+  const uint32_t tries = config_.crop_retry ? kCropTries : 1;
+  for (uint32_t i = 0; i < tries; ++i) {
     const Block bits = draw(seed_, n, attempt, Purpose::crop, view, i);
     const double side = std::sqrt(config_.crop_area.at(unit(bits[0])) * height * width);
     const double stretch = exponential(config_.log_aspect.at(unit(bits[1])) / 2);
     // Sides fit 32 bits: at most 65535 times the square root of the aspect ratio's bound.
     out[2] = static_cast<int32_t>(side / stretch + 0.5);
     out[3] = static_cast<int32_t>(side * stretch + 0.5);
+    if (!config_.crop_retry) {
+      out[2] = std::clamp(out[2], 1, height);
+      out[3] = std::clamp(out[3], 1, width);
+    }
     if (out[2] < 1 || out[3] < 1 || out[2] > height || out[3] > width) continue;
     out[0] = below(height - out[2] + 1, bits[2]);
     out[1] = below(width - out[3] + 1, bits[3]);

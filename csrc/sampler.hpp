@@ -33,6 +33,8 @@ struct SamplerConfig {
   double flip, jitter, brightness, contrast, saturation, hue, grayscale;
   Range blur_sigma;
   std::array<double, kMaxViews> blur, solarize;  // probability in each view
+  bool crop_retry;    // draw a crop that does not fit again, instead of clipping it
+  bool fixed_frames;  // a clip's frames are the same in every sample
 };
 
 // Output arrays of batch size B, in C order.

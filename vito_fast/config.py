@@ -47,10 +47,15 @@ class SamplerConfig:
     """Views of a clip, 1 to 4 (paper: 3 in the main runs, 2 in the study of data sets)."""
     frame_window: float = 2.56
     """Seconds that hold all views of a clip, each frame uniform in them (paper); 0 = all views are one frame."""
+    fixed_frames: bool = False
+    """Draw each clip's frames once for the whole run (rebuttal: the ablation with one fixed pair a video)."""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """Area of a crop as a share of the frame, uniform (paper; its lower bound on images is 0.08)."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of a crop, log-uniform (paper)."""
+    crop_fit: Literal["clip", "retry"] = "clip"
+    """A crop larger than the frame: clip its sides (ancestor: mean area 0.61 on 16:9), or draw up to ten times, then
+    take the center (torchvision: 0.52)."""
     flip: float = 0.5
     """Probability of a horizontal flip (ancestor)."""
     jitter: float = 0.8
@@ -79,6 +84,7 @@ class SamplerConfig:
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer of at least 1"
             )
         self._check("views", self.views <= MAX_VIEWS, f"at most {MAX_VIEWS}")
+        self._check("crop_fit", self.crop_fit in ("clip", "retry"), "clip or retry")
         for name in ("frame_window", "brightness"):
             self._check(name, _within(getattr(self, name), 0, math.inf), "finite and at least 0")
         for name in ("flip", "jitter", "grayscale", "contrast", "saturation"):

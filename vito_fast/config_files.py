@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 LEGACY: dict[str, dict[str, Any]] = {
     "model": {"heads": "per_level", "predictor": True},
-    "sampler": {"views": 2, "blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
+    "sampler": {"views": 2, "crop_fit": "retry", "blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
     "schedule": {"epoch_clips": 0},
 }
 """Defaults of version 0.1, from before the paper's text was at hand: its files and checkpoints keep their meaning."""

@@ -27,7 +27,7 @@ void tolerate(Body body) {
 }
 
 void use(const Index& index) {
-  const SamplerConfig config{3, 0.5, {0.4, 1}, {-0.3, 0.3}, 0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, {0.1, 2}, {}, {}};
+  const SamplerConfig config{3, 0.5, {0.4, 1}, {-0.3, 0.3}, 0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, {0.1, 2}, {}, {}, true, false};
   Reader reader(index, "/nonexistent", 1);
   for (uint64_t clip = 0; clip < std::min<uint64_t>(index.num_clips(), 50); ++clip) {
     tolerate([&] {

@@ -17,7 +17,7 @@ const double kLogAspect = std::log(4.0 / 3.0);
 
 SamplerConfig config(uint32_t views) {
   return {views, 0.2, {0.4, 1.0}, {-kLogAspect, kLogAspect}, 0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, {0.1, 2.0},
-          {1.0, 0.1, 0.1, 0.1}, {0.0, 0.2, 0.2, 0.2}};
+          {1.0, 0.1, 0.1, 0.1}, {0.0, 0.2, 0.2, 0.2}, false, false};
 }
 
 struct Batch {

@@ -45,6 +45,7 @@ def test_ablations_differ_from_the_demo_in_what_they_name():
         "ablation_crop_08": {"sampler.crop_area"},
         "ablation_window_1_28": {"sampler.frame_window"},
         "ablation_window_3_2": {"sampler.frame_window"},
+        "ablation_fixed_frames": {"sampler.fixed_frames"},
         "ablation_two_views": {"sampler.views"},
         "ablation_moclr": {"sampler.frame_window", "sampler.crop_area", "model.levels", "model.pooling"},
         "ablation_per_level": {"model.heads", "model.predictor"},
