@@ -25,7 +25,7 @@ from typing import Any
 from vito_kernels._core.lazy_triton import interpreting
 from vito_kernels.inspect import sass
 from vito_kernels.inspect.driver import INTERPRETED, TARGETS, Compiled, stand_in
-from vito_kernels.inspect.specs import Spec, all_specs
+from vito_kernels.inspect.launch_specs import Spec, all_specs
 
 DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on demand, and before its tiles change
 MAX_REGISTERS = 255

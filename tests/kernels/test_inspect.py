@@ -16,8 +16,8 @@ from vito_kernels._core import lazy_triton
 from vito_kernels._core.lazy_triton import jit, use_triton
 from vito_kernels.contrastive import backward, forward, large_dim, tile_configs
 from vito_kernels.inspect import compiled as inspect
-from vito_kernels.inspect import sass, specs
-from vito_kernels.inspect.specs import Spec, lse_spec, two_sided_spec
+from vito_kernels.inspect import sass
+from vito_kernels.inspect.launch_specs import Spec, all_specs, lse_spec, two_sided_spec
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -224,7 +224,7 @@ def test_other_float32_fits_the_registers(arch, width):
 
 
 def test_the_names_of_launches_are_unique():
-    names = [spec.name for spec in specs.all_specs()]
+    names = [spec.name for spec in all_specs()]
     assert len(set(names)) == len(names) > 300
 
 
