@@ -2,7 +2,7 @@
 
 The trainer's own step (train/trainer.py) runs once on tensors without data (op_counter.py): keys, queries, loss,
 backward, optimizer, moving average. A tensor on the wrong device, a wait for the host or a break in the compiled graph
-shows here, in seconds and on any machine, instead of on a rented GPU.
+shows here in seconds, without a rented GPU.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The plan's constants, each with its source: the one table behind ``--assumptions``.
 
-A source is one of: *datasheet* (the vendor's, by name), *published* (somebody else's measurement, by name), *measured*
-(by this project, machine named), *recalled* (a vendor's figure from memory, not looked up again), *assumption* (a
-judgement). Units are SI: bytes, bytes/s, flop/s, seconds, watts. ``--calibrate FILE`` replaces any of them by name with
+A source is one of five kinds. A *datasheet* is the vendor's, by name. *published* is a named measurement of others, and
+*measured* one of this project on a named machine. *recalled* is a vendor's figure from memory. *assumption* is a guess.
+Units are SI: bytes, bytes/s, flop/s, seconds, watts. ``--calibrate FILE`` replaces any of them by name with
 a measured one.
 """
 
@@ -53,8 +53,8 @@ _GPU_UNITS = {
     "node_storage": "bytes",
     "node_read": "bytes/s",
 }
-"""Peak dense arithmetic (bf16 or fp16; tf32), memory and its bandwidth, NVLink in one direction, what the
-JPEG and H.264 engines of one GPU decode, host to GPU; then a node of eight: cores, memory, power, network in one
+"""First one GPU: peak dense arithmetic (bf16 or fp16, tf32), memory and its bandwidth, NVLink in one direction,
+decoding by the JPEG and H.264 engines, host to GPU. Then a node of eight: cores, memory, power, network in one
 direction, local storage and its read rate."""
 
 _STREAM = 1920 * 1080 * 30  # pixels a second of one 1080p30 stream
@@ -171,7 +171,7 @@ COMMON: dict[str, Constant] = {
     "copy_core": Constant(31e-3, "core s a frame", _CORES_HERE + "; planned packets, GOP 250"),
     "process_memory": Constant(8e9, "bytes a rank", "assumption: torch, DALI and their pools on the host"),
     "context_memory": Constant(2.5e9, "bytes a GPU", "assumption: CUDA, cuDNN, NCCL, decoder surfaces"),
-    "fragmentation": Constant(0.05, "share", "assumption: what the caching allocator holds beyond what is allocated"),
+    "fragmentation": Constant(0.05, "share", "assumption: reserve of the caching allocator above allocated bytes"),
     "power_share": Constant(0.85, "share", "assumption: of the node's maximum power while training"),
 }  # fmt: skip
 """Constants of every GPU."""

@@ -125,7 +125,7 @@ class OpCounter(TorchDispatchMode):
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
-        """Ops inside belong to ``phase``, and what they allocate to an owner of that name."""
+        """Ops inside belong to ``phase``, and their allocations to an owner of that name."""
         before = self.phase, self.owner
         self.phase = self.owner = phase
         try:
@@ -135,7 +135,7 @@ class OpCounter(TorchDispatchMode):
 
     @contextmanager
     def watch(self, module: nn.Module, owner_of: Callable[[str], str]) -> Iterator[None]:
-        """Inside, what a forward of a child named ``name`` allocates is owned by ``owner_of(name)``."""
+        """Inside, ``owner_of(name)`` owns the allocations of a forward of the child ``name``."""
         stack: list[str] = []
 
         def enter(owner: str, *_: Any) -> None:
@@ -159,7 +159,7 @@ class OpCounter(TorchDispatchMode):
     # -------------------------------------------------------------------------------------------------------- memory
 
     def own(self, tensor: Tensor, owner: str = "") -> None:
-        """Counts a CUDA tensor's storage, once, under ``owner`` (default: the current one); an owner given moves it."""
+        """Counts a CUDA tensor's storage once, under ``owner`` or the current one. A given owner takes it over."""
         if not tensor.is_cuda:
             return
         storage = tensor.untyped_storage()
@@ -199,7 +199,7 @@ class OpCounter(TorchDispatchMode):
             yield
 
     def _note_saved(self) -> None:
-        """Adds up what is saved, each storage once; parameters are not activations."""
+        """Adds up the saved tensors, each storage once. Parameters are not activations."""
         storages = {id(s): s for s in (b.tensor.untyped_storage() for b in self._boxes if b.tensor is not None)}
         owned = [self._storages[key][:2] for key in storages if key in self._storages]
         saved: Counter[str] = Counter()
@@ -211,9 +211,9 @@ class OpCounter(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------------------ backward
 
     def backward(self, *roots: tuple[Tensor, Tensor]) -> None:
-        """Gradients of the leaves under ``roots``, pairs of a tensor and its gradient: what autograd's engine does.
+        """Gradients of the leaves under ``roots``, pairs of a tensor and its gradient, as by autograd's engine.
 
-        Each node of the graph runs once, after all that depend on it, and then lets go of what it had saved.
+        Each node of the graph runs once, after all that depend on it, and then frees its saved tensors.
         """
         self._note_saved()
         self._passes += 1
@@ -240,13 +240,13 @@ class OpCounter(TorchDispatchMode):
                     ready.append(child)
 
     def gradients(self, root: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        """What ``torch.autograd.grad`` returns for leaves without a gradient so far, which they are left without."""
+        """The result of ``torch.autograd.grad``. The leaves have no gradient before and after."""
         self.backward((root, torch.ones_like(root)))
         found = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         if any(g is None for g in found):
-            raise Problem("a leaf took no part in what is differentiated")
+            raise Problem("a leaf took no part in the differentiated tensor")
         return tuple(g for g in found if g is not None)
 
     def _run(self, node: Any, incoming: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
@@ -271,7 +271,7 @@ class OpCounter(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes that an op touches of a tensor; of an expanded one, what is there."""
+    """Bytes of a tensor that an op touches; of an expanded one, those in memory."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()) if tensor.is_cuda else 0
 
 

@@ -3,9 +3,9 @@
 Nothing here is measured. The dry run counts the step's arithmetic and traffic op by op on the model itself (dryrun.py).
 The rates come from one table with a source for each (hardware.py). A step takes as long as its slowest resource:
 
-    GPU      views, target, online, loss, backward, optimizer, average, guards, one after the other; each op takes the
-             longer of flops / (peak x efficiency) and bytes / (bandwidth x efficiency), and a launch; plus the exposed
-             communication
+    GPU      views, target, online, loss, backward, optimizer, average, guards, one after the other. Each op takes the
+             longer of flops / (peak x efficiency) and bytes / (bandwidth x efficiency), and a launch. Exposed
+             communication is added.
     decode   frames / capacity of the decoder chosen
     storage  bytes read / read rate of the nodes' drives
     link     bytes to the GPU / rate of its PCIe link
@@ -34,9 +34,9 @@ class PlanOptions:
     """The machine and the data that the plan assumes."""
 
     gpu: str = "h100"
-    """h100, h200, a100, b200; or cpu: processes of one thread, all of it from --calibrate."""
+    """h100, h200, a100 or b200, or cpu: processes of one thread, with all constants from --calibrate."""
     gpus: int = 8
-    """GPUs (ranks) in all; nodes are filled one after the other."""
+    """GPUs (ranks) in all. Nodes are filled one after the other."""
     store: str = ""
     """A packed store: its clips, format and sizes instead of the three options below."""
     format: FormatName = JPEG.name
@@ -44,13 +44,13 @@ class PlanOptions:
     clips: int = PAPER_CLIPS
     """Clips in the store (default: the paper's)."""
     frame_bytes: float = 0.0
-    """Mean bytes of a stored frame; 0 = what this project measured for the format."""
+    """Mean bytes of a stored frame; 0 = this project's measurement for the format."""
     decoder: Decoder = "auto"
-    """The GPU's JPEG and video engines, or the CPU's cores; auto = engines where there are any."""
+    """The GPU's JPEG and video engines, or the CPU's cores; auto = engines if there are any."""
     cores: int = 0
-    """CPU cores of a node; 0 = those of the vendor's system, or the share of them that goes with the GPUs."""
+    """CPU cores of a node; 0 = the cores of the vendor's system in proportion to the GPUs."""
     calibrate: str = ""
-    """JSON file of measured constants, which take the place of the table's."""
+    """JSON file of measured constants, which replace those of the table."""
 
     def __post_init__(self) -> None:
         for name, least in (("gpus", 1), ("clips", 1), ("cores", 0), ("frame_bytes", 0)):
@@ -81,9 +81,9 @@ class Prediction:
     dry: DryRun
     phases: tuple[Phase, ...]
     communication: dict[str, tuple[float, float]]
-    """What travels: (seconds it takes, seconds that nothing hides)."""
+    """(Seconds, exposed seconds) of each kind of traffic."""
     resources: dict[str, float]
-    """Seconds a step of each thing that runs beside the others: gpu, decode, storage, link."""
+    """Seconds a step of each resource that runs beside the others: gpu, decode, storage, link."""
     decode: dict[str, float]
     """Capacity in frames/s of each way to decode each format, over all nodes."""
     frames_needed: float
@@ -269,8 +269,11 @@ def _gpu_phases(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -
 
 
 def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Phase:
-    """Resize and color on the GPU: each frame is written by the decoder, read and written by the resize (8 bits a
-    value), read by ``photometric`` and written at the step's width; a blurred view is read and written twice more."""
+    """Resize and color on the GPU.
+
+    The decoder writes each frame, the resize reads and writes it (8 bits a value), and ``photometric`` reads it and
+    writes it at the step's width. A blurred view is read and written twice more.
+    """
     s = config.sampler
     width = 2 if config.train.dtype == "bfloat16" else 4
     blurred = sum(s.blur[min(v, len(s.blur) - 1)] for v in range(s.views)) / s.views
@@ -281,7 +284,7 @@ def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Pha
 
 
 def _gpu_memory(config: Config, m: Machine, dry: DryRun) -> dict[str, float]:
-    """The peak of the dry run by what it holds, and what lies outside the allocator."""
+    """The peak of the dry run by owner, and the memory outside the allocator."""
     kept = ("parameters", "target", "gradients", "optimizer state", "images")
     memory = {name: float(dry.peak.get(name, 0)) for name in kept}
     memory["gradients"] = float(dry.gradient_bytes)  # the buckets, whole from the first step on
@@ -305,10 +308,10 @@ def _host_memory(config: Config, options: PlanOptions, m: Machine, encoded: floa
 
 
 def collectives(config: Config, dry: DryRun) -> dict[str, int]:
-    """How many collectives a step of several GPUs takes, by what travels (counted on gloo: test_communication.py).
+    """Number of collectives in a step of several GPUs, by content (counted on gloo: test_communication.py).
 
-    Gradients go in buckets, one of 1 MiB and then of 25; keys in one gather and their videos' numbers in another; each
-    batch norm's statistics once forward and once backward; and one flag tells whether all ranks' numbers are finite.
+    Gradients go in buckets, one of 1 MiB and then of 25. Keys go in one gather and their videos' numbers in another.
+    The statistics of each batch norm go once forward and once backward. One flag reports non-finite numbers.
     """
     predictors = config.model.embeddings if config.model.predictor else 0
     in_target = (dry.norms - predictors) // 2
@@ -326,8 +329,10 @@ def collectives(config: Config, dry: DryRun) -> dict[str, int]:
 def _communication(
     config: Config, options: PlanOptions, m: Machine, dry: DryRun, phases: tuple[Phase, ...]
 ) -> dict[str, tuple[float, float]]:
-    """Gradients (ring all-reduce), keys (ring all-gather), batch norm's statistics and the flag (too small for their
-    bytes to count); compute hides the first two."""
+    """Gradients (ring all-reduce), keys (ring all-gather), batch norm's statistics and the flag.
+
+    The bytes of the last two are too few to count. The first two overlap with compute.
+    """
     n, counts = options.gpus, collectives(config, dry)
     if n == 1:
         return dict.fromkeys(counts, (0.0, 0.0))

@@ -97,7 +97,7 @@ def _decode_table(p: Prediction) -> Table:
 
 
 def _memory_table(p: Prediction) -> Table:
-    table = _table("Memory and storage", "where", "GB", "of")
+    table = _table("Memory and storage", "place", "GB", "of")
     for name, size in p.gpu_memory.items():
         table.add_row(f"GPU: {name}", f"{size / 1e9:.2f}", "")
     table.add_row(

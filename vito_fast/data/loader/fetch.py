@@ -23,7 +23,7 @@ from vito_fast.data.store.index import ClipInfo, Read
 from vito_fast.data.store.store import Store
 
 Put = Callable[[npt.NDArray[np.int64], list[Tensor], npt.NDArray[np.float32]], None]
-"""Takes rows (N,) of the chunk, V tensors (N, S, S, 3) uint8 that it must not keep, and params (N, V, 8)."""
+"""Takes rows (N,) of the chunk, V tensors (N, S, S, 3) uint8 valid during the call, and params (N, V, 8)."""
 
 
 @dataclass(frozen=True)

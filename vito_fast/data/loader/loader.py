@@ -72,7 +72,7 @@ class ClipLoader:
     """Iterates over one epoch of batches, and when iterated again over the next.
 
     Batch b of epoch e on rank r holds the samples ``e * num_clips + b * G + r * B ... + B``, G = B * world_size. A
-    sample is a pure function of (seed, number). So batches are equal on every run, whatever ``threads`` and
+    sample is a pure function of (seed, number). So batches are equal on every run, for any ``threads`` and
     ``prefetch``, and the ranks' batches together do not depend on the number of ranks. The incomplete last batch of an
     epoch is dropped.
 

@@ -53,7 +53,7 @@ class ThreadPool(Generic[Tools]):
 
 def _work(tasks: _Tasks, make_tools: Callable[[], Any], ready: threading.Barrier) -> None:
     torch.get_num_threads()  # the first query in a thread resets its number, so query before setting
-    torch.set_num_threads(1)  # the pool is the parallelism
+    torch.set_num_threads(1)  # the pool alone runs in parallel
     ready.wait()
     tools = None
     while (entry := tasks.get()) is not None:

@@ -1,7 +1,7 @@
 """Software decoding of planned packets: codec contexts get raw packets, and no container is opened or probed.
 
 Each packet enters the decoder with its number as pts, and each frame is identified by the number that comes out. So the
-delivered frame is the requested one, in whatever order the decoder returns frames.
+delivered frame is the requested one, in any order of the decoder's output.
 """
 
 from collections import OrderedDict
