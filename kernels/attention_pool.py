@@ -23,7 +23,7 @@ from vito_kernels._core.lazy_triton import jit, num_sms, on_device, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
-# One tile for all targets: the work is streaming, 16 kB in flight per program is what matters, not the architecture.
+# One tile for all targets: streaming depends on the 16 kB in flight per program and not on the architecture.
 BLOCK_L, BLOCK_C, WARPS = 32, 128, 4
 LOGITS_BLOCK = 1024  # logits of a row are reread from cache in chunks of at most this many
 
@@ -203,7 +203,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     features, logits = inputs
     pooled, weights = output
     ctx.set_materialize_grads(False)
-    # A copy, whatever the caller writes into pooled.
+    # A copy, since the caller may write into pooled.
     ctx.save_for_backward(features, logits.new_empty(0), weights, pooled.clone())
 
 

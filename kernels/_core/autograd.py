@@ -41,9 +41,9 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
     """Registers the gradient of ``op`` and returns the op to call from Python.
 
     ``torch.compile`` traces the autograd that ``torch.library`` generates, but that takes no part in ``torch.func``
-    transforms; an ``autograd.Function`` with its own ``setup_context`` does. Plain eager code takes neither: the
-    dispatcher's way to a Python op and the argument binding of such a Function cost 0.2 ms of host time together,
-    longer than small losses take a GPU. All three are made of the same two functions.
+    transforms; an ``autograd.Function`` with its own ``setup_context`` does. Plain eager code takes neither. The
+    dispatcher and the argument binding of such a Function cost 0.2 ms of host time together, longer than small losses
+    take a GPU. All three are made of the same two functions.
 
     Args:
         op: a custom op.

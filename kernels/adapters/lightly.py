@@ -20,9 +20,9 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: a positive number.
-        memory_bank_size: 0 for SimCLR, or (keys, dim) for MoCo's memory bank. As lightly's, the bank holds random unit
-            vectors at first, replaces its oldest keys by the normalized ``out1`` if ``out0`` requires grad, and drops
-            the keys that pass its end. It may stay on the CPU.
+        memory_bank_size: 0 for SimCLR, or (keys, dim) for MoCo's memory bank. As in lightly, the bank starts with
+            random unit vectors. The normalized ``out1`` replaces its oldest keys if ``out0`` requires grad, and keys
+            that pass its end are dropped. It may stay on the CPU.
         gather_distributed: take the batches of all ranks of the default process group, which must be equal. Under
             ``DistributedDataParallel`` gradients are those of the whole batch.
 

@@ -19,7 +19,7 @@ class ClipLoss(nn.Module):
         gather_with_grad: ignored; gradients across ranks are always those of the whole batch, as with True.
         cache_labels: ignored; there are no labels.
         rank, world_size: of the default process group, whose batches must be equal (others:
-            ``vito_kernels.distributed``). With ``world_size=1`` a rank is alone, whatever its number.
+            ``vito_kernels.distributed``). With ``world_size=1`` a rank of any number is alone.
         use_horovod: not supported.
 
     Raises:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @torch.library.custom_op("vito_kernels::batch_norm_local_stats", mutates_args=())
 def local_stats_op(x: Tensor) -> Tensor:
-    """Statistics of x for ranks to exchange, (1, 2 C + 1): means, squared deviations, count; float32 or float64."""
+    """Statistics of x for ranks to exchange, (1, 2 C + 1) float32 or float64: means, squared deviations, count."""
     if use_triton(x):
         with on_device(x):
             parts = launch_stats(x)
@@ -265,7 +265,7 @@ def can_fuse(
 ) -> bool:  # fmt: skip
     """Whether :func:`batch_norm` runs its own kernels on these tensors; otherwise it is torch's ops.
 
-    Compiled code keeps torch's: Inductor can_fuse them itself, with what is around them too.
+    Compiled code uses torch's ops, because Inductor fuses them with the ops around them.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -293,13 +293,13 @@ def batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Batch norm in training mode, and what often follows it: ``relu(batch_norm(x) + residual)``.
+    """Batch norm in training mode with the usual sum and ReLU: ``relu(batch_norm(x) + residual)``.
 
     Equivalent to ``torch.nn.functional.batch_norm(..., training=True)``, the sum and ``torch.relu``, rounded once.
 
     Args:
-        x: (B, C), or (B, C, H, W) in channels_last, of at least two rows. float32, bfloat16 or float16 on a GPU;
-            anything else, and other memory formats, are computed by torch.
+        x: (B, C), or (B, C, H, W) in channels_last, of at least two rows. The kernels take float32, bfloat16 or
+            float16 on a GPU. torch computes all other devices, dtypes and memory formats.
         weight, bias: (C,), float32.
         running_mean, running_var: (C,), float32; moved by ``momentum`` towards the mean and the unbiased variance.
         residual: added before the ReLU; shape, dtype and memory format of x.
@@ -310,7 +310,7 @@ def batch_norm(
         raises RuntimeError. Keeps x for it, and y where ``relu`` and ``residual`` are given.
 
     Raises:
-        ValueError: ``residual`` has another shape than x, or x has one row; and what torch's function raises.
+        ValueError: ``residual`` has another shape than x, or x has one row. Errors of torch's function pass.
 
     Deterministic.
     """

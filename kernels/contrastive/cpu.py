@@ -3,11 +3,11 @@
 A tile of logits is one matmul and an exponential in place; a second matmul reduces it. float32, bfloat16 and float16
 are computed in float32, float64 in float64. Functions have the names and signatures of :mod:`.gpu`.
 
-Two variants, chosen by ``max |q| max |k| scale``, a bound on every logit that costs O((M + N) D):
-*direct*, with no shift, as no exponential can leave the range of float32; *online*, with a running maximum.
+The bound ``max |q| max |k| scale`` on every logit costs O((M + N) D) and chooses between two variants. *direct* has no
+shift, since no exponential can leave the range of float32. *online* has a running maximum.
 
-The forward pass caches its first tiles for the gradient, up to 31 MiB (2850 x 2850 logits): a forward and backward pass
-of ``info_nce`` without them takes 1.35 times as long at M = N = 2048, and of ``clip_loss`` 1.27 times.
+The forward pass caches its first tiles for the gradient, up to 31 MiB (2850 x 2850 logits). Without them ``info_nce``
+with its gradient takes 1.35 times as long at M = N = 2048, and ``clip_loss`` 1.27 times.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def _upper_grid(rows: int, columns: int, step: int) -> Grid:
 class _Tiles:
     """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where masked; exponentials if ``direct``.
 
-    ``out`` is where the caller may write: over the tile, or None if the tile is cached. ``positives`` (M, P) takes
-    their logits. A forward pass fills ``logit_cache`` and notes its tile rows and variant in the header; a pass with
-    ``read_cache`` over the same grid takes both from there, since the number of threads may have changed.
+    The caller may write to ``out``, which is the tile, or None if the tile is cached. ``positives`` (M, P) takes their
+    logits. A forward pass fills ``logit_cache`` and notes its tile rows and variant in the header. A pass with
+    ``read_cache`` over the same grid reads both, since the number of threads may have changed.
     """
 
     def __init__(

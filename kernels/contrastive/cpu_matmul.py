@@ -1,8 +1,8 @@
 """Products of the CPU path: by oneDNN where MKL would leave half of the processor idle.
 
-``torch.mm`` of float32 is MKL's, which runs AVX-512 on Intel's processors only, and AVX2 on all others. oneDNN, which
-PyTorch has for convolutions, asks what the processor can do: on an AMD EPYC of the Zen 5 generation it takes less than
-half of the time. Both add in float32.
+``torch.mm`` of float32 is MKL's, which runs AVX-512 on Intel's processors only, and AVX2 on all others. PyTorch's
+oneDNN uses the abilities of any processor. It takes less than half of the time on an AMD EPYC of the Zen 5 generation.
+Both add in float32.
 """
 
 from __future__ import annotations

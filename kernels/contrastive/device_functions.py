@@ -145,7 +145,7 @@ def apply_mask(
     POSITIVES: tl.constexpr,
     FLIPPED: tl.constexpr,
 ):
-    """-inf for the masked pairs of ``own`` rows and ``other`` columns; FLIPPED: the queries are the columns.
+    """-inf for the masked pairs of ``own`` rows and ``other`` columns. With FLIPPED the queries are the columns.
 
     DIAGONAL is the width of the masked blocks on the diagonal, 0 for none.
     """

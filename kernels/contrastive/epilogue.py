@@ -3,7 +3,7 @@
 PyTorch takes four to a dozen launches for each of these, which at a few thousand rows cost more than the products.
 
     merge_splits     one lse, residual and mean of those over disjoint sets of keys
-    finalize_lse     the log of summed exponentials, and whether it can be trusted
+    finalize_lse     the log of summed exponentials, and its validity
     softmax_grad     a softmax's share in a gradient
     positive_logits  scale * q_i . k_j for the positives j of query i
     grad_epilogue    the positives' part of a gradient, the scale, one rounding
@@ -78,7 +78,7 @@ def finalize_lse_kernel(
 
 @jit
 def softmax_grad_kernel(gradient, lse2, lse_residual, top, weight, M, ROWS: tl.constexpr):
-    """What a softmax brings to a gradient; a row that sees nothing (lse = -inf) has no share in it."""
+    """The share of a softmax in a gradient: none for a fully masked row (lse = -inf)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = tl.load(lse2 + row, mask=row < M, other=0.0)
     g = tl.load(gradient + row, mask=row < M, other=0.0) * 1.4426950408889634
@@ -188,8 +188,10 @@ def softmax_grad(lse2: Tensor, lse_residual: Tensor, gradient: Tensor) -> Softma
 def positive_logits(
     q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, adjacent: bool = False
 ) -> Tensor:
-    """scale log2(e) q_i . k_j (M, P) for the positives j: columns of ``positive`` (M, P), or i + ``diagonal``, or none;
-    with ``adjacent``, where ``diagonal`` is 0, the other row of the pair 2 i, 2 i + 1.
+    """scale log2(e) q_i . k_j (M, P) for the positives j of query i.
+
+    The positives are columns of ``positive`` (M, P), or i + ``diagonal``, or none. With ``adjacent`` and ``diagonal`` 0
+    the positive is the other row of the pair 2 i, 2 i + 1.
     """
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)

@@ -9,8 +9,8 @@ q (M, D), k (N, D) float32, bfloat16 or float16; sums and outputs float32. One p
 
 *Fixed shift*: exponents are relative to a constant, |scale| log2(e) - 100. Nothing is rescaled and no maximum is taken.
 The largest term of unit vectors is 2^100, so 2^27 keys cannot overflow; terms that underflow are 226 powers of two
-below the largest possible. For other inputs it may fail, and it detects that: a row is not trusted if its sum left
-[2^-64, 2^120] or its mean is not finite. *Online*: a running maximum, right for every input.
+below the largest possible. For other inputs it may fail, and it detects that. A row is not trusted if its sum left
+[2^-64, 2^120] or its mean is not finite. *Online* takes a running maximum, right for every input.
 
 float32 runs online, since a shift of 100 would round its exponents to 2^-18, and so does float16 with the mean, as its
 P cannot hold 2^100. Otherwise the fixed shift runs first. The online kernel behind it repeats the blocks that were not
@@ -164,8 +164,8 @@ def _two_sided_lse_fwd_step(
 ):  # fmt: skip
     """One tile of y: its exponentials, added to ``total`` (TILE, BLOCK) and written out as sums of columns.
 
-    The tile is computed transposed, so that the sums which leave the loop lie along what a thread holds, and those
-    that stay in it cross no thread.
+    The tile is computed transposed. So a thread holds the values of the sums that leave the loop, and the other sums
+    cross no thread.
     """
     BLOCK: tl.constexpr = total.shape[1]
     rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)

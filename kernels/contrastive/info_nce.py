@@ -4,8 +4,8 @@
     lse    = logits.masked_fill(mask, -inf).logsumexp(1)            similarity_lse
     loss   = softplus(lse - scale * (q * k[positive]).sum(1))       info_nce: the mask holds the positive
 
-q (M, D), k (N, D): float32, bfloat16 or float16; sums in float32. The forward pass keeps the keys' mean under the
-softmax,
+q (M, D) and k (N, D) are float32, bfloat16 or float16, with sums in float32. The forward pass keeps the keys' mean
+under the softmax,
 
     mean   = logits.masked_fill(mask, -inf).softmax(1) @ k          (M, D), d lse / d q = scale * mean
 
@@ -237,12 +237,13 @@ def similarity_lse(
         (M,) float32, or float64 for float64. A fully masked query has -inf and no gradient.
 
     Raises:
-        ValueError: a wrong shape, device or value; groups of which one is missing; a scale that is not finite.
+        ValueError: a wrong shape, device or value, one group without the other, or a scale that is not finite.
         TypeError: a wrong dtype.
         RuntimeError: in double backward; there is no second derivative.
 
     Sums are float32. A GPU takes float32 products on the tensor cores in three bfloat16 parts, as exact as float32, or
-    in fewer by ``torch.set_float32_matmul_precision``; wider than 256 (128 on sm_80, 0 on sm_100) on the plain units.
+    in fewer by ``torch.set_float32_matmul_precision``. Beyond D = 256 (128 on sm_80, 0 on sm_100) it takes the plain
+    units.
     Autocast rounds float32 and mixed embeddings to its dtype but not their gradients, which stay exact to about 5e-4
     however likely the positive. A bfloat16 tensor has a bfloat16 gradient; that rounding moves it by 1.7e-3 (Frobenius
     norms).

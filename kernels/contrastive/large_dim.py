@@ -7,9 +7,9 @@ two plain matrix products (for each 32768 rows of x, if there are more):
     P     = 2^(scale log2(e) x @ y.T - shift)   (M, C) in 16 bits, its sums by row and column in float32
     out  += P @ y                                (M, D) in float32
 
-P takes at most ``STRIP_BYTES`` whatever M and N are, and so do the sums of a strip's tiles, which are added up behind
-it. The gradient is the same with weights instead of exponentials. Programs own rows and columns; strips and partial
-sums are added in order. Deterministic, no atomics.
+P takes at most ``STRIP_BYTES`` for any M and N. So do the sums of a strip's tiles, which are added up behind it. The
+gradient is the same with weights instead of exponentials. Programs own rows and columns; strips and partial sums are
+added in order. Deterministic, no atomics.
 
 On an H200, info_nce at M = N = 4096, D = 1024 took 891 us before and 234 us so. At D = 512 the gradient of keys gains a
 tenth or two, a two-sided loss a seventh, and the forward pass nothing: hence ``WIDER_THAN``.
@@ -148,8 +148,10 @@ def _sizes() -> tuple[int, int, str]:
 def exponentials(
     x: Tensor, y: Tensor, scale: Tensor, mask: Mask, headroom: float, *, gather: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_sums (parts, M), column_sums (parts, N), out (M, D)) of the exponentials P relative to |scale| log2(e) -
-    ``headroom``; without ``columns`` the second, without ``gather`` the third is empty. The queries are x.
+    """(row_sums (parts, M), column_sums (parts, N), out (M, D)) of the exponentials P of queries x.
+
+    P is relative to |scale| log2(e) - ``headroom``. The second is empty without ``columns``, the third without
+    ``gather``.
     """
     return _run(x, y, scale, mask, headroom, None, None, gather, columns)
 
@@ -188,7 +190,7 @@ def _run(
     summed = not (x_softmax or y_softmax)
     row_sums = scale.new_empty(strip // tile if summed else 0, M)
     column_sums = scale.new_empty(cdiv(height, tile) if columns else 0, N)
-    row_total = scale.new_zeros(1, M if summed and strip < N else 0)  # where it takes several strips
+    row_total = scale.new_zeros(1, M if summed and strip < N else 0)  # if it takes several strips
     column_total = scale.new_zeros(1, N if columns and height < M else 0)
     weights = x.new_empty(height, strip if gather else 0)
     out = scale.new_empty(cdiv(strip, split_keys), M if gather else 0, D)

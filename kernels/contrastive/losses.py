@@ -84,7 +84,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
-    """SupCon (L_out): each row of z, normalized, against all others; its positives are the other rows of its label.
+    """SupCon (L_out): each normalized row of z against all others. Its positives are the other rows of its label.
 
     Equivalent, with ``z = normalize(z)``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)`` and
     ``same = (labels[:, None] == labels).fill_diagonal_(False)``:

@@ -3,7 +3,7 @@
     loss_i = mean over p of softplus(lse_i - logit_ip),     softplus(x) = log(1 + e^x)
 
 That is -log of the positive's share among itself and the negatives. A two-sided loss takes the mean over the pair's row
-and its column. lse comes in two parts (``terms.split_sum``), since a difference of large logits may be small; lse and
+and its column. lse comes in two parts (``terms.split_sum``), since a difference of large logits may be small. lse and
 logits are in units of log 2. One kernel each way replaces ten of PyTorch's, which at a few thousand rows take
 longer than the products. Elementwise, deterministic, float32 (float64 for float64).
 """

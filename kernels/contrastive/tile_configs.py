@@ -45,8 +45,8 @@ class Tile:
     out_columns: int = 512
 
 
-# Beyond D = 512 the rows that a program owns fill most of the shared memory: small tiles, one launch for 256 columns,
-# each of which computes the logits again (at D = 1024, 10 M N D flops and not 4). ``large_dim`` does most of the work
+# Beyond D = 512 the rows that a program owns fill most of the shared memory. Tiles are small, and each launch of 256
+# columns computes the logits again (at D = 1024, 10 M N D flops and not 4). ``large_dim`` does most of the work
 # at such widths; float32 in one part, the mean of float16, and repeated blocks remain.
 WIDE = {
     80: {1024: Tile(32, 32, 128, 4, 2, out_columns=256)},
@@ -67,9 +67,9 @@ MASKED_80 = {
 }
 
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
-# of the compiled kernels. Keys: family of GPUs and pass; then the largest D of a tile. "mean" and "lse" are the forward
-# pass with and without the keys' mean. The online variant, or the fixed one with masks anywhere ("masked"), has a row
-# of its own if it needs another tile; it has the same chunks.
+# of the compiled kernels. Keys are family of GPUs and pass, then the largest D of a tile. "mean" and "lse" are the
+# forward pass with and without the keys' mean. The online variant, or the fixed one with masks anywhere ("masked"), has
+# a row of its own if it needs another tile; it has the same chunks.
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
@@ -166,8 +166,8 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         **WIDE[100],
     },
     (100, "two_sided"): {256: Tile(128, 64, 256, 8, 2), 512: Tile(64, 64, 256, 4, 2), **WIDE[100]},
-    # Float32 in parts, of every pass. The rows of a wider matrix do not fit, nor does what Triton keeps in sm_100's
-    # tensor memory for each of six products: there exact products run on the plain arithmetic units.
+    # Float32 in parts, of every pass. The rows of a wider matrix do not fit, nor do Triton's values in sm_100's tensor
+    # memory for each of six products. Exact products then run on the plain arithmetic units.
     (80, "float32"): {128: Tile(32, 32, 128, 8, 2)},
     (80, "float32 gradient"): {64: Tile(32, 32, 128, 4, 2), 128: Tile(32, 32, 128, 8, 2)},
     (89, "float32"): {64: Tile(64, 32, 64, 4, 2), 128: Tile(32, 32, 128, 4, 2)},

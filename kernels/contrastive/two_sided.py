@@ -4,9 +4,9 @@
     row, column  = s.fill_diagonal_(-inf).logsumexp(1), .logsumexp(0)
     clip_loss    = (softplus(row - s.diagonal()).mean() + softplus(column - s.diagonal()).mean()) / 2
 
-x (M, D), y (N, D): float32, bfloat16 or float16; sums in float32. One pass over the logits gives row and column sums
-(2 M N D flops). The gradients take two more, each of which shares a logit between both softmaxes (8 M N D). NT-Xent has
-a symmetric matrix and takes one (4 M M D). Deterministic, no atomics, no memory of order M N.
+x (M, D) and y (N, D) are float32, bfloat16 or float16, with sums in float32. One pass over the logits gives row and
+column sums (2 M N D flops). The gradients take two more, each of which shares a logit between both softmaxes (8 M N D).
+NT-Xent has a symmetric matrix and takes one (4 M M D). Deterministic, no atomics, no memory of order M N.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def self_lse_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exp of each embedding over those of other samples, and the logit of its positives.
 
-    A sample is two adjacent rows, each the other's positive. Given ``group`` (M,), ids in [0, M), and the ``count``
-    (M,) of others in the same group, a sample is one row, and the logit is the mean over the group, 0 without others.
+    A sample is two adjacent rows, each the other's positive. With ``group`` (M,), ids in [0, M), a sample is one row.
+    The logit is then the mean over the ``count`` (M,) others of the group, 0 without others.
 
     Returns:
         lse2 (M,), logits (M, 1), the residual of lse2 (M,), and the logit cache. ``matmul_dtype`` and ``cache_logits``

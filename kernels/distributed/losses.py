@@ -8,11 +8,11 @@ Keys without gradient are gathered asynchronously. Call ``gather_keys`` as soon 
 the online network, and pass the handle to ``global_info_nce``. Keys with gradient are gathered when they are used, and
 their gradients return summed over ranks.
 
-``exchange`` chooses how keys reach the ranks, with the same result. ``"gather"``: one collective, which can overlap the
-online network; every rank then holds all N keys, N D numbers. ``"ring"``: blocks of keys pass from rank to rank during
-the work on the previous block. A rank holds two blocks beside its own, 2 B D, and runs many small passes. Forward
-traffic is the same; for keys with gradient the ring sends them again in the backward pass. Choose the ring if the
-gathered keys do not fit.
+``exchange`` chooses how keys reach the ranks, with the same result. ``"gather"`` is one collective, which can overlap
+the online network. Every rank then holds all N keys, N D numbers. ``"ring"`` passes blocks of keys from rank to rank
+during the work on the previous block. A rank holds two blocks beside its own, 2 B D, and runs many small passes.
+Forward traffic is the same; for keys with gradient the ring sends them again in the backward pass. Choose the ring if
+the gathered keys do not fit.
 
 Dtypes, errors and autocast as for ``info_nce``, ``clip_loss`` and ``ntxent``. Deterministic if the collectives are:
 sums are in the order of the ranks. Double backward raises RuntimeError.
@@ -65,7 +65,7 @@ class PendingKeys:
 
     @property
     def offset(self) -> int:
-        """Where this rank's keys begin."""
+        """Number of the first of this rank's keys."""
         return sum(self.sizes[: self.rank])
 
 

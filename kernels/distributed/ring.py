@@ -1,8 +1,8 @@
 """Log-sum-exps over all ranks with keys that pass round a ring: no rank ever holds all of them.
 
 A block of rows visits the ranks one after the other. The next block is in transfer during the work on this one, so a
-rank holds two visiting blocks beside its own: O(B D) memory, where gathered keys take O(N D). Results for the owner of
-a block (its gradient, the sums of its columns) follow one hop behind and arrive at the end.
+rank holds two visiting blocks beside its own. That is O(B D) memory instead of O(N D) for gathered keys. Results for
+the owner of a block (its gradient, the sums of its columns) follow one hop behind and arrive at the end.
 
 Keys without gradient travel once. Keys with gradient travel again in the backward pass, and their gradients behind
 them, in float32. Sums are merged in the order of the visits: deterministic.
@@ -183,8 +183,8 @@ def lse_and_positives(
 class _TwoSided(torch.autograd.Function):
     """The two-sided log-sum-exp over all ranks; blocks of y travel.
 
-    Returns row lse2 (B,) of x (B, D) against all ranks' y, column lse2 (B,) of this rank's y against all ranks' x,
-    logits of the pairs (B, 1), and the residuals of both lse2. A pair is masked.
+    Returns row lse2 (B,) of x (B, D) against all ranks' y, and column lse2 (B,) of this rank's y against all ranks' x.
+    Logits of the pairs (B, 1) follow, and the residuals of both lse2. A pair is masked.
     """
 
     @staticmethod

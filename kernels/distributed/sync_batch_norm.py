@@ -3,9 +3,9 @@
     y = relu(batch_norm(cat of all ranks' x) + residual)            this rank's rows
 
 x (B, C) or (B, C, H, W); the ranks' batches may differ in size, but none is empty. On a GPU the ranks gather one part
-of (2 C + 1) numbers each, and the backward pass reduces two sums of C. torch's own exists for CUDA alone, and stops the
-host in every layer to look for empty batches. On the CPU means and squared deviations are reduced one after the other,
-so nothing cancels. Deterministic where the collectives are.
+of (2 C + 1) numbers each, and the backward pass reduces two sums of C. The op of torch exists for CUDA alone, and stops
+the host in every layer to look for empty batches. On the CPU means and squared deviations are reduced one after the
+other, so nothing cancels. Deterministic where the collectives are.
 """
 
 from __future__ import annotations

@@ -121,13 +121,15 @@ def _main_loop(code: list[Instruction]) -> list[Instruction]:
     rare: set[int] = set()
     for wait in (loop for loop in every if loop < best and len(loop) < SHORT_LOOP):
         behind = max(wait) + 1
-        rare |= wait | ({behind} if code[behind].last else set())  # with the jump back to where it was left
+        rare |= wait | ({behind} if code[behind].last else set())  # with the jump back into the loop
     return [code[i] for i in sorted(best - rare)]
 
 
 def _loops(code: list[Instruction]) -> list[frozenset[int]]:
-    """The natural loops, as the instructions in each. Where code lies tells little: a compiler puts what rarely runs
-    (a second wait on a barrier) behind everything else, and its jump back spans all that lies between.
+    """The natural loops, as the instructions in each.
+
+    The place of code means little. A compiler puts rare code, such as a second wait on a barrier, behind everything
+    else, and its jump back spans all that lies between.
     """
     after: list[list[int]] = [[] for _ in code]
     before: list[list[int]] = [[] for _ in code]
@@ -146,7 +148,7 @@ def _loops(code: list[Instruction]) -> list[frozenset[int]]:
 
 
 def _reach(starts: list[int], edges: list[list[int]], closed: int | None = None) -> set[int]:
-    """What can be reached without passing ``closed``."""
+    """The nodes that can be reached without passing ``closed``."""
     seen = {start for start in starts if start != closed}
     stack = list(seen)
     while stack:

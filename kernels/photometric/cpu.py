@@ -23,7 +23,7 @@ from ..reference.photometric import GRAY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
 FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not the caller's default
-MAX_CACHED_PIXELS = 1 << 18  # of an image and its padding; the 16 planes of a larger one are made anew for each call
+MAX_CACHED_PIXELS = 1 << 18  # of an image and its padding; each call allocates the 16 planes of a larger one
 TINY = 1e-30  # for a chroma of zero, where any finite quotient gives the same color
 
 
@@ -53,8 +53,9 @@ class _Augment:
     def __call__(
         self, image: Tensor, row: Sequence[float], hues: Tensor, toeplitz: Tensor, mean_C11: Tensor, std_C11: Tensor
     ) -> Tensor:
-        """image (H, W, 3) uint8, row of the parameters, what is made of them, the normalization: to planes (3, H, W),
-        which the next call overwrites.
+        """An image (H, W, 3) uint8 to planes (3, H, W), which the next call overwrites.
+
+        ``hues`` and ``toeplitz`` are made of the ``row`` of parameters.
         """
         *jitter, order, gray, sigma, threshold = row
         x = self.color(image, jitter, int(order), hues, gray > 0)
@@ -122,11 +123,11 @@ class _Color:
         torch.lerp(self.top_C, x, self.ratio_C, out=x)
 
     def _hue(self, x: Tensor, hues: Tensor) -> None:
-        """Shifts the hue by as much as ``hues``, of :func:`_hues`, says.
+        """Shifts the hue by ``hues`` (see :func:`_hues`).
 
         With chroma C and smallest channel m, the hue lies ``|u| = (C - m + g + b - r) / C`` sixths of a turn from red,
-        on the side of green where g > b; and the channel whose own hue is o becomes ``m + C clip(2 - d, 0, 1)``, d the
-        distance from u to o round the circle of six, which is ``3 - ||u - o| - 3|`` while u - o stays within one turn.
+        on the side of green if g > b. The channel of hue o becomes ``m + C clip(2 - d, 0, 1)``. d is the distance from
+        u to o round the circle of six, ``3 - ||u - o| - 3|`` while u - o stays within one turn.
         """
         r, g, b = self.red_green_blue
         bottom, chroma, side = self.bottom, self.chroma, self.side
@@ -144,8 +145,8 @@ class _Color:
 def _hues(turns: Tensor) -> Tensor:
     """(B, 3, 1, 1): each channel's own hue less the shift, in sixths of a turn.
 
-    Thirds of a turn merely rename the channels; what is left of the shift is at most one sixth either way, so that a
-    hue less its channel's own stays within one turn.
+    Thirds of a turn merely rename the channels. The rest of the shift is at most one sixth either way. So a hue less
+    its channel's own stays within one turn.
     """
     turns = turns.double()[:, None]
     thirds = (3 * turns).round()
@@ -190,8 +191,10 @@ class _Blur:
         return result
 
     def _views(self, count: int, reach: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-        """Of ``count`` planes: each one's overlapping bands of rows and where their products go; the bands of columns
-        of all, where theirs go, and the result.
+        """Views of ``count`` planes.
+
+        First the overlapping bands of rows of each plane, with the output of their products. Then the bands of columns
+        of all planes, their output, and the result.
         """
         edge, band, pitch = self.radius - reach, BLOCK + 2 * reach, self.padded.stride(1)
         by_rows = [
@@ -212,7 +215,7 @@ def _overlapping(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> T
 
 
 def _toeplitz(sigma: Tensor, radius: int) -> Tensor:
-    """(B, BLOCK, BLOCK + 2 radius): row i holds an image's normalized taps from column i on; NaN without a blur."""
+    """(B, BLOCK, BLOCK + 2 radius). Row i holds an image's normalized taps from column i on, NaN without a blur."""
     band = BLOCK + 2 * radius
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
     taps = torch.exp(offsets.square() / (-2 * sigma.double().square()[:, None]))

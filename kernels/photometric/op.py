@@ -1,9 +1,9 @@
 """Photometric augmentation of a batch: jitter in each image's own order, gray, blur, solarize, normalize.
 
 Equivalent to ``vito_kernels.reference.photometric``, the color chain of BYOL and DetCon, on (B, H, W, 3) uint8 images
-and a (B, 8) table of parameters. A GPU takes four launches, whatever the parameters: partial sums of the channels, for
-contrast; color; and two passes of the blur, which only blurred images take part in. An image without blur is read once
-or twice as bytes and written once. Nothing depends on values on the host, so a CUDA graph can capture the op.
+and a (B, 8) table of parameters. A GPU takes four launches for any parameters. The first sums the channels for
+contrast, the second computes the color, and two blur the images that have a blur. An image without blur is read once or
+twice as bytes and written once. Nothing depends on values on the host, so a CUDA graph can capture the op.
 Deterministic: no atomics, sums in a fixed order. Not differentiable.
 """
 
@@ -31,10 +31,10 @@ PARAMS = (
     "contrast",  # factor about each channel's mean
     "saturation",  # factor in HSV
     "hue",  # shift in turns
-    "order",  # rank, 0 to 23, of the permutation of the four columns above in lexicographic order; -1: no jitter
+    "order",  # rank, 0 to 23, of the permutation of the four columns above in lexicographic order; -1 = no jitter
     "gray",  # 0 or 1
-    "sigma",  # of the blur in pixels; 0: none
-    "solarize",  # threshold in [0, 1]; above 1: none
+    "sigma",  # of the blur in pixels; 0 = none
+    "solarize",  # threshold in [0, 1]; above 1 = none
 )
 SPLITS = 16  # programs that share the sums of an image
 PIXELS, ELEMENTS, WARPS = 1024, 2048, 4  # per program of the color kernels and of the blur
@@ -363,9 +363,9 @@ def photometric(
 
     Raises:
         TypeError: images are not uint8, params not float32, dtype is another, or kernel_size is no int.
-        ValueError: a shape, device, kernel size, mean or deviation is wrong; or, on a CPU, a parameter is: not finite,
-            an order that is no integer from -1 to 23, gray other than 0 and 1, a negative sigma. Reading values on a
-            GPU would stall it, so there an image with such parameters comes out as NaN.
+        ValueError: a shape, device, kernel size, mean or deviation is wrong. On a CPU also a parameter that is not
+            finite, an order that is no integer from -1 to 23, gray other than 0 and 1, or a negative sigma. Reading
+            values would stall a GPU, so an image with such parameters comes out as NaN there.
 
     Deterministic.
     """

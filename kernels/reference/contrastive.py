@@ -16,9 +16,7 @@ from torch.nn.functional import cross_entropy
 def similarity_lse(
     q: Tensor, k: Tensor, scale: float | Tensor, *, q_group: Tensor | None = None, k_group: Tensor | None = None
 ) -> Tensor:
-    """(M,): log-sum-exp of ``scale * q @ k.T`` over the keys of another group; -inf, without gradient, where there is
-    none.
-    """
+    """Log-sum-exp of ``scale * q @ k.T`` over the keys of another group, (M,). -inf and no gradient without any."""
     logits = scale * q @ k.T
     if q_group is not None and k_group is not None:
         logits = logits.masked_fill(q_group[:, None] == k_group[None], -math.inf)
@@ -87,7 +85,7 @@ def _reweighted(
     log_n = log_sum(0)
     negatives = hard = log_n + log_sum(1 + beta) - log_sum(beta)
     if share:
-        part = math.log(share) + log_n + positives - hard  # what is subtracted, over what from
+        part = math.log(share) + log_n + positives - hard  # the subtrahend over the minuend
         below_one = part.clamp(max=-torch.finfo(part.dtype).eps)
         rest = hard + torch.log(-torch.expm1(below_one)) - math.log1p(-share)
         floor = log_n - scale

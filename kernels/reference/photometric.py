@@ -4,11 +4,12 @@ Formulas: ``byol/utils/augmentations.py`` of google-deepmind/deepmind-research (
 google-deepmind/detcon (2021), which agree. Details that are easily wrong:
 
 - every jitter operation is followed by its own clip to [0, 1], not only the whole jitter;
-- brightness adds a delta; contrast multiplies about the mean of each channel *at that point of the order*;
-- saturation and hue go through HSV: s is multiplied and clipped to [0, 1], h is shifted modulo one turn;
+- brightness adds a delta;
+- contrast multiplies about the mean of each channel *at that point of the order*;
+- saturation and hue go through HSV, with s multiplied and clipped to [0, 1], and h shifted modulo one turn;
 - gray is 0.2989 R + 0.5870 G + 0.1140 B;
-- blur is separable and zero-padded ('SAME'), so borders darken; its radius is ``int(height / 10 / 2)``,
-  whatever sigma is;
+- blur is separable and zero-padded ('SAME'), so borders darken;
+- the radius of the blur is ``int(height / 10 / 2)`` for any sigma;
 - solarize replaces x >= threshold by 1 - x; a last clip to [0, 1] precedes the normalization.
 """
 
