@@ -214,21 +214,25 @@ class MoCoLoss(nn.Module):
 
 
 class CLIPLoss(nn.Module):
-    """``clip_loss``: ``forward(x (M, D), y (M, D), scale)``."""
+    """``clip_loss`` as a module: ``forward(x (M, D), y (M, D), scale)``."""
 
     def forward(self, x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return clip_loss(x, y, scale)
 
 
 class LiTLoss(nn.Module):
-    """``lit_loss``: ``forward(locked (M, D), y (M, D), scale)``."""
+    """``lit_loss`` as a module: ``forward(locked (M, D), y (M, D), scale)``."""
 
     def forward(self, locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return lit_loss(locked, y, scale)
 
 
 class NTXentLoss(nn.Module):
-    """``ntxent``: ``forward(z1 (B, D), z2 (B, D))``."""
+    """``ntxent`` as a module: ``forward(z1 (B, D), z2 (B, D))``.
+
+    Args:
+        temperature, reduction: as for ``ntxent``.
+    """
 
     def __init__(self, temperature: float | Tensor = 0.5, *, reduction: str = "mean"):
         super().__init__()
@@ -241,7 +245,11 @@ class NTXentLoss(nn.Module):
 
 
 class SupConLoss(nn.Module):
-    """``supcon_loss``: ``forward(z (M, D), labels (M,))``."""
+    """``supcon_loss`` as a module: ``forward(z (M, D), labels (M,))``.
+
+    Args:
+        temperature, reduction: as for ``supcon_loss``.
+    """
 
     def __init__(self, temperature: float | Tensor = 0.1, *, reduction: str = "mean"):
         super().__init__()
