@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import skimage
 import torch
 from PIL import Image
 from ranks import spawn
@@ -141,9 +143,7 @@ def test_wrong_folders_are_one_line(images, tmp_path):
 
 
 def test_correspondence_on_the_real_pair(tmp_path):
-    from pathlib import Path
-
-    data = Path(pytest.importorskip("skimage").__file__).parent / "data"
+    data = Path(skimage.__file__).parent / "data"
     preset = find_preset(Correspondence(), None).with_options({"spacing": 24})
     found = Correspondence().check(data, preset.options)
     assert (found.problems, found.items, found.size) == ((), 1, (500, 741))

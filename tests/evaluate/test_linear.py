@@ -1,24 +1,30 @@
 """The linear probe against scikit-learn's, and correspondence against shifts and the real stereo pair."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import skimage
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import correspondence, linear
 
 
 def digits(n=500):
-    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
     return torch.tensor(images[:n], dtype=torch.float32), torch.tensor(labels[:n])
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-3])
 def test_the_minimum_is_scikit_learns(l2):
     features, labels = digits()
-    model = pytest.importorskip("sklearn.linear_model")
+
     scaled = (features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6)
-    oracle = model.LogisticRegression(C=1 / (l2 * len(labels)), tol=1e-8, max_iter=5000).fit(scaled, labels)
+    oracle = LogisticRegression(C=1 / (l2 * len(labels)), tol=1e-8, max_iter=5000).fit(scaled, labels)
     found = linear.fit(features, labels, 10, l2=l2)
     expected = torch.tensor(oracle.decision_function(scaled)).float()
     logits = found.logits(features)
@@ -78,8 +84,6 @@ def test_a_shifted_image_is_found():
 
 
 def test_stereo_pairs_in_both_layouts(tmp_path):
-    from PIL import Image
-
     with pytest.raises(UserError, match="has no pairs"):
         correspondence.find_pairs(tmp_path)
     disparity = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -106,9 +110,6 @@ def test_stereo_pairs_in_both_layouts(tmp_path):
 
 def test_the_real_pair_that_installs():
     """Pixels find more than nothing on the real pair; the truth itself finds everything."""
-    from pathlib import Path
-
-    skimage = pytest.importorskip("skimage")
     pairs = correspondence.find_pairs(Path(skimage.__file__).parent / "data")
     left, right, disparity = correspondence.read_pair(pairs[0])
     points, truth = correspondence.true_points(disparity, 16)

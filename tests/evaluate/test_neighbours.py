@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from vito_fast.evaluate import neighbours
 
@@ -15,7 +16,7 @@ from vito_fast.evaluate import neighbours
     ("k", "temperature", "right"), [(1, 0.07, 770), (10, 0.07, 766), (20, 0.07, 762), (100, 0.07, 744), (200, 0.1, 728)]
 )
 def test_digits(k, temperature, right):
-    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
     found = neighbours.knn(images[:1000], labels[:1000], images[1000:], k=k, temperature=temperature)
     assert int((found == labels[1000:]).sum()) == right

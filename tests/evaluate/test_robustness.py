@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.color import hsv2rgb, rgb2hsv
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import corruptions, robustness
@@ -153,12 +154,12 @@ def test_any_size(name, severity, height, width):
 def test_brightness_and_saturation_are_those_of_hsv():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image[:2] = image[:2, :, :1]  # grays
-    color = pytest.importorskip("skimage.color")
+
     for name, channel, scale, shift in (("brightness", 2, 1, 0.3), ("saturate", 1, 2, 0), ("saturate", 1, 5, 0.1)):
         severity = {("brightness", 0.3): 3, ("saturate", 0): 3, ("saturate", 0.1): 4}[name, shift]
-        hsv = color.rgb2hsv(image / 255)
+        hsv = rgb2hsv(image / 255)
         hsv[..., channel] = np.clip(hsv[..., channel] * scale + shift, 0, 1)
-        expected = (np.clip(color.hsv2rgb(hsv), 0, 1) * 255).astype(np.uint8)
+        expected = (np.clip(hsv2rgb(hsv), 0, 1) * 255).astype(np.uint8)
         found = corruptions.corrupt(image, name, severity, 0)
         assert np.abs(found.astype(int) - expected).max() <= 1
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vito_fast.evaluate import davis
 from vito_fast.evaluate.data import manifest, read_image, read_labels
 from vito_fast.evaluate.encoders import Encoder
+from vito_fast.evaluate.pictures import save_strip
 from vito_fast.evaluate.propagate import Preset, input_size
 from vito_fast.evaluate.result import mean_metric
 from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share
@@ -89,7 +90,7 @@ class Davis(Task):
         for label, name in {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}.items():
             file = f"{label}.png"
             if name in own:
-                filmstrip(data, work / "masks", name).save(work / file)
+                save_strip(work / file, filmstrip(data, work / "masks", name))
             media[f"{name}, J&F {found.per_sequence[name]:.3f} ({label})"] = file
         groups = {name: {"J&F": value} for name, value in found.per_sequence.items()}
         return Measured(metrics, items, groups, media=media)
@@ -122,15 +123,13 @@ def save_masks(folder: Path, sequence: str, masks: list[NDArray[np.uint8]]) -> N
     os.replace(partial, folder / sequence)
 
 
-def filmstrip(data: Path, masks: Path, sequence: str, count: int = 5, height: int = 144) -> Image.Image:
-    """Evenly spaced frames of a sequence side by side, objects tinted by the found masks."""
+def filmstrip(data: Path, masks: Path, sequence: str, count: int = 5) -> list[NDArray[np.uint8]]:
+    """Evenly spaced frames of a sequence, objects tinted by the found masks."""
     frames = davis.frames(data / "JPEGImages" / "480p" / sequence, ".jpg")
-    tiles = []
+    pictures = []
     for t in np.linspace(0, len(frames) - 1, count).round().astype(int):
         image = read_image(frames[t]).permute(1, 2, 0).numpy()
         ids = read_labels(davis.frames(masks / sequence, ".png")[t]).numpy()
         tint = np.array(COLORS, np.float64)[ids % len(COLORS)]
-        mixed = np.where(ids[..., None] > 0, 0.45 * image + 0.55 * tint, image).astype(np.uint8)
-        width = round(height * image.shape[1] / image.shape[0])
-        tiles.append(np.asarray(Image.fromarray(mixed).resize((width, height), Image.Resampling.BILINEAR)))
-    return Image.fromarray(np.concatenate(tiles, 1))
+        pictures.append(np.where(ids[..., None] > 0, 0.45 * image + 0.55 * tint, image).astype(np.uint8))
+    return pictures

@@ -32,6 +32,7 @@ from vito_fast.evaluate.folders import (
     train_and_val,
 )
 from vito_fast.evaluate.linear import STRENGTHS, LinearProbe, choose_l2, fit
+from vito_fast.evaluate.pictures import save_strip
 from vito_fast.evaluate.result import Metric, mean_metric
 from vito_fast.evaluate.task import Check, Measured, Progress, Task, barrier, gathered, own_share, rank_and_size
 
@@ -250,7 +251,7 @@ class PmK(FolderTask):
         truth = dict(zip(val.names, val.labels.tolist(), strict=True))
         own = own_share(val.names)
         progress, correct = Progress("pmk val", len(own)), {}
-        pairs: dict[str, np.ndarray] = {}
+        pairs: dict[str, list[np.ndarray]] = {}
         for name in own:
             path = val.root / name
             count = frame_count(path)
@@ -268,8 +269,8 @@ class PmK(FolderTask):
             correct[name] = {"anchor": anchor, **dict(zip(map(str, frames), right, strict=True))}
             wrong = [i for i, ok in enumerate(right) if not ok]
             if right[frames.index(anchor)] and wrong and len(pairs) < 4:
-                pair = [pictures[frames.index(anchor)], pictures[wrong[0]]]
-                pairs[name] = np.concatenate([_thumbnail(p, 144) for p in pair], 1)
+                pair = pictures[[frames.index(anchor), wrong[0]]]
+                pairs[name] = list(pair.permute(0, 2, 3, 1).numpy())
             progress.step()
         everyone = gathered(correct, val.names)
         table = {(name, int(t)): ok for name, row in everyone.items() for t, ok in row.items() if t != "anchor"}
@@ -283,7 +284,6 @@ class PmK(FolderTask):
         }
         media = {}
         for number, (name, picture) in enumerate(pairs.items() if rank_and_size()[0] == 0 else ()):
-            Image.fromarray(picture).save(work / f"pair{number}.png")
-            media[f"{name}: right, and wrong nearby"] = f"pair{number}.png"
+            media[f"{name}: right, and wrong nearby"] = save_strip(work / f"pair{number}.png", picture)
         notes = (f"plain window of {options.window} frames, not the reviewed sets of ImageNet-Vid-Robust",)
         return Measured(metrics, items, media=media, notes=notes)

@@ -256,7 +256,8 @@ class VidRobust(HeadTask):
         if absent:
             return Check((f"{data / absent[0]} is missing, and {len(absent) - 1} others: unpack the data set again",))
         paths = [data / frame for frame in videos.frames]
-        found = Check((), len(videos.sets), manifest(data, paths, [data / "metadata" / "pmsets.json"]), len(paths))
+        metadata = [*(data / "metadata").glob("*.json"), data / "misc" / "rev_class_idx_map.json"]
+        found = Check((), len(videos.sets), manifest(data, paths, metadata), len(paths))
         return with_counts(found, counted("anchors", len(videos.sets), 1109), subset=options.subset)
 
     def measure(self, encoder: Encoder, data: Path, options: HeadOptions, work: Path) -> Measured:
