@@ -307,10 +307,10 @@ FAULTY = """
 import os, runpy, sys, time
 from vito_fast.data.pack import worker
 pack_one = worker._pack_one
-def faulty(path, *rest):
-    if path.name == "v1.mp4":
+def faulty(job, *rest):
+    if job.path.endswith("v1.mp4"):
         os.abort() if {crash} else time.sleep(60)
-    return pack_one(path, *rest)
+    return pack_one(job, *rest)
 worker._pack_one = faulty
 sys.argv = ["worker", *sys.argv[1:]]
 worker.main()

@@ -7,6 +7,7 @@ import tyro
 
 from vito_fast.cli.overrides import Place
 from vito_fast.data.formats import FormatName
+from vito_fast.data.limits import Limits
 from vito_fast.errors import UserError
 
 
@@ -26,6 +27,7 @@ def pack(
     shard: str = "1/1",
     processes: int = 0,
     decode_timeout: float = 120.0,
+    limits: Limits = Limits(),
 ) -> int:
     """Turn a folder of videos into a store. Safe to kill and to repeat.
 
@@ -45,6 +47,7 @@ def pack(
         shard: i/n packs the i-th of n shares of the files, for n machines.
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
+        limits: Wall time, frames, pixels and memory of one file, after which it is rejected.
     """
     from vito_fast.data.pack import pack as pack_videos
 
@@ -54,7 +57,7 @@ def pack(
         report = pack_videos(
             src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
             clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, shard=shard,
-            processes=processes, decode_timeout=decode_timeout,
+            processes=processes, decode_timeout=decode_timeout, limits=limits,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None

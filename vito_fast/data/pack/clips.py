@@ -46,6 +46,20 @@ class PackedFile:
     """Shots left out because they are shorter than ``min_length``."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """One clip of a clip list: frames [``first_frame``, ``end_frame``) of its file in presentation order.
+
+    ``start`` is the first frame's time in ticks of the file. Clips of one ``group`` ("" is none) become one video of
+    the store, which training never contrasts.
+    """
+
+    first_frame: int
+    end_frame: int
+    start: int
+    group: str = ""
+
+
 class ShardWriter:
     """Appends packets to one shard file. :meth:`rewind` removes those of a failed source."""
 

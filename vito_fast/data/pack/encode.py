@@ -1,7 +1,7 @@
 """Re-encoding: a decoded video becomes clips of JPEGs or of H.264 with short groups of pictures."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +12,17 @@ import numpy as np
 from PIL import Image
 
 from vito_fast.data.formats import FORMATS, H264, JPEG
-from vito_fast.data.pack.clips import CLOCK, GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
+from vito_fast.data.limits import Limits
+from vito_fast.data.pack.clips import (
+    CLOCK,
+    GAP,
+    PackedClip,
+    PackedFile,
+    ShardWriter,
+    Span,
+    frame_duration,
+    too_short,
+)
 from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.description import PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
@@ -145,8 +155,11 @@ class _Frame:
 class Transcoder:
     """Encodes the frames of one source, in presentation order, into clips appended to a shard."""
 
-    def __init__(self, options: PackOptions, shard: ShardWriter):
-        self.options, self.shard = options, shard
+    def __init__(
+        self, options: PackOptions, shard: ShardWriter, limits: Limits = Limits(), spans: Sequence[Span] | None = None
+    ):
+        self.options, self.shard, self.limits = options, shard, limits
+        self.spans = spans
         self.format = FORMATS[options.format]
         self.result = PackedFile()
         self._ranges: list[tuple[int, int]] = []
@@ -164,7 +177,9 @@ class Transcoder:
         Raises:
             BadVideo: The file cannot be packed. The caller then rewinds the shard.
         """
-        source = Source(path)
+        source = Source(path, self.limits)
+        if self.spans is not None:
+            return self._run_spans(source, self.spans, heartbeat)
         latest = 0.0
         for frame, cut in mark_cuts(self._frames(source), lambda frame: frame.picture):
             number, seconds = frame.number, frame.seconds
@@ -180,6 +195,30 @@ class Transcoder:
             heartbeat()
         self._close(len(self._tokens), source, None)
         self._set_times(source)
+        return self.result
+
+    def _run_spans(self, source: Source, spans: Sequence[Span], heartbeat: Callable[[], None]) -> PackedFile:
+        """Pack the spans of a clip list as they are: no shot is cut, split or left out."""
+        remaining = list(reversed(spans))
+        for frame in self._frames(source):
+            if self._clip and frame.number == remaining[-1].end_frame:
+                self._close(frame.number, source, frame.seconds)
+                remaining.pop()
+            if remaining and frame.number == remaining[-1].first_frame:
+                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), frame.number)
+            if self._clip:
+                self._clip.payloads += self._clip.encoder.encode(frame.picture)
+                self._clip.times.append(frame.seconds)
+            heartbeat()
+        if self._clip and len(self._tokens) == remaining[-1].end_frame:
+            self._close(len(self._tokens), source, None)
+            remaining.pop()
+        if remaining:
+            raise BadVideo(f"has {len(self._tokens)} frames, the clip list has {remaining[0].end_frame}")
+        native = self._set_times(source)
+        for span in spans:
+            if int(native[span.first_frame]) != span.start:
+                raise BadVideo(f"frame {span.first_frame} is at tick {native[span.first_frame]}, not {span.start}")
         return self.result
 
     def _frames(self, source: Source) -> Iterator[_Frame]:
@@ -211,7 +250,7 @@ class Transcoder:
             return
         times = np.sort(clip.times)
         until = times[-1] + frame_duration(times, source.rate) if following is None else max(following, times[-1])
-        if too_short(times[0], until, self.options):
+        if self.spans is None and too_short(times[0], until, self.options):
             self.result.too_short += 1
             return
         rest, extradata = clip.encoder.finish()
@@ -237,8 +276,8 @@ class Transcoder:
         )  # fmt: skip
         self._ranges.append((clip.first, end))
 
-    def _set_times(self, source: Source) -> None:
-        """Set exact times, which are known only once the whole file is decoded."""
+    def _set_times(self, source: Source) -> np.ndarray:
+        """Set exact times, which are known only once the whole file is decoded. Returns the source's own ticks."""
         step = max(1, round(1 / (source.rate * source.time_base)))
         native = presentation_times([source.pts[token] for token in self._tokens], step)
         ticks = np.array([round(int(t) * source.time_base / TICKS) for t in native], np.int64)
@@ -250,6 +289,7 @@ class Transcoder:
                 following = ticks[end - 1] + round(frame_duration(clip.pts * float(TICKS), source.rate) / TICKS)
             clip.end = int(max(following, clip.pts[-1] + 1))
         self.result.rate = 1 / frame_duration(ticks * float(TICKS), source.rate)
+        return native
 
 
 def center_crop(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

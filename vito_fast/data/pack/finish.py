@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.sampler import Sampler
+from vito_fast.data.pack.clips import PackedFile, Span
 from vito_fast.data.pack.journal import Entry, Journal, Rejected
 from vito_fast.data.pack.listing import Listing
 from vito_fast.data.store.description import VERSION, PackOptions, Report
@@ -37,7 +38,9 @@ def finish_store(store: Path, options: PackOptions, listing: Listing, parts: int
     tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)})
     index = store / ".pack" / "index.bin"
     sizes = [(path.name, path.stat().st_size) for path in shards]
-    write_index(index, tally.records(entries), format=options.format, shards=sizes)
+    write_index(
+        index, tally.records(entries, video_numbers(entries, listing.spans)), format=options.format, shards=sizes
+    )
     lines = [json.dumps({"file": name, "reason": reason}) for name, reason in sorted(tally.rejected.items())]
     with atomic_write(store / "quarantine.jsonl") as partial:
         partial.write_text("".join(line + "\n" for line in lines))
@@ -66,6 +69,26 @@ def finish_store(store: Path, options: PackOptions, listing: Listing, parts: int
     return report
 
 
+def video_numbers(entries: Mapping[str, Entry], spans: Mapping[str, Sequence[Span]]) -> dict[str, int]:
+    """The store's video of each packed file. Files that share a group are one video, directly or over others."""
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    packed = [name for name in sorted(entries) if isinstance(entry := entries[name], PackedFile) and entry.clips]
+    first: dict[str, str] = {}
+    for name in packed:
+        find(name)
+        for group in {span.group for span in spans.get(name, ()) if span.group}:
+            pair = find(name), find(first.setdefault(group, name))
+            root[max(pair)] = min(pair)
+    numbers: dict[str, int] = {}
+    return {name: numbers.setdefault(find(name), len(numbers)) for name in packed}
+
+
 class _Tally:
     """Converts the journal's entries to index records, one at a time, and sums up the report."""
 
@@ -75,9 +98,8 @@ class _Tally:
         self._rates: Counter[str] = Counter()
         self.rejected: dict[str, str] = {}
 
-    def records(self, entries: Mapping[str, Entry]) -> Iterator[ClipRecord]:
-        video = 0
-        for name in sorted(entries):
+    def records(self, entries: Mapping[str, Entry], videos: Mapping[str, int]) -> Iterator[ClipRecord]:
+        for name in sorted(entries, key=lambda name: (videos.get(name, -1), name)):
             entry = entries[name]
             if isinstance(entry, Rejected):
                 self.rejected[name] = entry.reason
@@ -89,9 +111,8 @@ class _Tally:
                 self._report.frames += int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
                 self._report.hours += float((clip.end - clip.pts.min()) * clip.time_base) / 3600
                 values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
-                yield ClipRecord(video=video, source=name, **{**values, "shard": self._shards[clip.shard]})
-            video += bool(entry.clips)
-        self._report.videos = video
+                yield ClipRecord(video=videos[name], source=name, **{**values, "shard": self._shards[clip.shard]})
+        self._report.videos = len(set(videos.values()))
 
     def report(self, size: int) -> Report:
         self._report.bytes = size

@@ -3,9 +3,11 @@
 import hashlib
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from vito_fast.data.pack.clips import Span
 from vito_fast.data.store.media import VIDEO_SUFFIXES
 from vito_fast.errors import UserError
 
@@ -18,7 +20,9 @@ class Listing:
     videos: list[str]
     rejected: dict[str, str]
     fingerprint: str
-    """Hash of the names and sizes of all files."""
+    """Hash of the names and sizes of all files, and of the clip list."""
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    """Clips of each file of a clip list, in order. Without one, pack cuts the files itself."""
 
     def path(self, name: str) -> Path:
         """The path of a file."""
@@ -58,6 +62,33 @@ def list_videos(src: Path) -> Listing:
     rejected.update(_duplicates(root, sizes))
     videos = [name for name in names if name not in rejected]
     return Listing(root, videos, rejected, seal.hexdigest())
+
+
+def list_clips(root: Path, spans: Mapping[str, Sequence[Span]]) -> Listing:
+    """The files of a clip list, named relative to ``root``.
+
+    Raises:
+        ValueError: The clips of a file overlap, are empty or out of order.
+        UserError: A file is missing, no regular one or outside ``root``.
+    """
+    if not spans:
+        raise UserError("the clip list is empty")
+    inside, seal = root.resolve(), hashlib.sha256()
+    for name in sorted(spans):
+        end = 0
+        for span in spans[name]:
+            if not end <= span.first_frame < span.end_frame:
+                raise ValueError(f"clips of {name} overlap or are out of order at frame {span.first_frame}")
+            end = span.end_frame
+        try:
+            real = (root / name).resolve(strict=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"the clip list names {name!r}, which cannot be read: {error}") from None
+        if not real.is_relative_to(inside) or not real.is_file():
+            raise UserError(f"the clip list names {name!r}, which is no regular file inside {root}")
+        line = f"{name}\t{real.stat().st_size}\t{spans[name]}\n"
+        seal.update(line.encode("utf-8", "surrogateescape"))
+    return Listing(root, sorted(spans), {}, seal.hexdigest(), {name: tuple(spans[name]) for name in spans})
 
 
 def _walk(src: Path):

@@ -9,15 +9,18 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vito_fast.data.formats import FORMATS, H264, JPEG
+from vito_fast.data.limits import Limits
+from vito_fast.data.pack.clips import Span
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.finish import finish_store
 from vito_fast.data.pack.journal import Journal, Rejected
-from vito_fast.data.pack.listing import Listing, list_videos
+from vito_fast.data.pack.listing import Listing, list_clips, list_videos
 from vito_fast.data.pack.process_pool import ProcessPool
 from vito_fast.data.store.description import (
     PackOptions,
@@ -51,6 +54,8 @@ def pack(
     shard: str = "1/1",
     processes: int = 0,
     decode_timeout: float = 120.0,
+    limits: Limits = Limits(),
+    clips: Mapping[str, Sequence[Span]] | None = None,
     progress: bool = True,
 ) -> Report:
     """Pack every video under ``src`` into the store ``dst``.
@@ -68,6 +73,9 @@ def pack(
             to finish writes the index.
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
+        limits: Wall time, frames, pixels and memory after which a file is rejected.
+        clips: A clip list, spans by file name relative to ``src`` (jpeg and h264). They are packed as they are, in
+            place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -89,7 +97,9 @@ def pack(
         raise ValueError(f"processes is {processes}, must be at least 0 (0 = one per core)")
     if not 0 < decode_timeout < math.inf:
         raise ValueError(f"decode_timeout is {decode_timeout}, must be above 0 and finite")
-    listing = list_videos(Path(src))
+    if clips is not None and not FORMATS[options.format].codec:
+        raise ValueError(f"format is {format!r}: clip lists are encoded, choose jpeg or h264")
+    listing = list_videos(Path(src)) if clips is None else list_clips(Path(src), clips)
     if (store / "index.bin").exists():
         return _check_finished(store, options, listing)
     try:
@@ -100,7 +110,7 @@ def pack(
                 raise UserError(f"another process is packing into {store}; wait for it or stop it")
             _begin_or_check(store / ".pack" / "options.json", {**asdict(options), "parts": parts})
             journal = Journal(store, part, parts)
-            _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), decode_timeout, progress)
+            _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), decode_timeout, limits, progress)
             return finish_store(store, options, listing, parts)
     except OSError as error:
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
@@ -180,14 +190,20 @@ def _check_finished(store: Path, options: PackOptions, listing: Listing) -> Repo
 
 
 def _run(
-    listing: Listing, journal: Journal, options: PackOptions, processes: int, decode_timeout: float, progress: bool
+    listing: Listing,
+    journal: Journal,
+    options: PackOptions,
+    processes: int,
+    decode_timeout: float,
+    limits: Limits,
+    progress: bool,
 ) -> None:
     """Pack all files of this share that the journal does not know yet."""
     for name, reason in listing.rejected.items():
         if journal.mine(name) and name not in journal.entries:
             journal.add(name, Rejected(reason))
     todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
-    pool = ProcessPool(listing, journal, options, min(processes, max(1, len(todo))), decode_timeout)
+    pool = ProcessPool(listing, journal, options, min(processes, max(1, len(todo))), decode_timeout, limits)
     pool.run(todo, progress)
     if lost := [name for name in todo if name not in journal.entries]:
         raise RuntimeError(f"{len(lost)} files are neither packed nor rejected, {lost[0]!r} for one")

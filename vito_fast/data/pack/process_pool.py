@@ -13,8 +13,10 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vito_fast.data.limits import Limits
 from vito_fast.data.pack.journal import Journal, Rejected
 from vito_fast.data.pack.listing import Listing
+from vito_fast.data.pack.worker import FileJob
 from vito_fast.data.store.description import PackOptions
 from vito_fast.errors import UserError
 
@@ -31,6 +33,8 @@ class _Worker:
     """The file it is packing."""
     last_message: float = 0.0
     """Monotonic time in seconds."""
+    deadline: float = 0.0
+    """Monotonic time at which its file is rejected, whatever it does."""
     started: bool = False
     """Whether it has sent any message."""
     stderr: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
@@ -50,8 +54,11 @@ class _Worker:
 class ProcessPool:
     """Packs files with ``processes`` workers. Each appends to its own shard, and to a new one at the size limit."""
 
-    def __init__(self, listing: Listing, journal: Journal, options: PackOptions, processes: int, decode_timeout: float):
-        self._listing, self._journal, self._options = listing, journal, options
+    def __init__(
+        self, listing: Listing, journal: Journal, options: PackOptions, processes: int, decode_timeout: float,
+        limits: Limits = Limits(),
+    ):  # fmt: skip
+        self._listing, self._journal, self._options, self._limits = listing, journal, options, limits
         self._processes, self._decode_timeout = processes, decode_timeout
         self._workers: list[_Worker] = []
 
@@ -97,7 +104,7 @@ class ProcessPool:
         )  # fmt: skip
         theirs.close()
         worker = _Worker(process, ours, stderr=stderr)
-        worker.send(("options", self._options))
+        worker.send(("options", self._options, self._limits))
         return worker
 
     def _assign(self, worker: _Worker, queue: list[str]) -> None:
@@ -109,7 +116,8 @@ class ProcessPool:
             worker.shard, worker.size = self._journal.new_shard(), 0
             worker.send(("shard", str(self._journal.shard_path(worker.shard)), worker.shard))
         worker.file, worker.last_message = queue.pop(), time.monotonic()
-        worker.send(("file", str(self._listing.path(worker.file))))
+        worker.deadline = worker.last_message + self._limits.seconds
+        worker.send(("file", FileJob(str(self._listing.path(worker.file)), self._listing.spans.get(worker.file))))
 
     def _wait(self) -> list[_Worker]:
         """Wait for messages and return the workers whose file is packed or rejected."""
@@ -117,7 +125,9 @@ class ProcessPool:
         ready = wait([worker.connection for worker in busy], timeout=1.0)
         finished = []
         for worker in busy:
-            if worker.connection in ready:
+            if time.monotonic() > worker.deadline:
+                finished.append(self._replace(worker, f"over a limit: not packed within {self._limits.seconds:g} s"))
+            elif worker.connection in ready:
                 finished += self._receive(worker)
             elif time.monotonic() - worker.last_message > self._decode_timeout:
                 finished.append(self._replace(worker, f"no frame decoded for {self._decode_timeout:.0f} s"))

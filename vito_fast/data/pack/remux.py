@@ -17,6 +17,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from vito_fast.data.formats import COPY
+from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
 from vito_fast.data.pack.shots import Cut, ShotDetector
 from vito_fast.data.store.decode import BadPackets, Decoder
@@ -36,6 +37,7 @@ from vito_fast.data.store.index import (
 from vito_fast.data.store.media import (
     BadVideo,
     bare_packet,
+    check_pixels,
     claimed_rate,
     demuxed,
     fitted,
@@ -76,8 +78,8 @@ class _Stream:
 class Remuxer:
     """Copies the packets of one source to a shard and indexes them as clips."""
 
-    def __init__(self, options: PackOptions, shard: ShardWriter):
-        self.options, self.shard = options, shard
+    def __init__(self, options: PackOptions, shard: ShardWriter, limits: Limits = Limits()):
+        self.options, self.shard, self.limits = options, shard, limits
         self.result = PackedFile()
 
     def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
@@ -116,6 +118,9 @@ class Remuxer:
                     number = frame.pts
                     if frame.is_corrupt or number is None or number in stream.frame_sums:
                         raise BadVideo(f"frame {len(stream.outputs)} is damaged")
+                    check_pixels(frame.width, frame.height, self.limits)
+                    if len(stream.outputs) >= self.limits.frames:
+                        raise BadVideo(f"over a limit: more than {self.limits.frames} frames")
                     small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
                     cuts += detector.push(small)
                     stream.outputs.append(number)

@@ -11,30 +11,42 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from vito_fast.data.formats import FORMATS
-from vito_fast.data.pack.clips import ShardWriter
+from vito_fast.data.limits import Limits, limit_memory
+from vito_fast.data.pack.clips import ShardWriter, Span
 from vito_fast.data.pack.encode import EncoderMissing, Transcoder
 from vito_fast.data.pack.remux import Remuxer
 from vito_fast.data.store.description import PackOptions
 from vito_fast.data.store.media import BadVideo
 
 
-def _die_with_parent() -> None:
+@dataclass(frozen=True)
+class FileJob:
+    """One file to pack; all of it, or the spans of a clip list."""
+
+    path: str
+    spans: tuple[Span, ...] | None = None
+
+
+def die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
 def _pack_one(
-    path: Path, shard: ShardWriter, options: PackOptions, heartbeat: Callable[[], None]
+    job: FileJob, shard: ShardWriter, options: PackOptions, limits: Limits, heartbeat: Callable[[], None]
 ) -> tuple[str, object]:
     start = shard.size
     try:
-        packer = Transcoder if FORMATS[options.format].codec else Remuxer
-        result = packer(options, shard).run(path, heartbeat)
+        if FORMATS[options.format].codec:
+            result = Transcoder(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
+        else:
+            result = Remuxer(options, shard, limits).run(Path(job.path), heartbeat)
         shard.flush()
         return "done", result
     except BadVideo as error:
@@ -45,6 +57,9 @@ def _pack_one(
         return "fatal", f"disk full: {shard.path.parent}" if space else f"cannot write {shard.path}: {error.strerror}"
     except EncoderMissing as error:
         return "fatal", str(error)
+    except MemoryError:
+        shard.rewind(start)
+        return "rejected", "over a limit: memory"
     except Exception as error:  # one file must not end the run
         shard.rewind(start)
         return "rejected", f"unexpected {type(error).__name__}: {error}".splitlines()[0]
@@ -53,12 +68,12 @@ def _pack_one(
 def serve(connection: Connection, parent: int) -> None:
     """Pack files until the parent sends None.
 
-    Messages in: ("options", PackOptions), ("shard", path, number), ("file", path), None.
+    Messages in: ("options", PackOptions, Limits), ("shard", path, number), ("file", FileJob), None.
 
     Messages out: ("beat",) at the start and each second of work. After each file ("done", PackedFile, shard size),
     ("rejected", reason, shard size) or ("fatal", message, shard size).
     """
-    options, shard = PackOptions(), None
+    options, limits, shard = PackOptions(), Limits(), None
     connection.send(("beat",))
     last = time.monotonic()
 
@@ -72,14 +87,15 @@ def serve(connection: Connection, parent: int) -> None:
 
     while (message := connection.recv()) is not None:
         if message[0] == "options":
-            options = message[1]
+            options, limits = message[1:]
+            limit_memory(limits.memory_mib)
         elif message[0] == "shard":
             if shard is not None:
                 shard.close()
             shard = ShardWriter(Path(message[1]), message[2])
         else:
             assert shard is not None
-            kind, value = _pack_one(Path(message[1]), shard, options, heartbeat)
+            kind, value = _pack_one(message[1], shard, options, limits, heartbeat)
             connection.send((kind, value, shard.size))
     if shard is not None:
         shard.close()
@@ -87,7 +103,7 @@ def serve(connection: Connection, parent: int) -> None:
 
 def main() -> None:
     parent = os.getppid()
-    _die_with_parent()
+    die_with_parent()
     try:
         serve(Connection(int(sys.argv[1])), parent)
     except (EOFError, BrokenPipeError):

@@ -20,6 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vito_fast.data.formats import H264
+from vito_fast.data.limits import Limits
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -68,6 +69,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
     except av.FFmpegError as error:
         raise BadVideo(f"cannot be decoded: {error.strerror}") from None
+    except MemoryError:
+        raise BadVideo("over a limit: memory") from None
 
 
 def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
@@ -105,6 +108,7 @@ class Source:
     """
 
     path: Path
+    limits: Limits = field(default_factory=Limits)
     width: int = 0
     height: int = 0
     codec: str = ""
@@ -135,6 +139,7 @@ class Source:
         context = stream.codec_context
         self.width, self.height, self.codec = context.width, context.height, context.codec.canonical_name
         context.thread_count, context.options = 1, strictness(self.codec)
+        check_pixels(self.width, self.height, self.limits)
         self.time_base = stream.time_base
         self.rate = claimed_rate(stream)
         self.extradata = context.extradata or b""
@@ -155,12 +160,21 @@ class Source:
                 if token is None or token in seen or not 0 <= token < len(self.pts):
                     token = _unclaimed(seen, len(self.pts))
                 seen.add(token)
+                check_pixels(frame.width, frame.height, self.limits)
+                if len(seen) > self.limits.frames:
+                    raise BadVideo(f"over a limit: more than {self.limits.frames} frames")
                 yield token, frame
         shown = len(self.pts) - sum(self.discard)
         if not seen:
             raise BadVideo("holds no frame")
         if len(seen) < 0.9 * shown:
             raise BadVideo(f"only {len(seen)} of {shown} frames can be decoded")
+
+
+def check_pixels(width: int, height: int, limits: Limits) -> None:
+    """Raises BadVideo for frames beyond the limit."""
+    if width * height > limits.pixels:
+        raise BadVideo(f"over a limit: {width} x {height} pixels, more than {limits.pixels}")
 
 
 def _unclaimed(seen: set[int], count: int) -> int:
