@@ -1,0 +1,201 @@
+"""Step ``clips``: the one decode of each file gives its clips, their hashes and the frames for the classifier."""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from vito_fast.curate.hashes import frame_hashes
+from vito_fast.curate.options import AnalyseOptions, digest
+from vito_fast.curate.probe import IMAGES, confined
+from vito_fast.data.pack.clips import GAP, frame_duration
+from vito_fast.data.pack.shots import mark_cuts
+from vito_fast.data.store.media import BadVideo, Source, check_pixels, fitted, presentation_times, rgb, upright
+
+VERSION = 1
+SMALL = 96
+"""Short side in pixels of the frames that shots and hashes are computed of."""
+JPEG_QUALITY = 92
+FRAME = pa.struct([("frame", pa.int32()), ("jpeg", pa.binary())])
+HASH = pa.struct([("seconds", pa.float64()), ("contrast", pa.float32()), ("bits", pa.binary())])
+CLIP = pa.struct(
+    [
+        ("clip_id", pa.string()),
+        ("first_frame", pa.int32()),
+        ("end_frame", pa.int32()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("seconds", pa.float64()),
+        ("cut", pa.string()),
+        ("cut_score", pa.float32()),
+        ("flat_share", pa.float32()),
+        ("motion", pa.float32()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("path", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("frame_count", pa.int32()),
+        ("time_base", pa.string()),
+        ("clips", pa.list_(CLIP)),
+        ("frames", pa.list_(pa.list_(FRAME))),
+        ("hashes", pa.list_(pa.list_(HASH))),
+    ]
+)
+FLAT = 6.0
+"""Contrast in levels below which a frame is flat."""
+
+
+@dataclass
+class _Frame:
+    number: int
+    seconds: float
+    small: np.ndarray
+    jpeg: bytes | None
+    hash: dict[str, Any] | None
+
+
+@dataclass
+class _Clip:
+    first: int
+    begin: float
+    cut: str
+    score: float
+    end: int = 0
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    hashes: list[dict[str, Any]] = field(default_factory=list)
+    change: float = 0.0
+
+
+def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
+    """One row of ``SCHEMA``. ``data``: root and path. Raises BadVideo."""
+    path = confined(data["root"], data["path"])
+    if path.suffix.lower() in IMAGES:
+        return _still(data, np.asarray(_open_image(path, options)), options)
+    source, tokens = Source(path, options.limits), list[int]()
+    clips: list[_Clip] = []
+    latest, before = 0.0, None
+    for frame, cut in mark_cuts(_frames(source, tokens, options), lambda frame: frame.small):
+        gap = abs(frame.seconds - latest) > GAP
+        latest = max(latest, frame.seconds) if frame.number and not gap else frame.seconds
+        if not clips or cut or gap or frame.seconds - clips[-1].begin >= options.clip_length - 1e-6:
+            kind, score = (cut.kind, cut.score) if cut else ("gap" if gap else "split" if clips else "start", 0.0)
+            clips.append(_Clip(frame.number, frame.seconds, kind, score))
+            before = None
+        clip = clips[-1]
+        clip.end = frame.number + 1
+        if frame.jpeg and frame.number - clip.first < options.first_frames:
+            clip.frames.append({"frame": frame.number, "jpeg": frame.jpeg})
+        if frame.hash:
+            clip.hashes.append(frame.hash)
+            if before is not None:
+                clip.change += float(np.abs(frame.small.astype(np.int16) - before).mean())
+            before = frame.small
+    return _row(data, source, tokens, clips)
+
+
+def rejected(data: Mapping[str, Any], reason: str) -> dict[str, Any]:
+    return {"path": data["path"], "status": "rejected", "reason": reason, "clips": [], "frames": [], "hashes": []}
+
+
+def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Iterator[_Frame]:
+    tick, size = -1, None
+    for token, frame in source.frames():
+        number = len(tokens)
+        tokens.append(token)
+        ticks = source.pts[token] if token < len(source.pts) else None
+        seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
+        if size is not None and upright(frame) != size:
+            raise BadVideo(f"frame size changes at frame {number}")
+        size = upright(frame)
+        small = rgb(frame, fitted(*size, SMALL))
+        jpeg = None
+        if number % options.stride == 0:
+            picture = rgb(frame, fitted(*size, round(options.frame_size / 0.875)))
+            jpeg = _jpeg(_center(picture, options.frame_size))
+        hashed = None
+        if int(seconds * options.hash_rate) != tick:
+            tick = int(seconds * options.hash_rate)
+            hashed = _hash(small, seconds)
+        yield _Frame(number, seconds, small, jpeg, hashed)
+
+
+def _hash(picture: np.ndarray, seconds: float) -> dict[str, Any]:
+    bits, contrast = frame_hashes(luma(picture))
+    return {"seconds": round(seconds, 6), "contrast": contrast, "bits": bits.tobytes()}
+
+
+def luma(picture: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 luma of RGB, BT.601."""
+    weights = np.array([77, 150, 29], np.uint16)
+    return ((picture.astype(np.uint16) * weights).sum(-1, dtype=np.uint16) >> 8).astype(np.uint8)
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return buffer.getvalue()
+
+
+def _center(picture: np.ndarray, side: int) -> np.ndarray:
+    """The middle square, resized only if the picture is smaller."""
+    height, width = picture.shape[:2]
+    crop = min(side, height, width)
+    y, x = (height - crop) // 2, (width - crop) // 2
+    square = picture[y : y + crop, x : x + crop]
+    if crop == side:
+        return np.ascontiguousarray(square)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _row(data: Mapping[str, Any], source: Source, tokens: list[int], clips: list[_Clip]) -> dict[str, Any]:
+    step = max(1, round(1 / (source.rate * source.time_base)))
+    ticks = presentation_times([source.pts[token] for token in tokens], step)
+    base = float(source.time_base)
+    shown = []
+    for clip in clips:
+        own = ticks[clip.first : clip.end]
+        following = ticks[clip.end] if clip.end < len(ticks) and (ticks[clip.end] - own[-1]) * base <= GAP else None
+        end = following if following is not None else own[-1] + round(frame_duration(own * base, source.rate) / base)
+        shown.append({
+            "clip_id": digest(data["path"], data["id"], clip.first), "first_frame": clip.first, "end_frame": clip.end,
+            "start": int(own[0]), "end": int(end), "seconds": float(end - own[0]) * base,
+            "cut": clip.cut, "cut_score": clip.score,
+            "flat_share": float(np.mean([h["contrast"] < FLAT for h in clip.hashes])) if clip.hashes else 0.0,
+            "motion": clip.change / max(1, len(clip.hashes) - 1),
+        })  # fmt: skip
+    return {
+        "path": data["path"], "status": "ok", "reason": "", "frame_count": len(tokens),
+        "time_base": str(source.time_base), "clips": shown, "frames": [clip.frames for clip in clips],
+        "hashes": [clip.hashes for clip in clips],
+    }  # fmt: skip
+
+
+def _open_image(path: Any, options: AnalyseOptions) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            check_pixels(image.width, image.height, options.limits)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadVideo(f"cannot be decoded: {error}") from None
+
+
+def _still(data: Mapping[str, Any], picture: np.ndarray, options: AnalyseOptions) -> dict[str, Any]:
+    """An image of an evaluation set, as a clip of one frame."""
+    height, width = fitted(picture.shape[0], picture.shape[1], SMALL)
+    small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    clip = {
+        "clip_id": digest(data["path"], data["id"], 0), "first_frame": 0, "end_frame": 1, "start": 0, "end": 1,
+        "seconds": 0.0, "cut": "start", "cut_score": 0.0, "flat_share": 0.0, "motion": 0.0,
+    }  # fmt: skip
+    return {
+        "path": data["path"], "status": "ok", "reason": "", "frame_count": 1, "time_base": "1", "clips": [clip],
+        "frames": [[]], "hashes": [[_hash(small, 0.0)]],
+    }  # fmt: skip
