@@ -52,7 +52,8 @@ def main() -> None:
             _, step, unit, poison = connection.recv()
             if not limited:
                 importlib.import_module(step.module)
-                limit_memory(step.memory_mib)
+                if step.memory_mib:
+                    limit_memory(step.memory_mib)
                 limited = True
             compute(connection, step, unit, poison)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -55,6 +55,7 @@ class Step:
     seconds: float = 3600.0
     """Wall time of one item."""
     memory_mib: int = 8192
+    """Address space, 0 = no limit: that of CUDA is huge."""
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,9 @@ def run(data: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     with opened(path) as (container, stream):
         context = stream.codec_context
         check_pixels(context.width, context.height, limits)
-        duration = (
-            float(stream.duration * stream.time_base)
-            if stream.duration and stream.time_base
-            else (container.duration or 0) / 1e6
-        )
+        duration = (container.duration or 0) / 1e6
+        if stream.duration and stream.time_base:
+            duration = float(stream.duration * stream.time_base)
         return {
             "path": data["path"], "status": "ok", "reason": "", "size": status.st_size,
             "mtime_ns": status.st_mtime_ns, "digest": digest, "codec": context.codec.canonical_name,
