@@ -64,8 +64,8 @@ class Unit:
     path: str
 
     @staticmethod
-    def of(items: Sequence[Item], folder: Path) -> "Unit":
-        name = digest([item.id for item in items])
+    def of(items: Sequence[Item], folder: Path, key: str) -> "Unit":
+        name = digest(key, [item.id for item in items])
         return Unit(tuple(items), str(folder / f"{name}.parquet"))
 
 
@@ -118,7 +118,7 @@ def run(step: Step, items: Sequence[Item], folder: Path, engine: Engine) -> None
     own = [item for item in items if mine(item, engine.part)]
     done = {name for _, names in unit_files(folder, step.key) for name in names}
     todo = [item for item in own if item.id not in done]
-    units = [Unit.of(todo[start : start + UNIT], folder) for start in range(0, len(todo), UNIT)]
+    units = [Unit.of(todo[start : start + UNIT], folder, step.key) for start in range(0, len(todo), UNIT)]
     cost = engine.costs.setdefault(step.name, Cost())
     cost.items += len(todo)
     cost.reused += len(own) - len(todo)

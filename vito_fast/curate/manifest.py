@@ -63,8 +63,8 @@ def write_candidates(src: Path, out: Path) -> Path:
             count += len(batch)
             if count > MOST_ROWS:
                 raise UserError(f"{src} has over {MOST_ROWS} rows: split it")
-    if not count:
-        raise UserError(f"{src} holds no candidate: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
+        if not count:
+            raise UserError(f"{src} holds no candidate: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
     return src if src.is_dir() else src.parent
 
 

@@ -270,7 +270,10 @@ def _review(clips: list[dict[str, Any]], pictures: _Pictures) -> str:
     if not sample:
         return ""
     figures = "".join(pictures.figure(clip, _caption(by_clip[clip])) for clip in pictures.in_order(sample))
-    rows = [(wrong, *(f"{bound:.1%}" for bound in wilson(len(sample) - wrong, len(sample)))) for wrong in range(4)]
+    rows = [
+        (wrong, *(f"{bound:.1%}" for bound in wilson(len(sample) - wrong, len(sample))))
+        for wrong in range(min(4, len(sample) + 1))
+    ]
     table = _table(("wrong labels you see", "precision at least", "at most"), rows, (0, 1, 2))
     return (
         f"<h2>Random sample for review</h2><p>{len(sample)} of {len(kept)} kept clips. Count the wrong labels; "
