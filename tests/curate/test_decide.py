@@ -110,12 +110,12 @@ def test_all_kinds_of_manifest_are_the_same_candidates(tmp_path):
 
 
 def test_a_folder_names_its_queries(tmp_path):
-    for name in ("x.mp4", "tench/x.mp4", "tench/notes.txt", "dogs/deep/y.webm"):
+    for name in ("x.mp4", "tench/x.mp4", "tench/notes.txt", "dogs/deep/y.webm", "qqq/z.mp4"):
         (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "v" / name).touch()
     write_candidates(tmp_path / "v", tmp_path / "out")
     shown = {row["path"]: row["query"] for row in candidates(tmp_path / "out")}
-    assert shown == {"x.mp4": "", "tench/x.mp4": "tench", "dogs/deep/y.webm": "deep"}
+    assert shown == {"x.mp4": "", "tench/x.mp4": "tench", "dogs/deep/y.webm": "dogs", "qqq/z.mp4": "qqq"}
 
 
 @pytest.mark.parametrize(

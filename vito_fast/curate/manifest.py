@@ -38,8 +38,8 @@ def write_candidates(src: Path, out: Path) -> Path:
     """Write ``candidates.parquet`` and return the default root of its paths.
 
     Args:
-        src: A folder, whose folder names are the queries and whose own files have none; or a manifest, CSV, JSONL or
-            Parquet, with the column ``path`` and optionally the others of ``FIELDS``.
+        src: A folder: the innermost folder name that names a class is a file's query, and its own files have none. Or a
+            manifest, CSV, JSONL or Parquet, with the column ``path`` and optionally the others of ``FIELDS``.
         out: The file to write.
 
     Raises:
@@ -91,9 +91,11 @@ def _folder(src: Path) -> Iterator[dict[str, str]]:
     for folder, folders, files in os.walk(src, followlinks=False, onerror=fail):
         folders.sort()
         place = Path(folder).relative_to(src)
+        known = [part for part in place.parts if taxonomy().resolve(part).classes]
+        query = known[-1] if known else place.name
         for name in sorted(files):
             if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
-                yield {"path": (place / name).as_posix(), "query": place.name}
+                yield {"path": (place / name).as_posix(), "query": query}
 
 
 def _manifest(src: Path) -> Iterator[dict[str, str]]:

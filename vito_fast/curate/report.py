@@ -112,7 +112,8 @@ def _bars(rows: Sequence[tuple[str, float, float | None]], label: str) -> str:
             parts.append(f'<rect class="want" x="230" y="{y + 3}" width="{330 * want / most:.1f}" height="15"/>')
         shown = f"{value:g}" + (f" of {want:g}" if want is not None else "")
         parts.append(f'<text x="{236 + 330 * max(value, want or 0) / most:.1f}" y="{y + 15}">{esc(shown)}</text>')
-    return f'<svg viewBox="0 0 660 {22 * len(rows) + 4}" role="img" aria-label="{esc(label)}">{"".join(parts)}</svg>'
+    head = f'<svg viewBox="0 0 660 {22 * len(rows) + 4}" role="img" aria-label="{esc(label)}">'
+    return f'<div class="wide">{head}{"".join(parts)}</svg></div>'
 
 
 def _funnel(whole: list[dict[str, Any]]) -> str:
@@ -185,8 +186,9 @@ def _scores(clips: list[dict[str, Any]]) -> str:
             else ""
         )
         found.append(
-            f'<h3>{esc(title)}</h3><svg viewBox="0 0 650 120" role="img" aria-label="{esc(title)}">{bars}{mark}'
-            f'<text x="0" y="116">0</text><text x="610" y="116">{top:g}</text></svg>'
+            f'<h3>{esc(title)}</h3><div class="wide">'
+            f'<svg viewBox="0 0 650 120" role="img" aria-label="{esc(title)}">{bars}{mark}'
+            f'<text x="0" y="116">0</text><text x="610" y="116">{top:g}</text></svg></div>'
         )
     return f"<h2>Scores</h2>{''.join(found)}" if found else ""
 
