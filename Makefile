@@ -74,7 +74,7 @@ readme-tables: setup
 
 # The site, in build/site; warnings are errors.
 docs: docs-reference
-	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels
+	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels && ln -sfn ../../vito_fast build/typing/vito_fast
 	$(BIN)/mkdocs build --strict
 
 # docs/config.md and docs/cli.md from the code; a test fails when they differ.

@@ -4,7 +4,7 @@
     - loss = cross_entropy(logits, torch.arange(len(q)))
     + loss = info_nce(q, k, temperature=temperature)
 
-info-nce-pytorch, which normalises what it is given:
+info-nce-pytorch normalizes its arguments, so the call does:
 
     - loss = InfoNCE(temperature=0.1)(q, k)
     + loss = InfoNCELoss(temperature=0.1)(normalize(q, dim=1), normalize(k, dim=1))

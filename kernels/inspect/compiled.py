@@ -2,7 +2,7 @@
 
 The ops' own launchers run on tensors that have shapes but no memory, against a driver that answers for the target and
 launches nothing. So the compiled kernel is the one that a GPU of that kind would run. The exit status is 1 if a kernel
-spills, exceeds a limit, compiles to nothing, or misses the tensor cores; on sm_90 a matrix kernel must use HGMMA and no
+spills, exceeds a limit, compiles to nothing, or misses the tensor cores. On sm_90 a matrix kernel must use HGMMA and no
 other kind. Of the cards with 99 KB of shared memory, sm_89 stands for sm_86, whose tiles are the same, and for sm_120,
 which another ptxas compiles: ``--arch 120`` asks for it. Only an H200 has run any of this.
 """
@@ -36,11 +36,11 @@ MATRIX = {
     "large_dim_weights_kernel",
     "large_dim_weighted_sum_kernel",
 }
-"""Kernels that must use the tensor cores wherever a launch says that it does, be they its first or not."""
+"""Kernels that must use the tensor cores in each launch that declares them, also if they are not its first kernel."""
 ASSUMPTIONS = (
-    "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock, every input read "
-    "once and every output written once, no launch or latency; peak is the bfloat16 tensor rate for kernels that use "
-    "the tensor cores (float32 matrices do in parts, at six times the flops) and the float32 vector rate for the "
+    "roofline = max(flops / peak, minimum bytes / bandwidth), at data-sheet rates and boost clock. Every input is read "
+    "once and every output written once, without launch or latency. peak is the bfloat16 tensor rate for kernels on "
+    "the tensor cores, as float32 matrices in parts at six times the flops, and the float32 vector rate for the "
     "others. It is a bound, not a measurement. Instruction counts are per warp and loop iteration."
 )
 
@@ -53,9 +53,10 @@ def specs(pattern: str = "", rare: bool = True) -> list[tuple[int, Spec]]:
 
 
 def inspect(arch: int, spec: Spec) -> list[dict[str, Any]]:
-    """One record per kernel that the spec launches. The spec's work belongs to the first that computes and to variants
-    of it, which are the same function compiled for another case; what else the launcher runs (splitting float32,
-    adding up parts) has none.
+    """One record per kernel that the spec launches.
+
+    The spec's work belongs to the first that computes, and to its variants, the same function compiled for another
+    case. Other kernels of the launcher, which split float32 or add up parts, have none.
     """
     with stand_in(arch) as driver:
         try:

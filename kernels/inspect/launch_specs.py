@@ -1,4 +1,4 @@
-"""Shipped launches, each at the nominal size of a large batch: what ``python -m vito_kernels.inspect`` compiles.
+"""Shipped launches, each at the nominal size of a large batch: compiled by ``python -m vito_kernels.inspect``.
 
 A spec calls the launcher of the op itself, on tensors that need no memory. The matrix specs take a ``device``, on which
 they also run.

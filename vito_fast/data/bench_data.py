@@ -66,10 +66,10 @@ def bench_data(
         seed: Seed of the requests.
 
     Returns:
-        JSON values. ``loader``: pairs_per_s, d_per_u (packets decoded per frame used), bytes_per_pair, failures, and
-        ms_per_pair and share of reading, decoding and augmenting, summed over the workers. ``decode``: of each reader
-        ms_per_pair and pairs_per_s on one thread to ``size`` pixels, and ``far``, its number of wrong frames;
-        ``speedup`` over the best other reader. ``machine``.
+        JSON values. ``loader`` has pairs_per_s, d_per_u (packets decoded per frame used), bytes_per_pair, failures, and
+        ms_per_pair and share of reading, decoding and augmenting, summed over the workers. ``decode`` has ms_per_pair,
+        pairs_per_s and ``far``, the number of wrong frames, of each reader on one thread to ``size`` pixels.
+        ``speedup`` is over the best other reader. ``machine`` describes this machine.
 
     Raises:
         UserError: The store or an original cannot be read.
