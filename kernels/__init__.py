@@ -16,6 +16,7 @@ from .contrastive.losses import (
     moco_loss,
     supcon_loss,
 )
+from .contrastive.multi_view import multi_view_info_nce
 from .contrastive.normalize import normalize
 from .contrastive.two_sided import clip_loss, ntxent
 from .photometric.op import photometric
@@ -36,6 +37,7 @@ __all__ = [
     "info_nce",
     "lit_loss",
     "moco_loss",
+    "multi_view_info_nce",
     "normalize",
     "ntxent",
     "photometric",

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vito_kernels._core.autograd import softplus
 from vito_kernels.contrastive.cpu_matmul import add_product, product
-from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad, split_sum
+from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad, ordered_pairs, split_sum
 
 ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
 CACHE_BYTES = 31 << 20  # glibc maps fresh pages beyond 32 MiB; to touch those costs half as much as the product
@@ -230,6 +231,20 @@ def lse_forward(
     return *sums.lse2(), mean, positives
 
 
+def multi_view_forward(
+    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, weight, lse2, its residual), each (P, M), and the keys' means (P * M, D) or (0, D).
+
+    q (V, M, D) and k (V, N, D) make P = V (V - 1) ordered pairs of views, each under ``mask``, whose diagonal holds the
+    positives. ``weight`` is the derivative of the loss by lse, a sigmoid.
+    """
+    parts = [lse_forward(q[a], k[b], scale, mask, compute_grad_q) for a, b in ordered_pairs(len(q))]
+    lse2, lse_residual, mean, logits = (torch.stack(part) for part in zip(*parts, strict=True))
+    over = (lse2 - logits[:, :, 0]).add_(lse_residual).div_(LOG2E)
+    return softplus(over), torch.sigmoid(over), lse2, lse_residual, mean.flatten(0, 1)
+
+
 def two_sided_forward(
     x: Tensor,
     y: Tensor,
@@ -415,6 +430,26 @@ def grad_epilogue(
                 grad.addcmul_(k[keys].to(grad.dtype), pair_weight[:, p, None], value=LOG2E)
     dscale = scale.new_empty(0) if other is None else (grad * other).sum()
     return grad.mul_(scale).to(dtype) if store else base.new_empty(0, dtype=dtype), dscale
+
+
+def multi_view_grad_q(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_loss: Tensor,
+    offset: int,
+    need_q: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q (V, M, D) and of the scale (); empty where not needed. mean (P * M, D), grad_loss (P, M)."""
+    share, views = (weight * grad_loss)[:, :, None], len(q)
+    pull = (mean.view(views, views - 1, *q.shape[1:]) * share.unflatten(0, (views, views - 1))).sum(1)
+    for pair, (a, b) in enumerate(ordered_pairs(views)):
+        pull[a].addcmul_(k[b, offset : offset + q.shape[1]].to(pull.dtype), share[pair], value=-1)
+    grad_scale = (pull * q).sum() if need_scale else mean.new_empty(0)
+    return pull.mul_(scale).to(q.dtype) if need_q else q.new_empty(0), grad_scale
 
 
 def _positive_keys(queries: int, k: Tensor, positive: Tensor | None, diagonal: int) -> list[Any]:

@@ -190,3 +190,16 @@ def plan_tiles(own, others, first, last, diagonal, BLOCK: tl.constexpr, TILE: tl
         beyond = tl.maximum(own + BLOCK - 1 + diagonal + TILE, 0) // TILE
         crossing = tl.maximum(tl.minimum(beyond, full) - crossed, 0)
     return crossed, crossing, full
+
+
+@jit
+def softplus(x):
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e  # log(1 + e) to its last bit also where e is small: u - 1 has lost what u lost
+    return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # cannot overflow
+    return tl.where(x > 0.0, 1.0, e) / (1.0 + e)

@@ -39,7 +39,7 @@ from vito_kernels.contrastive.device_functions import (
     store_sums,
     zero_sums,
 )
-from vito_kernels.contrastive.terms import Mask
+from vito_kernels.contrastive.terms import Mask, ordered_pairs
 from vito_kernels.contrastive.tile_configs import Matrix, Operand, Tile, choose_tile, matrices, output_chunks
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ STRIP_BYTES = 1 << 29  # of column sums, one for each block of rows and column, 
 
 @jit
 def _similarity_lse_fwd_step(
-    t, q, accs, total, top, k, k_tail, scale2, shift, own, own_group, other_group, positive, M, N, k_stride, diagonal,
-    D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
-    POSITIVES: tl.constexpr, ONLINE: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    t, q, accs, total, top, k, k_tail, k_first, scale2, shift, own, own_group, other_group, positive, M, N, k_stride,
+    diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr,
+    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, HEADROOM: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: s = q k^T, p = 2^(s - shift), sums of p by row and of p k by row and column."""
     BLOCK: tl.constexpr = total.shape[0]
-    keys = load_rows(k, k_tail, t * TILE, N, k_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
+    keys = load_rows(k, k_tail, k_first + t * TILE, k_first + N, k_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
     s = dot_rows(q, keys, CHUNKS, PRECISION) * scale2
     if not ONLINE:
         s -= shift
@@ -91,11 +92,13 @@ def similarity_lse_fwd_kernel(
     diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
     tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS:
     tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr,
-    HEADROOM: tl.constexpr, Q_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HEADROOM: tl.constexpr, Q_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, VIEWS: tl.constexpr,
 ):  # fmt: skip
-    """lse2, lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per
-    block of
-    rows and split.
+    """lse2, lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block
+    of rows and split.
+
+    With VIEWS > 1, q (VIEWS * M, D) and k (VIEWS * N, D) hold views, and each split of the outputs has a slice for each
+    ordered pair of views (a, b), in the order (0, 1), (0, 2), ..., (1, 0): the rows of a over the keys of b.
     """
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     # An excluded key may be anywhere; and beside a second loop, ptxas keeps too much of q in registers and spills.
@@ -103,12 +106,20 @@ def similarity_lse_fwd_kernel(
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or WIDE
     row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
+    out = tl.cast(split, tl.int64) * M  # first output row of this split
     if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
-        if tl.min(tl.load(trusted + tl.cast(split, tl.int64) * M + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
+        if tl.min(tl.load(trusted + out + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
             return
+    q_first, k_first = 0, 0
+    if VIEWS > 1:
+        pair = split % (VIEWS * (VIEWS - 1))
+        split = split // (VIEWS * (VIEWS - 1))
+        view, other_view = pair // (VIEWS - 1), pair % (VIEWS - 1)
+        q_first = view * M
+        k_first = (other_view + (other_view >= view).to(tl.int32)) * N
     scale2 = tl.load(scale) * 1.4426950408889634
     shift = tl.abs(scale2) - HEADROOM
-    queries = load_rows(q, q_tail, row, M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA, PRECISION)
+    queries = load_rows(q, q_tail, q_first + row, q_first + M, q_stride, D, W, TAIL, BLOCK, False, Q_TMA, PRECISION)
     accs = zero_sums(BLOCK, D, W, TAIL, FIRST, LAST)
     total = tl.zeros((BLOCK, LANES), tl.float32)
     top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)  # the lowest float32: -inf - -inf would be NaN
@@ -122,17 +133,17 @@ def similarity_lse_fwd_kernel(
         for i in tl.range(first, full - crossing, num_stages=STAGES):
             t = tl.where(i < crossed, i, i + crossing)
             accs, total, top = _similarity_lse_fwd_step(
-                t, queries, accs, total, top, k, k_tail, scale2, shift, own, q_group, k_group, positive, M, N, k_stride,
-                diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES, ONLINE,
-                HEADROOM, TMA, PRECISION,
+                t, queries, accs, total, top, k, k_tail, k_first, scale2, shift, own, q_group, k_group, positive, M, N,
+                k_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, True, GROUPS, DIAGONAL, POSITIVES,
+                ONLINE, HEADROOM, TMA, PRECISION,
             )  # fmt: skip
     # Not pipelined, this loop runs once or twice; addresses of its products, hoisted out of it, only spilled.
     for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=True):
         t = tl.where(i < crossing, crossed + i, full)
         accs, total, top = _similarity_lse_fwd_step(
-            t, queries, accs, total, top, k, k_tail, scale2, shift, own, q_group, k_group, positive, M, N, k_stride,
-            diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES, ONLINE,
-            HEADROOM, TMA, PRECISION,
+            t, queries, accs, total, top, k, k_tail, k_first, scale2, shift, own, q_group, k_group, positive, M, N,
+            k_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, LANES, CHUNKS, False, GROUPS, DIAGONAL, POSITIVES,
+            ONLINE, HEADROOM, TMA, PRECISION,
         )  # fmt: skip
 
     z = tl.sum(total, 1)
@@ -143,17 +154,16 @@ def similarity_lse_fwd_kernel(
         for c in tl.static_range(FIRST, LAST):
             finite = tl.abs(accs[c - FIRST]) < float("inf")  # false of a NaN, which a maximum would pass over
             safe &= tl.min(finite.to(tl.int32), 1) > 0
-        tl.store(trusted + tl.cast(split, tl.int64) * M + own, safe.to(tl.int8), mask=own < M)
+        tl.store(trusted + out + own, safe.to(tl.int8), mask=own < M)
     log_z = tl.log2(z)
     whole = log_z + shift
     lost = tl.where(z == 0.0, 0.0, shift - whole + log_z)  # as ``terms.split_sum``
-    part = tl.cast(split, tl.int64) * M + own
-    tl.store(lse2 + part, whole, mask=own < M)
-    tl.store(lse_residual + part, lost, mask=own < M)
+    tl.store(lse2 + out + own, whole, mask=own < M)
+    tl.store(lse_residual + out + own, lost, mask=own < M)
     means = ()  # type: tuple
     for c in tl.static_range(FIRST, LAST):
         means += (accs[c - FIRST] / tl.where(z == 0.0, 1.0, z)[:, None],)
-    store_sums(mean + tl.cast(split, tl.int64) * M * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
+    store_sums(mean + out * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
 
 
 @jit
@@ -221,29 +231,41 @@ def two_sided_lse_fwd_kernel(
 VARIANTS = ("fixed", "online")
 
 
-def launch_lse(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), lse_residual (M,), mean (M, D) or (0, D)); few queries split the keys among programs."""
-    (M, D), (left, right) = q.shape, matrices(q, k)
+def launch_lse(
+    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, views: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse2 (M,), lse_residual (M,), mean (M, D) or (0, D)); few queries split the keys among programs.
+
+    With ``views`` > 1, q (views * M, D) and k (views * N, D) hold views, and M in the outputs becomes the rows of all
+    ordered pairs of views, views (views - 1) M, in one launch. The mask is that of each pair.
+    """
+    M, N, D, (left, right) = q.shape[0] // views, k.shape[0] // views, q.shape[1], matrices(q, k)
+    rows = M * max(1, views * (views - 1))  # of the outputs
     if large_dim.supports("mean" if compute_grad_q else "lse", D, q.dtype):
+        if views > 1:
+            qs, ks = q.unflatten(0, (views, M)), k.unflatten(0, (views, N))
+            parts = [launch_lse(qs[a], ks[b], scale, mask, compute_grad_q) for a, b in ordered_pairs(views)]
+            lse2, lse_residual, mean = (torch.cat(part) for part in zip(*parts, strict=True))
+            return lse2, lse_residual, mean
         dense = left.tensor, right.tensor
         sums, _, mean = large_dim.exponentials(*dense, scale, mask, 100.0, gather=compute_grad_q, columns=False)
         return *trusted_lse(left, right, scale, mask, sums, 100.0, mean), mean
     tiles = [lse_tile(variant, D, q.dtype, mask, compute_grad_q) for variant in VARIANTS]
-    split_keys = cdiv(k.shape[0], max(1, min(num_sms(q.device) // cdiv(M, tiles[0].block_m), k.shape[0] // 256)))
+    split_keys = cdiv(N, max(1, min(num_sms(q.device) // (rows // M * cdiv(M, tiles[0].block_m)), N // 256)))
     widest = max(tile.block_n for tile in tiles)  # powers of two: a split is whole tiles of both variants
     split_keys = cdiv(split_keys, widest) * widest
-    splits = cdiv(k.shape[0], split_keys)
-    lse2, lse_residual = scale.new_empty(splits, M), scale.new_empty(splits, M)
-    mean = scale.new_empty(splits, M if compute_grad_q else 0, D)
+    splits = cdiv(N, split_keys)
+    lse2, lse_residual = scale.new_empty(splits, rows), scale.new_empty(splits, rows)
+    mean = scale.new_empty(splits, rows if compute_grad_q else 0, D)
     online_only = online_only_dtype(q.dtype, compute_grad_q)
-    trusted = None if online_only else torch.empty(splits, M, dtype=torch.int8, device=q.device)
+    trusted = None if online_only else torch.empty(splits, rows, dtype=torch.int8, device=q.device)
     fixed, online = ([(0, 0)] if not compute_grad_q else output_chunks(D, tile) for tile in tiles)
     assert online_only or {first for first, _ in fixed} <= {first for first, _ in online}
     for chunks in online:  # one launch of the fixed variant may cover the columns of several online ones
         for wider in fixed:
             if not online_only and wider[0] == chunks[0]:
-                run_lse("fixed", left, right, scale, mask, lse2, lse_residual, mean, trusted, wider, split_keys)
-        run_lse("online", left, right, scale, mask, lse2, lse_residual, mean, trusted, chunks, split_keys)
+                run_lse("fixed", left, right, scale, mask, lse2, lse_residual, mean, trusted, wider, split_keys, views)
+        run_lse("online", left, right, scale, mask, lse2, lse_residual, mean, trusted, chunks, split_keys, views)
     return epilogue.merge_splits(lse2, lse_residual, mean)
 
 
@@ -291,25 +313,26 @@ def run_lse(
     trusted: Tensor | None,
     chunks: tuple[int, int],
     split_keys: int,
+    views: int = 1,
 ) -> None:
-    """Fills lse2 (S, M) and the column ``chunks`` of mean (S, M, D).
+    """Fills lse2 (S, M) and the column ``chunks`` of mean (S, M, D); with ``views`` > 1, M rows for each pair of views.
 
     The fixed variant writes ``trusted`` (S, M); the online one repeats the rest, or without it computes every row.
     """
-    (M, D), N, dtype = q.tensor.shape, k.tensor.shape[0], q.tensor.dtype
+    M, N, D, dtype = q.tensor.shape[0] // views, k.tensor.shape[0] // views, q.tensor.shape[1], q.tensor.dtype
     tile = lse_tile(variant, D, dtype, mask, mean.shape[1] > 0)
     left, right = Operand(q, tile.block_m, tile), Operand(k, tile.block_n, tile)
     online = variant == "online"
     headroom = 100.0 if not online else 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
     with on_device(q.tensor):
-        similarity_lse_fwd_kernel[(cdiv(M, tile.block_m), lse2.shape[0])](
+        similarity_lse_fwd_kernel[(cdiv(M, tile.block_m), lse2.numel() // M)](
             left.source, left.tail_source, right.source, right.tail_source, scale, lse2, lse_residual, mean, trusted,
             mask.q_group, mask.k_group, mask.positive, M, N, left.stride, right.stride, mask.diagonal or 0,
             split_keys // tile.block_n, D, left.chunk, left.tail, *chunks, tile.block_m, tile.block_n,
             tile.lanes or tile.block_n, tile.stages, GROUPS=mask.q_group is not None, DIAGONAL=mask.diagonal_width,
             POSITIVES=mask.num_positives,
             ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=headroom, Q_TMA=left.tma, TMA=right.tma,
-            PRECISION=left.precision, num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=left.precision, VIEWS=views, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from vito_kernels._core.lazy_triton import use_triton
 from vito_kernels.contrastive import cpu
 from vito_kernels.contrastive.backward import launch_lse_backward
-from vito_kernels.contrastive.epilogue import grad_epilogue, merge_splits, positive_logits, softmax_grad
+from vito_kernels.contrastive.epilogue import (
+    grad_epilogue,
+    merge_splits,
+    multi_view_grad_q,
+    multi_view_loss,
+    positive_logits,
+    softmax_grad,
+)
 from vito_kernels.contrastive.forward import launch_lse, launch_two_sided
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import MAX_WIDTH, matrices
@@ -28,6 +35,8 @@ __all__ = [
     "lse_backward",
     "lse_forward",
     "merge_splits",
+    "multi_view_forward",
+    "multi_view_grad_q",
     "path_of",
     "self_backward",
     "self_forward",
@@ -63,6 +72,15 @@ def lse_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = launch_lse(_cast(q, matmul_dtype), _cast(k, matmul_dtype), scale, mask, compute_grad_q)
     return *sums, positive_logits(q, k, scale, mask.positive, mask.diagonal)
+
+
+def multi_view_forward(
+    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sides = (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
+    lse2, lse_residual, mean = launch_lse(*sides, scale, mask, compute_grad_q, views=len(q))
+    loss, weight = multi_view_loss(q, k, scale, lse2, lse_residual, mask.diagonal or 0)
+    return loss, weight, lse2.view_as(loss), lse_residual.view_as(loss), mean
 
 
 def two_sided_forward(

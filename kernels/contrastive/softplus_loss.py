@@ -17,25 +17,14 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, use_triton
+from vito_kernels.contrastive.device_functions import sigmoid
+from vito_kernels.contrastive.device_functions import softplus as device_softplus
 from vito_kernels.contrastive.terms import LOG2E
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 ROWS = 256  # of a program
-
-
-@jit
-def _softplus(x):
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e  # log(1 + e) to its last bit also where e is small: u - 1 has lost what u lost
-    return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))  # cannot overflow
-    return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
 
 
 @jit
@@ -52,9 +41,9 @@ def softplus_loss_fwd_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for p in range(PAIRS):
         logit = tl.load(logits + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0.0)
-        total += _softplus((lse - logit + lost) * 0.6931471805599453)
+        total += device_softplus((lse - logit + lost) * 0.6931471805599453)
         if SIDES == 2:
-            total += _softplus((other - logit + other_lost) * 0.6931471805599453)
+            total += device_softplus((other - logit + other_lost) * 0.6931471805599453)
     tl.store(out + row, total / (PAIRS * SIDES), mask=row < M)
 
 
@@ -76,10 +65,10 @@ def softplus_loss_bwd_kernel(
     for p in range(PAIRS):
         place = row.to(tl.int64) * PAIRS + p
         logit = tl.load(logits + place, mask=row < M, other=0.0)
-        share = g * _sigmoid((lse - logit + lost) * 0.6931471805599453)
+        share = g * sigmoid((lse - logit + lost) * 0.6931471805599453)
         total += share
         if SIDES == 2:
-            other_share = g * _sigmoid((other - logit + other_lost) * 0.6931471805599453)
+            other_share = g * sigmoid((other - logit + other_lost) * 0.6931471805599453)
             other_total += other_share
             share += other_share
         tl.store(g_logits + place, -share * 0.6931471805599453, mask=row < M)

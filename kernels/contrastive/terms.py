@@ -14,6 +14,11 @@ from torch import Tensor
 LOG2E = math.log2(math.e)
 
 
+def ordered_pairs(views: int) -> list[tuple[int, int]]:
+    """(a, b) with a != b, in the order (0, 1), (0, 2), ..., (1, 0)."""
+    return [(a, b) for a in range(views) for b in range(views) if a != b]
+
+
 @dataclass(frozen=True)
 class Mask:
     """Pairs of a query (row) and a key (column) that do not count.

@@ -38,6 +38,7 @@ from vito_kernels._core.checks import (
     scale_tensor,
 )
 from vito_kernels.contrastive.info_nce import lse_and_positives
+from vito_kernels.contrastive.multi_view import check_views, multi_view_info_nce
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E
@@ -160,6 +161,48 @@ def global_info_nce(
         check_groups(q_group, ids, q, keys)
     lse2, positives, lse_residual = lse_and_positives(q, keys, scale, None, offset, q_group, ids)
     return _share(softplus_loss(lse2, lse_residual, positives), sizes, sum(sizes))
+
+
+def global_multi_view_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    q_group: Tensor | None = None,
+    k_group: Tensor | None = None,
+    group: Group = None,
+    sizes: list[int] | None = None,
+) -> Tensor:
+    """This rank's share of ``multi_view_info_nce`` over all ranks' clips, keys gathered in one collective.
+
+    Args:
+        queries, keys: (V, B, D), this rank's clips; the keys with or without gradient.
+        temperature: as ``multi_view_info_nce``.
+        q_group, k_group: (B,) ids; the group of a video is the same number on every rank.
+        group, sizes: the process group, and every rank's B where they differ.
+
+    Returns:
+        A float32 scalar. Its mean over ranks is the loss of one process with all clips, summed over pairs of views.
+
+    Raises:
+        ValueError, TypeError: as ``multi_view_info_nce``.
+    """
+    check_views(queries, keys, 0)
+    check_groups(q_group, k_group, queries[0], keys[0])
+    rows = keys.transpose(0, 1).flatten(1)  # (B, V * D): a clip's keys travel together
+    sizes = checked_sizes(rows, sizes, group)
+    everyone = gather_with_grad(rows, group=group, sizes=sizes).unflatten(1, (len(keys), -1)).transpose(0, 1)
+    ids = None if k_group is None else gather_with_grad(k_group, group=group, sizes=sizes)
+    losses = multi_view_info_nce(
+        queries,
+        everyone,
+        temperature=temperature,
+        positive_offset=sum(sizes[: dist.get_rank(group)]),
+        q_group=q_group,
+        k_group=ids,
+        reduction="none",
+    )
+    return _share(losses, sizes, sum(sizes))
 
 
 def global_clip_loss(

@@ -7,7 +7,7 @@ they also run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -52,8 +52,9 @@ class Spec:
 
 @cache
 def all_specs() -> tuple[Spec, ...]:
-    groups = (lse, two_sided, gradient, epilogues, softplus_losses, normalization, pooling, batch_norms, photometrics)
-    return tuple(spec for group in groups for spec in group())
+    products = (lse, multi_view, two_sided, gradient)
+    rows = (epilogues, softplus_losses, normalization, pooling, batch_norms, photometrics)
+    return tuple(spec for group in products + rows for spec in group())
 
 
 def _rows(width: int, dtype: torch.dtype, device: str, rows: int) -> Tensor:
@@ -112,6 +113,44 @@ def lse_spec(
         or width not in COMMON_WIDTHS
         or layout not in (("none", "diagonal", "groups") if with_mean else ("none",)),
     )
+
+
+def multi_view(device: str = "meta") -> Iterator[Spec]:
+    """All ordered pairs of three views, and their epilogues."""
+    for width in COMMON_WIDTHS:
+        for layout in ("diagonal", "groups"):
+            yield multi_view_spec(width, layout, device)
+    for width in (256, 1024):
+        yield multi_view_epilogue_spec(width)
+
+
+def multi_view_spec(width: int, layout: str, device: str = "meta", rows: int = ROWS // 4, views: int = 3) -> Spec:
+    mask = replace(_mask(layout, rows, device), diagonal=0)
+
+    def launch() -> None:
+        x = _rows(width, torch.bfloat16, device, views * rows)
+        forward.launch_lse(x, x, _scale(device), mask, True, views)
+
+    pairs = views * (views - 1)
+    return Spec(
+        f"multi-view lse V={views} D={width} bfloat16 {layout}",
+        launch,
+        flops=4.0 * pairs * rows * rows * width,
+        min_bytes=2.0 * views * rows * width * 2 + pairs * rows * (4 + width * 4),
+        rare=width != 256,
+    )
+
+
+def multi_view_epilogue_spec(width: int, rows: int = ROWS // 4, views: int = 3) -> Spec:
+    pairs = views * (views - 1)
+    q, mean, scale = _meta(views, rows, width, dtype=torch.bfloat16), _meta(pairs * rows, width), _meta()
+    row = _meta(pairs, rows)
+
+    def launch() -> None:
+        epilogue.multi_view_loss(q, q, scale, row.flatten(), row.flatten(), 0)
+        epilogue.multi_view_grad_q(q, q, scale, mean, row, row, 0, True, True)
+
+    return _memory_bound(f"multi-view epilogue V={views} D={width}", launch, 0, pairs * rows * width * 8, width != 256)
 
 
 def two_sided(device: str = "meta") -> Iterator[Spec]:

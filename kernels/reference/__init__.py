@@ -1,7 +1,17 @@
 """The specification of every op: plain PyTorch, the same names and arguments, differentiable, any float dtype."""
 
 from .batch_norm import batch_norm
-from .contrastive import clip_loss, info_nce, lit_loss, moco_loss, normalize, ntxent, similarity_lse, supcon_loss
+from .contrastive import (
+    clip_loss,
+    info_nce,
+    lit_loss,
+    moco_loss,
+    multi_view_info_nce,
+    normalize,
+    ntxent,
+    similarity_lse,
+    supcon_loss,
+)
 from .photometric import photometric
 from .pooling import attention_pool
 
@@ -12,6 +22,7 @@ __all__ = [
     "info_nce",
     "lit_loss",
     "moco_loss",
+    "multi_view_info_nce",
     "normalize",
     "ntxent",
     "photometric",

@@ -7,6 +7,7 @@ fig. 3. NT-Xent: Chen et al. 2020 (arXiv 2002.05709), eq. 1.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,33 @@ def info_nce(
     if label_smoothing:
         loss = cross_entropy(logits, positive[:, 0], label_smoothing=label_smoothing, reduction="none")
     return _reduce(loss, reduction)
+
+
+def multi_view_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    positive_offset: int = 0,
+    q_group: Tensor | None = None,
+    k_group: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """``info_nce`` of queries (V, B, D) of each view a over keys (V, N, D) of each view b != a; see
+    ``vito_kernels.multi_view_info_nce``.
+    """
+    views, rows, _ = queries.shape
+    options: dict[str, Any] = {"temperature": temperature, "q_group": q_group, "k_group": k_group, "reduction": "none"}
+    positive = torch.arange(rows, device=queries.device) + positive_offset
+    losses = torch.stack(
+        [
+            info_nce(queries[a], keys[b], positive=positive, **options)
+            for a in range(views)
+            for b in range(views)
+            if a != b
+        ]
+    )
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.mean(1).sum()
 
 
 def _reweighted(

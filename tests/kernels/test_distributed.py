@@ -13,10 +13,16 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vito_kernels import clip_loss, info_nce, ntxent
+from vito_kernels import clip_loss, info_nce, multi_view_info_nce, ntxent
 from vito_kernels.adapters.lightly import NTXentLoss
 from vito_kernels.adapters.open_clip import ClipLoss
-from vito_kernels.distributed import gather_keys, global_clip_loss, global_info_nce, global_ntxent
+from vito_kernels.distributed import (
+    gather_keys,
+    global_clip_loss,
+    global_info_nce,
+    global_multi_view_info_nce,
+    global_ntxent,
+)
 
 WIDTH, FEATURES = 12, 24
 SIZES = {2: [7, 7], 3: [5, 9, 1]}  # three ranks hold batches of different sizes
@@ -34,6 +40,13 @@ class Towers(nn.Module):
         return normalize(self.first(a), dim=1), normalize(self.second(b), dim=1), self.log_scale.exp()
 
 
+def as_views(name, x, y, scale, video):
+    """(queries, keys, options): three views made of the embeddings."""
+    queries, keys = (torch.stack([z, z.roll(1, 1), z.roll(2, 1)]) for z in (x, y))
+    options = {"temperature": 1 / scale, "q_group": video, "k_group": video}
+    return queries, keys.detach() if name.endswith("locked") else keys, options
+
+
 def make(total):
     torch.manual_seed(total)
     model = Towers().double()
@@ -49,6 +62,9 @@ def whole(name, x, y, scale, video):
         return info_nce(x, y, temperature=1 / scale, q_group=video, k_group=video)
     if name == "info_nce":
         return info_nce(x, y, temperature=1 / scale)
+    if name.startswith("views"):
+        queries, keys, options = as_views(name, x, y, scale, video)
+        return multi_view_info_nce(queries, keys, **options)
     if name in ("ntxent", "lightly"):
         return ntxent(x, y, 0.2 if name == "lightly" else 1 / scale)
     return clip_loss(x, y, scale)
@@ -67,6 +83,9 @@ def share(name, x, y, scale, video, sizes):
         return global_info_nce(x, y, temperature=1 / scale, **groups, sizes=sizes, exchange="ring")
     if name == "info_nce":
         return global_info_nce(x, y, temperature=1 / scale)
+    if name.startswith("views"):
+        queries, keys, options = as_views(name, x, y, scale, video)
+        return global_multi_view_info_nce(queries, keys, **options, sizes=sizes)
     if name == "clip ring":
         return global_clip_loss(x, y, scale, exchange="ring")
     if name == "ntxent":
@@ -80,6 +99,7 @@ def share(name, x, y, scale, video, sizes):
 
 def compare(rank, sizes):
     names = ["info_nce locked", "info_nce", "clip", "ntxent", "info_nce locked ring", "info_nce ring", "clip ring"]
+    names += ["views", "views locked"]
     if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
         names += ["lightly", "open_clip", "open_clip local"]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
