@@ -77,8 +77,8 @@ def lse_forward(
 def multi_view_forward(
     q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sides = (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
-    lse2, lse_residual, mean = launch_lse(*sides, scale, mask, compute_grad_q, views=len(q))
+    queries, keys = (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
+    lse2, lse_residual, mean = launch_lse(queries, keys, scale, mask, compute_grad_q, views=len(q))
     loss, weight = multi_view_loss(q, k, scale, lse2, lse_residual, mask.diagonal or 0)
     return loss, weight, lse2.view_as(loss), lse_residual.view_as(loss), mean
 
