@@ -6,15 +6,17 @@ from typing import Annotated, Literal
 import tyro
 
 from vito_fast.cli.overrides import Place
-from vito_fast.data.formats import FormatName
+from vito_fast.data.formats import FORMATS, JPEG, FormatName
 from vito_fast.data.limits import Limits
 from vito_fast.errors import UserError
+
+FORMAT_HELP = "; ".join(f"{format.name}: {format.summary}" for format in FORMATS.values()) + "."
 
 
 def pack(
     src: Place,
     dst: Place,
-    format: FormatName = "jpeg",
+    format: Annotated[FormatName, tyro.conf.arg(help=FORMAT_HELP)] = JPEG.name,
     short_side: int = 256,
     quality: int = 90,
     crf: int = 20,
@@ -34,7 +36,6 @@ def pack(
     Args:
         src: A folder of videos, searched through, or one video.
         dst: The store to write.
-        format: jpeg (any frame in one read), h264 (short groups of pictures) or copy (no re-encoding).
         short_side: Short side of a frame in pixels. Smaller videos keep their size.
         quality: JPEG quality, 1 to 100.
         crf: Constant rate factor of h264 stores, 0 to 51, lower is better.

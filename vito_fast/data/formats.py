@@ -17,12 +17,11 @@ class StoreFormat:
 
     name: FormatName
     summary: str
+    """For the command line's help."""
     codec: str | None
     """FFmpeg's name of the codec that packing encodes to. None: packets are copied from the source."""
     still: bool
     """Whether each packet is a JPEG file, decoded alone. Otherwise packets belong to a video stream."""
-    options: tuple[str, ...] = ()
-    """Options of packing that only this format reads."""
     encoders: tuple[str, ...] = ()
     """FFmpeg's encoders to choose from."""
     size_multiple: int = 1
@@ -47,7 +46,6 @@ JPEG = StoreFormat(
     summary="every frame a JPEG, any frame in one read",
     codec="mjpeg",
     still=True,
-    options=("quality",),
     gpu_decoder="nvJPEG",
 )
 H264 = StoreFormat(
@@ -55,7 +53,6 @@ H264 = StoreFormat(
     summary="short groups of pictures",
     codec="h264",
     still=False,
-    options=("crf", "gop", "encoder"),
     encoders=("libx264", "h264_nvenc"),
     size_multiple=32,  # NVDEC restarts its decoder at each new frame size, so few sizes should occur
 )

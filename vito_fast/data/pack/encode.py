@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from vito_fast.data.formats import FORMATS, H264, JPEG
+from vito_fast.data.formats import H264, JPEG
 from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import (
     CLOCK,
@@ -83,7 +83,7 @@ class H264Encoder:
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
         context.framerate, context.time_base = rate, 1 / rate
         context.gop_size, context.max_b_frames, context.thread_count = options.gop, 0, 1
-        context.options = ENCODER_OPTIONS[options.encoder](options)
+        context.options = ENCODER_OPTIONS[options.encoder](options, height * width)
         context.colorspace, context.color_range = BT601, LIMITED_RANGE
         self._context, self._count = context, 0
         context.open()
@@ -99,12 +99,14 @@ class H264Encoder:
         return rest, self._context.extradata or b""
 
 
-def _x264_options(options: PackOptions) -> dict[str, str]:
+def _x264_options(options: PackOptions, pixels: int) -> dict[str, str]:
     keys = f"keyint={options.gop}:min-keyint={options.gop}:scenecut=0:open-gop=0:bframes=0:repeat-headers=1"
+    if pixels < 64 * 64:  # with mbtree, x264 encodes equal frames of a few macroblocks differently from run to run
+        keys += ":mbtree=0"
     return {"crf": str(options.crf), "preset": "fast", "x264-params": keys}
 
 
-def _nvenc_options(options: PackOptions) -> dict[str, str]:
+def _nvenc_options(options: PackOptions, pixels: int) -> dict[str, str]:
     return {"rc": "vbr", "cq": str(options.crf), "no-scenecut": "1", "forced-idr": "1", "preset": "p5"}
 
 
@@ -160,7 +162,7 @@ class Transcoder:
     ):
         self.options, self.shard, self.limits = options, shard, limits
         self.spans = spans
-        self.format = FORMATS[options.format]
+        self.format = options.store_format
         self.result = PackedFile()
         self._ranges: list[tuple[int, int]] = []
         self._clip: _OpenClip | None = None

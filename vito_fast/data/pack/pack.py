@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vito_fast.data.formats import FORMATS, H264, JPEG
+from vito_fast.data.formats import FORMATS
 from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import Span
 from vito_fast.data.pack.encode import choose_encoder
@@ -41,7 +41,7 @@ def pack(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    format: str = JPEG.name,
+    format: str = PackOptions.format,
     short_side: int = 256,
     quality: int = 90,
     crf: int = 20,
@@ -87,7 +87,8 @@ def pack(
     """
     store = Path(dst)
     if encoder == "auto":
-        encoder = _choose_encoder(store) if "encoder" in _options_of(format) else H264.encoders[0]
+        choice = format in FORMATS and FORMATS[format].encoders
+        encoder = _choose_encoder(store) if choice else PackOptions.encoder
     options = PackOptions(
         format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
         clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
@@ -97,7 +98,7 @@ def pack(
         raise ValueError(f"processes is {processes}, must be at least 0 (0 = one per core)")
     if not 0 < decode_timeout < math.inf:
         raise ValueError(f"decode_timeout is {decode_timeout}, must be above 0 and finite")
-    if clips is not None and not FORMATS[options.format].codec:
+    if clips is not None and not options.store_format.codec:
         raise ValueError(f"format is {format!r}: clip lists are encoded, choose jpeg or h264")
     listing = list_videos(Path(src)) if clips is None else list_clips(Path(src), clips)
     if (store / "index.bin").exists():
@@ -114,10 +115,6 @@ def pack(
             return finish_store(store, options, listing, parts)
     except OSError as error:
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
-
-
-def _options_of(format: str) -> tuple[str, ...]:
-    return FORMATS[format].options if format in FORMATS else ()
 
 
 def _choose_encoder(store: Path) -> str:

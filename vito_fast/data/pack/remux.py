@@ -16,7 +16,6 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.formats import COPY
 from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
 from vito_fast.data.pack.shots import Cut, ShotDetector
@@ -39,12 +38,12 @@ from vito_fast.data.store.media import (
     bare_packet,
     check_pixels,
     claimed_rate,
+    decoder_options,
     demuxed,
     fitted,
     opened,
     presentation_times,
     rgb,
-    strictness,
 )
 
 THUMBNAIL = 64
@@ -109,7 +108,7 @@ class Remuxer:
             codec, extradata = context.codec.canonical_name, context.extradata or b""
             time_base = video.time_base or Fraction(1, 90000)
             stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
-            context.thread_count, context.options = 1, strictness(codec)
+            context.thread_count, context.options = 1, decoder_options(codec)
             detector, cuts = ShotDetector(), list[Cut]()
             for packet in chain(demuxed(container, video), [None]):
                 if packet is not None and packet.is_corrupt:
@@ -220,7 +219,7 @@ class Remuxer:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index.bin"
             record = ClipRecord(video=0, source="", **{**vars(clip), "shard": 0})
-            write_index(path, [record], format=COPY.name, shards=[(self.shard.path.name, self.shard.size)])
+            write_index(path, [record], format=self.options.format, shards=[(self.shard.path.name, self.shard.size)])
             index = Index(path)
             reader, decoder = Reader(index, self.shard.path.parent, threads=1), Decoder()
             order = index.packets(0).order

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from vito_fast.data.formats import FORMATS
 from vito_fast.data.limits import Limits, limit_memory
 from vito_fast.data.pack.clips import ShardWriter, Span
 from vito_fast.data.pack.encode import EncoderMissing, Transcoder
@@ -43,7 +42,7 @@ def _pack_one(
 ) -> tuple[str, object]:
     start = shard.size
     try:
-        if FORMATS[options.format].codec:
+        if options.store_format.codec:
             result = Transcoder(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
         else:
             result = Remuxer(options, shard, limits).run(Path(job.path), heartbeat)

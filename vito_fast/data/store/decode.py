@@ -16,9 +16,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from vito_fast.data.formats import H264
 from vito_fast.data.store.index import ClipInfo, Read
-from vito_fast.data.store.media import bare_packet, strictness
+from vito_fast.data.store.media import bare_packet, decoder_options
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
@@ -108,9 +107,7 @@ def open_decoder(codec: str, width: int, height: int, extradata: bytes) -> av.Vi
     except (av.FFmpegError, ValueError) as error:
         raise BadPackets(f"no decoder for {codec}: {error}") from None
     assert isinstance(context, av.VideoCodecContext)
-    context.thread_count, context.options = 1, strictness(codec)
-    if codec == H264.codec:  # assume the longest reordering where the stream states none, so that no frame is lost
-        context.options = {"strict": "strict"}
+    context.thread_count, context.options = 1, decoder_options(codec, bare=True)
     context.width, context.height = width, height
     if extradata:
         context.extradata = extradata

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vito_fast.data.formats import FORMATS, H264, JPEG
+from vito_fast.data.formats import FORMATS, H264, JPEG, StoreFormat
 from vito_fast.data.store.index import Index
 from vito_fast.errors import UserError
 
@@ -57,6 +57,10 @@ class PackOptions:
         for name, (valid, rule) in rules.items():
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be {rule}")
+
+    @property
+    def store_format(self) -> StoreFormat:
+        return FORMATS[self.format]
 
 
 @dataclass

@@ -91,12 +91,16 @@ def claimed_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or (guess if guess and guess <= 240 else Fraction(25))
 
 
-def strictness(codec: str) -> dict[str, str]:
+def decoder_options(codec: str, *, bare: bool = False) -> dict[str, str]:
     """FFmpeg's options that make a decoder report damage as an error instead of concealing it.
 
-    None for H.264: the decoder would take the first frames of an open group for damage. It marks concealed frames.
+    For H.264 there is none: the decoder would take the first frames of an open group for damage. It marks concealed
+    frames. With ``bare`` packets, no container states how far H.264 frames are reordered. The longest reordering is
+    then assumed, so that no frame is lost.
     """
-    return {} if codec == H264.codec else {"err_detect": "crccheck+explode"}
+    if codec != H264.codec:
+        return {"err_detect": "crccheck+explode"}
+    return {"strict": "strict"} if bare else {}
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Source:
     def _decode(self, container, stream, on_packet) -> Iterator[tuple[int, VideoFrame]]:
         context = stream.codec_context
         self.width, self.height, self.codec = context.width, context.height, context.codec.canonical_name
-        context.thread_count, context.options = 1, strictness(self.codec)
+        context.thread_count, context.options = 1, decoder_options(self.codec)
         check_pixels(self.width, self.height, self.limits)
         self.time_base = stream.time_base
         self.rate = claimed_rate(stream)
