@@ -63,7 +63,7 @@ def curate(
         format: Of the store.
         seed: Of the choice among equals.
         limits: Wall time, frames, pixels and memory of one file, after which it is rejected.
-        estimate: Say from a sample what the whole will cost, and stop.
+        estimate: Estimate the cost of the whole from a sample, and stop.
         report: Write OUT/report.html of a finished run again, and stop.
     """
     import dataclasses

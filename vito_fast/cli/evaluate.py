@@ -58,7 +58,7 @@ def evaluate(words: Sequence[str]) -> int:
         Args:
             encoder: A run, a checkpoint, a .safetensors or .pth file, timm:NAME, timm:NAME@FILE, random or pixels.
             tasks: Names with commas between them; --data.TASK PATH gives each its data.
-            out: Folder of results; what is complete there for the same digests is not done again.
+            out: Folder of results. A complete result with the same digests is not computed again.
             preset: Of every task that has it, or task=preset,... with commas; by default each task's first.
             baselines: random, pixels, imagenet or any encoder, with commas between them.
             check: Verify the data, say time and memory, and stop.
