@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
+.PHONY: setup test test-timed lint pretrain curate-demo bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -41,6 +41,11 @@ pretrain: setup
 	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume
 	$(BIN)/vito-fast attention "runs/$(RUN)" "$(STORE)" "runs/$(RUN)/attention.png"
 	$(BIN)/vito-fast export "runs/$(RUN)" "runs/$(RUN)/encoder.safetensors"
+
+# A small heap of rendered photographs and real clips, curated: data/curate-demo/out/report.html.
+curate-demo: setup
+	$(BIN)/python -m vito_fast.curate.demo data/curate-demo
+	$(BIN)/vito-fast curate data/curate-demo/heap.csv data/curate-demo/out --preset strict --total 6
 
 lint: setup
 	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels && ln -sfn ../../vito_fast build/typing/vito_fast

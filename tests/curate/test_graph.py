@@ -11,11 +11,11 @@ from PIL import Image
 from shot_videos import texture
 
 from vito_fast.curate.balance import BalanceOptions
+from vito_fast.curate.demo import film, photograph
 from vito_fast.curate.engine import Engine, unit_files
 from vito_fast.curate.graph import Run, curate
 from vito_fast.curate.options import AnalyseOptions, CurateOptions, DecideOptions
 from vito_fast.curate.report import wilson, write_report
-from vito_fast.data.demo import wheel_folder
 from vito_fast.data.limits import Limits
 from vito_fast.data.store.index import Index
 
@@ -25,31 +25,6 @@ OPTIONS = CurateOptions(
     decide=DecideOptions.preset("strict"),
     balance=BalanceOptions(total=4),
 )
-SIZE = (180, 320)
-
-
-def film(path: Path, image: Image.Image, count: int = 50, crf: int = 23, still: bool = False) -> None:
-    """A slow zoom into a photograph."""
-    import av
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": str(crf)})
-        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
-        for number in range(count):
-            keep = 1 if still else 1 - 0.002 * number
-            w, h = image.size
-            box = (w * (1 - keep) / 2, h * (1 - keep) / 2, w * (1 + keep) / 2, h * (1 + keep) / 2)
-            picture = image.resize(SIZE[::-1], Image.Resampling.BICUBIC, box)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def photograph(name: str) -> Image.Image:
-    image = Image.open(wheel_folder("skimage", "data") / name).convert("RGB")
-    height = round(image.width * SIZE[0] / SIZE[1])
-    top = max(0, (image.height - height) // 2)
-    return image.crop((0, top, image.width, min(image.height, top + height)))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +39,7 @@ def heap(tmp_path_factory):
     )
     film(folder / "dog" / "chelsea.mp4", cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT), count=30)
     film(folder / "loose.mp4", cup, count=12)
-    film(folder / "cats" / "long.mp4", cup, count=230, still=True)
+    film(folder / "cats" / "long.mp4", cup, count=230, zoom=0.0)
     film(folder / "nonsenseword" / "x.mp4", cup, count=5)
     (folder / "cats" / "<img src=x onerror=alert(1)>.mp4").write_bytes(b"garbage")
     (folder / "cats" / "cut.mp4").write_bytes((folder / "cats" / "chelsea.mp4").read_bytes()[:4000])

@@ -115,7 +115,7 @@ def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Itera
         if size is not None and upright(frame) != size:
             raise BadVideo(f"frame size changes at frame {number}")
         size = upright(frame)
-        small = rgb(frame, fitted(*size, SMALL))
+        small = rgb(frame, fitted(*size, SMALL), interpolation="AREA")
         jpeg = None
         if number % options.stride == 0:
             picture = rgb(frame, fitted(*size, round(options.frame_size / 0.875)))

@@ -5,6 +5,7 @@ packet's pts. So a frame is tied to its packet even if the file's own timestamps
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,6 +18,7 @@ import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vito_fast.data.formats import H264
@@ -206,13 +208,30 @@ def presentation_times(pts: Sequence[int | None], step: int = 1) -> np.ndarray:
     return np.maximum.accumulate(ordered - index) + index
 
 
-def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True) -> np.ndarray:
+_scalers = threading.local()
+
+
+def _scaler(height: int | None, width: int | None, interpolation: str) -> VideoReformatter:
+    """This thread's scaler for a size. A frame's own one computes its filters and starts its threads every time."""
+    cache: dict[tuple[int | None, int | None, str], VideoReformatter] = _scalers.__dict__
+    key = height, width, interpolation
+    if key not in cache:
+        if len(cache) >= 16:
+            cache.clear()
+        cache[key] = VideoReformatter()
+    return cache[key]
+
+
+def rgb(
+    frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True, interpolation: str = "BICUBIC"
+) -> np.ndarray:
     """Convert a frame to RGB by its own color matrix. An unknown matrix is read as BT.601, as swscale does.
 
     Args:
         frame: A decoded frame.
-        size: Height and width of the result. Resizing is swscale's bicubic, which filters before it shrinks.
+        size: Height and width of the result.
         turn: Whether to rotate the frame upright.
+        interpolation: Of swscale. BICUBIC filters before it shrinks; AREA is cheaper.
 
     Returns:
         (H, W, 3) uint8, contiguous.
@@ -221,7 +240,8 @@ def rgb(frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = 
     height, width = size or (None, None)
     if quarter % 2:
         height, width = width, height
-    array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    scaler = _scaler(height, width, interpolation)
+    array = scaler.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(array, quarter)) if quarter else array
 
 
