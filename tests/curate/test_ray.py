@@ -1,5 +1,8 @@
 """The Ray engine on a local cluster: the same rows, and the same bytes, as the local one."""
 
+import os
+import sys
+
 import pytest
 from test_engine import STEP, items, table
 
@@ -17,6 +20,7 @@ except ModuleNotFoundError:
 def test_ray_makes_the_units_of_the_local_engine(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "UNIT", 4)
     run(STEP, items(8, n5="segfault"), tmp_path / "local", Engine(processes=1))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # workers import the step
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         run(STEP, items(8, n5="segfault"), tmp_path / "ray", Engine("ray"))

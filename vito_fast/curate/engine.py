@@ -281,7 +281,10 @@ def _ray(step: Step, units: Sequence[Unit], engine: Engine) -> Iterator[tuple[Un
         ready, _ = ray.wait(list(waiting), num_returns=1)
         for reference in ready:
             unit = waiting.pop(reference)
-            yield unit, ray.get(reference)
+            try:
+                yield unit, ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
 
 
 def write_unit(path: Path, table: pa.Table, key: str, ids: Sequence[str]) -> None:
