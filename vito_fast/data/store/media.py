@@ -213,8 +213,8 @@ _scalers = threading.local()
 
 def _scaler(height: int | None, width: int | None, interpolation: str) -> VideoReformatter:
     """This thread's scaler for a size. A frame's own one computes its filters and starts its threads every time."""
-    cache: dict[tuple[int | None, int | None, str], VideoReformatter] = _scalers.__dict__
-    key = height, width, interpolation
+    cache: dict[str, VideoReformatter] = _scalers.__dict__
+    key = f"{height} {width} {interpolation}"
     if key not in cache:
         if len(cache) >= 16:
             cache.clear()
