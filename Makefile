@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain curate-demo bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
+.PHONY: setup test test-timed lint pretrain curate-demo evaluate-demo bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -34,6 +34,9 @@ RUN    = $(notdir $(basename $(CONFIG)))_$(NAME)
 SOURCE = $(VIDEOS)
 endif
 STORE  = data/$(NAME)/store
+SCORES = runs/$(RUN)/evaluation
+OBJECTS = data/demo/evaluation/objects
+BASELINES = random,pixels,imagenet
 
 pretrain: setup
 	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
@@ -41,6 +44,21 @@ pretrain: setup
 	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume
 	$(BIN)/vito-fast attention "runs/$(RUN)" "$(STORE)" "runs/$(RUN)/attention.png"
 	$(BIN)/vito-fast export "runs/$(RUN)" "runs/$(RUN)/encoder.safetensors"
+ifeq ($(strip $(VIDEOS)),)
+	@test ! -d data/demo/heldout || $(BIN)/python -m vito_fast.evaluate.demo data/demo data/demo/evaluation
+	@test ! -d data/demo/heldout || $(BIN)/vito-fast evaluate "runs/$(RUN)" --tasks knn --preset demo \
+	  --data.knn $(OBJECTS) --out "$(SCORES)" --baselines random,pixels
+endif
+
+# Scores the run of `make pretrain` on held-out clips beside random, pixels and an ImageNet encoder; three minutes on two cores.
+evaluate-demo: setup
+	$(BIN)/python -m vito_fast.evaluate.demo data/demo data/demo/evaluation
+	$(BIN)/vito-fast evaluate "runs/$(RUN)" --out "$(SCORES)" --baselines $(BASELINES) \
+	  --tasks davis,knn,pmk,corruptions,correspondence,attention --preset knn=demo,pmk=demo,corruptions=demo \
+	  --data.knn $(OBJECTS) --data.pmk $(OBJECTS) --data.corruptions $(OBJECTS) \
+	  --data.davis data/demo/evaluation/masks --davis.subset true --davis.resize none --davis.stride 4 \
+	  --data.attention data/demo/evaluation/masks --attention.subset true --attention.size 96 \
+	  --data.correspondence data/demo/evaluation/stereo
 
 # A small heap of rendered photographs and real clips, curated: data/curate-demo/out/report.html.
 curate-demo: setup

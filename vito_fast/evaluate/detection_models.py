@@ -4,6 +4,7 @@ The counts make two ranks give what one process gives; torchvision's own losses 
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,30 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from vito_fast.evaluate.encoders import Encoder
-from vito_fast.evaluate.finetune import generator
+from vito_fast.evaluate.finetune import Recipe, generator
 
 Losses = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DetectionOptions(Recipe):
+    """The recipe, the detector and its canvas."""
+
+    detector: Literal["fcos", "maskrcnn"] = "fcos"
+    height: int = 800
+    """Of the canvas in pixels: images are resized to fit, cropped where jitter makes them larger, and padded."""
+    width: int = 1024
+    jitter: tuple[float, float] = (0.8, 1.25)
+    """Range of the factor by which a training image is larger than one that fits, uniform."""
+    limit: int = 100
+    """Detections of an image that are kept."""
+    threshold: float = 0.05
+    """Least score of a detection."""
+    rois: int = 512
+    """Regions of an image that Mask R-CNN's head learns from."""
+    seed: int = 0
+    subset: bool = False
+    """Whether a copy with another number of images than the benchmark's is scored; the result says so."""
 
 
 class StagesWithFPN(BackboneWithFPN):
@@ -42,11 +64,12 @@ class _Named(nn.Module):
 class DetectionModel(nn.Module):
     """A detector of ``classes`` classes, numbered from 1."""
 
-    def __init__(
-        self, encoder: Encoder, kind: Literal["fcos", "maskrcnn"], classes: int, limit: int, threshold: float
-    ) -> None:
+    def __init__(self, encoder: Encoder, options: DetectionOptions, classes: int) -> None:
         super().__init__()
-        shared: dict[str, Any] = {"image_mean": encoder.mean, "image_std": encoder.std, "_skip_resize": True}
+        kind, limit, threshold = options.detector, options.limit, options.threshold
+        # torchvision resizes in eval mode whatever it is told; a canvas of exactly these sides keeps its size.
+        sides = {"min_size": min(options.height, options.width), "max_size": max(options.height, options.width)}
+        shared: dict[str, Any] = {"image_mean": encoder.mean, "image_std": encoder.std, "_skip_resize": True, **sides}
         self.kind = kind
         if kind == "fcos":
             backbone = StagesWithFPN(encoder, 1, LastLevelP6P7(256, 256))
@@ -62,7 +85,7 @@ class DetectionModel(nn.Module):
                 backbone, classes + 1, box_score_thresh=threshold, box_detections_per_img=limit, **shared
             )
             self.network.rpn.fg_bg_sampler = KeyedSampler(256, 0.5, stream=4)
-            self.network.roi_heads.fg_bg_sampler = KeyedSampler(512, 0.25, stream=5)
+            self.network.roi_heads.fg_bg_sampler = KeyedSampler(options.rois, 0.25, stream=5)
 
     def loss(self, batch: dict[str, Any]) -> Losses:
         """Terms of a batch of ``images`` (3,H,W) of one size, ``targets`` and ``keys``, each as (sum, count)."""

@@ -5,9 +5,8 @@ The paper's detector is FCOS* (FCOS with ATSS and scores that know IoU); torchvi
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,30 +16,11 @@ from torchvision.transforms.v2 import functional as T
 from vito_fast.errors import UserError
 from vito_fast.evaluate import detection
 from vito_fast.evaluate.data import counted, manifest, missing, read_image
-from vito_fast.evaluate.detection_models import DetectionModel
+from vito_fast.evaluate.detection_models import DetectionModel, DetectionOptions
 from vito_fast.evaluate.encoders import Encoder
-from vito_fast.evaluate.finetune import Recipe, finetune
+from vito_fast.evaluate.finetune import finetune
 from vito_fast.evaluate.result import Metric
 from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share
-
-
-@dataclass(frozen=True)
-class DetectionOptions(Recipe):
-    """The recipe, the detector and its canvas."""
-
-    detector: Literal["fcos", "maskrcnn"] = "fcos"
-    height: int = 800
-    """Of the canvas in pixels: images are resized to fit, cropped where jitter makes them larger, and padded."""
-    width: int = 1024
-    jitter: tuple[float, float] = (0.8, 1.25)
-    """Range of the factor by which a training image is larger than one that fits, uniform."""
-    limit: int = 100
-    """Detections of an image that are kept."""
-    threshold: float = 0.05
-    """Least score of a detection."""
-    seed: int = 0
-    subset: bool = False
-    """Whether a copy with another number of images than the benchmark's is scored; the result says so."""
 
 
 class Annotated(NamedTuple):
@@ -90,7 +70,7 @@ class Detection(Task):
         train, categories = annotated(data, self.files[0], masks)
         val, _ = annotated(data, self.files[1], False)
         torch.manual_seed(options.seed)
-        model: Any = DetectionModel(encoder, options.detector, len(categories), options.limit, options.threshold)
+        model: Any = DetectionModel(encoder, options, len(categories))
         canvases = TrainCanvases([image for image in train if len(image.boxes)], options, encoder.mean)
         finetune(model, canvases, options, work, encoder.device, seed=options.seed, label=f"{self.name} training")
         own = own_share(val)

@@ -26,6 +26,7 @@ from vito_fast.evaluate.folders import (
     Labeled,
     encode,
     features,
+    features_note,
     frame_count,
     read_frames,
     read_item,
@@ -133,7 +134,8 @@ class Knn(FolderTask):
         if rank_and_size()[0] == 0:
             _neighbor_picture(train, val, bank, queries, options).save(work / "neighbors.png")
         media = {"from left: a query, its four nearest files of train": "neighbors.png"}
-        return Measured(measured.metrics, measured.items, measured.groups, media=media)
+        notes = features_note(encoder, options)
+        return Measured(measured.metrics, measured.items, measured.groups, media=media, notes=notes)
 
 
 def _neighbor_picture(
@@ -223,7 +225,8 @@ class Corruptions(FolderTask):
         metrics = {key: mean_metric((item[key] for item in items.values()), "share") for key in ("corrupted", "clean")}
         metrics["corrupted / clean"] = Metric(scores.relative, "ratio", len(items))
         groups = {name: {"corrupted": value} for name, value in scores.by_corruption.items()}
-        return Measured(metrics, items, groups, {"seed": options.seed})
+        notes = features_note(encoder, options)
+        return Measured(metrics, items, groups, {"seed": options.seed}, notes=notes)
 
 
 def corrupted(pictures: Tensor, kind: str, severity: int, salt: str) -> Tensor:
@@ -285,5 +288,6 @@ class PmK(FolderTask):
         media = {}
         for number, (name, picture) in enumerate(pairs.items() if rank_and_size()[0] == 0 else ()):
             media[f"{name}: right, and wrong nearby"] = save_strip(work / f"pair{number}.png", picture)
-        notes = (f"plain window of {options.window} frames, not the reviewed sets of ImageNet-Vid-Robust",)
+        notes = features_note(encoder, options)
+        notes += (f"plain window of {options.window} frames, not the reviewed sets of ImageNet-Vid-Robust",)
         return Measured(metrics, items, media=media, notes=notes)

@@ -171,10 +171,20 @@ def batches(paths: Sequence[Path], options: FolderOptions) -> Iterator[list[Tens
     yield from DataLoader(_Items(paths, options), BATCH, num_workers=workers, collate_fn=list)
 
 
+def attends(encoder: Encoder, options: FolderOptions) -> bool:
+    """Whether features are those of attention pools."""
+    return options.features == "attended" or (options.features == "own" and encoder.pools is not None)
+
+
+def features_note(encoder: Encoder, options: FolderOptions) -> tuple[str, ...]:
+    """The features of an encoder in words, for a result's notes, where encoders differ in them."""
+    kind = "attention-pooled" if attends(encoder, options) else "mean"
+    return (f"{encoder.record.name}: {kind} features",) if options.features == "own" else ()
+
+
 def encode(encoder: Encoder, images: Tensor, options: FolderOptions) -> Tensor:
     """Features (T, D) float32 on the CPU of pictures (T, 3, S, S) uint8."""
-    attends = options.features == "attended" or (options.features == "own" and encoder.pools is not None)
-    take = encoder.attended if attends else encoder.pooled
+    take = encoder.attended if attends(encoder, options) else encoder.pooled
     return torch.cat([take(encoder.normalize(part)).float().cpu() for part in images.split(BATCH)])
 
 
