@@ -2,7 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import detection
@@ -78,6 +81,70 @@ def test_lvis_reads_the_best_300_of_an_image_over_all_classes():
     assert detection.lvis_ap(truth, detections)["AP"] == pytest.approx(0.19179771, abs=5e-9)
     kept = detection.best_per_image(detections)
     assert max(sum(d["image_id"] == i for d in kept) for i in (1, 2)) == 300
+
+
+def overlap(a, b):
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+def ap_by_hand(truth, detections, lvis):
+    """AP from its definition: greedy matches by score, the precision envelope at 101 recalls, classes, thresholds."""
+    images, values = {image["id"]: image for image in truth["images"]}, []
+    for category in (1, 2, 3):
+        objects = [a for a in truth["annotations"] if a["category_id"] == category]
+        if not objects:
+            continue
+        present = {a["image_id"] for a in objects}
+        found = sorted((d for d in detections if d["category_id"] == category), key=lambda d: -d["score"])
+        if lvis:
+            found = [
+                d for d in found if d["image_id"] in present or category in images[d["image_id"]]["neg_category_ids"]
+            ]
+        for threshold in np.linspace(0.5, 0.95, 10):
+            taken, hits = set(), []
+            for d in found:
+                near = [a for a in objects if a["image_id"] == d["image_id"] and a["id"] not in taken]
+                best = max(near, key=lambda a: overlap(a["bbox"], d["bbox"]), default=None)
+                hit = best is not None and overlap(best["bbox"], d["bbox"]) >= threshold
+                if hit:
+                    taken.add(best["id"])
+                elif lvis and category in images[d["image_id"]]["not_exhaustive_category_ids"]:
+                    continue
+                hits.append(hit)
+            right = np.cumsum(hits)
+            precision, recall = right / np.arange(1, len(hits) + 1), right / len(objects)
+            values += [precision[recall >= r - 1e-12].max(initial=0) for r in np.linspace(0, 1, 101)]
+    return np.mean(values)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_ap_by_hand(seed, lvis):
+    rng = np.random.default_rng(seed)
+    ids = range(1, 5)
+    images = [{"id": i, "width": 200, "height": 200} for i in ids]
+    annotations = []
+    for number in range(rng.integers(1, 14)):
+        box = [*rng.uniform(0, 100, 2), *rng.uniform(20, 90, 2)]
+        chosen = {"image_id": int(rng.choice(ids)), "category_id": int(rng.integers(1, 4))}
+        annotations.append({"id": number + 1, "bbox": box, "area": box[2] * box[3], **chosen})
+    scores = rng.permutation(40) / 40
+    detections = []
+    for score in scores[: rng.integers(1, 40)]:
+        copied = annotations[rng.integers(len(annotations))]
+        box = (np.array(copied["bbox"]) + rng.normal(0, rng.choice([1, 6]), 4)).tolist()
+        category = copied["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 4))
+        detections.append({"image_id": copied["image_id"], "category_id": category, "bbox": box, "score": float(score)})
+    for image in images:
+        present = {a["category_id"] for a in annotations if a["image_id"] == image["id"]}
+        image["neg_category_ids"] = [c for c in (1, 2, 3) if c not in present and rng.random() < 0.5]
+        image["not_exhaustive_category_ids"] = [c for c in present if rng.random() < 0.3]
+    truth = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    found = (detection.lvis_ap if lvis else detection.coco_ap)(truth, detections)
+    assert found["AP"] == pytest.approx(ap_by_hand(truth, detections, lvis), abs=1e-9)
 
 
 @pytest.mark.parametrize(("score", "make"), [(detection.coco_ap, g5), (detection.lvis_ap, g6)])
