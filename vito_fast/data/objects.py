@@ -45,15 +45,15 @@ class Shot:
     side: int = 96
     """Height and width of a frame in pixels."""
     frames: int = 12
-    pan: tuple[float, float] = (30, 55)
+    pan: tuple[float, float] = (70, 110)
     """Pixels that the background moves from frame to frame."""
-    turn: tuple[float, float] = (1.5, 3.5)
+    turn: tuple[float, float] = (4.0, 6.3)
     """Radians that the object turns in a clip."""
-    size: tuple[float, float] = (0.6, 0.85)
+    size: tuple[float, float] = (0.7, 0.95)
     """Diameter of the object's ball as a share of the frame."""
-    wander: float = 0.2
+    wander: float = 0.15
     """Largest distance of the object from the middle of the frame, as a share of the frame."""
-    light: tuple[float, float] = (0.4, 1.3)
+    light: tuple[float, float] = (0.6, 1.25)
     """Gain of the light in each color channel."""
 
 
@@ -204,7 +204,9 @@ def shade(
     light /= np.linalg.norm(light, axis=1, keepdims=True)
     half = light + np.array([0, 0, 1])
     half /= np.linalg.norm(half, axis=1, keepdims=True)
-    tint = np.stack([smooth(rng, *shot.light, time) for _ in range(3)], 1)
+    phase = rng.uniform(1, 2, 3) * time[:, None] + rng.random(3)
+    low, high = shot.light
+    tint = low + (high - low) * (0.5 + 0.5 * np.sin(2 * math.pi * phase))
     ambient = rng.uniform(0.25, 0.5)
     lambert = np.maximum((normals * light[frame]).sum(1, keepdims=True), 0)
     gloss = np.maximum((normals * half[frame]).sum(1, keepdims=True), 0) ** 24
