@@ -28,10 +28,13 @@ ifeq ($(strip $(VIDEOS)),)
 NAME   = demo
 RUN    = $(notdir $(basename $(CONFIG)))
 SOURCE = data/demo/videos
+PACK   = --shot-cuts False --short-side 96
+SHOWN  = data/demo/heldout-store
 else
 NAME  := $(shell basename "$$(realpath -m "$(VIDEOS)")" | tr ' ' _)
 RUN    = $(notdir $(basename $(CONFIG)))_$(NAME)
 SOURCE = $(VIDEOS)
+SHOWN  = $(STORE)
 endif
 STORE  = data/$(NAME)/store
 SCORES = runs/$(RUN)/evaluation
@@ -40,9 +43,10 @@ BASELINES = random,pixels,imagenet
 
 pretrain: setup
 	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
-	$(BIN)/vito-fast pack "$(SOURCE)" "$(STORE)"
+	$(BIN)/vito-fast pack "$(SOURCE)" "$(STORE)" $(PACK)
+	$(if $(strip $(VIDEOS)),,$(BIN)/vito-fast pack data/demo/heldout $(SHOWN) $(PACK))
 	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume
-	$(BIN)/vito-fast attention "runs/$(RUN)" "$(STORE)" "runs/$(RUN)/attention.png"
+	$(BIN)/vito-fast attention "runs/$(RUN)" "$(SHOWN)" "runs/$(RUN)/attention.png"
 	$(BIN)/vito-fast export "runs/$(RUN)" "runs/$(RUN)/encoder.safetensors"
 ifeq ($(strip $(VIDEOS)),)
 	@test ! -d data/demo/heldout || $(BIN)/python -m vito_fast.evaluate.demo data/demo data/demo/evaluation

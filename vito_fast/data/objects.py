@@ -47,13 +47,13 @@ class Shot:
     frames: int = 12
     pan: tuple[float, float] = (70, 110)
     """Pixels that the background moves from frame to frame."""
-    turn: tuple[float, float] = (4.0, 6.3)
+    turn: tuple[float, float] = (2.5, 5.0)
     """Radians that the object turns in a clip."""
-    size: tuple[float, float] = (0.7, 0.95)
+    size: tuple[float, float] = (0.6, 0.85)
     """Diameter of the object's ball as a share of the frame."""
-    wander: float = 0.15
+    wander: float = 0.2
     """Largest distance of the object from the middle of the frame, as a share of the frame."""
-    light: tuple[float, float] = (0.6, 1.25)
+    light: tuple[float, float] = (0.7, 1.2)
     """Gain of the light in each color channel."""
 
 
@@ -64,6 +64,7 @@ def make_object(seed: int) -> Object:
     radii[0] = rng.uniform(0.35, 0.8, 3)
     areas = np.array([a * b + b * c + a * c for a, b, c in radii])
     counts = np.maximum(300, POINTS * areas / areas.sum()).astype(int)
+    palette = rng.uniform(0.05, 1, (3, 3))
     points: list[npt.NDArray[Any]] = []
     normals, albedo = [], []
     for size, count in zip(radii, counts, strict=True):
@@ -73,7 +74,7 @@ def make_object(seed: int) -> Object:
         host = points[rng.integers(len(points))] if points else np.zeros((1, 3))
         points.append(local @ turned.T + host[rng.integers(len(host))])
         normals.append(normal @ turned.T)
-        albedo.append(pattern(rng, local))
+        albedo.append(pattern(rng, local, palette))
     whole = np.concatenate(points)
     whole -= (whole.max(0) + whole.min(0)) / 2
     whole /= np.linalg.norm(whole, axis=1).max()
@@ -122,9 +123,9 @@ def rotation(rng: np.random.Generator) -> npt.NDArray[Any]:
     return np.asarray(q)
 
 
-def pattern(rng: np.random.Generator, local: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Plain, striped or checked: colors (N, 3) of the points ``local`` (N, 3) of one part."""
-    colors = rng.uniform(0.08, 1, (2, 3))
+def pattern(rng: np.random.Generator, local: npt.NDArray[Any], palette: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Plain, striped or checked in colors of the palette: (N, 3) for the points ``local`` (N, 3) of one part."""
+    colors = palette[rng.permutation(len(palette))[:2]]
     frequency, axis, kind = rng.uniform(5, 14), rng.normal(size=3), rng.random()
     if kind < 0.3:
         second = np.sin(frequency * local @ (axis / np.linalg.norm(axis))) > 0
@@ -252,10 +253,8 @@ def crop(rng: np.random.Generator, photograph: Pixels, height: int, width: int) 
 
 
 def recolor(rng: np.random.Generator, picture: Pixels) -> Floats:
-    """Channels permuted and mixed, sometimes inverted, with other gains and gamma: colors tell no photograph apart."""
-    mix = np.eye(3)[rng.permutation(3)] * 0.75 + rng.dirichlet(np.ones(3), 3) * 0.25
-    result = picture.astype(np.float32) / 255 @ mix.T.astype(np.float32)
-    if rng.random() < 0.3:
-        result = 1 - result
-    result = result ** np.float32(rng.uniform(0.6, 1.6)) * rng.uniform(0.6, 1.1, 3).astype(np.float32)
+    """Two mixtures of the channels between random colors: backgrounds are as colorful as objects."""
+    values = picture.astype(np.float32) / 255 @ rng.dirichlet(np.ones(3), 2).T.astype(np.float32)
+    dark, light, third = rng.uniform(0, 1, (3, 3)).astype(np.float32)
+    result = dark + values[..., :1] * (light - dark) + (values[..., 1:] - 0.5) * (third - 0.5)
     return np.asarray(result.clip(0, 1))
