@@ -68,7 +68,7 @@ def test_every_candidate_and_clip_ends_in_one_state(data):
         ledger.drop(clip, "dedup", "near", 3.0, 72.0)
     videos = {clip: clip.partition("-")[0] for clip in ledger.kept}
     apply_balance(ledger, videos, None, CurateOptions())
-    rows = ledger.rows()
+    rows = list(ledger.rows())
     assert {(row["candidate_id"], row["clip_id"]) for row in rows if row["clip_id"]} == expected
     assert [row["candidate_id"] for row in rows if row["clip_id"] is None] == sorted("abcd")
     kept = [row["clip_id"] for row in rows if row["clip_id"] and row["verdict"] == "kept"]

@@ -4,7 +4,7 @@ Conservation: each candidate, and each clip of it, ends in exactly one terminal 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ ORDER = ("manifest", "media", "clips", "scores", "decide", "exclude", "dedup", "
 """Steps in the order of the graph; a candidate's state is that of its clip that came furthest."""
 
 
-@dataclass
+@dataclass(slots=True)
 class State:
     """The terminal state of a clip of a candidate."""
 
@@ -128,17 +128,18 @@ class Ledger:
     def state(self, clip: str) -> State:
         return self.clips[self.kept[clip]][clip]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for each clip of a candidate and one, without clip, for the candidate: its best clip's state."""
-        found = []
-        for candidate, state in self.candidates.items():
-            assert candidate not in self.clips, f"{candidate} has a state of its own and clips"
-            found.append(_row(candidate, None, state))
-        for candidate, clips in self.clips.items():
-            found += [_row(candidate, clip, state) for clip, state in clips.items()]
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """By candidate, one row for it, its best clip's state, and one for each of its clips."""
+        for candidate in sorted({*self.candidates, *self.clips}):
+            clips = self.clips.get(candidate)
+            if clips is None:
+                yield _row(candidate, None, self.candidates[candidate])
+                continue
+            assert candidate not in self.candidates, f"{candidate} has a state of its own and clips"
             best = min(clips, key=lambda clip: (tuple(-x for x in clips[clip].rank), clip))
-            found.append(_row(candidate, None, clips[best]))
-        return sorted(found, key=lambda row: (row["candidate_id"], row["clip_id"] or ""))
+            yield _row(candidate, None, clips[best])
+            for clip in sorted(clips):
+                yield _row(candidate, clip, clips[clip])
 
 
 def _row(candidate: str, clip: str | None, state: State) -> dict[str, Any]:

@@ -5,10 +5,11 @@
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -375,9 +376,12 @@ def _group(order: list[str], number: int, group: Membership) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_table(path: Path, found: list[dict[str, Any]], schema: pa.Schema) -> None:
-    with atomic_write(path) as partial:
-        pq.write_table(pa.Table.from_pylist(found, schema=schema), partial, compression="zstd")
+def _write_table(path: Path, found: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """In batches, so that a table larger than memory can be written."""
+    left = iter(found)
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        while batch := list(itertools.islice(left, 1 << 14)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 
 def group_names(order: list[str], groups: list[Membership], kept: Mapping[str, str]) -> dict[str, str]:
@@ -431,10 +435,9 @@ def _curate(work: Run, until: str, log: Callable[[str], None]) -> Summary:
         if place >= ORDER.index("pack"):
             log("pack")
             work.pack(ledger, kept, groups)
-        table = ledger.rows()
-        _write_table(work.out / "decisions.parquet", table, SCHEMA)
+        _write_table(work.out / "decisions.parquet", ledger.rows(), SCHEMA)
         summary.kept = len(ledger.kept)
-        for row in table:
+        for row in ledger.rows():
             if row["clip_id"] is None:
                 reason = row["reason"].partition(":")[0].partition(" of ")[0]
                 name = row["verdict"] if row["verdict"] == "kept" else f"{row['step']}: {reason}"
