@@ -12,13 +12,14 @@ and over embeddings.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vito_fast.config import LossConfig
 from vito_fast.train.keys import GatheredKeys
-from vito_kernels import info_nce
+from vito_kernels import info_nce, multi_view_info_nce
 
 
 def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
@@ -46,21 +47,23 @@ def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> 
     """
     views, clips, _ = queries[0].shape
     own = keys.own(clips)
-    video, positive = keys.video[own], torch.arange(own.start, own.stop, device=queries[0].device)
-    terms_of = []
-    for q, k in zip(queries, keys.embeddings, strict=True):
+    pairs = list(ordered_pairs(views))
+
+    def mean_term(q: Tensor, k: Tensor) -> Tensor:
+        if config.name == "byol":
+            return torch.stack([(2 - 2 * (q[a] * k[b, own]).sum(-1)).mean() for a, b in pairs]).mean()
+        options: dict[str, Any] = {"temperature": config.temperature, "q_group": keys.video[own]}
+        if config.negatives == "cross_view":
+            return multi_view_info_nce(q, k, positive_offset=own.start, k_group=keys.video, reduction="mean", **options)
+        positive = torch.arange(own.start, own.stop, device=q.device)
         terms = []
-        for a, b in ordered_pairs(views):
-            if config.name == "byol":
-                terms.append((2 - 2 * (q[a] * k[b, own]).sum(-1)).mean())
-                continue
+        for a, b in pairs:
             rows, groups = _key_rows(k, keys.video, a, b, config)
-            terms.append(
-                info_nce(q[a], rows, temperature=config.temperature, positive=positive, q_group=video, k_group=groups)
-            )
-        terms_of.append(torch.stack(terms))
-    by_embedding = torch.stack(terms_of)
-    return by_embedding.sum(), by_embedding.detach().mean(1)
+            terms.append(info_nce(q[a], rows, positive=positive, k_group=groups, **options))
+        return torch.stack(terms).mean()
+
+    by_embedding = torch.stack([mean_term(q, k) for q, k in zip(queries, keys.embeddings, strict=True)])
+    return by_embedding.sum() * len(pairs), by_embedding.detach()
 
 
 @torch.no_grad()
