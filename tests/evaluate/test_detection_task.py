@@ -1,0 +1,193 @@
+"""COCO and LVIS end to end on tiny copies in the benchmarks' layouts, written here."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vito_fast.errors import UserError
+from vito_fast.evaluate.detection_models import DetectionModel, KeyedSampler
+from vito_fast.evaluate.detection_task import (
+    Coco,
+    DetectionOptions,
+    Lvis,
+    TrainCanvases,
+    annotated,
+    decode_mask,
+    image_name,
+)
+from vito_fast.evaluate.encoders import load
+from vito_fast.evaluate.task import find_preset
+
+COLORS = {3: (220, 40, 40), 8: (40, 60, 220)}
+"""Category id to the color of its rectangles."""
+
+
+def picture(rng, number):
+    """A picture (64,96,3) of one or two rectangles, and its annotations in COCO's form."""
+    image = rng.normal(110, 10, (64, 96, 3))
+    objects = []
+    for side in range(int(rng.integers(1, 3))):
+        w, h = rng.integers(22, 36, 2)
+        x, y = side * 48 + rng.integers(0, 48 - w), rng.integers(0, 64 - h)
+        category = int(rng.choice(list(COLORS)))
+        image[y : y + h, x : x + w] = COLORS[category] + rng.normal(0, 6, (h, w, 3))
+        x, y, w, h = (int(v) for v in (x, y, w, h))
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        objects.append({"image_id": number, "category_id": category, "bbox": [x, y, w, h], "area": w * h,
+                        "iscrowd": 0, "segmentation": [polygon]})  # fmt: skip
+    return image.clip(0, 255).astype(np.uint8), objects
+
+
+def write(root, kind, count, first, rng):
+    images, annotations = [], []
+    for number in range(first, first + count):
+        image, objects = picture(rng, number)
+        folder = root / f"{kind}2017"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:012d}.jpg", quality=95)
+        images.append({"id": number, "file_name": f"{number:012d}.jpg", "height": 64, "width": 96,
+                       "coco_url": f"http://images.cocodataset.org/{kind}2017/{number:012d}.jpg",
+                       "neg_category_ids": [], "not_exhaustive_category_ids": []})  # fmt: skip
+        annotations += objects
+    for at, annotation in enumerate(annotations):
+        annotation["id"] = first * 1000 + at + 1
+    categories = [{"id": c, "name": f"color {c}", "frequency": "f"} for c in COLORS]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    (root / "annotations").mkdir()
+    train, val = write(root, "train", 12, 100, rng), write(root, "val", 5, 200, rng)
+    crowd = train["annotations"][0] | {"id": 9, "iscrowd": 1}
+    names = {
+        "instances_train2017": train | {"annotations": [*train["annotations"], crowd]},
+        "instances_val2017": val,
+        "lvis_v1_train": train,
+    }
+    mixed = {key: train[key][:2] + val[key] for key in ("images", "annotations")}  # LVIS's val has COCO train images
+    mixed["annotations"] = [a for a in train["annotations"] if a["image_id"] in (100, 101)] + val["annotations"]
+    names["lvis_v1_val"] = mixed | {"categories": val["categories"]}
+    for name, content in names.items():
+        for image in content["images"] if name.startswith("lvis") else ():
+            assert image["coco_url"]
+        (root / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def small(task, preset="fcos", **more):
+    changes = {"height": 64, "width": 96, "jitter": (1.0, 1.1), "batch_size": 6, "epochs": 25, "lr": 1e-3}
+    changes |= {"schedule": "cosine", "warmup_steps": 5, "subset": True, "clip_norm": 5.0}
+    return find_preset(task, preset).with_options(changes | more)
+
+
+def test_fcos_learns_coco(data, tmp_path):
+    result = Coco().run(load("random:resnet18"), data, small(Coco()), tmp_path)
+    assert result.metrics["AP50"].value > 0.8
+    assert result.metrics["AP"].value > 0.5
+    assert set(result.groups) == {"color 3", "color 8"}
+    assert "other detector than the paper's FCOS*" in result.notes
+
+
+def test_lvis_runs_on_mask_r_cnn(data, tmp_path):
+    """A few steps: every term is there, and the result has LVIS's metrics over images of both folders."""
+    from vito_fast.train.metrics import read_rows
+
+    preset = small(Lvis(), "maskrcnn", epochs=0.7, batch_size=2, lr=1e-3, rois=16, height=64, width=64)
+    result = Lvis().run(load("random:resnet18"), data, preset, tmp_path)
+    assert set(result.metrics) >= {"AP", "APr", "APc", "APf"}
+    assert result.metrics["AP"].n == 7
+    rows = read_rows(next(tmp_path.rglob("metrics.jsonl")))
+    assert {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"} < set(rows[-1])
+
+
+@pytest.mark.parametrize("kind", ["fcos", "maskrcnn"])
+def test_two_halves_add_up_to_the_batch(data, kind):
+    """Sums and counts of two ranks' shares are those of one process with both."""
+    options = DetectionOptions(detector=kind, height=64, width=64, rois=16)
+    images, _ = annotated(data, "instances_train2017.json", True)
+    canvases = TrainCanvases(images, options, (0.5, 0.5, 0.5))
+    samples = [canvases.sample(i, np.random.default_rng(i)) for i in range(2)]
+    torch.manual_seed(0)
+    model = DetectionModel(load("random:resnet18"), options, 2)
+    for module in model.modules():  # batch norm over ranks is tested with the loop
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum, module.training = 0.0, False
+    whole = model.loss(canvases.collate(copy.deepcopy(samples)))
+    parts = [model.loss(canvases.collate(copy.deepcopy(samples[i::2]))) for i in range(2)]
+    for name, (total, count) in whole.items():
+        assert count == parts[0][name][1] + parts[1][name][1]
+        assert count > 0
+        torch.testing.assert_close(parts[0][name][0] + parts[1][name][0], total, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64)])
+def test_the_network_sees_the_canvas_as_it_is(size):
+    """torchvision would resize it to 800 pixels in eval mode."""
+    options = DetectionOptions(height=size[0], width=size[1])
+    model = DetectionModel(load("random:resnet18"), options, 2)
+    for training in (True, False):
+        images, _ = model.network.transform.train(training)([torch.zeros(3, *size)])
+        assert images.tensors.shape[2:] == size
+
+
+def test_objects_move_with_their_image(data):
+    options = DetectionOptions(detector="maskrcnn", height=80, width=80)
+    images, categories = annotated(data, "instances_train2017.json", True)
+    assert len(images[0].boxes) == len(images[0].segmentations) <= 2  # without the crowd
+    canvases = TrainCanvases(images, options, (0.5, 0.5, 0.5))
+    for number in range(24):
+        sample = canvases.sample(number % 12, np.random.default_rng(number))
+        target = sample["target"]
+        for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
+            x0, y0, x1, y1 = (int(v) for v in box.round())
+            if min(x1 - x0, y1 - y0) < 6:
+                continue
+            inside = sample["image"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
+            color = torch.tensor(COLORS[categories[label - 1]]) / 255
+            assert (inside.mean((1, 2)) - color).abs().max() < 0.1
+            assert mask[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].float().mean() > 0.95
+            assert mask.sum() <= (x1 - x0 + 2) * (y1 - y0 + 2)
+
+
+def test_the_sampler_is_torchvisions_with_keys():
+    labels = torch.tensor([1.0] * 30 + [0.0] * 100 + [-1.0] * 10)
+    sampler = KeyedSampler(40, 0.5, 4)
+    sampler.keys = [5, 6]
+    positive, negative = sampler([labels, labels[20:]])
+    assert [int(p.sum()) for p in positive] == [20, 10]
+    assert [int(n.sum()) for n in negative] == [20, 30]
+    assert (sampler.drawn, sampler.positives) == (80, 30)
+    assert not (positive[0].bool() & (labels < 1)).any()
+    sampler.keys = [5]
+    assert torch.equal(sampler([labels])[0][0], positive[0])
+
+
+def test_masks_decode():
+    polygon = [[1, 1, 5, 1, 5, 3, 1, 3]]
+    mask = decode_mask(polygon, 6, 8)
+    assert (tuple(mask.shape), mask[1:3, 1:5].min(), mask.sum()) == ((6, 8), 1, 8)
+    runs = {"size": [2, 3], "counts": [1, 2, 3]}  # down the columns: 0 11 000
+    assert decode_mask(runs, 2, 3).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_wrong_copies_are_one_line(data, tmp_path):
+    options = DetectionOptions(subset=True)
+    assert Coco().check(data, options).problems == Lvis().check(data, options).problems == ()
+    assert Coco().check(data, DetectionOptions()).problems[0].startswith("12 training images")
+    assert "annotations/, train2017/ and val2017/" in Coco().check(tmp_path, options).problems[0]
+    (tmp_path / "annotations").mkdir()
+    for path in (data / "annotations").iterdir():
+        (tmp_path / "annotations" / path.name).write_text(path.read_text())
+    (tmp_path / "val2017").symlink_to(data / "val2017")
+    problem = Lvis().check(tmp_path, options).problems
+    assert any("LVIS's validation images lie in train2017 too" in line for line in problem)
+    with pytest.raises(UserError, match="is no image of train2017 or val2017"):
+        image_name({"file_name": "../secret.jpg"}, "instances_val2017.json")
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("[1]")
+    assert "is no annotation file" in Coco().check(tmp_path, options).problems[0]
