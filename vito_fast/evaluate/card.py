@@ -91,9 +91,13 @@ def _table(found: Found, encoders: list[Encoded], tasks: list[str]) -> str:
         name, _ = first.primary
         values = [r.metrics[name].value if r and name in r.metrics else None for r in results]
         best = max((v for v in values if v is not None), default=None)
+        prior = first.metrics.get("center_prior")
+        if prior and prior.value is not None and best is not None and prior.value >= best:
+            best = None  # no encoder is best where the center prior beats them all
         cells = [_cell(r.metrics.get(name) if r else None, best) for r in results]
         cells.insert(ours, _published(first, name))
         title = f"{escape(find_task(task).title)}<small>{escape(name)}, preset {escape(first.preset)}</small>"
+        title += f"<small>center prior {run.number(prior.value, prior.standard_error)}</small>" if prior else ""
         rows.append(f"<tr><th>{title}</th>{''.join(cells)}</tr>")
     return _grid(f"<tr><th>task</th>{head}</tr>", "".join(rows))
 
