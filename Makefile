@@ -30,6 +30,7 @@ RUN    = $(notdir $(basename $(CONFIG)))
 SOURCE = data/demo/videos
 PACK   = --shot-cuts False --short-side 96
 SHOWN  = data/demo/heldout-store
+HOLDOUT = --data.holdout $(SHOWN)
 else
 NAME  := $(shell basename "$$(realpath -m "$(VIDEOS)")" | tr ' ' _)
 RUN    = $(notdir $(basename $(CONFIG)))_$(NAME)
@@ -45,7 +46,7 @@ pretrain: setup
 	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
 	$(BIN)/vito-fast pack "$(SOURCE)" "$(STORE)" $(PACK)
 	$(if $(strip $(VIDEOS)),,$(BIN)/vito-fast pack data/demo/heldout $(SHOWN) $(PACK))
-	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume
+	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume $(HOLDOUT)
 	$(BIN)/vito-fast attention "runs/$(RUN)" "$(SHOWN)" "runs/$(RUN)/attention.png"
 	$(BIN)/vito-fast export "runs/$(RUN)" "runs/$(RUN)/encoder.safetensors"
 ifeq ($(strip $(VIDEOS)),)

@@ -30,6 +30,9 @@ class DataConfig:
     """Batches prepared ahead of the step (ours)."""
     max_bad_share: float = 0.05
     """Share of samples that may fail to decode, and be replaced, before the run stops (ours)."""
+    holdout: str = ""
+    """Store of held-out clips, their videos in one folder a class, for an evaluation by nearest neighbors; empty = none
+    (ours)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.threads <= 1024, "data.threads", self.threads, "0 to 1024")

@@ -22,7 +22,7 @@ from vito_fast.config_files import method_differences, save_config, to_mapping
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
-from vito_fast.train import probe
+from vito_fast.train import holdout, probe
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
 from vito_fast.train.metrics import Recorder
@@ -43,8 +43,9 @@ class Run:
     recorder: Recorder | None = None
     saver: Checkpointer | None = None
     frames: probe.Frames | None = None
+    held_out: holdout.Holdout | None = None
     baselines: dict[str, Any] = field(default_factory=dict)
-    """Retrieval of the untrained network and of raw pixels."""
+    """Retrieval of the untrained network and of raw pixels; ``holdout``: those of the held-out clips."""
 
     def save(self, if_healthy: bool = False) -> None:
         """Starts to write a checkpoint of the current step.
@@ -62,6 +63,8 @@ class Run:
         if self.recorder and self.frames:
             step, online = self.trainer.step_count, self.trainer.model.online
             scores = probe.evaluate(online.backbone, self.frames, self.config, self.world.device)
+            if self.held_out:
+                scores["holdout"] = holdout.evaluate(online, self.held_out, self.config, self.world.device)
             self.recorder.evaluation({"step": step} | scores)
             probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
 
@@ -94,8 +97,14 @@ class Run:
             "last_loss": rows[-1]["loss"] if rows else None,
             "log_negatives_plus_1": rows[-1]["chance"] if rows else None,
             "pairs_per_s": rate or (rows[-1]["pairs_per_s"] if rows else 0.0),
-            "retrieval": {"trained": next(reversed(self.retrieval().values()), None), **self.baselines},
+            "retrieval": {
+                "trained": next(reversed(self.retrieval().values()), None),
+                **{name: value for name, value in self.baselines.items() if name != "holdout"},
+            },
         }
+        if self.held_out:
+            scores = [row["holdout"] for row in self.recorder.evaluations.rows if row["step"] and "holdout" in row]
+            summary["holdout"] = {"trained": scores[-1] if scores else None, **self.baselines["holdout"]}
         with atomic_write(self.folder / "summary.json") as partial:
             partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.recorder.close()
@@ -148,13 +157,21 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
         frames = probe.draw(config, len(loader.store)) if world.main else None
         baselines = {} if checkpoint is None else checkpoint.value("baselines")
         if frames and baselines.get("clips") != frames.clips:  # of a new run, or one with another number of clips now
-            baselines = probe.baselines(trainer.model.online.backbone, frames, config, world.device)
+            baselines = {
+                **{name: value for name, value in baselines.items() if name == "holdout"},
+                **probe.baselines(trainer.model.online.backbone, frames, config, world.device),
+            }
+        held_out = (
+            holdout.read(config.data.holdout, config.sampler.size) if world.main and config.data.holdout else None
+        )
+        if held_out and "holdout" not in baselines:
+            baselines["holdout"] = holdout.baselines(trainer.model.online, held_out, config, world.device)
         if checkpoint is not None:
             trainer.load(checkpoint)
         start, total = trainer.step_count, trainer.schedule.total_steps
         loader.load_state_dict({"step": start})
         last = total if max_steps is None else min(total, max_steps)
-        run = Run(config, world, folder, loader, trainer, last, frames=frames, baselines=baselines)
+        run = Run(config, world, folder, loader, trainer, last, frames=frames, held_out=held_out, baselines=baselines)
         if world.main:
             if start:
                 how = "continues after" if start < last else "is finished at"
@@ -253,3 +270,5 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
         print(f"loss: first {first:.4f}, last {last:.4f}" + (f"; log(negatives + 1) {uniform:.4f}" if uniform else ""))
     print(f"speed: {summary['pairs_per_s']:.1f} pairs/s")
     print(f"checkpoint: {summary['checkpoint']}", flush=True)
+    if "holdout" in summary:
+        print("\n".join(holdout.lines(summary["holdout"], summary["holdout"]["trained"])), flush=True)
