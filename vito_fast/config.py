@@ -136,6 +136,8 @@ class ModelConfig:
     """Width of the embedding that is contrasted (ancestor)."""
     predictor: bool = False
     """Whether the online network has a predictor after its projector (paper: no; ancestor: DetCon-B and BYOL do)."""
+    batch_norm: Literal["per_view", "joint"] = "per_view"
+    """Statistics of each view alone, as in a forward pass of each (ancestor), or of all views of a step (ours)."""
     zero_init_residual: bool = True
     """Start each residual block as the identity: the last norm's weight is 0 (ours, usual for large batches)."""
     checkpoint_activations: bool = False

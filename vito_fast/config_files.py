@@ -20,7 +20,7 @@ log = logging.getLogger("vito_fast")
 T = TypeVar("T")
 
 LEGACY: dict[str, dict[str, Any]] = {
-    "model": {"heads": "per_level", "predictor": True},
+    "model": {"heads": "per_level", "predictor": True, "batch_norm": "joint"},
     "sampler": {"views": 2, "crop_fit": "retry", "blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
     "schedule": {"epoch_clips": 0},
 }

@@ -38,10 +38,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        groups: int = 1,
     ) -> Tensor:
         x, residual = to_rows(x), None if residual is None else to_rows(residual)
-        part = local_stats(x)
-        parts = part.new_empty(dist.get_world_size(), part.shape[1])
+        part = local_stats(x, groups)
+        parts = part.new_empty(dist.get_world_size(), *part.shape[1:])
         gather_rows(parts, part)  # not asynchronous, which torch.compile cannot trace
         stats = merge_stats(parts, running_mean, running_var, momentum, eps)
         y: Tensor = apply_norm(x, weight, bias, residual, *stats, relu)
@@ -57,7 +58,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         grad = grad if y is None else masked
         dist.all_reduce(sums)
         dx = input_grad(grad, x, weight, bias, mean, invstd, count, sums, ctx.relu and y is None)
-        return dx, d_weight, d_bias, grad if ctx.has_residual else None, None, None, None, None, None
+        return dx, d_weight, d_bias, grad if ctx.has_residual else None, None, None, None, None, None, None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -100,6 +101,7 @@ def sync_batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """Batch norm in training over the concatenation of all ranks' batches, then the residual sum and ReLU.
 
@@ -110,35 +112,41 @@ def sync_batch_norm(
         momentum, eps: as for ``torch.nn.BatchNorm2d``.
         residual: added before the ReLU, in x's shape.
         relu: whether negative results become 0.
+        groups: consecutive equal shares of each rank's batch. Each has statistics of its own, over the same share of
+            all ranks.
 
     Returns:
         y in the shape and dtype of x, with gradients to x, weight, bias and residual. On a GPU a second derivative
         raises RuntimeError.
 
     Raises:
-        ValueError: x has another number of dimensions.
+        ValueError: x has another number of dimensions, or B is no multiple of ``groups``.
     """
     if x.dim() not in (2, 4):
         raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(x.shape)}")
+    if len(x) % groups:
+        raise ValueError(f"{len(x)} rows do not divide into {groups} groups")
     if x.is_cuda:
         residual = residual if residual is None or residual.dtype == x.dtype else residual.to(x.dtype)
         running = running_mean, running_var, momentum
-        result: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, *running, eps, relu)
+        result: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, *running, eps, relu, groups)
         return result
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 a sum is no statistic
-    axes = [d for d in range(x.dim()) if d != 1]
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-    sums = all_reduce_sum(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    channels, beyond = x.shape[1], [1] * (x.dim() - 2)
+    x = x.unflatten(0, (groups, -1))
+    axes = [d for d in range(x.dim()) if d not in (0, 2)]
+    sums = all_reduce_sum(torch.cat([x.sum(axes).flatten(), x.new_tensor([x.numel() / channels / groups])]))
     count = sums[-1].detach()
-    mean = sums[:-1] / count
-    centered = x - mean.view(shape)
+    mean = sums[:-1].view(groups, 1, channels, *beyond) / count
+    centered = x - mean
     variance = all_reduce_sum(centered.square().sum(axes)) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
-    factor = (variance + eps).rsqrt() * weight
-    y = (centered * factor.view(shape) + bias.view(shape)).to(dtype)
+            for average, spread in zip(mean.view(groups, channels), variance, strict=True):
+                running_mean.lerp_(average, momentum)
+                running_var.lerp_(spread * (count / (count - 1).clamp(min=1)), momentum)
+    factor = ((variance + eps).rsqrt() * weight).view(mean.shape)
+    y = (centered * factor + bias.view(channels, *beyond)).flatten(0, 1).to(dtype)
     if residual is not None:
         y += residual
     return torch.relu_(y) if relu else y

@@ -60,24 +60,42 @@ def test_gradients_of_the_steps(joined, relu):
         torch.autograd.grad(g.sum(), x)
 
 
+@pytest.mark.parametrize(("joined", "relu"), AFTER)
+def test_gradients_of_the_steps_by_groups(joined, relu):
+    x, weight, bias, residual = make(shape=(6, 5, 2, 2))
+
+    def norm(x, weight, bias, *last):
+        statistics = module.stats_op(x.detach(), *running(weight.detach()), 0.1, 1e-5, 3)
+        return module._apply(x, weight, bias, last[0] if last else None, *statistics, relu)
+
+    given = [t.requires_grad_() for t in (x, weight, bias, residual)[: 4 if joined else 3]]
+    assert torch.autograd.gradcheck(norm, given)
+    options = {**OPTIONS, "residual": (*given, None)[3], "relu": relu, "groups": 3}
+    torch.testing.assert_close(norm(*given), reference.batch_norm(*given[:3], *running(weight), **options))
+    torch.testing.assert_close(norm(*given), batch_norm(*given[:3], *running(weight), **options))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     x, weight, bias, residual = make(dtype)
     moved = running(weight)
     torch.library.opcheck(module.local_stats_op, (x,))
-    torch.library.opcheck(module.stats_op, (x, *moved, 0.1, 1e-5))
+    for groups in (1, 3):
+        torch.library.opcheck(module.stats_op, (x, *moved, 0.1, 1e-5, groups))
+        torch.library.opcheck(module.local_stats_op, (x, groups))
     parts = torch.cat([module.local_stats_op(x), module.local_stats_op(residual)])
     for statistics in (moved, (None, None)):
         torch.library.opcheck(module.merge_stats_op, (parts, *statistics, 0.1, 1e-5))
     mean, invstd, count = module.stats_op(x, *moved, 0.1, 1e-5)
-    for last in (residual, None):
+    by_group = module.stats_op(x, *moved, 0.1, 1e-5, 3)
+    for last, stats in ((residual, by_group), (residual, (mean, invstd, count)), (None, by_group)):
         learned = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        torch.library.opcheck(module.forward_op, (*learned, last, mean, invstd, count, True))
-        y = module.forward_op(x, weight, bias, last, mean, invstd, count, True) if last is not None else None
-        torch.library.opcheck(module.sums_op, (residual, x, y, weight, bias, mean, invstd, True))
-    sums = module.sums_op(residual, x, None, weight, bias, mean, invstd, True)[0]
-    given = residual, x, weight, bias, mean, invstd, count, sums, True
-    torch.library.opcheck(module.input_grad_op, given)
+        torch.library.opcheck(module.forward_op, (*learned, last, *stats, True))
+        y = module.forward_op(x, weight, bias, last, *stats, True) if last is not None else None
+        torch.library.opcheck(module.sums_op, (residual, x, y, weight, bias, *stats[:2], True))
+    for stats in (by_group, (mean, invstd, count)):
+        sums = module.sums_op(residual, x, None, weight, bias, *stats[:2], True)[0]
+        torch.library.opcheck(module.input_grad_op, (residual, x, weight, bias, *stats, sums, True))
 
 
 def test_parts_merge_to_the_whole():
@@ -128,5 +146,7 @@ def test_wrong_input_is_named():
     x, weight, bias, residual = make(torch.float32)
     with pytest.raises(ValueError, match=r"\(3, 5, 2, 4\).*\(1, 5, 2, 4\)"):
         batch_norm(x, weight, bias, *running(weight), **OPTIONS, residual=residual[:1])
+    with pytest.raises(ValueError, match="3 rows do not divide into 2 groups"):
+        batch_norm(x, weight, bias, *running(weight), **OPTIONS, groups=2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch_norm(x[:1, :, 0, 0], weight, bias, *running(weight), **OPTIONS)

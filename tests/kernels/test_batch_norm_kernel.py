@@ -26,26 +26,28 @@ def to_rows(x):
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def results(norm, x, weight, bias, residual, relu, dtype=None, momentum=0.1):
+def results(norm, x, weight, bias, residual, relu, dtype=None, momentum=0.1, **options):
     """Output, running statistics and gradients of ``norm``, with inputs in ``dtype``."""
     given = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, weight, bias, residual) if t is not None]
     running = [torch.full_like(weight, v, dtype=dtype or weight.dtype) for v in (0.5, 1.5)]
     last = given[3] if residual is not None else None
-    y = norm(*given[:3], *running, momentum=momentum, eps=1e-5, residual=last, relu=relu)
+    y = norm(*given[:3], *running, momentum=momentum, eps=1e-5, residual=last, relu=relu, **options)
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)  # the same for every dtype
     return [y.detach(), *running, *torch.autograd.grad(y, given, to_rows(g.to(y.device, y.dtype)))]
 
 
-def plain(x, weight, bias, running_mean, running_var, *, momentum, eps, residual=None, relu=False):
-    y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+def plain(x, weight, bias, running_mean, running_var, *, momentum, eps, residual=None, relu=False, groups=1):
+    running = running_mean, running_var
+    y = [torch.nn.functional.batch_norm(s, *running, weight, bias, True, momentum, eps) for s in x.chunk(groups)]
+    y = torch.cat(y)
     y = y if residual is None else y + residual
     return torch.relu(y) if relu else y
 
 
-def assert_as_exact_as_torch(x, weight, bias, residual, relu):
-    ours = results(batch_norm, x, weight, bias, residual, relu)
-    exact = results(reference.batch_norm, x, weight, bias, residual, relu, torch.float64)
-    torchs = results(plain, x, weight, bias, residual, relu)
+def assert_as_exact_as_torch(x, weight, bias, residual, relu, **options):
+    ours = results(batch_norm, x, weight, bias, residual, relu, **options)
+    exact = results(reference.batch_norm, x, weight, bias, residual, relu, torch.float64, **options)
+    torchs = results(plain, x, weight, bias, residual, relu, **options)
     for name, a, b, c in zip(NAMES, ours, exact, torchs, strict=False):
         error, allowed = (a.double() - b).norm(), 2 * (c.double() - b).norm()
         allowed += 4 * torch.finfo(torch.float32).eps * b.norm()  # torch's happen to round to less, at times
@@ -60,6 +62,28 @@ def test_exact(shape, dtype, device):
     x, weight, bias, residual = make(shape, dtype, device)
     for joined, relu in AFTER:
         assert_as_exact_as_torch(x, weight, bias, residual if joined else None, relu)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((6, 130, 5, 3), 3), ((12, 20), 2)], ids=str)
+def test_groups_have_statistics_of_their_own(shape, groups, device):
+    x, weight, bias, residual = make(shape, torch.float32, device)
+    x[: len(x) // groups] += 3  # of another mean than the rest
+    for joined, relu in AFTER:
+        assert_as_exact_as_torch(x, weight, bias, residual if joined else None, relu, groups=groups)
+
+
+def test_groups_take_no_more_launches(device, monkeypatch):
+    names = [name for name in vars(kernels) if name.startswith("batch_norm_") and name.endswith("_kernel")]
+    launched = []
+    for name in names:
+        kernel = getattr(kernels, name)
+        spy = type("Spy", (), {"__getitem__": lambda _, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
+        monkeypatch.setattr(kernels, name, spy)
+    x, weight, bias, residual = make((6, 20, 3, 4), torch.float32, device)
+    for groups in (1, 3):
+        results(batch_norm, x, weight, bias, residual, True, groups=groups)
+    assert launched[: len(launched) // 2] == launched[len(launched) // 2 :]
+    assert len(launched) // 2 == len(names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -192,7 +216,7 @@ def test_deterministic(device):
 def test_the_network_takes_the_kernels(device, monkeypatch):
     """A block's norms in training, against the same block by torch; evaluation and frozen statistics stay."""
     try:
-        from vito_fast.model import resnet
+        from vito_fast.model import backbones as resnet
     except ImportError as error:  # not ``importorskip``: an extension that was not built is no missing module to it
         pytest.skip(f"`make gpu-check` needs little installed, which leaves the network out: {error}")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions that err by 1e-3 would hide the norms

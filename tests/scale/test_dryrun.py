@@ -13,7 +13,7 @@ import vito_kernels
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.config_files import load_config, preset_files
 from vito_fast.model import VitoModel
-from vito_fast.model.norm import BatchNorm2d
+from vito_fast.model.norm import BatchNorm
 from vito_fast.model.pair import Branch
 from vito_fast.plan.dryrun import dry_run, graph_breaks
 from vito_fast.plan.op_counter import OpCounter, Problem, fake_cuda, to_fake_cuda, total
@@ -129,7 +129,7 @@ def test_micro_batches_and_recomputation_trade_arithmetic_for_memory():
 def test_a_norm_with_its_residual_and_relu_moves_what_its_passes_do():
     size, small = 2 * 4 * 64 * 8 * 8, 4 * 64  # bytes of a map, and of a number for each channel
     with torch.device("meta"):
-        norm, relu = BatchNorm2d(64), nn.ReLU(inplace=True)
+        norm, relu = BatchNorm(64), nn.ReLU(inplace=True)
     with fake_cuda(), OpCounter() as counter:
         to_fake_cuda(norm)
         new = functools.partial(torch.empty, 4, 64, 8, 8, dtype=torch.bfloat16, device="cuda")

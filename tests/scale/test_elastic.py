@@ -15,10 +15,12 @@ import torch
 from ranks import spawn
 
 from vito_fast.config_files import save_config
-from vito_fast.train import loop as train
+from vito_fast.train import stop
 from vito_fast.train.checkpoint import Checkpointer, checkpoints, read, step_of
 from vito_fast.train.distributed import _store_of_this_attempt, init_distributed
+from vito_fast.train.loop import _train
 from vito_fast.train.metrics import TIMINGS, read_rows
+from vito_fast.train.run import open_run
 from vito_fast.train.trainer import Trainer
 
 STEPS = 40
@@ -164,9 +166,9 @@ def _told(rank, config, out):
         time.sleep(1)
         honest(saver, *args)
 
-    Trainer.step, Checkpointer._write, train.ASK_EVERY = told, slow, 0.1
-    with train._open(config, init_distributed("cpu"), False, None) as run:
-        told_by = train._train(run, False)["signal"]
+    Trainer.step, Checkpointer._write, stop.ASK_EVERY = told, slow, 0.1
+    with open_run(config, init_distributed("cpu"), False, None) as run:
+        told_by = _train(run, False, None)["signal"]
     saved = [step_of(path) for path in checkpoints(folder(config) / "checkpoints")]
     (out / f"{rank}").write_text(f"{told_by} after {run.trainer.step_count}, saved {saved}")
 

@@ -7,8 +7,8 @@ from ranks import spawn
 from torch import nn
 
 from vito_fast.errors import UserError
-from vito_fast.model.norm import convert_sync_batchnorm
-from vito_kernels.distributed.sync_batch_norm import SyncBatchNormFunction
+from vito_fast.model.norm import set_batch_norms
+from vito_kernels.distributed.sync_batch_norm import SyncBatchNormFunction, sync_batch_norm
 
 EPS, MOMENTUM, SIZES = 1e-5, 0.1, (3, 5)
 
@@ -23,20 +23,23 @@ def run(norm, x, residual, slope):
     return y.detach(), gradients, running
 
 
-def rank_equals_whole(rank, joined, relu):
+def rank_equals_whole(rank, joined, relu, groups):
     generator = torch.Generator().manual_seed(0)
-    x, residual, slope = torch.randn(3, sum(SIZES), 6, 4, 2, generator=generator, dtype=torch.float64)
-    x = x * 3 + 5
-    mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+    x, residual, slope = torch.randn(3, groups * sum(SIZES), 6, 4, 2, generator=generator, dtype=torch.float64)
+    x = x * 3 + 5 + torch.arange(groups).repeat_interleave(sum(SIZES)).view(-1, 1, 1, 1)
+    first, last = sum(SIZES[:rank]), sum(SIZES[: rank + 1])
+    mine = torch.cat([torch.arange(first, last) + group * sum(SIZES) for group in range(groups)])
 
     def whole(x, weight, bias, residual, mean, variance):
-        y = nn.functional.batch_norm(x, mean, variance, weight, bias, True, MOMENTUM, EPS)
+        shares = x.chunk(groups)
+        y = [nn.functional.batch_norm(s, mean, variance, weight, bias, True, MOMENTUM, EPS) for s in shares]
+        y = torch.cat(y)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
 
     y, expected, running = run(whole, x.clone(), residual.clone() if joined else None, slope)
     found, gradients, moved = run(
-        lambda *given: SyncBatchNormFunction.apply(*given, MOMENTUM, EPS, relu),
+        lambda *given: SyncBatchNormFunction.apply(*given, MOMENTUM, EPS, relu, groups),
         *(x[mine].clone(), residual[mine].clone() if joined else None, slope[mine]),
     )
     for parameter in (gradients["w"], gradients["b"]):  # DDP adds up what each rank finds for the parameters
@@ -44,17 +47,30 @@ def rank_equals_whole(rank, joined, relu):
     expected = {name: g[mine] if name in "xr" else g for name, g in expected.items()}
     torch.testing.assert_close((found, gradients, moved), (y[mine], expected, running), rtol=1e-9, atol=1e-10)
 
+    def on_cpu(x, weight, bias, residual, mean, variance):
+        options = {"momentum": MOMENTUM, "eps": EPS, "residual": residual, "relu": relu, "groups": groups}
+        return sync_batch_norm(x, weight, bias, mean, variance, **options)
+
+    found, gradients, moved = run(on_cpu, *(x[mine].clone(), residual[mine].clone() if joined else None, slope[mine]))
+    for parameter in (gradients["w"], gradients["b"]):
+        dist.all_reduce(parameter)
+    torch.testing.assert_close((found, gradients, moved), (y[mine], expected, running), rtol=1e-9, atol=1e-10)
+
 
 @pytest.mark.parametrize(("joined", "relu"), [(False, False), (False, True), (True, True), (True, False)])
-def test_unequal_ranks_on_cuda_equal_one_batch(joined, relu):
-    spawn(rank_equals_whole, 2, joined, relu)
+def test_unequal_ranks_equal_one_batch(joined, relu):
+    spawn(rank_equals_whole, 2, joined, relu, 1)
+
+
+def test_groups_of_unequal_ranks_equal_a_batch_each():
+    spawn(rank_equals_whole, 2, True, True, 3)
 
 
 def bfloat16_equals_whole(rank, clips):
     """On the CPU: statistics of values that bfloat16 has, but whose sums and number it has not."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(2 * clips, 6, 4, 2, generator=generator) + 5).bfloat16()
-    ranks, whole = convert_sync_batchnorm(nn.BatchNorm2d(6)), nn.BatchNorm2d(6)
+    ranks, whole = set_batch_norms(nn.BatchNorm2d(6), sync=True), nn.BatchNorm2d(6)
     expected = whole(x.float())
     mine = x[rank * clips : (rank + 1) * clips].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,7 +94,7 @@ def test_timm_s_norms_keep_their_activation(training):
     assert "BatchNormAct2d" in kinds
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     expected = network(x)
-    torch.testing.assert_close(convert_sync_batchnorm(network)(x), expected)
+    torch.testing.assert_close(set_batch_norms(network, sync=True)(x), expected)
 
 
 def test_a_norm_that_does_more_is_refused():
@@ -86,4 +102,4 @@ def test_a_norm_that_does_more_is_refused():
         pass
 
     with pytest.raises(UserError, match="Mine of this network takes no statistics over ranks"):
-        convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 2), Mine(2)))
+        set_batch_norms(nn.Sequential(nn.Linear(2, 2), Mine(2)), sync=True)

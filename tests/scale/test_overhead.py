@@ -33,7 +33,7 @@ def bare(trainer, views, video):
 @pytest.mark.timed
 def test_the_trainer_costs_at_most_three_hundredths_more_than_the_bare_step():
     trainer = Trainer(CONFIG, World(0, 1, 1, torch.device("cpu")), 100)
-    views = tuple(torch.randn(12, 3, 96, 96).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    views = tuple(torch.randn(12, 3, 96, 96).contiguous(memory_format=torch.channels_last) for _ in range(3))
     video = torch.arange(12)
     steps = {
         "bare": lambda: bare(trainer, views, video),

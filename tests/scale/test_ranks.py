@@ -11,8 +11,7 @@ from ranks import spawn
 
 from vito_fast.config import Config, LossConfig, ModelConfig, TrainConfig
 from vito_fast.errors import UserError
-from vito_fast.train import checkpoint
-from vito_fast.train import loop as train
+from vito_fast.train import checkpoint, run
 from vito_fast.train.distributed import World, init_distributed
 from vito_fast.train.keys import PendingKeys, shares
 from vito_fast.train.trainer import Trainer
@@ -32,7 +31,7 @@ CASES = {
 
 def batch(clips):
     generator = torch.Generator().manual_seed(clips)
-    views = tuple(torch.randn(clips, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    views = tuple(torch.randn(clips, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(3))
     return views, torch.arange(clips) // 2  # two clips of every video
 
 
@@ -68,10 +67,10 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
     for name in CASES:
         row, whole, buffers = gradients(name, ALONE, clips)
         for theirs, found, moved in (results[name] for results in everyone):
-            for key in ("loss", "loss_level0", "gradient_norm"):
+            for key in ("loss", "gradient_norm"):
                 assert theirs[key] == pytest.approx(row[key], rel=1e-9), (name, key)
-            for key in ("chance", "accuracy_level0"):  # counted in float32
-                assert theirs[key] == pytest.approx(row[key], rel=1e-6), (name, key)
+            for key in ("chance", "accuracy"):  # counted in float32
+                assert theirs[key] == pytest.approx(row[key], rel=1e-6, nan_ok=True), (name, key)
             least = 1e-8 * row["gradient_norm"]  # of a bias before a batch norm only rounding is left
             for parameter, gradient in whole.items():
                 error = (found[parameter] - gradient).norm() / gradient.norm().clamp(min=least)
@@ -81,14 +80,14 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
 
 
 def _sees(rank, folder, config, sight):
-    run, world = folder / "run", init_distributed("cpu")
+    path, world = folder / "run", init_distributed("cpu")
     if rank == 1 and sight == "an old listing":
-        train.read_newest = lambda _: checkpoint.read(checkpoint.path_of(run / "checkpoints", 1))
+        run.read_newest = lambda _: checkpoint.read(checkpoint.path_of(path / "checkpoints", 1))
     if rank == 1 and sight == "no answer":
-        train.read_newest = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "step-2"))
+        run.read_newest = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "step-2"))
     told = "all well"
     try:
-        train._open_folder(run, config, True, world)
+        run._open_folder(path, config, True, world)
     except UserError as error:
         told = str(error)
     (folder / f"{rank}").write_text(told)

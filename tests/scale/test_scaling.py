@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
-from vito_fast.model.norm import convert_sync_batchnorm
+from vito_fast.model.norm import set_batch_norms
 from vito_fast.plan.hardware import GPUS, machine
 from vito_fast.plan.predict import PlanOptions, predict
 from vito_fast.train.distributed import init_distributed, shutdown
@@ -44,7 +44,7 @@ def _rank(process, ranks, clips, port, folder):
     world, share = init_distributed("cpu"), clips // ranks
     trainer = Trainer(with_clips(clips), world, 5)
     if ranks == 1:  # the batch norm that several ranks have, which is not torch's fused one
-        convert_sync_batchnorm(trainer.model)
+        set_batch_norms(trainer.model, sync=True)
     views = tuple(torch.randn(share, 3, 64, 64) for _ in range(2))
     spent = []
     for _ in range(8):

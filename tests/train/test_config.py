@@ -46,6 +46,7 @@ def test_ablations_differ_from_the_demo_in_what_they_name():
         "ablation_window_1_28": {"sampler.frame_window"},
         "ablation_window_3_2": {"sampler.frame_window"},
         "ablation_fixed_frames": {"sampler.fixed_frames"},
+        "ablation_joint_batch_norm": {"model.batch_norm"},
         "ablation_two_views": {"sampler.views"},
         "ablation_moclr": {"sampler.frame_window", "sampler.crop_area", "model.levels", "model.pooling"},
         "ablation_per_level": {"model.heads", "model.predictor"},

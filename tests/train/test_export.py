@@ -30,7 +30,7 @@ def make_run(folder, backbone, **model):
         train=TrainConfig(batch_size=4),
     )
     trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 5)
-    views = tuple(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    views = tuple(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
     trainer.step(views, torch.arange(4), measure=False)
     tensors, state = trainer.state()
     (folder / "checkpoints").mkdir(parents=True)

@@ -80,7 +80,7 @@ def test_average_pool_is_the_mean_with_uniform_weights():
 
 def test_heads_are_the_ancestors():
     head = mlp(8, 32, 16)
-    assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm", "ReLU", "Linear"]
     assert head[0].bias is not None
     assert head[3].bias is None
     assert (head[1].momentum, head[1].eps) == (0.1, 1e-5)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate.task import Progress, barrier, rank_and_size
-from vito_fast.model.norm import convert_sync_batchnorm
+from vito_fast.model.norm import set_batch_norms
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, read_newest
 from vito_fast.train.distributed import World, replicate
 from vito_fast.train.metrics import RowFile
@@ -197,7 +197,7 @@ def _prepared(model: nn.Module, recipe: Recipe, size: int) -> nn.Module:
     if recipe.backbone_lr == 0 and backbone is not None:
         backbone.requires_grad_(False).eval()
     if size > 1:
-        convert_sync_batchnorm(model)
+        set_batch_norms(model, sync=True)
     return model
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vito_fast.config import ModelConfig
 from vito_fast.errors import UserError
-from vito_fast.model.norm import BatchNorm2d, frozen_statistics
+from vito_fast.model.norm import BatchNorm, frozen_statistics
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -31,14 +31,14 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, width, 3, stride)
-        self.bn1 = BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = _conv(width, width, 3)
-        self.bn2 = BatchNorm2d(width)
+        self.bn2 = BatchNorm(width)
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> BatchNorm2d:
+    def last_norm(self) -> BatchNorm:
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,16 +54,16 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, width, 1)
-        self.bn1 = BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.conv2 = _conv(width, width, 3, stride)
-        self.bn2 = BatchNorm2d(width)
+        self.bn2 = BatchNorm(width)
         self.conv3 = _conv(width, width * 4, 1)
-        self.bn3 = BatchNorm2d(width * 4)
+        self.bn3 = BatchNorm(width * 4)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> BatchNorm2d:
+    def last_norm(self) -> BatchNorm:
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
         self.channels = [64 * 2**s * block.expansion for s in range(4)][-levels:]
         self.strides = [4 * 2**s for s in range(4)][-levels:]
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = BatchNorm2d(64)
+        self.bn1 = BatchNorm(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = 64
@@ -144,7 +144,7 @@ def _stage(
     outputs = width * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), BatchNorm2d(outputs))
+        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), BatchNorm(outputs))
     blocks = [block(inputs, width, stride, downsample)]
     blocks += [block(outputs, width, 1, None) for _ in range(depth - 1)]
     return nn.Sequential(*blocks), outputs

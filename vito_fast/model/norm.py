@@ -1,6 +1,4 @@
-"""Batch norm with what follows it in one op; its statistics over all ranks, or left alone where a forward pass is
-repeated.
-"""
+"""Batch norm with its residual sum and ReLU, statistics of single views and over ranks, and passes that move none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,38 +35,61 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             count.copy_(value)
 
 
-def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` with each BatchNorm taking its statistics over all ranks (``SyncBatchNorm``). UserError for one that
-    does more than torch's, but for timm's with its activation.
+def set_batch_norms(module: nn.Module, *, groups: int = 1, sync: bool = False) -> nn.Module:
+    """Sets the statistics of every batch norm of a network, in place; parameters, buffers and names stay.
+
+    Args:
+        module: The network.
+        groups: Consecutive equal shares of a batch with statistics of their own, as in a forward pass of each.
+        sync: Whether statistics span all ranks.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: a batch norm that is neither torch's nor timm's with its activation.
     """
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):  # same parameters, buffers and names; only forward differs
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNorm2d):
-            module.__class__ = SyncBatchNorm  # type: ignore[assignment]
-        elif hasattr(module, "act") and hasattr(module, "drop"):
-            module.__class__ = _SyncBatchNormAct  # type: ignore[assignment]
+    for norm in module.modules():
+        if not isinstance(norm, _BatchNorm):
+            continue
+        if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNorm, SyncBatchNorm):
+            kind: type = SyncBatchNorm if sync else BatchNorm
+        elif hasattr(norm, "act") and hasattr(norm, "drop"):
+            kind = _SyncBatchNormAct if sync else _BatchNormAct
         else:
             raise UserError(
-                f"{type(module).__name__} of this network takes no statistics over ranks: train on one GPU, or choose "
-                "another model.backbone"
+                f"{type(norm).__name__} of this network takes no statistics over ranks or of single views: train on "
+                "one GPU with --model.batch-norm joint, or choose another model.backbone"
             )
-    for child in module.children():
-        convert_sync_batchnorm(child)
+        norm.__class__ = kind  # only the forward pass differs
+        norm.groups = groups  # type: ignore[assignment]
     return module
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, and with it what a block does next: ``relu(norm(x) + residual)``. In training on a GPU all of it is one
-    op (``vito_kernels.batch_norm``); elsewhere the sum and ``relu`` come after, in place.
+class BatchNorm(nn.BatchNorm2d):
+    """torch's BatchNorm1d and 2d, with the residual sum and ReLU that follow: ``relu(norm(x) + residual)``.
+
+    Input (B,C) or (B,C,H,W). In training on a GPU all of it is one op (``vito_kernels.batch_norm``).
     """
 
+    groups: int = 1
+    """Shares of the batch with statistics of their own."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 4):
+            raise ValueError(f"expected (B,C) or (B,C,H,W), got {tuple(input.shape)}")
+
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: nn.ReLU | None = None) -> Tensor:
-        statistics = self.running_mean, self.running_var
-        if not self.training or self.momentum is None or not can_fuse(x, self.weight, self.bias, *statistics, residual):
+        given = x, self.weight, self.bias, self.running_mean, self.running_var
+        fused = self.training and self.momentum is not None and can_fuse(*given, residual, self.groups)
+        if not fused and (self.groups == 1 or not self.training):
             return _finish(super().forward(x), residual, relu)
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        options: Any = {"momentum": self.momentum, "eps": self.eps, "residual": residual, "relu": relu is not None}
-        return batch_norm(x, self.weight, self.bias, *statistics, **options)  # type: ignore[arg-type]  # not None here
+            self.num_batches_tracked.add_(self.groups)
+        options: Any = {"momentum": self.momentum, "eps": self.eps, "groups": self.groups}
+        if fused:
+            return batch_norm(*given, **options, residual=residual, relu=relu is not None)  # type: ignore[arg-type]
+        return _finish(batch_norm(*given, **options), residual, relu)  # type: ignore[arg-type]
 
 
 def _finish(out: Tensor, residual: Tensor | None, relu: nn.ReLU | None) -> Tensor:
@@ -77,34 +98,37 @@ def _finish(out: Tensor, residual: Tensor | None, relu: nn.ReLU | None) -> Tenso
     return out if relu is None else relu(out)
 
 
-class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the concatenation of all ranks' batches, unequal ones too but none empty; then, as BatchNorm2d,
-    sum and ReLU.
-
-    Input (B,C) or (B,C,H,W). torch has it for CUDA alone, and there looks for empty batches, for which the host waits
-    in every layer. On the CPU means and squared deviations are reduced one after the other, so nothing cancels.
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 4):
-            raise ValueError(f"expected (B,C) or (B,C,H,W), got {tuple(input.shape)}")
+class SyncBatchNorm(BatchNorm):
+    """BatchNorm over the concatenation of all ranks' batches, which may be unequal but not empty."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: nn.ReLU | None = None) -> Tensor:
         if not self.training:
-            return _finish(super().forward(x), residual, relu)
+            return super().forward(x, residual, relu)
         assert self.momentum is not None
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(self.groups)
         options: Any = {"momentum": self.momentum, "eps": self.eps, "residual": residual, "relu": relu is not None}
-        return sync_batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, **options)
+        running = self.running_mean, self.running_var
+        return sync_batch_norm(x, self.weight, self.bias, *running, **options, groups=self.groups)
 
 
-class _SyncBatchNormAct(SyncBatchNorm):
-    """timm's ``BatchNormAct2d``, which many of its networks have, over ranks."""
+class _BatchNormAct(BatchNorm):
+    """timm's ``BatchNormAct2d``, which many of its networks have."""
 
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nobody hands it a residual
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no caller has a residual
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
+class _SyncBatchNormAct(SyncBatchNorm):
+    """``_BatchNormAct`` over ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no caller has a residual
         out: Tensor = self.act(self.drop(super().forward(x)))
         return out

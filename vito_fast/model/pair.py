@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vito_fast.config import ModelConfig
 from vito_fast.model.backbones import build_backbone
+from vito_fast.model.norm import BatchNorm
 from vito_kernels import AttentionPool
 
 
@@ -35,7 +36,7 @@ class AveragePool(nn.Module):
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear(bias) - BN - ReLU - Linear(no bias), the ancestors' projector and predictor."""
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
+        nn.Linear(inputs, hidden), BatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
 
 

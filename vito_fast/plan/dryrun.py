@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vito_fast.config import Config
 from vito_fast.model import VitoModel
-from vito_fast.model.norm import convert_sync_batchnorm
+from vito_fast.model.norm import set_batch_norms
 from vito_fast.plan.hardware import arithmetic_peak
 from vito_fast.plan.op_counter import Op, OpCounter, Problem, fake_cuda, to_fake_cuda, total
 from vito_fast.train import trainer
@@ -159,8 +159,9 @@ def graph_breaks(config: Config, world: int = 1) -> list[str]:
     """
     with torch.device("meta"):
         model = VitoModel(config.model)
-    if world > 1:
-        convert_sync_batchnorm(model)
+    groups = config.sampler.views if config.model.batch_norm == "per_view" else 1
+    if groups > 1 or world > 1:
+        set_batch_norms(model, groups=groups, sync=world > 1)
     makeshift = world > 1 and not dist.is_initialized()  # a collective cannot be traced without a group
     if makeshift:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -178,7 +179,7 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
         to_fake_cuda(model, dtype)
         optimizer = trainer.Lars(model.online.named_parameters(), config.optimizer)
         optimizer.gradients()
-        images = (torch.empty(2, 3, size, size, dtype=dtype, device="cuda:0"),)
+        images = (torch.empty(2 * config.sampler.views, 3, size, size, dtype=dtype, device="cuda:0"),)
         rate = (
             torch.empty((), dtype=torch.float64, device="cuda:0"),
             torch.empty((), dtype=torch.bool, device="cuda:0"),

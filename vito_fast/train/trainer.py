@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vito_fast.config import Config
 from vito_fast.errors import UserError
 from vito_fast.model import VitoModel
-from vito_fast.model.norm import convert_sync_batchnorm, frozen_statistics
+from vito_fast.model.norm import frozen_statistics, set_batch_norms
 from vito_fast.model.pair import normalize
 from vito_fast.train import profiling
 from vito_fast.train.checkpoint import Checkpoint
@@ -53,8 +53,9 @@ class Trainer:
         model = VitoModel(config.model).to(world.device, WEIGHTS[config.train.dtype])
         if config.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        if world.size > 1:
-            convert_sync_batchnorm(model)
+        groups = config.sampler.views if config.model.batch_norm == "per_view" else 1
+        if groups > 1 or world.size > 1:
+            set_batch_norms(model, groups=groups, sync=world.size > 1)
         self.model = model.train()
         self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
@@ -83,6 +84,8 @@ class Trainer:
         Returns:
             The row, or an empty one.
         """
+        if len(views) != self.config.sampler.views:
+            raise ValueError(f"a step takes {self.config.sampler.views} views, got {len(views)}")
         lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
         self.weight = 1.0 if total is None else len(video) * self.world.size / total
         micro = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))

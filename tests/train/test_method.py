@@ -1,0 +1,111 @@
+"""The method against an independent one: torchvision's ResNet, and head and loss in forty lines of plain PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
+from vito_fast.train.distributed import World
+from vito_fast.train.trainer import Trainer
+
+CONFIG = Config(
+    model=ModelConfig(backbone="resnet18", projector_hidden=32, projector_out=16, zero_init_residual=False),
+    train=TrainConfig(batch_size=6, dtype="float64", channels_last=False),
+)
+
+
+class Pool(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.hidden, self.logit = nn.Linear(channels, channels), nn.Linear(channels, 1)
+
+    def forward(self, x):  # (B,C,H,W) -> (B,C)
+        x = x.flatten(2).transpose(1, 2)
+        weights = self.logit(self.hidden(x).relu()).softmax(1)
+        return (x * weights).sum(1)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = pytest.importorskip("torchvision").models.resnet18()
+        self.pools = nn.ModuleList([Pool(256), Pool(512)])
+        self.head = nn.Sequential(nn.Linear(768, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16, bias=False))
+
+    def forward(self, x):  # one view: (B,3,H,W) -> unit (B,D)
+        b = self.body
+        x = b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(x))))))
+        fine = b.layer3(x)
+        levels = [fine, b.layer4(fine)]
+        z = self.head(torch.cat([pool(level) for pool, level in zip(self.pools, levels, strict=True)], 1))
+        return F.normalize(z, dim=1)
+
+
+def published_loss(online, target, views, temperature):
+    queries = [online(view) for view in views]  # each view is a forward pass of its own
+    with torch.no_grad():
+        keys = [target(view) for view in views]
+    loss = 0
+    for i, q in enumerate(queries):
+        for j, k in enumerate(keys):
+            if i != j:
+                loss = loss + F.cross_entropy(q @ k.T / temperature, torch.arange(len(q)))
+    return loss
+
+
+def independent(branch):
+    """The independent network with a branch's weights: (network, our name of each of its parameters)."""
+    network, ours = Network().double().train(), dict(branch.named_parameters())
+    network.body.fc = nn.Identity()
+    renamed = {"body.": "backbone.", "head.": "projectors.0.", ".logit.": ".score."}
+    names = {}
+    for name, p in network.named_parameters():
+        new = name
+        for theirs, mine in renamed.items():
+            new = new.replace(theirs, mine)
+        names[name] = new
+        with torch.no_grad():
+            p.copy_(ours[new].view_as(p))
+    assert set(names.values()) == set(ours)
+    return network, names
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_loss_and_gradients_are_those_of_forty_independent_lines(views, monkeypatch):
+    config = dataclasses.replace(CONFIG, sampler=SamplerConfig(size=64, views=views))
+    trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 5)
+    (online, names), (target, _) = independent(trainer.model.online), independent(trainer.model.target)
+    images = [torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(v)) for v in range(views)]
+    expected = published_loss(online, target, [image.double() for image in images], 0.1)
+    expected.backward()
+
+    monkeypatch.setattr(trainer, "_update", lambda *_: None)
+    row = trainer.step(tuple(images), torch.arange(6), measure=True)
+    assert row["loss"] * views * (views - 1) == pytest.approx(expected.item(), rel=1e-10)
+    found = dict(trainer.model.online.named_parameters())
+    for name, p in online.named_parameters():
+        theirs, ours = p.grad, found[names[name]].grad.view_as(p)
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-14, name
+    buffers = dict(trainer.model.online.named_buffers())
+    for name, b in online.named_buffers():  # the running statistics move by one view after the other
+        mine = name.replace("body.", "backbone.").replace("head.", "projectors.0.")
+        torch.testing.assert_close(buffers[mine], b, rtol=1e-10, atol=1e-12)
+
+
+def test_joint_statistics_are_of_all_views_together():
+    images = tuple(torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(v)) + v for v in range(2))
+    losses = {}
+    for kind in ("per_view", "joint"):
+        model = dataclasses.replace(CONFIG.model, batch_norm=kind)
+        config = dataclasses.replace(CONFIG, model=model, sampler=SamplerConfig(size=64, views=2))
+        trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 5)
+        losses[kind] = trainer.step(images, torch.arange(6), measure=True)["loss"]
+        mean = trainer.model.online.backbone.bn1.running_mean
+        stem = trainer.model.online.backbone.conv1
+        assert mean.shape == (stem.out_channels,)
+    assert abs(losses["per_view"] - losses["joint"]) > 1e-3
+    with pytest.raises(ValueError, match="a step takes 2 views, got 1"):
+        trainer.step(images[:1], torch.arange(6), measure=False)
