@@ -115,13 +115,13 @@ def test_mistakes_of_files_name_the_file(run, tmp_path):
 
 def test_overrides_reach_the_configuration():
     words = ["demo", "--resume", "--max-steps", "7", "--loss.temperature=0.2", "--train.batch_size", "8"]
-    words += ["--sampler.crop_area", "0.5", "0.9", "--model.no-predictor", "--name", "x"]
+    words += ["--sampler.crop_area", "0.5", "0.9", "--model.predictor", "--name", "x"]
     options = configured("train", Train, words)
     config = options.config
     assert isinstance(options, Train)
     assert (options.resume, options.max_steps) == (True, 7)
     assert (config.loss.temperature, config.train.batch_size, config.sampler.crop_area) == (0.2, 8, (0.5, 0.9))
-    assert (config.model.predictor, config.name, config.model.backbone) == (False, "x", "resnet18")
+    assert (config.model.predictor, config.name, config.model.backbone) == (True, "x", "resnet18")
 
 
 def test_old_names_of_options_work_and_say_so(caplog):
