@@ -16,7 +16,7 @@ from vito_fast.plan.hardware import GPUS, arithmetic_peak
 from vito_fast.train import metrics
 from vito_fast.train.loss import embedding_rank, embedding_std
 from vito_fast.train.metrics import Clock, Recorder
-from vito_fast.train.probe import CollapseAlarm, knn_top1
+from vito_fast.train.probe import CollapseAlarm, evaluation_sampler, histogram, knn_top1, top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(
@@ -127,6 +127,19 @@ def test_neighbours_of_other_videos_vote_with_their_weight():
     rows = torch.tensor([[1, 0, 0]] + 5 * [[0.9, 0.19**0.5, 0]] + 40 * [[0.8, 0, 0.6]])
     assert knn_top1(rows, torch.tensor(6 * [0] + 40 * [1]), torch.arange(46)) == 1
     assert math.isnan(knn_top1(rows / 0, torch.zeros(46, dtype=torch.int64), torch.arange(46)))
+
+
+def test_every_run_is_evaluated_by_the_same_sampler():
+    sampler = evaluation_sampler(64)
+    assert (sampler.size, sampler.views, sampler.frame_window, sampler.crop_area) == (64, 2, 2.56, (0.4, 1.0))
+
+
+def test_a_color_histogram_ignores_places():
+    images = torch.rand(1, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = images.flatten(3)[..., torch.randperm(64)].view_as(images)
+    assert torch.equal(histogram(images), histogram(shuffled))
+    assert top1(histogram(images), histogram(shuffled)) == 1
+    torch.testing.assert_close(histogram(images).square().sum(2), torch.full((1, 6), 64.0))
 
 
 def test_a_threshold_of_collapse_that_cannot_be_is_refused():

@@ -1,9 +1,10 @@
 """A cheap evaluation during pretraining: retrieval of a clip by another augmented frame.
 
-Two frames of each clip are drawn and augmented as in training, from another seed. The first retrieves the second among
-those of all clips, by cosine of the encoder's averaged last features. The baselines are the untrained network and the
-raw pixels on the same frames. Where the videos' folders name classes, the frames are also classified by their nearest
-neighbors in other videos; labels have no other use. A picture shows the attention in a few fixed frames.
+Two frames of each clip are drawn and augmented by one fixed sampler (``evaluation_sampler``), whatever the run's own,
+so that runs compare. The first retrieves the second among those of all clips, by cosine of the encoder's averaged last
+features. The baselines are the untrained network, raw pixels and color histograms on the same frames. Where the videos'
+folders name classes, the frames are also classified by their nearest neighbors in other videos; labels have no other
+use. A picture shows the attention in a few fixed frames.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vito_fast.config import Config, TrainConfig
+from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.store.store import Store
 from vito_fast.model.backbones import build_backbone
@@ -93,6 +94,11 @@ class CollapseAlarm:
         return {"collapsed": len(low)}
 
 
+def evaluation_sampler(size: int) -> SamplerConfig:
+    """The sampler of every run's evaluation: two views as published, at the run's ``size`` in pixels."""
+    return SamplerConfig(size=size, views=2)
+
+
 def draw(config: Config, clips: int) -> Frames:
     """Draws augmented frames of up to ``train.evaluate_clips`` of the store's clips; a function of the seed."""
     wanted = min(clips, config.train.evaluate_clips)
@@ -103,7 +109,12 @@ def draw(config: Config, clips: int) -> Frames:
     query, gallery, clip, video = [], [], [], []
     bad = config.data.max_bad_share  # as in training
     with ClipLoader(
-        config.data.store, size, seed=seed, sampler=config.sampler, threads=threads, max_bad_share=bad
+        config.data.store,
+        size,
+        seed=seed,
+        sampler=evaluation_sampler(config.sampler.size),
+        threads=threads,
+        max_bad_share=bad,
     ) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)
@@ -177,6 +188,15 @@ def features(backbone: nn.Module, images: Tensor, device: torch.device, channels
     return torch.cat(rows).unflatten(0, images.shape[:2])
 
 
+def histogram(images: Tensor) -> Tensor:
+    """Square roots of joint color histograms (K,N,512), 8 bins a channel, of images (K,N,3,S,S)."""
+    low, high = (images.amin((0, 1, 3, 4), True), images.amax((0, 1, 3, 4), True))
+    bins = ((images - low) / (high - low).clamp(min=1e-12) * 8).long().clamp(max=7)
+    at = (bins[:, :, 0] * 64 + bins[:, :, 1] * 8 + bins[:, :, 2]).flatten(2)
+    counts = images.new_zeros(*images.shape[:2], 512).scatter_add_(2, at, torch.ones_like(at, dtype=images.dtype))
+    return counts.sqrt()
+
+
 def rank_me(rows: Tensor) -> float:
     """Effective rank of features (N,C): exp of the entropy of their normalized singular values (RankMe, 2210.02885).
 
@@ -237,5 +257,6 @@ def baselines(backbone: nn.Module, frames: Frames, config: Config, device: torch
     return {
         "untrained": evaluate(untrained, frames, config, device)["retrieval"],
         "pixels": top1(frames.query, frames.gallery),
+        "histogram": top1(histogram(frames.query), histogram(frames.gallery)),
         "clips": frames.clips,
     }

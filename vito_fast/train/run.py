@@ -156,7 +156,9 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
             _check_same_run(checkpoint, config, loader)
         frames = probe.draw(config, len(loader.store)) if world.main else None
         baselines = {} if checkpoint is None else checkpoint.value("baselines")
-        if frames and baselines.get("clips") != frames.clips:  # of a new run, or one with another number of clips now
+        if frames and (
+            baselines.get("clips") != frames.clips or "histogram" not in baselines
+        ):  # a new run, or other clips
             baselines = {
                 **{name: value for name, value in baselines.items() if name == "holdout"},
                 **probe.baselines(trainer.model.online.backbone, frames, config, world.device),
@@ -263,8 +265,12 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
     if scores["trained"] is not None:
         print(
             f"retrieval of a clip's other frame among {scores['clips']} clips: trained {scores['trained']:.1%}, "
-            f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}"
+            f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}, "
+            f"color histogram {scores['histogram']:.1%}"
         )
+        for name, baseline in (("raw pixels", scores["pixels"]), ("a color histogram", scores["histogram"])):
+            if not stopped_by and baseline > scores["trained"]:
+                print(f"warning: {name} retrieves better than the encoder: train longer, or on more varied videos")
     first, last, uniform = (summary[k] for k in ("first_loss", "last_loss", "log_negatives_plus_1"))
     if None not in (first, last):
         print(f"loss: first {first:.4f}, last {last:.4f}" + (f"; log(negatives + 1) {uniform:.4f}" if uniform else ""))
