@@ -17,7 +17,7 @@ The steps are ops of their own, so that ranks can merge their statistics between
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ from vito_kernels.batch_norm.triton_kernels import (
     launch_stats,
     launch_sums,
 )
-
-if TYPE_CHECKING:
-    pass
 
 # ---------------------------------------------------------------------------------------------------------- custom ops
 
