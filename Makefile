@@ -15,8 +15,9 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+JOBS = 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # The tests that compare times: for a machine that does nothing else.
 test-timed: setup
