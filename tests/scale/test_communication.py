@@ -58,12 +58,12 @@ def test_the_plan_counts_the_collectives_of_a_step_and_their_bytes(name, found):
     told = collectives(config, dry)
     gathered = [shape for operation, shape in found[name] if operation == "gloo:all_gather"]
     assert len(gathered) == told["keys"]
-    assert sorted(gathered, key=len) == [(CLIPS,), (CLIPS, 2 * 2 * 8)]
-    assert dry.key_bytes == CLIPS * 2 * 2 * 8 * 4
+    assert sorted(gathered, key=len) == [(CLIPS,), (CLIPS, 2 * 8)]
+    assert dry.key_bytes == CLIPS * 2 * 8 * 4
 
     reduced = Counter(shape for operation, shape in found[name] if operation == "gloo:all_reduce")
     norms: Counter[tuple[int, ...]] = Counter()
-    model = VitoModel(config.model)
+    model, views = VitoModel(config.model), config.sampler.views
     for branch, passes in ((model.target, parts), (model.online, parts * (2 if parts == 1 else 3))):
         for norm in (m for m in branch.modules() if isinstance(m, _BatchNorm)):
             norms[(norm.num_features + 1,)] += passes  # sums and count

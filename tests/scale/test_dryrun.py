@@ -43,8 +43,8 @@ def test_counts_the_arithmetic_of_a_real_step():
     products = sum(dry.total(kind=kind)[0] for kind in ("convolution", "matmul", "fused"))
     assert products == counter.get_total_flops()
     loss = sum(dry.total(phase)[0] for phase in ("loss", "backward", "loss, backward"))
-    pairs, levels = 2, 2
-    assert dry.total("loss", "fused")[0] == levels * pairs * 4 * 8 * 8 * 32
+    pairs = 2
+    assert dry.total("loss", "fused")[0] == pairs * 4 * 8 * 8 * 32
     assert loss > 0
 
 
@@ -200,7 +200,7 @@ def test_finds_graph_breaks():
     with breaking(Branch, "forward"), breaking(step.Lars, "_adapt"), breaking(VitoModel, "averaged_pairs"):
         tiny = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, backbone="timm:test_resnet"))
         problems = dry_run(with_train(tiny, compile=True, cuda_graphs=True)).problems
-    for part in ("online branch", "target branch", "optimiser's step", "target's average"):
+    for part in ("online branch", "target branch", "optimizer's step", "target's average"):
         assert any(problem.startswith(f"graph break in the {part}: ") for problem in problems), part
 
 

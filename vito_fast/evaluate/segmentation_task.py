@@ -4,6 +4,7 @@ The FCN is MoCo's, which BYOL, DetCon and VITO follow: the last stage at stride 
 of 256 channels and dilation 6, and a 1 x 1 classifier. torchvision's FCN is another network.
 """
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,13 @@ class Segmentation(Task):
     counts: ClassVar[tuple[int, int]]
     zero_is_ignored: ClassVar[bool]
 
+    @abc.abstractmethod
     def pairs(self, data: Path) -> tuple[list[Pair], list[Pair]]:
         """Training and validation pairs of an image and its labels. UserError for another layout."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def class_names(self, data: Path) -> list[str]:
         """Names of the classes, in the order of their numbers."""
-        raise NotImplementedError
 
     def check(self, data: Path, options: SegmentationOptions) -> Check:
         """Counts both sets, looks for every file, and reads a few labels."""
