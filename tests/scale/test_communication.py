@@ -66,8 +66,8 @@ def test_the_plan_counts_the_collectives_of_a_step_and_their_bytes(name, found):
     model, views = VitoModel(config.model), config.sampler.views
     for branch, passes in ((model.target, parts), (model.online, parts * (2 if parts == 1 else 3))):
         for norm in (m for m in branch.modules() if isinstance(m, _BatchNorm)):
-            norms[(norm.num_features + 1,)] += passes  # sums and count
-            norms[(norm.num_features,)] += passes  # and on the CPU the squared deviations by themselves
+            norms[(views * norm.num_features + 1,)] += passes  # sums of each view, and count
+            norms[(views, norm.num_features)] += passes  # and on the CPU the squared deviations by themselves
     assert norms.total() == 2 * told["batch norm"]
     assert not norms - reduced
     rest = (reduced - norms).elements()
