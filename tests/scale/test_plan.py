@@ -72,10 +72,10 @@ def test_the_papers_setting_by_hand(capsys):
     assert plan["step_seconds"] == max(plan["resources"].values())
     assert plan["hours"] == pytest.approx(93_750 * plan["step_seconds"] / 3600)
     assert plan["kwh"] == pytest.approx(plan["hours"] * 10.2 * 0.85)
-    gradients = 4 * 47_680_578
+    gradients = 4 * (23_508_032 + 5_249_026 + 13_643_776)  # ResNet-50, attention MLPs, projector
     assert plan["gpu_memory"]["gradients"] == gradients
     assert plan["communication"]["gradients"]["takes"] == pytest.approx(
-        2 * 7 / 8 * gradients / (450e9 * 0.8) + 9 * 20e-6  # one bucket of 1 MiB and eight of 25
+        2 * 7 / 8 * gradients / (450e9 * 0.8) + 8 * 20e-6  # one bucket of 1 MiB and seven of 25
     )
     assert plan["communication"]["gradients"]["exposed"] == 0
     assert plan["store_bytes"] == pytest.approx(1_180_000 * 5021 * 1024)
