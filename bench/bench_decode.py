@@ -12,9 +12,8 @@ import torch
 
 from bench.harness import Candidate, Result, Work, absent
 from bench.videos import Request, originals, requests, sequential, store
-from vito_fast.data.peers import PairReader, installed
-from vito_fast.data.store.decode import Decoder
-from vito_fast.data.store.store import Store
+from vito_fast.data.bench_data import PairReader, installed
+from vito_fast.data.store.store import Decoder, Store
 
 pytestmark = pytest.mark.cpu_only
 SIDE = 224

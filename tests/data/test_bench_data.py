@@ -8,9 +8,8 @@ import pytest
 from videos import pictures, write
 
 from vito_fast.cli import store as cli_store
-from vito_fast.data.bench_data import _files, _times, bench_data, decoding, lines
+from vito_fast.data.bench_data import READERS, _files, _times, bench_data, decoding, installed, lines
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.peers import READERS, installed
 from vito_fast.data.store.media import Source, rgb
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data.limits import Limits
 from vito_fast.data.pack import pack
 from vito_fast.data.pack.clips import Span
+from vito_fast.data.store.description import Limits
 from vito_fast.data.store.index import Index
 from vito_fast.data.store.store import frames
 from vito_fast.errors import UserError
@@ -102,7 +102,7 @@ def test_too_many_frames_and_pixels_reject_a_file(three, tmp_path):
 
 BUSY = """
 import sys, time
-from vito_fast.data.pack import worker
+from vito_fast.data.pack import process_pool as worker
 def endless(job, shard, options, limits, heartbeat):
     while True:
         time.sleep(0.05)

@@ -20,9 +20,8 @@ from vito_fast.data.loader.fetch import Fetcher
 from vito_fast.data.loader.resize_reference import view
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.store.decode import BadPackets, Decoder
 from vito_fast.data.store.index import ClipRecord, Index, checksum, write_index
-from vito_fast.data.store.store import Store, frames
+from vito_fast.data.store.store import BadPackets, Decoder, Store, frames
 from vito_fast.errors import UserError
 
 FORMATS = ("jpeg", "h264", "copy")

@@ -14,13 +14,12 @@ from videos import pictures, rotate, write
 
 import vito_kernels
 from vito_fast.config import SamplerConfig
+from vito_fast.data.loader.batch import ThreadPool
 from vito_fast.data.loader.loader import ClipLoader, _with_index
 from vito_fast.data.loader.resize_reference import view
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.loader.thread_pool import ThreadPool
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.store.decode import Decoder, decode_jpeg
-from vito_fast.data.store.store import Store, frames
+from vito_fast.data.store.store import Decoder, Store, decode_jpeg, frames
 from vito_fast.errors import UserError
 
 SMALL = SamplerConfig(size=32, views=2)

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from videos import pictures, write
 
-from vito_fast.data.formats import H264
 from vito_fast.data.pack.clips import ShardWriter
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.pack.process_pool import ProcessPool
 from vito_fast.data.pack.remux import Remuxer, _ticks
-from vito_fast.data.store.description import PackOptions, Report
+from vito_fast.data.store.description import H264, PackOptions, Report
 from vito_fast.data.store.index import Index
 from vito_fast.data.store.media import BadVideo, fitted, presentation_times
 from vito_fast.data.store.store import Store, frames
@@ -270,7 +269,7 @@ def test_senseless_options(folder, tmp_path):
 
 
 def test_a_part_is_not_done_while_a_file_is_missing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(ProcessPool, "run", lambda self, names, progress: None)
+    monkeypatch.setattr(ProcessPool, "run", lambda self, jobs, progress: None)
     with pytest.raises(RuntimeError, match="6 files are neither packed nor rejected"):
         pack(folder, tmp_path / "s", **QUIET)
     assert list((tmp_path / "s" / ".pack").glob("*.done")) == []
@@ -305,7 +304,7 @@ def test_two_packs_into_one_folder(folder, tmp_path):
 
 FAULTY = """
 import os, runpy, sys, time
-from vito_fast.data.pack import worker
+from vito_fast.data.pack import process_pool as worker
 pack_one = worker._pack_one
 def faulty(job, *rest):
     if job.path.endswith("v1.mp4"):
@@ -339,7 +338,7 @@ def test_disk_full(folder, tmp_path, monkeypatch):
     """The pack stops with one line, and goes on when there is room."""
     script = tmp_path / "small.py"
     script.write_text(
-        "import errno, sys\nfrom vito_fast.data.pack import worker\nShardWriter = worker.ShardWriter\n"
+        "import errno, sys\nfrom vito_fast.data.pack import process_pool as worker\nShardWriter = worker.ShardWriter\n"
         "append = ShardWriter.append\n"
         "def full(self, payload):\n"
         "    if self.size > 60000: raise OSError(errno.ENOSPC, 'No space left on device')\n"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vito_fast._sampler import resize_cubic
-from vito_fast.data.loader.dali import DecodeCropResize, DecodeError
-from vito_fast.data.loader.resize_reference import cubic_weights, mirrors, rotate, view
+from vito_fast.data.loader.dali import DecodeCropResize, DecodeError, mirrors
+from vito_fast.data.loader.resize_reference import cubic_weights, view
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,6 @@ def test_turn_and_flip_are_of_the_upright_view():
     whole = (0, 0, 32, 32)
     np.testing.assert_array_equal(view(square, whole, False, 32, 90), np.rot90(square, -1))
     np.testing.assert_array_equal(view(square, whole, True, 32, 270), np.rot90(square)[:, ::-1])
-    np.testing.assert_array_equal(rotate(torch.from_numpy(square), 90).numpy(), np.rot90(square, -1))
 
 
 def test_view_refuses_a_window_outside():
@@ -87,7 +86,7 @@ def test_views_are_within_one_gray_level(source, rotation, native):
     for i in range(len(crop)):
         for v in range(2):
             expected = view(decoded(files[2 * i + v]), tuple(crop[i, v]), bool(flip[i, v]), 56, rotation)
-            got = rotate(views[v][i], rotation).numpy()
+            got = np.rot90(views[v][i].numpy(), -rotation // 90)
             distance = np.abs(got.astype(int) - expected.astype(int))
             assert distance.max() <= 1, (i, v)
             assert distance.mean() < (1e-3 if native else 0.02), (i, v)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vito_fast.cli.overrides import Place
-from vito_fast.data.limits import Limits
+from vito_fast.data.store.description import Limits
 from vito_fast.errors import UserError
 
 

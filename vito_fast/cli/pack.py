@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vito_fast.cli.overrides import Place
-from vito_fast.data.formats import FORMATS, JPEG, FormatName
-from vito_fast.data.limits import Limits
+from vito_fast.data.store.description import FORMATS, JPEG, FormatName, Limits
 from vito_fast.errors import UserError
 
 FORMAT_HELP = "; ".join(f"{format.name}: {format.summary}" for format in FORMATS.values()) + "."

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from vito_fast.config import Config
-from vito_fast.data.formats import FORMATS
+from vito_fast.data.store.description import FORMATS
 from vito_fast.data.store.index import Index
 from vito_fast.errors import UserError
 from vito_fast.plan.hardware import machine

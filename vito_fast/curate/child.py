@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from vito_fast.curate.engine import Step, Unit, write_unit
-from vito_fast.data.limits import limit_memory
-from vito_fast.data.pack.worker import die_with_parent
+from vito_fast.data.pack.process_pool import die_with_parent, limit_memory
 from vito_fast.data.store.media import BadVideo
 
 

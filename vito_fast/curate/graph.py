@@ -28,8 +28,9 @@ from vito_fast.curate.options import CurateOptions, digest
 from vito_fast.curate.taxonomy import taxonomy
 from vito_fast.data.pack import pack
 from vito_fast.data.pack.clips import Span
+from vito_fast.data.pack.listing import VIDEO_SUFFIXES
 from vito_fast.data.store.index import Index
-from vito_fast.data.store.media import VIDEO_SUFFIXES, BadVideo
+from vito_fast.data.store.media import BadVideo
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from vito_fast.curate.options import digest
 from vito_fast.curate.taxonomy import taxonomy
-from vito_fast.data.store.media import VIDEO_SUFFIXES
+from vito_fast.data.pack.listing import VIDEO_SUFFIXES
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 

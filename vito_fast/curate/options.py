@@ -10,7 +10,7 @@ from typing import Any
 
 from vito_fast.curate.balance import BalanceOptions
 from vito_fast.curate.duplicates import DuplicateOptions
-from vito_fast.data.limits import Limits
+from vito_fast.data.store.description import Limits
 
 
 def check(options: Any, **rules: tuple[bool, str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vito_fast.data.limits import Limits
+from vito_fast.data.store.description import Limits
 from vito_fast.data.store.media import BadVideo, check_pixels, claimed_rate, opened
 
 VERSION = 1

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["ClipLoader", "Report", "SamplerConfig", "Store", "frames"]
 
 _MODULES = {
-    "ClipLoader": "vito_fast.data.loader",
-    "Report": "vito_fast.data.store",
+    "ClipLoader": "vito_fast.data.loader.loader",
+    "Report": "vito_fast.data.store.description",
     "SamplerConfig": "vito_fast.config",
-    "Store": "vito_fast.data.store",
-    "frames": "vito_fast.data.store",
+    "Store": "vito_fast.data.store.store",
+    "frames": "vito_fast.data.store.store",
 }
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.config_files import from_mapping
-from vito_fast.data.formats import FORMATS, JPEG, FormatName
+from vito_fast.data.store.description import FORMATS, JPEG, FormatName
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import DryRun, dry_run
 from vito_fast.plan.hardware import Machine, machine

@@ -1,9 +1,13 @@
-"""One batch: its chunks on the workers, its views in one block of memory."""
+"""One batch: its chunks on a pool of threads, its views in one block of memory."""
 
+import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,17 +15,86 @@ import torch
 from torch import Tensor
 
 import vito_kernels
-from vito_fast.data.formats import NVDEC_CODECS
 from vito_fast.data.loader.fetch import Chunk, Fetcher
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.loader.thread_pool import ThreadPool
+from vito_fast.data.store.description import NVDEC_CODECS
 from vito_fast.data.store.store import Store
+
+Tools = TypeVar("Tools")
+Result = TypeVar("Result")
+_Tasks = SimpleQueue[tuple[Future[Any], Callable[[Any], Any]] | None]
 
 CPU_CHUNK, GPU_CHUNK = 16, 64
 """Largest number of samples in a chunk. On a CPU the chunk's pixels must stay in the cache and the cost per call must
 be small: 8 to 32 differ by under 3 %. The number for a GPU is not measured."""
 GPU_WORKERS = 8
 """Largest number of DALI pipelines on a GPU. One leaves NVDEC idle."""
+
+
+class ThreadPool(Generic[Tools]):
+    """Daemon threads that run tasks in the order of submission. They end by :meth:`close`, with the object, or at exit.
+
+    The executor of the standard library joins its threads at exit only after all submitted tasks are done. This one
+    drops tasks that have not begun. No thread is inside native code when the interpreter ends.
+
+    Args:
+        count: Number of threads.
+        make_tools: Called in each thread before its first task. The tasks of the thread receive the result.
+    """
+
+    def __init__(self, count: int, make_tools: Callable[[], Tools]):
+        self._tasks: _Tasks = SimpleQueue()
+        ready = threading.Barrier(count + 1)
+        threads = [
+            threading.Thread(target=_work, args=(self._tasks, make_tools, ready), name=f"vito-data-{i}", daemon=True)
+            for i in range(count)
+        ]
+        torch_threads = torch.get_num_threads()
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        torch.set_num_threads(torch_threads)  # a worker's own call also sets the default of new threads
+        self._finalizer = weakref.finalize(self, _stop, self._tasks, threads)
+
+    def submit(self, task: Callable[[Tools], Result]) -> "Future[Result]":
+        """Queue ``task``, called with the tools of the thread that runs it."""
+        future: Future[Result] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def close(self) -> None:
+        """Drop tasks that have not begun and wait for the others. Idempotent."""
+        self._finalizer()
+
+
+def _work(tasks: _Tasks, make_tools: Callable[[], Any], ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # the first query in a thread resets its number, so query before setting
+    torch.set_num_threads(1)  # the pool alone runs in parallel
+    ready.wait()
+    tools = None
+    while (entry := tasks.get()) is not None:
+        future, task = entry
+        if future.set_running_or_notify_cancel():
+            try:
+                if tools is None:
+                    tools = make_tools()
+                future.set_result(task(tools))
+            except BaseException as error:
+                future.set_exception(error)
+        del entry, future, task  # hold no batch while idle
+
+
+def _stop(tasks: _Tasks, threads: list[threading.Thread]) -> None:
+    try:
+        while (entry := tasks.get_nowait()) is not None:
+            entry[0].cancel()
+    except Empty:
+        pass
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():  # the garbage collector may run in any thread
+            thread.join()
 
 
 def nvdec_codecs(device: torch.device) -> frozenset[str]:

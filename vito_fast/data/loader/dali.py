@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vito_fast.data.formats import Route
+from vito_fast.data.store.description import Route
 from vito_fast.errors import UserError
 from vito_fast.native import sampler as _sampler
 
@@ -177,6 +177,21 @@ class DecodeCropResize:
         for window, (vertically, horizontally), square in zip(windows, mirror.tolist(), squares, strict=True):
             _sampler.resize_cubic(window, (0, 0, *window.shape[:2]), vertically, horizontally, square)
         return torch.from_numpy(squares)
+
+
+def mirrors(flip: npt.NDArray[np.uint8], rotation: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Mirrorings before the rotation that amount to a horizontal flip after it. A quarter turn swaps the two axes.
+
+    Args:
+        flip: (N, V) whether a view is flipped.
+        rotation: (N,) degrees clockwise of each sample's clip.
+
+    Returns:
+        (N, V, 2) whether to mirror vertically and horizontally.
+    """
+    sideways = (rotation % 180 != 0)[:, None]
+    flipped = flip.astype(bool)
+    return np.stack([flipped & sideways, flipped & ~sideways], -1)
 
 
 def _reason(error: RuntimeError) -> str:

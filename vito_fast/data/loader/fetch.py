@@ -14,13 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vito_fast.data.formats import Route
-from vito_fast.data.loader.dali import DecodeCropResize, DecodeError
-from vito_fast.data.loader.resize_reference import mirrors, rotate
+from vito_fast.data.loader.dali import DecodeCropResize, DecodeError, mirrors
 from vito_fast.data.loader.sampler import Sampler, Samples, empty_samples
-from vito_fast.data.store.decode import BadPackets, Decoder
+from vito_fast.data.store.description import Route
 from vito_fast.data.store.index import ClipInfo, Read
-from vito_fast.data.store.store import Store
+from vito_fast.data.store.store import BadPackets, Decoder, Store
 
 Put = Callable[[npt.NDArray[np.int64], list[Tensor], npt.NDArray[np.float32]], None]
 """Takes rows (N,) of the chunk, V tensors (N, S, S, 3) uint8 valid during the call, and params (N, V, 8)."""
@@ -240,7 +238,7 @@ class Fetcher:
         for view in views:
             for square, sample in zip(view, samples, strict=True):
                 assert sample.info is not None
-                square.copy_(rotate(square.clone(), sample.info.rotation))
+                square.copy_(torch.rot90(square.clone(), -sample.info.rotation // 90))
         return views
 
     def _fail(self, chunk: Chunk, sample: _Sample, clip: int, code: str, reason: str) -> None:

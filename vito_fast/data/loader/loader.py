@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.batch import Batch, LoaderSpec
+from vito_fast.data.loader.batch import Batch, LoaderSpec, ThreadPool
 from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.loader.thread_pool import ThreadPool
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 

@@ -5,13 +5,8 @@ Order: crop, bicubic resize, round and clip to a byte, rotate upright, flip. The
 filter. Beyond the border of the crop its outermost pixels repeat. DALI differs by at most one gray level, by rounding.
 """
 
-from typing import TypeVar
-
 import numpy as np
 import numpy.typing as npt
-import torch
-
-Square = TypeVar("Square", npt.NDArray[np.uint8], torch.Tensor)
 
 
 def cubic_weights(source: int, target: int) -> npt.NDArray[np.float64]:
@@ -60,26 +55,5 @@ def view(
         raise ValueError(f"crop {crop} is not inside a picture of {picture.shape[0]} x {picture.shape[1]}")
     window = picture[y : y + h, x : x + w].astype(np.float64)
     square = np.einsum("ih,hwc,jw->ijc", cubic_weights(h, size), window, cubic_weights(w, size), optimize=True)
-    upright = rotate(np.clip(np.rint(square), 0, 255).astype(np.uint8), rotation)
+    upright = np.rot90(np.clip(np.rint(square), 0, 255).astype(np.uint8), -rotation // 90)
     return upright[:, ::-1] if flip else upright
-
-
-def rotate(square: Square, rotation: int) -> Square:
-    """Rotate (S, S, 3) clockwise by ``rotation`` degrees, a multiple of 90."""
-    quarters = -rotation // 90
-    return torch.rot90(square, quarters) if isinstance(square, torch.Tensor) else np.rot90(square, quarters)
-
-
-def mirrors(flip: npt.NDArray[np.uint8], rotation: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Mirrorings before the rotation that amount to a horizontal flip after it. A quarter turn swaps the two axes.
-
-    Args:
-        flip: (N, V) whether a view is flipped.
-        rotation: (N,) degrees clockwise of each sample's clip.
-
-    Returns:
-        (N, V, 2) whether to mirror vertically and horizontally.
-    """
-    sideways = (rotation % 180 != 0)[:, None]
-    flipped = flip.astype(bool)
-    return np.stack([flipped & sideways, flipped & ~sideways], -1)

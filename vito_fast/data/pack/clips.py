@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vito_fast.data.store.description import PackOptions
-
 GAP = 2.0
 """Seconds between two frames that end a clip: the recording was interrupted, or a timestamp is wrong."""
 
@@ -97,6 +95,6 @@ def frame_duration(seconds: np.ndarray, rate: Fraction) -> float:
     return claimed if abs(mean - claimed) < 0.1 * claimed else mean
 
 
-def too_short(start: float, end: float, options: PackOptions) -> bool:
+def too_short(start: float, end: float, min_length: float) -> bool:
     """Whether a shot from ``start`` to ``end`` seconds is below ``min_length``. Both ends may be rounded."""
-    return end - start < options.min_length - 2 * CLOCK
+    return end - start < min_length - 2 * CLOCK

@@ -11,8 +11,6 @@ import av
 import numpy as np
 from PIL import Image
 
-from vito_fast.data.formats import H264, JPEG
-from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import (
     CLOCK,
     GAP,
@@ -24,7 +22,7 @@ from vito_fast.data.pack.clips import (
     too_short,
 )
 from vito_fast.data.pack.shots import mark_cuts
-from vito_fast.data.store.description import PackOptions
+from vito_fast.data.store.description import H264, JPEG, Limits, PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
 from vito_fast.data.store.media import BadVideo, Source, fitted, presentation_times, rgb, upright
 
@@ -252,7 +250,7 @@ class Transcoder:
             return
         times = np.sort(clip.times)
         until = times[-1] + frame_duration(times, source.rate) if following is None else max(following, times[-1])
-        if self.spans is None and too_short(times[0], until, self.options):
+        if self.spans is None and too_short(times[0], until, self.options.min_length):
             self.result.too_short += 1
             return
         rest, extradata = clip.encoder.finish()

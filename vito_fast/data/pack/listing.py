@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vito_fast.data.pack.clips import Span
-from vito_fast.data.store.media import VIDEO_SUFFIXES
 from vito_fast.errors import UserError
+
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v", ".mjpeg",
+        ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+    ]
+)  # fmt: skip
+"""Suffixes by which video files are found."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,9 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.limits import Limits
 from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
 from vito_fast.data.pack.shots import Cut, ShotDetector
-from vito_fast.data.store.decode import BadPackets, Decoder
-from vito_fast.data.store.description import PackOptions
+from vito_fast.data.store.description import Limits, PackOptions
 from vito_fast.data.store.index import (
     DISCARD,
     KEY,
@@ -45,6 +43,7 @@ from vito_fast.data.store.media import (
     presentation_times,
     rgb,
 )
+from vito_fast.data.store.store import BadPackets, Decoder
 
 THUMBNAIL = 64
 """Short side in pixels of the frames that the shot detector gets."""
@@ -173,7 +172,7 @@ class Remuxer:
             times = ticks[shown[first:place]]
             if end is None:
                 end = int(times[-1]) + round(frame_duration(times * tick, stream.rate) / tick)
-            if not too_short(times[0] * tick, end * tick, self.options):
+            if not too_short(times[0] * tick, end * tick, self.options.min_length):
                 self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
             else:
                 self.result.too_short += 1

@@ -1,16 +1,79 @@
-"""``store.json``: the options a store was packed with and the report of packing."""
+"""The description of a store: its format, the options it was packed with, and ``store.json``, which records both.
+
+Imports neither the compiled extension nor a decoder.
+"""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from vito_fast.data.formats import FORMATS, H264, JPEG, StoreFormat
-from vito_fast.data.store.index import Index
 from vito_fast.errors import UserError
 
 VERSION = 1
 """Version of the store's layout. Readers refuse any other."""
+
+
+FormatName = Literal["jpeg", "h264", "copy"]
+"""Names of the store formats, as in ``vito-fast pack --format``."""
+
+Route = Literal["image", "frames", "video"]
+"""Input of the loader's DALI pipeline: JPEG files, frames decoded in software, or small video files for NVDEC."""
+
+
+@dataclass(frozen=True)
+class StoreFormat:
+    """How the clips of a store are coded. Packing, reading, the loader and ``plan`` ask this object, never its name."""
+
+    name: FormatName
+    summary: str
+    """For the command line's help."""
+    codec: str | None
+    """FFmpeg's name of the codec that packing encodes to. None: packets are copied from the source."""
+    still: bool
+    """Whether each packet is a JPEG file, decoded alone. Otherwise packets belong to a video stream."""
+    encoders: tuple[str, ...] = ()
+    """FFmpeg's encoders to choose from."""
+    size_multiple: int = 1
+    """Frames are cropped to multiples of this many pixels."""
+    gpu_decoder: str = "NVDEC"
+
+    def stored_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of a frame of ``height`` x ``width`` once stored."""
+        step = self.size_multiple
+        height, width = (side // step * step if side >= 2 * step else side for side in (height, width))
+        return height, width
+
+    def route(self, codec: str, hardware_codecs: Collection[str]) -> Route:
+        """The pipeline input for a clip of ``codec`` on a device that decodes ``hardware_codecs``."""
+        if self.still:
+            return "image"
+        return "video" if codec in hardware_codecs else "frames"
+
+
+JPEG = StoreFormat(
+    name="jpeg",
+    summary="every frame a JPEG, any frame in one read",
+    codec="mjpeg",
+    still=True,
+    gpu_decoder="nvJPEG",
+)
+H264 = StoreFormat(
+    name="h264",
+    summary="short groups of pictures",
+    codec="h264",
+    still=False,
+    encoders=("libx264", "h264_nvenc"),
+    size_multiple=32,  # NVDEC restarts its decoder at each new frame size, so few sizes should occur
+)
+COPY = StoreFormat(name="copy", summary="packets of the source, not re-encoded", codec=None, still=False)
+
+NVDEC_CODECS = frozenset({"h264", "hevc", "vp9"})
+"""FFmpeg's names of the codecs that every GPU since Turing decodes in hardware, at 8 bits per sample."""
+
+FORMATS: dict[str, StoreFormat] = {format.name: format for format in (JPEG, H264, COPY)}
+assert tuple(FORMATS) == get_args(FormatName)
 
 
 @dataclass(frozen=True)
@@ -22,7 +85,7 @@ class PackOptions:
     """
 
     format: str = JPEG.name
-    """Name of a store format (see :mod:`vito_fast.data.formats`)."""
+    """Name of a store format (a key of ``FORMATS``)."""
     short_side: int = 256
     """Short side of a frame in pixels. Smaller videos keep their size."""
     quality: int = 90
@@ -61,6 +124,28 @@ class PackOptions:
     @property
     def store_format(self) -> StoreFormat:
         return FORMATS[self.format]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on one source file. A file beyond any of these is rejected, with the limit as the reason.
+
+    Raises:
+        ValueError: A limit is not positive.
+    """
+
+    seconds: float = 3600.0
+    """Wall time."""
+    frames: int = 1_000_000
+    pixels: int = 1 << 26
+    """Of one frame; the default is 8192 x 8192."""
+    memory_mib: int = 8192
+    """Address space of the process beyond its own at the start."""
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "frames", "pixels", "memory_mib"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
 
 
 @dataclass
@@ -102,16 +187,6 @@ class Report:
 def damaged(path: Path, reason: str) -> UserError:
     """The error for a file of a store that is not as packing left it. The index raises the same for itself."""
     return UserError(f"{path} is damaged: {reason}; delete the store and pack again")
-
-
-def open_index(store: Path) -> Index:
-    """Open ``index.bin`` of a store. Raises UserError if it cannot be read or is damaged."""
-    try:
-        return Index(store / "index.bin")
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"cannot read {store / 'index.bin'}: {error.strerror or error}") from None
 
 
 def read_description(store: Path) -> dict[str, Any]:

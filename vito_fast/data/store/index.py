@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 from vito_fast.native import sampler as _sampler
 
@@ -137,6 +138,16 @@ class Index:
     def packets(self, clip: int) -> Packets:
         """The packets of a clip."""
         return Packets(*self.native.packets(clip))
+
+
+def open_index(store: Path) -> Index:
+    """Open ``index.bin`` of a store. Raises UserError if it cannot be read or is damaged."""
+    try:
+        return Index(store / "index.bin")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot read {store / 'index.bin'}: {error.strerror or error}") from None
 
 
 def checksum(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> int:

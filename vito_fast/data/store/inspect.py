@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vito_fast.data.store.description import Report
-from vito_fast.data.store.store import Store, frames
+from vito_fast.data.store.store import Report, Store, frames
 from vito_fast.errors import UserError
 from vito_fast.files import check_writable
 
@@ -123,7 +122,7 @@ def inspect_store(
         codecs=dict(Counter(info.codec for info in infos).most_common()),
         sizes=dict(Counter(f"{info.width}x{info.height}" for info in infos).most_common()),
         seconds=(float(seconds.min()), float(np.median(seconds)), float(seconds.max())),
-        packed=Report(**opened.description["report"]), verified=verify, damaged=damaged,
+        packed=opened.report, verified=verify, damaged=damaged,
     )  # fmt: skip
     if verify:
         known = {bad.clip for bad in damaged}

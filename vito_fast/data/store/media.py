@@ -21,16 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vito_fast.data.formats import H264
-from vito_fast.data.limits import Limits
-
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v", ".mjpeg",
-        ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
-    ]
-)  # fmt: skip
-"""Suffixes by which video files are found."""
+from vito_fast.data.store.description import H264, Limits
 
 PLAYLISTS = frozenset(["concat", "dash", "hls", "image2", "imf", "sdp"])
 """FFmpeg's formats of files that refer to other files, possibly outside the source folder."""
