@@ -120,7 +120,8 @@ class ModelConfig:
     """The encoder, its pooling and its heads."""
 
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50 (paper: ResNet-50), or ``timm:NAME`` when timm is installed (paper: Swin-S)."""
+    """resnet18, resnet34, resnet50 (paper: ResNet-50); ``timm:NAME`` (paper: Swin-S) or ``torchvision:NAME`` where that
+    library is installed."""
     levels: int = 2
     """How many last stages are pooled: 2 = strides 16 and 32 (paper); 1 = the last alone (ablation)."""
     pooling: Literal["attention", "average"] = "attention"
@@ -142,11 +143,15 @@ class ModelConfig:
     """Start each residual block as the identity: the last norm's weight is 0 (ours, usual for large batches)."""
     checkpoint_activations: bool = False
     """Recompute each residual block in the backward pass instead of keeping its activations (ours)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the online network's last block, linear from 0 in the first (ours). The target has
+    none."""
 
     def __post_init__(self) -> None:
         _require(self.levels in (1, 2, 3, 4), "model.levels", self.levels, "1 to 4")
         for name in ("projector_hidden", "projector_out"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)")
         _require(self.attention_hidden >= 0, "model.attention_hidden", self.attention_hidden, "0 or more")
 
     @property
@@ -257,6 +262,8 @@ class TrainConfig:
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
     wandb: str = ""
     """Project of Weights & Biases for the rows, under the run's name; empty = none (ours)."""
+    mlflow: str = ""
+    """Experiment of MLflow for the rows, under the run's name; empty = none (ours)."""
     runs: str = "runs"
     """Directory that holds the runs, each in a folder of its name (ours)."""
 

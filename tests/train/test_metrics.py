@@ -15,7 +15,7 @@ from vito_fast.plan.dryrun import clips_at_peak, dry_run, model_flops
 from vito_fast.plan.hardware import GPUS, arithmetic_peak
 from vito_fast.train import metrics
 from vito_fast.train.loss import embedding_rank, embedding_std
-from vito_fast.train.metrics import Clock, Recorder
+from vito_fast.train.metrics import Clock, Recorder, RowFile
 from vito_fast.train.probe import CollapseAlarm, evaluation_sampler, histogram, knn_top1, top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -147,24 +147,116 @@ def test_a_threshold_of_collapse_that_cannot_be_is_refused():
         from_mapping(Config(), {"train": {"collapse_std": 1.5}}, "x.yaml")
 
 
+def fake_wandb(monkeypatch, calls):
+    def init(**given):
+        calls.append(given)
+        return SimpleNamespace(
+            log=lambda row: calls.append(row),
+            finish=lambda: calls.append("finish"),
+            define_metric=lambda *_, step_metric: calls.append(step_metric),
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+
+
+WANDB = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
+
+
 def test_rows_go_to_wandb_where_a_project_is_named(tmp_path, monkeypatch):
     calls = []
-    run = SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given) or run))
-    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
-    recorder = Recorder(tmp_path, 0, named)
-    recorder.log({"step": 1, "loss": 2.5, "mfu": None})
+    fake_wandb(monkeypatch, calls)
+    recorder = Recorder(tmp_path, 0, WANDB)
+    recorder.log({"step": 1, "loss": 2.5, "mfu": None, "gradient_norm": math.nan})
     recorder.evaluation({"step": 1, "retrieval": 0.5})
     recorder.close()
     begun, *rest = calls
-    assert (begun["project"], begun["name"], begun["id"], begun["resume"]) == ("videos", "run", "run", "allow")
+    assert (begun["project"], begun["name"], begun["resume"]) == ("videos", "run", "allow")
     assert begun["config"]["train"]["wandb"] == "videos"
-    assert rest == [(1, {"train/loss": 2.5}), (1, {"evaluation/retrieval": 0.5}), "finish"]
+    assert rest == ["step", {"train/loss": 2.5, "step": 1}, {"evaluation/retrieval": 0.5, "step": 1}, "finish"]
 
 
-def test_wandb_is_imported_only_when_asked_for_and_its_lack_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+def test_a_wandb_id_is_one_runs_and_kept_when_it_resumes(tmp_path, monkeypatch):
+    """Runs of the same name in two folders, or one begun anew, never write into each other."""
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    odd = dataclasses.replace(WANDB, name="a:b #1?" + "x" * 200)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Recorder(tmp_path / folder, 0, odd).close()
+    Recorder(tmp_path / "a", 5, odd).close()
+    Recorder(tmp_path / "a", 0, odd).close()
+    first, second, resumed, anew = [call["id"] for call in calls if isinstance(call, dict)]
+    assert first == resumed
+    assert len({first, second, anew}) == 3
+    assert all(id.isalnum() for id in (first, second, anew))
+    assert all(len(call["name"]) <= 128 for call in calls if isinstance(call, dict))
+
+
+def test_a_logger_that_fails_costs_a_line_and_no_row(tmp_path, monkeypatch, capsys):
+    """W&B without a key; TensorBoard on a full disk; both come back when the run is resumed."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    recorder = Recorder(tmp_path, 0, WANDB)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *_: 1 / 0)
+    for step in (1, 2):
+        recorder.log({"step": step, "loss": 2.5})
+    recorder.close()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "warning: no W&B: division by zero; the run goes on",
+        "warning: no more rows for TensorBoard: division by zero; the run goes on",
+    ]
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    Recorder(tmp_path, 2, WANDB).close()
+    assert calls[2:] == [{"train/loss": 2.5, "step": 1}, {"train/loss": 2.5, "step": 2}, "finish"]
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, full_disk, capsys):
+    file = RowFile(tmp_path / "m.jsonl", 0)
+    file.append({"step": 1, "loss": 2.5})
+    with full_disk(10):
+        file.append({"step": 2, "loss": 1 / 3})
+        file.append({"step": 3, "loss": 1.5})
+        with pytest.raises(OSError, match=r"too large"):
+            file.sync()
+    file.append({"step": 4, "loss": 1.25})
+    file.sync()
+    assert [row["step"] for row in metrics.read_rows(file.path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("m.jsonl is behind: File too large") == 1
+    file.close()
+
+
+def test_rows_go_to_mlflow_where_an_experiment_is_named(tmp_path, monkeypatch):
+    calls = []
+
+    def start_run(run_id, run_name):
+        calls.append((run_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_id or "m1"))
+
+    fake = SimpleNamespace(
+        set_experiment=calls.append,
+        start_run=start_run,
+        log_dict=lambda mapping, name: calls.append(name),
+        log_metrics=lambda row, step: calls.append((step, row)),
+        end_run=lambda: calls.append("end"),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow="videos"))
+    for start in (0, 1):
+        recorder = Recorder(tmp_path, start, named)
+        recorder.log({"step": start + 1, "loss": 2.5})
+        recorder.close()
+    assert calls[:5] == ["videos", (None, "run"), "config.json", (1, {"train/loss": 2.5}), "end"]
+    assert calls[5:] == ["videos", ("m1", None), (2, {"train/loss": 2.5}), "end"]
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_logger_is_imported_only_when_asked_for_and_its_lack_is_one_line(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     Recorder(tmp_path, 0, CONFIG).close()
-    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, wandb="videos"))
-    with pytest.raises(UserError, match=r"train\.wandb is 'videos', and wandb is missing: pip install wandb"):
+    named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **{package: "videos"}))
+    with pytest.raises(
+        UserError, match=rf"train\.{package} is 'videos', and {package} is missing: pip install {package}"
+    ):
         Recorder(tmp_path, 0, named)

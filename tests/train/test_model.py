@@ -160,15 +160,76 @@ def test_what_no_feature_of_a_timm_network_depends_on_is_left_alone():
     assert "body.conv_head.weight" not in names
 
 
-def test_a_timm_network_made_for_one_size_says_so():
-    backbone = build_backbone(ModelConfig(backbone="timm:vit_tiny_patch16_224", levels=1))
-    with pytest.raises(UserError, match=r"'timm:vit_\w+' takes no images of 64 x 64 \(.*sampler\.size .*224 x 224"):
-        backbone(images(1))
+def test_a_transformer_interpolates_its_positions_and_is_timms_at_its_own_size():
+    import timm
+
+    backbone = build_backbone(ModelConfig(backbone="timm:test_vit3", levels=1)).eval()
+    assert backbone.options == {"dynamic_img_size": True}
+    peer = timm.create_model("test_vit3", num_classes=0).eval()
+    peer.load_state_dict(backbone.body.state_dict())
+    with torch.no_grad():
+        assert torch.equal(
+            backbone(images(1, 160))[0], peer.forward_intermediates(images(1, 160), 1, intermediates_only=True)[0]
+        )
+        (wide,) = backbone(torch.zeros(1, 3, 64, 96))
+    assert wide.shape[2:] == (4, 6)
+    with pytest.raises(UserError, match=r"'timm:test_vit3' takes no images of 60 x 60 \(.*sampler\.size .*160 x 160"):
+        backbone(images(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "last"),
+    [
+        ("mobilenet_v3_small", "classifier", lambda m, x: m.features(x)),
+        ("regnet_y_400mf", "fc", lambda m, x: m.trunk_output(m.stem(x))),
+        ("swin_t", "head", lambda m, x: m.features(x).permute(0, 3, 1, 2)),
+    ],
+)
+def test_torchvision_backbones_have_torchvisions_names_and_features(name, head, last):
+    import torchvision
+
+    backbone = build_backbone(ModelConfig(backbone=f"torchvision:{name}", levels=4)).eval()
+    peer = torchvision.models.get_model(name).eval()
+    setattr(peer, head, nn.Identity())
+    peer.load_state_dict(backbone.body.state_dict(), strict=True)
+    with torch.no_grad():
+        maps = backbone(images(1))
+        assert torch.equal(maps[-1], last(peer, images(1)))
+    assert [x.shape[1] for x in maps] == backbone.channels
+    assert [64 // x.shape[2] for x in maps] == backbone.strides == [4, 8, 16, 32]
+    unused = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert unused == ({"body.norm.weight", "body.norm.bias"} if name == "swin_t" else set())
+
+
+def test_drop_path_is_of_the_online_network_alone_and_grows_with_depth():
+    for name in ("timm:test_convnext", "torchvision:efficientnet_b0"):
+        model = VitoModel(ModelConfig(backbone=name, drop_path=0.3, projector_hidden=8, projector_out=4))
+        rates = [
+            [
+                vars(m).get("drop_prob", vars(m).get("p"))
+                for m in branch.modules()
+                if type(m).__name__ in ("DropPath", "StochasticDepth")
+            ]
+            for branch in (model.online, model.target)
+        ]
+        assert rates[0][-1] == pytest.approx(0.3, rel=0.2)
+        assert rates[0] == sorted(rates[0])
+        assert not any(rates[1])
+    with pytest.raises(UserError, match="resnet18 has none"):
+        build_backbone(ModelConfig(backbone="resnet18", drop_path=0.1))
+    with pytest.raises(UserError, match="no stochastic depth"):
+        build_backbone(ModelConfig(backbone="torchvision:mobilenet_v2", drop_path=0.1))
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("resnet51", "resnet18, resnet34, resnet50"), ("timm:no_such_net", "no_such_net"), ("", "timm:NAME")],
+    [
+        ("resnet51", "resnet18, resnet34, resnet50"),
+        ("timm:no_such_net", "no_such_net"),
+        ("", "timm:NAME"),
+        ("torchvision:nope", "nope"),
+        ("torchvision:vit_b_16", "timm"),
+    ],
 )
 def test_unknown_backbones_are_refused_by_name(name, says):
     with pytest.raises(UserError, match=says):

@@ -1,4 +1,4 @@
-"""Backbones that return the feature maps of their last stages: ResNets, and any timm network with feature levels.
+"""Backbones that return the feature maps of their last stages: ResNets, and networks of timm and torchvision.
 
 The ResNets have torchvision's state-dict names and arithmetic. The stride of a bottleneck sits on its 3x3 convolution
 and padding is symmetric, as in torchvision and timm; the ancestors' networks pad 'SAME'. There is no classifier:
@@ -6,7 +6,8 @@ and padding is symmetric, as in torchvision and timm; the ancestors' networks pa
 state dict strictly and give the same features bit for bit.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -169,24 +170,35 @@ RESNETS: dict[str, Callable[..., ResNet]] = {"resnet18": resnet18, "resnet34": r
 class TimmBackbone(nn.Module):
     """A timm network: ``forward(x (B,3,H,W))`` returns its last feature maps (B,C,H',W'), coarsest last.
 
-    ``body`` is the plain timm model without its classifier, so its state dict has timm's own names.
+    ``body`` is the plain timm model without its classifier, so its state dict has timm's own names. A transformer takes
+    images of any size that its patches divide, by interpolated positions, where timm can do so.
 
     Args:
         name: As in ``timm.create_model(name)``.
         levels: How many last feature levels are returned.
+        drop_path: Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
 
     Raises:
-        UserError: timm is missing, or has no such network with so many feature levels.
+        UserError: timm is missing, or has no such network with so many feature levels or with stochastic depth.
     """
 
-    def __init__(self, name: str, levels: int) -> None:
+    def __init__(self, name: str, levels: int, drop_path: float = 0.0) -> None:
         super().__init__()
         try:
             import timm
         except ImportError:
             raise UserError(f"backbone 'timm:{name}' needs timm: pip install timm") from None
+        self.options: dict[str, Any] = {"dynamic_img_size": True}
+        """Options of ``timm.create_model`` beside the name, for whoever builds the network again."""
+        given: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            self.body: Any = timm.create_model(name, pretrained=False, num_classes=0)
+            try:
+                self.body: Any = timm.create_model(name, num_classes=0, **self.options, **given)
+            except TypeError:  # most convolutional networks: they take any size anyway
+                self.options = {}
+                self.body = timm.create_model(name, num_classes=0, **given)
+        except TypeError as error:
+            raise UserError(f"backbone 'timm:{name}' has no stochastic depth, model.drop_path: {error}") from None
         except RuntimeError as error:
             raise UserError(f"backbone 'timm:{name}': {error}") from None
         info = getattr(self.body, "feature_info", None)
@@ -198,34 +210,12 @@ class TimmBackbone(nn.Module):
         described = [info[i] for i in range(len(info))][-levels:]
         self.channels = [level["num_chs"] for level in described]
         self.strides = [level["reduction"] for level in described]
-        self._freeze_unused()
-
-    def _freeze_unused(self) -> None:
-        """Freezes parameters that no feature depends on, as those of a layer before the classifier.
-
-        LARS would only shrink them, and DDP would wait for their gradients. A trace on ``meta`` finds them without
-        computing anything.
-        """
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        learned = {name: t for name, t in tensors if t.requires_grad}
-        meta = {name: torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for name, t in tensors}
-        images = torch.empty(1, *self.body.default_cfg["input_size"], device="meta")
-        try:
-            with torch.enable_grad():
-                features = torch.func.functional_call(self.eval(), meta, (images,))
-                total = torch.stack([f.float().sum() for f in features]).sum()
-        except RuntimeError:  # of a network that reads values
-            return
-        finally:
-            self.train()
-        gradients = torch.autograd.grad(total, [meta[name] for name in learned], allow_unused=True)
-        for parameter, gradient in zip(learned.values(), gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        _freeze_unused(self, self.body.default_cfg["input_size"])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         try:
             features: list[Tensor] = self.body.forward_intermediates(x, indices=self.levels, intermediates_only=True)
-        except AssertionError as error:  # of networks made for one size
+        except AssertionError as error:  # of a size that patches or windows do not divide
             wanted = " x ".join(map(str, self.body.default_cfg["input_size"][1:]))
             raise UserError(
                 f"model.backbone {self.name!r} takes no images of {x.shape[2]} x {x.shape[3]} ({error}): set "
@@ -234,12 +224,116 @@ class TimmBackbone(nn.Module):
         return features
 
 
+class TorchvisionBackbone(nn.Module):
+    """A torchvision network: ``forward(x (B,3,H,W))`` returns its last feature maps (B,C,H',W'), coarsest last.
+
+    ``body`` is the plain torchvision model, its classifier an identity. A level is the last output at its stride.
+
+    Args:
+        name: As in ``torchvision.models.get_model(name)``.
+        levels: How many last feature levels are returned.
+        drop_path: Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+
+    Raises:
+        UserError: torchvision is missing, or has no such network with so many feature levels or with stochastic depth.
+    """
+
+    def __init__(self, name: str, levels: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        try:
+            import torchvision
+        except ImportError:
+            raise UserError(f"backbone 'torchvision:{name}' needs torchvision: pip install torchvision") from None
+        try:
+            self.body: Any = torchvision.models.get_model(name, weights=None)
+        except ValueError as error:
+            raise UserError(f"backbone 'torchvision:{name}': {error}; see torchvision.models.list_models()") from None
+        self.head = next((n for n in ("classifier", "fc", "head") if hasattr(self.body, n)), "")
+        """The classifier's name."""
+        parts = (
+            "stem",
+            "trunk_output",
+            "features",
+            "conv1",
+            "bn1",
+            "relu",
+            "maxpool",
+            *(f"layer{i}" for i in range(1, 5)),
+        )
+        self.parts = [part for part in parts if hasattr(self.body, part)]
+        if not self.head or not {"features", "trunk_output", "layer4"} & set(self.parts):
+            raise UserError(
+                f"backbone 'torchvision:{name}' has no feature maps to take: choose it from timm, timm:NAME"
+            )
+        setattr(self.body, self.head, nn.Identity())
+        self.name, self.levels = f"torchvision:{name}", levels
+        self.channels_last = isinstance(self.body, torchvision.models.SwinTransformer)
+        depths = [m for m in self.body.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+        if drop_path and not depths:
+            raise UserError(f"backbone 'torchvision:{name}' has no stochastic depth, model.drop_path")
+        most = max([m.p for m in depths], default=0.0) or 1.0
+        for module in depths:
+            module.p *= drop_path / most
+        with torch.no_grad():
+            side, body = 224, copy.deepcopy(self).to("meta").eval()
+            maps = list(body.outputs(torch.empty(1, 3, side, side, device="meta")))
+        strides = [round(side / x.shape[2]) for x in maps]
+        last = [i for i, s in enumerate(strides) if i + 1 == len(strides) or strides[i + 1] != s]
+        if levels > len(last):
+            raise UserError(f"backbone {self.name!r} has {len(last)} feature levels, model.levels asks for {levels}")
+        self.taken = last[-levels:]
+        self.channels = [maps[i].shape[1] for i in self.taken]
+        self.strides = [strides[i] for i in self.taken]
+        _freeze_unused(self, (3, side, side))
+
+    def outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """The output (B,C,H',W') of each layer."""
+        for part in self.parts:
+            module = self.body.get_submodule(part)
+            for layer in module.children() if part in ("features", "trunk_output") else [module]:
+                x = layer(x)
+                yield x.permute(0, 3, 1, 2) if self.channels_last else x
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = list(self.outputs(x))
+        return [maps[i] for i in self.taken]
+
+
+def _freeze_unused(backbone: nn.Module, input_size: Sequence[int]) -> None:
+    """Freezes parameters that no feature depends on, as those of a layer before the classifier.
+
+    An optimizer would only shrink them, and DDP would wait for their gradients. A trace on ``meta`` finds them without
+    computing anything.
+    """
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    learned = {name: t for name, t in tensors if t.requires_grad}
+    meta = {name: torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for name, t in tensors}
+    images = torch.empty(1, *input_size, device="meta")
+    try:
+        with torch.enable_grad():
+            features = torch.func.functional_call(backbone.eval(), meta, (images,))
+            total = torch.stack([f.float().sum() for f in features]).sum()
+    except RuntimeError:  # of a network that reads values
+        return
+    finally:
+        backbone.train()
+    gradients = torch.autograd.grad(total, [meta[name] for name in learned], allow_unused=True)
+    for parameter, gradient in zip(learned.values(), gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def build_backbone(config: ModelConfig) -> nn.Module:
-    """Builds the configuration's backbone. UserError for an unknown name or an unusable timm network."""
-    if config.backbone.startswith("timm:"):
-        return TimmBackbone(config.backbone.removeprefix("timm:"), config.levels)
+    """Builds the configuration's backbone. UserError for an unknown name or an unusable network."""
+    library, _, name = config.backbone.partition(":")
+    if name and library in ("timm", "torchvision"):
+        kind = TimmBackbone if library == "timm" else TorchvisionBackbone
+        return kind(name, config.levels, config.drop_path)
     if config.backbone not in RESNETS:
-        raise UserError(f"model.backbone must be {', '.join(RESNETS)} or timm:NAME, got {config.backbone!r}")
+        raise UserError(
+            f"model.backbone must be {', '.join(RESNETS)}, timm:NAME or torchvision:NAME, got {config.backbone!r}"
+        )
+    if config.drop_path:
+        raise UserError(f"model.drop_path {config.drop_path}: {config.backbone} has none, take timm:{config.backbone}")
     return RESNETS[config.backbone](
         levels=config.levels,
         zero_init_residual=config.zero_init_residual,

@@ -3,6 +3,7 @@
 Legend: B images of a forward (all views of all clips), C channels of a stage, L = H*W its locations, D embedding width.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ class VitoModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.online = Branch(config, predictor=config.predictor)
-        self.target = Branch(config, predictor=False)
+        self.target = Branch(replace(config, drop_path=0.0), predictor=False)
         self.target.load_state_dict(
             {k: v for k, v in self.online.state_dict().items() if not k.startswith("predictors.")}
         )

@@ -1,5 +1,6 @@
 """Attention maps of a video's frames as a grid of pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,17 +72,26 @@ def _store_frames(store: Path, count: int) -> list[Pixels]:
 
 def _resized(pictures: list[Pixels], size: int) -> Pixels:
     """Resizes all to the first one's shape at short side ``size``, rounded to 32. UserError above FFmpeg's limit."""
-    from av import FFmpegError, VideoFrame
+    from av import FFmpegError
 
     sides = pictures[0].shape[:2]
     height, width = (max(32, round(side * size / min(sides) / 32) * 32) for side in sides)
-    to = {"format": "rgb24", "width": width, "height": height, "interpolation": "AREA"}
     try:
-        return np.stack([VideoFrame.from_ndarray(picture, format="rgb24").to_ndarray(**to) for picture in pictures])
+        return resized(pictures, (height, width))
     except FFmpegError:
         raise UserError(
             f"--size {size} makes frames of {width}x{height}, too large to draw: take a smaller one"
         ) from None
+
+
+def resized(pictures: list[Pixels], sides: Sequence[int]) -> Pixels:
+    """Frames (H,W,3), each resized to ``sides`` = (height, width): (n,height,width,3)."""
+    from av import VideoFrame
+
+    to = {"format": "rgb24", "height": sides[0], "width": sides[1], "interpolation": "AREA"}
+    return np.stack(
+        [VideoFrame.from_ndarray(np.ascontiguousarray(p), format="rgb24").to_ndarray(**to) for p in pictures]
+    )
 
 
 @torch.no_grad()

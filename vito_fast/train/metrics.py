@@ -1,4 +1,4 @@
-"""Writes a run's numbers to metrics.jsonl, TensorBoard and the terminal.
+"""Writes a run's numbers to metrics.jsonl, its loggers and the terminal.
 
 metrics.jsonl has one object per logged step. On the CPU every value is the same for the same seed, bit for bit,
 except those of ``TIMINGS``, which are about this machine and this moment.
@@ -11,16 +11,15 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vito_fast.config import Config
-from vito_fast.config_files import to_mapping
-from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, name_errors
+from vito_fast.train.loggers import Loggers
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
 """pairs_per_s: clips a second over all ranks since the last row. mfu: model flops utilization, the method's own
@@ -42,60 +41,72 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RowFile:
-    """A JSON-lines file of rows with a ``step`` that continues exactly after ``step`` steps: later rows are dropped."""
+    """A JSON-lines file of rows with a ``step`` that continues exactly after ``step`` steps: later rows are dropped.
+
+    A row that the disk does not take is kept, and written with the next one.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
-        self.path = path
-        with atomic_write(path) as partial:
+        self.path, self._behind = path, False
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        with atomic_write(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (kept for the run)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
-        with name_errors(self.path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+        try:
+            if self._behind:
+                self._rewrite()
+            else:
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                print(f"warning: {self.path} is behind: {error.strerror or error}; its rows are kept", flush=True)
+                with suppress(OSError):
+                    self._file.close()
+            self._behind = True
 
     def sync(self) -> None:
-        """Brings the rows to the disk: before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        """Brings the rows to the disk: before a checkpoint that counts on them. OSError if it takes none."""
+        if self._behind:
+            self._rewrite()
+            self._behind = False
+        with name_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        if self._behind:
+            self._rewrite()
         self._file.close()
 
 
 class Recorder:
-    """Writes rows to metrics.jsonl and TensorBoard, evaluations to evaluations.jsonl, and both to Weights & Biases if
-    ``train.wandb`` names a project; from the main process alone. UserError if wandb is asked for and not installed.
+    """Writes rows to metrics.jsonl, evaluations to evaluations.jsonl, and both to the run's loggers; from the main
+    process alone. UserError if a logger's package is not installed.
     """
 
     def __init__(self, run: Path, step: int, config: Config) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.metrics = RowFile(run / "metrics.jsonl", step)
         self.evaluations = RowFile(run / "evaluations.jsonl", step)
-        self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
-        self._wandb: Any = _wandb_run(run, config) if config.train.wandb else None
+        self._loggers = Loggers(run, step, config, {"train": self.metrics.rows, "evaluation": self.evaluations.rows})
 
     def log(self, row: dict[str, Any]) -> None:
         """One logged step."""
         self.metrics.append(row)
-        self._scalars("train", row)
+        self._loggers.log("train", row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """One evaluation."""
         self.evaluations.append(row)
-        self._scalars("evaluation", row)
-
-    def _scalars(self, group: str, row: dict[str, Any]) -> None:
-        scalars = {f"{group}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, row["step"])
-        if self._wandb:
-            self._wandb.log(scalars, step=row["step"])
+        self._loggers.log("evaluation", row)
 
     def sync(self) -> None:
         self.metrics.sync()
@@ -104,19 +115,7 @@ class Recorder:
     def close(self) -> None:
         self.metrics.close()
         self.evaluations.close()
-        self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-def _wandb_run(run: Path, config: Config) -> Any:
-    """A run of Weights & Biases with this one's name, or that run again."""
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise UserError(f"train.wandb is {config.train.wandb!r}, and wandb is missing: pip install wandb") from None
-    options = {"dir": str(run), "config": to_mapping(config), "resume": "allow"}
-    return wandb.init(project=config.train.wandb, name=config.name, id=config.name, **options)
+        self._loggers.close()
 
 
 class Clock:

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.store.store import Store
+from vito_fast.errors import UserError
 from vito_fast.model.backbones import build_backbone
 from vito_fast.model.pair import Branch
-from vito_fast.train.attention_maps import Pixels, video_frames, write_grid
+from vito_fast.train.attention_maps import Pixels, resized, video_frames, write_grid
 
 SEED_OFFSET = 1_000_003
 """Added to the run's seed for the evaluation: other frames, crops and colors than training's."""
@@ -232,12 +233,18 @@ def evaluate(backbone: nn.Module, frames: Frames, config: Config, device: torch.
 def picture(branch: Branch, frames: Frames, out: Path) -> None:
     """Writes the branch's attention in evaluation mode, if it has any, and leaves its mode as it was.
 
-    UserError if it cannot be written.
+    Of the whole frames; of frames squeezed to the views' square where the network takes no other shape. UserError if it
+    cannot be written.
     """
-    if frames.shown is not None:
-        was_training = branch.training
-        branch.eval()
+    if frames.shown is None:
+        return
+    was_training = branch.training
+    branch.eval()
+    try:
         write_grid(branch, frames.shown, out)
+    except (RuntimeError, AssertionError, UserError):
+        write_grid(branch, resized(list(frames.shown), frames.query.shape[-2:]), out)
+    finally:
         branch.train(was_training)
 
 

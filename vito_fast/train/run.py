@@ -25,6 +25,7 @@ from vito_fast.files import atomic_write
 from vito_fast.train import holdout, probe
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
+from vito_fast.train.loggers import going_on
 from vito_fast.train.metrics import Recorder
 from vito_fast.train.trainer import Trainer
 
@@ -59,14 +60,25 @@ class Run:
             self.saver.save(self.trainer.step_count, tensors, state | self._origin())
 
     def evaluate(self) -> None:
-        """Records a row of retrieval and an attention picture."""
-        if self.recorder and self.frames:
-            step, online = self.trainer.step_count, self.trainer.model.online
-            scores = probe.evaluate(online.backbone, self.frames, self.config, self.world.device)
-            if self.held_out:
-                scores["holdout"] = holdout.evaluate(online, self.held_out, self.config, self.world.device)
+        """Records a row of retrieval and of the held-out clips, and an attention picture. A part that fails is left
+        out with a warning."""
+        if self.recorder is None:
+            return
+        step, online, device = self.trainer.step_count, self.trainer.model.online, self.world.device
+        training = online.training
+        scores: dict[str, Any] = {}
+        if self.frames:
+            with going_on(f"retrieval at step {step}"):
+                scores |= probe.evaluate(online.backbone, self.frames, self.config, device)
+        if self.held_out:
+            with going_on(f"held-out evaluation at step {step}"):
+                scores["holdout"] = holdout.evaluate(online, self.held_out, self.config, device)
+        if scores:
             self.recorder.evaluation({"step": step} | scores)
-            probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
+        if self.frames:
+            with going_on(f"attention picture at step {step}"):
+                probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
+        online.train(training)
 
     def retrieval(self) -> dict[int, float]:
         """Retrieval by step, of the evaluations with as many clips as the baselines."""
@@ -87,7 +99,7 @@ class Run:
             return {}
         step, total = self.trainer.step_count, self.trainer.schedule.total_steps
         rows = self.recorder.metrics.rows
-        if step >= self.last and step not in self.retrieval():
+        if step >= self.last and (self.frames or self.held_out) and step not in self.retrieval():
             self.evaluate()
         summary = {
             "checkpoint": str(path_of(self.folder / "checkpoints", step)),
@@ -102,7 +114,7 @@ class Run:
                 **{name: value for name, value in self.baselines.items() if name != "holdout"},
             },
         }
-        if self.held_out:
+        if self.held_out and "holdout" in self.baselines:
             scores = [row["holdout"] for row in self.recorder.evaluations.rows if row["step"] and "holdout" in row]
             summary["holdout"] = {"trained": scores[-1] if scores else None, **self.baselines["holdout"]}
         with atomic_write(self.folder / "summary.json") as partial:
@@ -154,20 +166,18 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
         checkpoint = _open_folder(folder, config, resume, world)
         if checkpoint is not None:
             _check_same_run(checkpoint, config, loader)
-        frames = probe.draw(config, len(loader.store)) if world.main else None
         baselines = {} if checkpoint is None else checkpoint.value("baselines")
-        if frames and (
-            baselines.get("clips") != frames.clips or "histogram" not in baselines
-        ):  # a new run, or other clips
-            baselines = {
-                **{name: value for name, value in baselines.items() if name == "holdout"},
-                **probe.baselines(trainer.model.online.backbone, frames, config, world.device),
-            }
-        held_out = (
-            holdout.read(config.data.holdout, config.sampler.size) if world.main and config.data.holdout else None
-        )
-        if held_out and "holdout" not in baselines:
-            baselines["holdout"] = holdout.baselines(trainer.model.online, held_out, config, world.device)
+        online, frames, held_out = trainer.model.online, None, None
+        if world.main:
+            with going_on("retrieval"):
+                frames = probe.draw(config, len(loader.store))
+            if frames and (baselines.get("clips") != frames.clips or "histogram" not in baselines):
+                with going_on("baselines of retrieval"):  # of a new run, or of other clips
+                    baselines |= probe.baselines(online.backbone, frames, config, world.device)
+            held_out = holdout.read(config.data.holdout, config.sampler.size) if config.data.holdout else None
+            if held_out and "holdout" not in baselines:
+                with going_on("baselines of the held-out clips"):
+                    baselines["holdout"] = holdout.baselines(online, held_out, config, world.device)
         if checkpoint is not None:
             trainer.load(checkpoint)
         start, total = trainer.step_count, trainer.schedule.total_steps
@@ -262,7 +272,7 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
     scores = summary["retrieval"]
     if stopped_by:
         print(f"stopped by {stopped_by} after step {summary['step']} of {summary['steps']}; continue with --resume")
-    if scores["trained"] is not None:
+    if None not in (scores["trained"], scores.get("untrained")):
         print(
             f"retrieval of a clip's other frame among {scores['clips']} clips: trained {scores['trained']:.1%}, "
             f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}, "

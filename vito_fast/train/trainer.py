@@ -102,7 +102,7 @@ class Trainer:
             )
         if len(micro) == 1:
             with profiling.range("online"):
-                rows, weights = self._forward(self.online, micro[0])
+                rows, weights = self._online(micro[0], 0)
                 queries = [normalize(z) for z in rows]
             with profiling.range("loss"):
                 loss, by_embedding = objective(queries, every := pending.wait(), self.config.loss)
@@ -141,6 +141,12 @@ class Trainer:
             out = branch(images.double() if config.dtype == "float64" else images)
         return [z.unflatten(0, (len(views), -1)) for z in out.embeddings], out.weights
 
+    def _online(self, views: tuple[Tensor, ...], micro: int) -> tuple[list[Tensor], list[Tensor]]:
+        """``_forward`` of the online network. Its paths are dropped alike each time that a micro-batch is embedded."""
+        if self.config.model.drop_path:  # by step and rank, so that a resumed run drops the same
+            torch.manual_seed(hash((self.config.seed, self.step_count, self.world.rank, micro)) % 2**63)
+        return self._forward(self.online, views)
+
     def _cached_gradients(self, micro: list[tuple[Tensor, ...]], pending: PendingKeys) -> Any:
         """The gradient of the whole batch with the activations of one micro-batch (GradCache, 2101.06983).
 
@@ -148,7 +154,7 @@ class Trainer:
         again and propagates its share of that gradient.
         """
         with torch.no_grad(), profiling.range("online"):
-            forwards = [self._forward(self.online, part) for part in micro]
+            forwards = [self._online(part, i) for i, part in enumerate(micro)]
         rows = [torch.cat(z, 1).requires_grad_() for z in zip(*(f[0] for f in forwards), strict=True)]
         queries = [normalize(z) for z in rows]
         with profiling.range("loss"):
@@ -159,7 +165,7 @@ class Trainer:
         for i, part in enumerate(micro):
             with self._without_sync(i < len(micro) - 1), frozen_statistics(self.model.online):
                 with profiling.range("online"):
-                    again, _ = self._forward(self.online, part)
+                    again, _ = self._online(part, i)
                 with profiling.range("backward"):
                     torch.autograd.backward(again, [g[i] for g in gradients])
         return queries, forwards[0][1], every, loss, by_embedding

@@ -1,0 +1,118 @@
+"""Whole runs with backbones of other families: evaluated, stopped, resumed, drawn."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from vito_fast.config import Config, DataConfig, ModelConfig, SamplerConfig, ScheduleConfig, TrainConfig
+from vito_fast.data.pack.pack import pack
+from vito_fast.train import probe
+from vito_fast.train.checkpoint import find
+from vito_fast.train.distributed import World
+from vito_fast.train.loop import train
+from vito_fast.train.metrics import read_rows
+from vito_fast.train.trainer import Trainer
+
+FAMILIES = {
+    "ViT": "timm:test_vit3",
+    "ConvNeXt": "timm:test_convnext",
+    "EfficientNet": "timm:test_efficientnet",
+    "MobileNet": "torchvision:mobilenet_v3_small",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, make_clip):
+    folder = tmp_path_factory.mktemp("videos")
+    for seed in range(6):
+        make_clip(folder / f"{seed}.mp4", seed)
+    store = tmp_path_factory.mktemp("packed") / "store"
+    pack(folder, store, progress=False, processes=1)
+    return store
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return Config(
+        name="r",
+        data=DataConfig(store=str(store), threads=1),
+        sampler=SamplerConfig(size=32, views=2),
+        model=ModelConfig(backbone="timm:test_vit3", projector_hidden=16, projector_out=8, attention_hidden=8),
+        schedule=ScheduleConfig(epochs=4, epoch_clips=3, warmup_epochs=1),
+        train=TrainConfig(batch_size=3, log_every=2, checkpoint_every=3, evaluate_every=2, runs=str(tmp_path / "runs")),
+    )
+
+
+def using(config, **model):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_of_each_family_is_evaluated_drawn_and_resumed(config, family, tmp_path, capsys):
+    config = using(config, backbone=FAMILIES[family])
+    for stop in (3, None):
+        assert train(config, resume=True, max_steps=stop)["step"] == stop or 4
+    assert "warning: no" not in capsys.readouterr().out
+    run = tmp_path / "runs" / "r"
+    assert {p.name for p in (run / "attention").iterdir()} == {f"step-0000000{step}.png" for step in (2, 3, 4)}
+    assert [row["step"] for row in read_rows(run / "evaluations.jsonl")] == [0, 2, 3, 4]
+
+
+def test_a_network_of_one_shape_is_drawn_by_frames_of_that_shape(config, tmp_path, monkeypatch):
+    """As those whose windows or bias tables timm does not resize."""
+    config = using(config, backbone="timm:test_vit3")
+    frames = probe.draw(config, 6)
+    assert frames.shown.shape == (6, 32, 64, 3)
+    branch = probe.Branch(config.model, predictor=False).eval()
+    forward = type(branch.backbone).forward
+
+    def square(self, x):
+        assert x.shape[2:] == (32, 32), "another size"
+        return forward(self, x)
+
+    monkeypatch.setattr(type(branch.backbone), "forward", square)
+    probe.picture(branch, frames, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_no_evaluation_ends_a_run(config, monkeypatch, capsys):
+    """A failing part is one line a time, the others are there, and the numbers are those of a run without."""
+
+    def fails(*_):
+        raise RuntimeError("out of\nmemory")
+
+    train(dataclasses.replace(config, name="whole"))
+    for part in ("picture", "evaluate", "baselines"):
+        monkeypatch.setattr(probe, part, fails)
+    train(config)
+    said = capsys.readouterr().out
+    for part in ("baselines of retrieval", "retrieval at step 2", "attention picture at step 2", "retrieval at step 4"):
+        assert f"warning: no {part}: out of memory; the run goes on\n" in said
+    whole, found = (find(f"{config.train.runs}/{name}").part("model.") for name in ("whole", "r"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_drop_path_is_of_the_step_and_not_of_what_ran_before(config, micro_batches):
+    """Whatever has drawn numbers before, and in both passes of a micro-batch: the gradient is that of one function."""
+    config = using(config, backbone="timm:test_convnext", drop_path=0.5)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, micro_batches=micro_batches, dtype="float64")
+    )
+    trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 3)
+    views, video = tuple(torch.randn(2, 6, 3, 32, 32)), torch.arange(6)
+    before = copy.deepcopy(trainer.model.state_dict())
+    results = []
+    for number in range(2):
+        trainer.model.load_state_dict(before)
+        trainer.step_count = 1
+        trainer.optimizer.load_state_dict({k: torch.zeros_like(v) for k, v in trainer.optimizer.state_dict().items()})
+        torch.manual_seed(number)
+        results.append(trainer.step(views, video, measure=True) | trainer.model.state_dict())
+    one, two = results
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(two[name])) for name, value in one.items())
+    a, b, other = (trainer._online(views, i)[0][0] for i in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, other)
