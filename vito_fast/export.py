@@ -1,8 +1,9 @@
-"""The trained encoder as a state dict with torchvision's and timm's names, which coincide for ResNets."""
+"""The trained encoder as a file with torchvision's or timm's names, which coincide for ResNets."""
 
 import io
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, check_outside_stores
 from vito_fast.model.backbones import RESNETS, build_backbone
 from vito_fast.train.checkpoint import Checkpoint, config_of, find, named_as_one
+from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 Extension = Literal["safetensors", "pth"]
 
@@ -27,44 +29,93 @@ def load_encoder(checkpoint: Checkpoint, network: Literal["online", "target"] = 
     return backbone.eval()
 
 
+class Exported(NamedTuple):
+    """An exported file and Python that uses it."""
+
+    path: Path
+    load: str
+    """Makes the network ``m``."""
+    images: str
+    """Makes ``x`` (B,3,S,S) from uint8 images (B,3,H,W), as ``vito-fast features`` does."""
+    features: str
+    """Makes the features (B,C) of ``x`` that were trained: the spatial mean of the last level."""
+    untrained: list[str]
+    """Tensors of the file that these features do not depend on, and that no training has touched."""
+
+
 def export(
     run: Path,
     out: Path,
-    format: Literal["torchvision", "timm"] = "torchvision",
+    format: Literal["torchvision", "timm"] | None = None,
     ext: Extension | None = None,
     network: Literal["online", "target"] = "online",
-) -> tuple[Path, str]:
+) -> Exported:
     """Writes the encoder of a run or checkpoint, without a classifier; the file appears whole or not at all.
 
     Args:
         run: A run's folder, or one checkpoint file.
         out: The file; without .safetensors or .pth at its end, ``ext`` is added.
-        format: The library whose names the file follows.
+        format: The library whose names the file follows; by default the network's own, torchvision's for ResNets.
         ext: safetensors (the default) or pth.
         network: The online network, or its moving average.
 
-    Returns:
-        The file's path, and a line of Python that loads it.
-
     Raises:
-        UserError: an unusable run, an extension that contradicts ``ext``, or a timm backbone in torchvision's format.
-            Also a path that cannot be written, or belongs to a checkpoint or a store.
+        UserError: an unusable run, an extension that contradicts ``ext``, or a network of the other library. Also a
+            path that cannot be written, or belongs to a checkpoint or a store.
     """
     path = _with_extension(out, ext)
     check_outside_stores(path)
     checkpoint = find(run)
     if named_as_one(path) or (path.exists() and path.samefile(checkpoint.path)):
         raise UserError(f"{path} is a checkpoint or has a checkpoint's name: export to another file")
-    backbone = config_of(checkpoint).model.backbone
-    name = backbone.removeprefix("timm:")
-    if format == "torchvision" and backbone not in RESNETS:
-        raise UserError(f"{backbone} is no torchvision network: use --format timm")
-    state = {k: t.clone().contiguous() for k, t in encoder_state(checkpoint, network).items()}
-    _write(path, state, {"architecture": name, "format": format, "step": str(checkpoint.value("step"))})
-    loaded = f"safetensors.torch.load_file('{path}')" if path.suffix == ".safetensors" else f"torch.load('{path}')"
+    config = config_of(checkpoint)
+    own, _, name = config.model.backbone.rpartition(":")
+    format = format or own or "torchvision"  # type: ignore[assignment]
+    if own and own != format:
+        raise UserError(f"{config.model.backbone} is no {format} network: use --format {own}")
+    encoder = load_encoder(checkpoint, network)
+    untrained = [n.removeprefix("body.") for n, p in encoder.named_parameters() if not p.requires_grad]
+    about = {
+        "architecture": name,
+        "backbone": config.model.backbone,
+        "format": format,
+        "network": network,
+        "step": str(checkpoint.value("step")),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
+        "size": str(config.sampler.size),
+        "interpolation": "bilinear",
+        "level": f"last, stride {encoder.strides[-1]}",  # type: ignore[index]
+        "pooling": "mean",
+        "untrained": json.dumps(untrained),
+    }
+    _write(path, {k: t.clone().contiguous() for k, t in encoder_state(checkpoint, network).items()}, about)
+    load, features = _calls(encoder, name, str(format), path)
+    size = config.sampler.size
+    images = (
+        "T = torchvision.transforms.v2; "
+        f"x = T.CenterCrop({size})(T.Resize({round(size * 8 / 7)})(images)).float() / 255; "
+        f"x = T.Normalize({list(IMAGENET_MEAN)}, {list(IMAGENET_STD)})(x)"
+    )
+    return Exported(path, load, images, features, untrained)
+
+
+def _calls(encoder: nn.Module, name: str, format: str, path: Path) -> tuple[str, str]:
+    """Lines of Python that load a file into ``m``, and that take its features."""
     if format == "timm":
-        return path, f"timm.create_model('{name}', num_classes=0, checkpoint_path='{path}')"
-    return path, f"m = torchvision.models.{name}(); m.fc = torch.nn.Identity(); m.load_state_dict({loaded})"
+        options = "".join(f", {key}={value!r}" for key, value in getattr(encoder, "options", {}).items())
+        load = f"m = timm.create_model('{name}', num_classes=0{options}, checkpoint_path='{path}').eval()"
+        if name in RESNETS:
+            return load, "m(x)"
+        return load, "m.forward_intermediates(x, indices=1, intermediates_only=True)[0].mean((2, 3))"
+    loaded = f"safetensors.torch.load_file('{path}')" if path.suffix == ".safetensors" else f"torch.load('{path}')"
+    head = getattr(encoder, "head", "fc")
+    load = f"m = torchvision.models.{name}(); m.{head} = torch.nn.Identity(); m.load_state_dict({loaded}); m.eval()"
+    parts: list[str] = getattr(encoder, "parts", ["layer4"])
+    if "features" in parts:
+        order = ".permute(0, 3, 1, 2)" if encoder.channels_last else ""
+        return load, f"m.features(x){order}.mean((2, 3))"
+    return load, "m.trunk_output(m.stem(x)).mean((2, 3))" if "trunk_output" in parts else "m(x)"
 
 
 def _with_extension(out: Path, ext: Extension | None) -> Path:

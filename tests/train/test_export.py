@@ -1,5 +1,6 @@
 """Exported files load into plain torchvision and timm networks and give the same features, bit for bit."""
 
+import json
 import warnings
 
 import numpy as np
@@ -10,9 +11,10 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vito_fast.cli.main import main
-from vito_fast.config import Config, ModelConfig, TrainConfig
+from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.config_files import to_mapping
 from vito_fast.errors import UserError
 from vito_fast.export import export, load_encoder
@@ -26,6 +28,7 @@ from vito_fast.train.trainer import Trainer
 def make_run(folder, backbone, **model):
     """A run's folder with one checkpoint after one step, so that no norm is as it started."""
     config = Config(
+        sampler=SamplerConfig(size=64),
         model=ModelConfig(backbone=backbone, projector_hidden=8, projector_out=4, attention_hidden=4, **model),
         train=TrainConfig(batch_size=4),
     )
@@ -57,7 +60,8 @@ def expected(folder, network, memory_format=torch.contiguous_format):
 @pytest.mark.parametrize("network", ["online", "target"])
 @pytest.mark.parametrize("ext", ["safetensors", "pth"])
 def test_torchvision(run, tmp_path, ext, network):
-    path, hint = export(run[0], tmp_path / "encoder", "torchvision", ext, network)
+    made = export(run[0], tmp_path / "encoder", "torchvision", ext, network)
+    path = made.path
     assert path == tmp_path / f"encoder.{ext}"
     state = load_file(path) if ext == "safetensors" else torch.load(path, weights_only=True)
     net = torchvision.models.resnet50()
@@ -69,37 +73,115 @@ def test_torchvision(run, tmp_path, ext, network):
         assert torch.equal(net(images()), expected(run[0], network, torch.channels_last))
         trained = getattr(run[1], network).backbone(images())[-1].mean((2, 3))
         assert torch.equal(net(images()), trained)
-    assert str(path) in hint
+    assert str(path) in made.load
+    assert made.untrained == []
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("ext", ["safetensors", "pth"])
 def test_timm(run, tmp_path, ext):
-    path, _ = export(run[0], tmp_path / f"encoder.{ext}", "timm")
+    path = export(run[0], tmp_path / f"encoder.{ext}", "timm").path
     net = timm.create_model("resnet50", num_classes=0, checkpoint_path=str(path)).eval()
     with torch.no_grad():
         assert torch.equal(net(images()), expected(run[0], "online"))
 
 
-def test_timm_backbones_export_under_their_own_names(tmp_path):
+def test_a_network_of_one_library_is_not_exported_for_the_other(tmp_path):
     make_run(tmp_path / "r", "timm:test_resnet")
-    path, _ = export(tmp_path / "r", tmp_path / "e", "timm")
-    timm.create_model("test_resnet", num_classes=0).load_state_dict(load_file(path), strict=True)
     with pytest.raises(UserError, match="--format timm"):
         export(tmp_path / "r", tmp_path / "e2", "torchvision")
     assert not (tmp_path / "e2.safetensors").exists()
 
 
-def test_the_printed_lines_load_the_file(run, tmp_path, capsys):
-    namespace = {"torch": torch, "torchvision": torchvision, "timm": timm}
+UNTRAINED = {
+    "resnet18": [],
+    "timm:test_resnet": [],
+    "timm:test_vit": ["norm.weight", "norm.bias"],
+    "timm:test_efficientnet": ["conv_head.weight", "bn2.weight", "bn2.bias"],
+    "torchvision:mobilenet_v3_small": [],
+}
+
+
+@pytest.mark.parametrize("backbone", UNTRAINED)
+def test_printed_lines_file_and_command_agree_to_the_bit(backbone, tmp_path, capsys):
+    """The printed Python, ``vito-fast features`` of the file and of the run, and the training graph."""
     import safetensors.torch
 
-    namespace["safetensors"] = safetensors
-    for arguments in (["--ext", "pth"], [], ["--format", "timm"]):
+    trained = make_run(tmp_path / "r", backbone).online.backbone.to(memory_format=torch.contiguous_format)
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{name}.png")
+    assert main(["export", str(tmp_path / "r"), str(tmp_path / "x")]) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said["exported"] == f"{tmp_path}/x.safetensors"
+    assert said.get("untrained", "").split("; ")[0] == ", ".join(UNTRAINED[backbone])
+    found = []
+    for encoder in ("x.safetensors", "r"):
+        out = tmp_path / f"{encoder}.features.safetensors"
+        assert main(["features", str(tmp_path / encoder), str(tmp_path / "images"), str(out)]) == 0
+        with safetensors.safe_open(out, "pt") as file:
+            found.append(file.get_tensor("features"))
+            header = file.metadata()
+        assert json.loads(header["names"]) == ["a.png", "b.png"]
+        assert (header["size"], header["pooling"]) == ("64", "mean")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        exported = file.metadata()
+    same = ("mean", "std", "size", "interpolation", "level", "pooling", "backbone")
+    assert {name: exported[name] for name in same} == {name: header[name] for name in same}
+
+    images = torch.stack([pil_to_tensor(Image.open(tmp_path / "images" / f"{name}.png")) for name in "ab"])
+    space = {"torch": torch, "torchvision": torchvision, "timm": timm, "safetensors": safetensors, "images": images}
+    with torch.no_grad():
+        for line in (said["load it with"], said["images"], f"result = {said['features']}"):
+            exec(line, space)
+        assert torch.equal(space["result"], found[0])
+        assert torch.equal(space["result"], found[1])
+        assert torch.equal(space["result"], trained(space["x"])[-1].mean((2, 3)))
+
+
+def test_the_printed_lines_load_the_file(run, tmp_path, capsys):
+    import safetensors.torch
+
+    namespace = {"torch": torch, "torchvision": torchvision, "timm": timm, "safetensors": safetensors}
+    for arguments in (["--ext", "pth"], ["--format", "timm"]):
         assert main(["export", str(run[0]), str(tmp_path / "x"), *arguments]) == 0
-        *_, hint, last = capsys.readouterr().out.splitlines()
+        hint, *_, last = capsys.readouterr().out.splitlines()
         assert last.startswith(f"exported: {tmp_path}/x.")
         exec(hint.removeprefix("load it with: "), namespace)
+
+
+def test_features_of_videos_in_parquet(run, tmp_path, make_clip, capsys):
+    import pyarrow.parquet as pq
+
+    (tmp_path / "v" / "deep").mkdir(parents=True)
+    make_clip(tmp_path / "v" / "deep" / "a.mp4", 1)
+    make_clip(tmp_path / "v" / "b.mp4", 2)
+    (tmp_path / "v" / "broken.mp4").write_text("hello")
+    words = ["features", str(run[0]), str(tmp_path / "v"), str(tmp_path / "f.parquet"), "--size", "32"]
+    assert main([*words, "--frames", "2", "--pooling", "attention"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"warning: left out: cannot read {tmp_path}/v/broken.mp4")
+    assert out[-1] == f"features: {tmp_path}/f.parquet, 2 rows of 3072"
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["name"].to_pylist() == ["b.mp4", "deep/a.mp4"]
+    assert (table.schema.metadata[b"pooling"], table.schema.metadata[b"size"]) == (b"attention", b"32")
+    assert main([*words, "--frames", "2", "--per-frame"]) == 0
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["name"].to_pylist() == ["b.mp4#0", "b.mp4#1", "deep/a.mp4#0", "deep/a.mp4#1"]
+    rows = np.array(table["features"].to_pylist(), np.float32)
+    assert rows.shape == (4, 2048)
+    assert not np.array_equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs", "says"),
+    [("f.npy", ".", "must end in"), ("f.safetensors", "none", "no image or video"), ("no/f.parquet", ".", "no folder")],
+)
+def test_features_that_cannot_be_made_are_one_line(tmp_path, out, inputs, says, capsys):
+    (tmp_path / "none").mkdir()
+    assert main(["features", "pixels", str(tmp_path / inputs), str(tmp_path / out)]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_places_that_cannot_be_written_and_contradictions(run, tmp_path):

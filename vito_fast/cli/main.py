@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect-store": ("vito_fast.cli.store", "inspect_store", "verify a store and describe it"),
     "train": ("vito_fast.cli.train", "Train", "pretrain an encoder: vito-fast train CONFIG [--section.field VALUE]"),
     "export": ("vito_fast.cli.export", "export", "write a run's encoder for torchvision or timm"),
+    "features": ("vito_fast.cli.export", "features", "write an encoder's features of images or videos"),
     "evaluate": (
         "vito_fast.cli.evaluate",
         "evaluate",

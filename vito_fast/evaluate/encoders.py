@@ -7,6 +7,7 @@ Every source ends as an ``Encoder``: four stages of features, an input normaliza
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ class Encoder:
     device: torch.device
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    size: int = 224
+    """Side of the images that it was trained on, in pixels."""
     pools: nn.ModuleList | None = None
     """Attention pools of the last stages, of a run that has them: (B,C,H,W) -> vectors (B,C), weights (B,H*W)."""
     _strided: dict[tuple[int, int], nn.Module] = dataclasses.field(default_factory=dict)
@@ -332,18 +335,22 @@ def _encoder(
     device: torch.device,
     *,
     step: int | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     pools: nn.ModuleList | None = None,
     notes: tuple[str, ...] = (),
 ) -> Encoder:
-    body: Any = getattr(backbone, "body", None)  # timm's network, which knows its own normalization
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if body is None else (body.default_cfg["mean"], body.default_cfg["std"])
+    own: Any = getattr(getattr(backbone, "body", None), "default_cfg", {})  # timm's networks know their normalization
+    mean = mean or own.get("mean", IMAGENET_MEAN)
+    std = std or own.get("std", IMAGENET_STD)
     sha = weights_digest(backbone, architecture, mean, std)
     if pools is not None:
         sha = hashlib.sha256(f"{sha} {weights_digest(pools, 'pools', mean, std)}".encode()).hexdigest()
         pools = pools.eval().requires_grad_(False).to(device)
     backbone = backbone.eval().requires_grad_(False).to(device)
     record = Encoded(name, source, architecture, sha, init, step, notes)
-    return Encoder(backbone, record, device, tuple(mean), tuple(std), pools)
+    return Encoder(backbone, record, device, tuple(mean), tuple(std), size or 224, pools)  # type: ignore[arg-type]
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -366,7 +373,8 @@ def _from_run(path: Path, source: str, device: torch.device) -> Encoder:
     run = checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else checkpoint.path
     return _encoder(
         backbone, run.stem, source, network, "trained", device,
-        step=int(checkpoint.value("step")), pools=branch.pools if attends else None,
+        step=int(checkpoint.value("step")), size=config["sampler"]["size"], mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        pools=branch.pools if attends else None,
     )  # fmt: skip
 
 
@@ -374,11 +382,12 @@ def _from_file(path: Path, source: str, network: str | None, device: torch.devic
     state, about = read_weights(path)
     network = network or architecture_of(state, about, path)
     backbone = _build(network)
-    body: nn.Module = backbone.body if network.startswith("timm:") else backbone  # type: ignore[assignment]
+    body: nn.Module = getattr(backbone, "body", backbone)  # type: ignore[assignment]
     weights, notes = fitted(state, body, path)
     body.load_state_dict(weights)
     step = int(about["step"]) if about.get("step", "").isdigit() else None
-    return _encoder(backbone, path.stem, source, network, "trained", device, step=step, notes=notes)
+    made: dict[str, Any] = {name: json.loads(about[name]) for name in ("size", "mean", "std") if name in about}
+    return _encoder(backbone, path.stem, source, network, "trained", device, step=step, notes=notes, **made)
 
 
 def _pretrained(network: str, source: str, device: torch.device) -> Encoder:

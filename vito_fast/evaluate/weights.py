@@ -71,7 +71,9 @@ def architecture_of(state: Mapping[str, Tensor], about: Mapping[str, str], path:
     Raises:
         UserError: for any other network: its name must be given as ``timm:NAME@FILE``.
     """
-    named = about.get("architecture")
+    if "backbone" in about:
+        return about["backbone"]
+    named = about.get("architecture")  # of files before ``backbone``
     if named:
         return named if named.startswith("resnet") else f"timm:{named}"
     names = {strip(name) for name in state}
