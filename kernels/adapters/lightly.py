@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
+from vito_kernels import ntxent, similarity_lse
 from vito_kernels._core.checks import check_flags, check_paired, inverse_temperature, is_integer
-from vito_kernels.contrastive.info_nce import similarity_lse
-from vito_kernels.contrastive.two_sided import ntxent
 from vito_kernels.distributed import gather_keys, global_ntxent
 
 

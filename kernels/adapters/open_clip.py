@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vito_kernels import clip_loss
 from vito_kernels._core.checks import check_flags, check_integers
-from vito_kernels.contrastive.two_sided import clip_loss
 from vito_kernels.distributed import global_clip_loss
 
 

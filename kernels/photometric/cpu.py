@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.photometric import GRAY_WEIGHTS, ORDERS
+from vito_kernels.reference import GRAY_WEIGHTS, ORDERS
 
 BLOCK = 16  # rows or columns of a block of the blur: the width of a float32 vector, and close to the fewest operations
 FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not the caller's default

@@ -20,7 +20,7 @@ from vito_kernels._core.autograd import register_flops
 from vito_kernels._core.checks import without_autocast
 from vito_kernels._core.lazy_triton import jit, on_device, use_triton
 from vito_kernels.photometric import cpu as photometric_cpu
-from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
+from vito_kernels.reference import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from test_exact import sequential
 from videos import pictures, write
 
-from vito_fast.data.pack.clips import PackedClip, PackedFile
-from vito_fast.data.pack.journal import Journal, Rejected
+from vito_fast.data.pack.clips import Journal, PackedClip, PackedFile, Rejected
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.pack.shots import Cut, ShotDetector, mark_cuts
 from vito_fast.data.store.media import BadVideo, fitted, presentation_times

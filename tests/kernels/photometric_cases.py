@@ -2,7 +2,7 @@
 
 import torch
 
-from vito_kernels.reference.photometric import IMAGENET_STD
+from vito_kernels.reference import IMAGENET_STD
 
 IDENTITY = torch.tensor([[0.0, 1, 1, 0, -1, 0, 0, 2]])
 

@@ -20,7 +20,7 @@ from photometric_cases import IDENTITY, gray_levels, photographs, random_params
 from vito_kernels import photometric, reference
 from vito_kernels.photometric import cpu as photometric_cpu
 from vito_kernels.photometric.op import PARAMS
-from vito_kernels.reference.photometric import IMAGENET_MEAN, IMAGENET_STD
+from vito_kernels.reference import IMAGENET_MEAN, IMAGENET_STD
 
 module = importlib.import_module("vito_kernels.photometric.op")
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import vito_kernels
-from vito_fast.data.loader.fetch import Chunk, Fetcher
+from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.description import NVDEC_CODECS
 from vito_fast.data.store.store import Store
@@ -27,6 +27,7 @@ _Tasks = SimpleQueue[tuple[Future[Any], Callable[[Any], Any]] | None]
 CPU_CHUNK, GPU_CHUNK = 16, 64
 """Largest number of samples in a chunk. On a CPU the chunk's pixels must stay in the cache and the cost per call must
 be small: 8 to 32 differ by under 3 %. The number for a GPU is not measured."""
+MAX_FAILURES_KEPT = 100
 GPU_WORKERS = 8
 """Largest number of DALI pipelines on a GPU. One leaves NVDEC idle."""
 
@@ -150,6 +151,47 @@ class LoaderSpec:
             except ValueError:  # a corrupt entry; the fetcher reports it
                 keys.append(("", 0, 0))
         return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+
+
+@dataclass
+class LoaderStats:
+    """Counters since the loader was made."""
+
+    samples: int = 0
+    failures: int = 0
+    """Samples that could not be read or decoded, each replaced by another clip."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Failures by kind: ``Read.code``, or ``decode``."""
+    last_failures: list[Failure] = field(default_factory=list)
+    """The most recent, at most 100."""
+    refused: int = 0
+    """Samples that DALI rejected and that were decoded in software."""
+    bytes_read: int = 0
+    packets: int = 0
+    """Packets decoded, d."""
+    frames: int = 0
+    """Distinct frames used, u."""
+    read_seconds: float = 0.0
+    """Summed over the workers, as are the next two."""
+    decode_seconds: float = 0.0
+    """With crop and resize."""
+    augment_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Time that the consumer waited for batches."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counters as JSON values."""
+        return asdict(self)
+
+    def add(self, chunk: Chunk) -> None:
+        """Count the samples of one chunk."""
+        self.samples += len(chunk.samples.clip)
+        self.failures += len(chunk.failures)
+        for failure in chunk.failures:
+            self.reasons[failure.code] = self.reasons.get(failure.code, 0) + 1
+        self.last_failures = (self.last_failures + chunk.failures)[-MAX_FAILURES_KEPT:]
+        for name in ("refused", "bytes_read", "packets", "frames", "read_seconds", "decode_seconds", "augment_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(chunk, name))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

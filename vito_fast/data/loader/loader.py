@@ -5,7 +5,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ import numpy.typing as npt
 import torch
 
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.batch import Batch, LoaderSpec, ThreadPool
-from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
+from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
@@ -23,48 +21,6 @@ log = logging.getLogger("vito_fast.data")
 
 MIN_SAMPLES = 1000
 """The share of failures is taken over at least this many samples."""
-MAX_FAILURES_KEPT = 100
-
-
-@dataclass
-class LoaderStats:
-    """Counters since the loader was made."""
-
-    samples: int = 0
-    failures: int = 0
-    """Samples that could not be read or decoded, each replaced by another clip."""
-    reasons: dict[str, int] = field(default_factory=dict)
-    """Failures by kind: ``Read.code``, or ``decode``."""
-    last_failures: list[Failure] = field(default_factory=list)
-    """The most recent, at most 100."""
-    refused: int = 0
-    """Samples that DALI rejected and that were decoded in software."""
-    bytes_read: int = 0
-    packets: int = 0
-    """Packets decoded, d."""
-    frames: int = 0
-    """Distinct frames used, u."""
-    read_seconds: float = 0.0
-    """Summed over the workers, as are the next two."""
-    decode_seconds: float = 0.0
-    """With crop and resize."""
-    augment_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    """Time that the consumer waited for batches."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counters as JSON values."""
-        return asdict(self)
-
-    def add(self, chunk: Chunk) -> None:
-        """Count the samples of one chunk."""
-        self.samples += len(chunk.samples.clip)
-        self.failures += len(chunk.failures)
-        for failure in chunk.failures:
-            self.reasons[failure.code] = self.reasons.get(failure.code, 0) + 1
-        self.last_failures = (self.last_failures + chunk.failures)[-MAX_FAILURES_KEPT:]
-        for name in ("refused", "bytes_read", "packets", "frames", "read_seconds", "decode_seconds", "augment_seconds"):
-            setattr(self, name, getattr(self, name) + getattr(chunk, name))
 
 
 class ClipLoader:
@@ -154,7 +110,7 @@ class ClipLoader:
             threads=threads,
             batch_size=batch_size,
         )
-        self._pool: ThreadPool[Fetcher] | None = None
+        self._pool: ThreadPool[Any] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""

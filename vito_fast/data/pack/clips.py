@@ -1,9 +1,19 @@
-"""Packed clips, the shard they are written to, and the time rules that re-encoding and copying share."""
+"""Packed clips: the time rules that re-encoding and copying share, the shard they go to, and the journal of files.
 
+The journal is the record from which a killed run continues. Each machine's share has one append-only file with a line
+of JSON per source file. A run that continues truncates the shards to the recorded packets.
+"""
+
+import base64
+import dataclasses
+import json
 import os
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,3 +108,162 @@ def frame_duration(seconds: np.ndarray, rate: Fraction) -> float:
 def too_short(start: float, end: float, min_length: float) -> bool:
     """Whether a shot from ``start`` to ``end`` seconds is below ``min_length``. Both ends may be rounded."""
     return end - start < min_length - 2 * CLOCK
+
+
+@dataclass(frozen=True)
+class Rejected:
+    reason: str
+
+
+Entry = PackedFile | Rejected
+
+
+class Records(Mapping[str, Entry]):
+    """Entries by file name. They stay on disk: memory holds only the offset of each line."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Path, int]] = {}
+        self.end = 0
+        """Bytes of whole lines in the file that was read last."""
+
+    def __getitem__(self, name: str) -> Entry:
+        path, place = self._places[name]
+        with open(path, "rb") as file:
+            file.seek(place)
+            return _load(file.readline())[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def note(self, name: str, path: Path, place: int) -> None:
+        self._places[name] = (path, place)
+
+    def forget(self, name: str) -> None:
+        self._places.pop(name, None)
+
+    def read(self, path: Path) -> Iterator[tuple[str, Entry]]:
+        """Register and yield the entries of ``path``, up to the partial line that a killed run may have left."""
+        place = 0
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    name, entry = _load(line)
+                except (ValueError, KeyError, TypeError, zlib.error):
+                    return
+                self.note(name, path, place)
+                place += len(line)
+                self.end = place
+                yield name, entry
+
+
+class Journal:
+    """The record of one share (``number`` of ``parts``, from 1) of the store that is packed in ``store``."""
+
+    def __init__(self, store: Path, number: int, parts: int):
+        self.store, self.number, self.parts = store, number, parts
+        self.entries = Records()
+        self._path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"
+        self._path.touch()
+        ends: dict[int, int] = {}
+        lost = []
+        for name, entry in self.entries.read(self._path):
+            for clip in entry.clips if isinstance(entry, PackedFile) else []:
+                end = int((clip.offsets + clip.sizes).max())
+                path = self.shard_path(clip.shard)
+                if not path.exists() or path.stat().st_size < end:  # lost in a power cut; pack this file again
+                    lost.append(name)
+                else:
+                    ends[clip.shard] = max(ends.get(clip.shard, 0), end)
+        for name in lost:
+            self.entries.forget(name)
+        self._file = open(self._path, "a+b")  # noqa: SIM115 - open until mark_done
+        self._file.truncate(self.entries.end)
+        self._trim_shards(ends)
+
+    def mine(self, name: str) -> bool:
+        """Whether the file belongs to this share. Depends on its name alone: machines need not agree on a listing."""
+        return zlib.crc32(name.encode("utf-8", "surrogateescape")) % self.parts == self.number - 1
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Record a file that is packed or rejected."""
+        self.entries.note(name, self._path, self._file.seek(0, os.SEEK_END))
+        self._file.write(_dump(name, entry))
+        self._file.flush()
+
+    def mark_done(self) -> None:
+        """Sync to disk and mark this share as complete."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._path.with_suffix(".done").touch()
+
+    def shard_path(self, number: int) -> Path:
+        return self.store / f"shard-{number:05d}.bin"
+
+    def new_shard(self) -> int:
+        """Create an empty shard and return its number. Shares use disjoint numbers."""
+        number = self.number - 1
+        while True:
+            try:
+                os.close(os.open(self.shard_path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                return number
+            except FileExistsError:
+                number += self.parts
+
+    def _trim_shards(self, ends: dict[int, int]) -> None:
+        """Truncate this share's shards to the end of the last recorded packet."""
+        for path in self.store.glob("shard-*.bin"):
+            number = int(path.stem.split("-")[1])
+            if number % self.parts == self.number - 1:
+                if number not in ends:
+                    path.unlink()
+                else:
+                    os.truncate(path, ends[number])
+
+    @staticmethod
+    def all_entries(store: Path, parts: int) -> Records | None:
+        """The records of all shares, or None while one is unfinished."""
+        records = Records()
+        for number in range(1, parts + 1):
+            path = store / ".pack" / f"part-{number}-of-{parts}.jsonl"
+            if not path.with_suffix(".done").exists():
+                return None
+            for _ in records.read(path):
+                pass
+        return records
+
+
+def _dump(name: str, entry: Entry) -> bytes:
+    body: dict[str, Any]
+    if isinstance(entry, Rejected):
+        body = {"reason": entry.reason}
+    else:
+        body = {"rate": entry.rate, "too_short": entry.too_short, "clips": [_plain(clip) for clip in entry.clips]}
+    return json.dumps({"file": name, **body}).encode() + b"\n"
+
+
+def _plain(clip: PackedClip) -> dict[str, Any]:
+    values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
+    for key, value in values.items():
+        if isinstance(value, np.ndarray):
+            values[key] = [value.dtype.str, base64.b64encode(zlib.compress(value.tobytes(), 1)).decode()]
+    return {**values, "time_base": str(clip.time_base), "extradata": base64.b64encode(clip.extradata).decode()}
+
+
+def _load(line: bytes) -> tuple[str, Entry]:
+    if not line.endswith(b"\n"):
+        raise ValueError("half a line")
+    body = json.loads(line)
+    if "reason" in body:
+        return body["file"], Rejected(body["reason"])
+    return body["file"], PackedFile([_clip(values) for values in body["clips"]], body["rate"], body["too_short"])
+
+
+def _clip(values: dict[str, Any]) -> PackedClip:
+    for key in ("pts", "offsets", "sizes", "checksums", "flags"):
+        dtype, data = values[key]
+        values[key] = np.frombuffer(zlib.decompress(base64.b64decode(data)), np.dtype(dtype))
+    values["time_base"], values["extradata"] = Fraction(values["time_base"]), base64.b64decode(values["extradata"])
+    return PackedClip(**values)

@@ -21,9 +21,8 @@ import numpy as np
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.pack.clips import PackedFile, Span
+from vito_fast.data.pack.clips import Entry, Journal, PackedFile, Rejected, Span
 from vito_fast.data.pack.encode import choose_encoder
-from vito_fast.data.pack.journal import Entry, Journal, Rejected
 from vito_fast.data.pack.listing import Listing, list_clips, list_videos
 from vito_fast.data.pack.process_pool import FileJob, ProcessPool
 from vito_fast.data.store.description import (

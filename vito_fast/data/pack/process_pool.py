@@ -24,9 +24,8 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vito_fast.data.pack.clips import ShardWriter, Span
+from vito_fast.data.pack.clips import Journal, Rejected, ShardWriter, Span
 from vito_fast.data.pack.encode import EncoderMissing, Transcoder
-from vito_fast.data.pack.journal import Journal, Rejected
 from vito_fast.data.pack.remux import Remuxer
 from vito_fast.data.store.description import Limits, PackOptions
 from vito_fast.data.store.media import BadVideo
