@@ -10,7 +10,7 @@
 
 namespace vito {
 
-// A clip as the packer knows it. The arrays have one entry a packet, in decoding order.
+// A clip to write. The arrays have one entry a packet, in decoding order.
 struct ClipInput {
   int64_t video;
   std::string source, codec, extradata;

@@ -1,4 +1,4 @@
-// Reads what frames need from the shards, and verifies it.
+// Reads the packets of frames from the shards and verifies them.
 #pragma once
 
 #include <cstdint>

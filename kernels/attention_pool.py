@@ -3,7 +3,7 @@
     weights = softmax(logits, dim=1)                                      (B, L)
     pooled  = (weights[:, :, None] * features).sum(dim=1)                 (B, C)
 
-Forward and backward each read the features once, in any layout: (B, L, C), (B, C, H, W) channels_last and (B, C, H, W)
+Forward and backward each read the features once, in any layout. (B, L, C), (B, C, H, W) channels_last and (B, C, H, W)
 contiguous are strides, never copies. The backward writes d features_l = weights_l g and
 d logits_l = weights_l (g . features_l - g . pooled). features float32, bfloat16 or float16; sums and weights float32.
 Deterministic: no atomics, sums in a fixed order.

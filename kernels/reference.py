@@ -120,14 +120,8 @@ def multi_view_info_nce(
     views, rows, _ = queries.shape
     options: dict[str, Any] = {"temperature": temperature, "q_group": q_group, "k_group": k_group, "reduction": "none"}
     positive = torch.arange(rows, device=queries.device) + positive_offset
-    losses = torch.stack(
-        [
-            info_nce(queries[a], keys[b], positive=positive, **options)
-            for a in range(views)
-            for b in range(views)
-            if a != b
-        ]
-    )
+    pairs = permutations(range(views), 2)
+    losses = torch.stack([info_nce(queries[a], keys[b], positive=positive, **options) for a, b in pairs])
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.mean(1).sum()
 
 

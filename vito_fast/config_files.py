@@ -24,7 +24,7 @@ LEGACY: dict[str, dict[str, Any]] = {
     "sampler": {"views": 2, "crop_fit": "retry", "blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
     "schedule": {"epoch_clips": 0},
 }
-"""Defaults of version 0.1, from before the paper's text was at hand: its files and checkpoints keep their meaning."""
+"""Defaults of version 0.1, which predate the paper's text. Its files and checkpoints keep their meaning."""
 
 RENAMED = {
     "loss.kind": "loss.name",
@@ -49,8 +49,8 @@ def load_config(path: str | Path) -> Config:
         path: A file, or the name of a shipped preset.
 
     Raises:
-        UserError: a missing file, an unknown key (with the nearest valid name), a wrong type or a value out of range;
-            the message names file and key.
+        UserError: a missing file, an unknown key, a wrong type or a value out of range. The message names file, key and
+            the nearest valid name.
     """
     return _load(find_preset(path), ())
 
@@ -182,7 +182,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as YAML gave it, checked against (and for tuples and whole floats brought to) the field's type."""
+    """``value`` as YAML gave it, checked against the field's type; lists become tuples, and whole numbers floats."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

@@ -5,11 +5,11 @@
 
 x (B, C) or (B, C, H, W) channels_last, float32, bfloat16 or float16; statistics float32. Passes over memory count:
 forward reads x twice and writes y once, backward reads x and the gradient twice and writes dx once. The mask of a ReLU
-alone is computed again from x. After a residual it comes from y; then the first backward pass writes the masked
+alone is computed again from x. After a residual it comes from y. The first backward pass then writes the masked
 gradient, which is the residual's, and the second pass reads it.
 
-With G groups, each of G consecutive shares of the batch has statistics of its own, in the same launches; a pair of
-views is then normalized as by two forward passes. Statistics are (G, C) then, and (C) for one group.
+With G groups, each of G consecutive shares of the batch has its own statistics, in the same launches. A pair of views
+is then normalized as by two forward passes. Statistics are (G, C), or (C) for one group.
 
 The steps are ops of their own, so that ranks can merge their statistics between them by Chan's formula
 (:mod:`vito_kernels.distributed.sync_batch_norm`). Deterministic: no atomics, sums in a fixed order.

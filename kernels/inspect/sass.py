@@ -102,9 +102,10 @@ def parse(listing: str) -> list[Instruction]:
 
 
 def _main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The loop with the most tensor-core instructions, of several the one that copies ahead (another takes the last,
-    ragged tile), the smallest; without any, the longest innermost loop. Without the short loops in it: an iteration
-    that need not wait a second time runs none of them.
+    """The loop with the most tensor-core instructions; without any, the longest innermost loop.
+
+    Of several it is the one that copies ahead, since another takes the last, ragged tile. Of those it is the smallest.
+    Short loops inside it are left out: an iteration that waits only once runs none of them.
     """
     every = _loops(code)
     loops = [loop for loop in every if len(loop) >= SHORT_LOOP]

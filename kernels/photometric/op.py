@@ -348,7 +348,7 @@ def photometric(
 ) -> Tensor:
     """Jitter, gray, blur, solarize and normalize each image by its own row of parameters.
 
-    Computes ``vito_kernels.reference.photometric``, where the formulas and their source stand.
+    Computes ``vito_kernels.reference.photometric``, which has the formulas and their source.
 
     Args:
         images: (B, H, W, 3) uint8, on a GPU or CPU.
@@ -363,9 +363,9 @@ def photometric(
 
     Raises:
         TypeError: images are not uint8, params not float32, dtype is another, or kernel_size is no int.
-        ValueError: a shape, device, kernel size, mean or deviation is wrong. On a CPU also a parameter that is not
-            finite, an order that is no integer from -1 to 23, gray other than 0 and 1, or a negative sigma. Reading
-            values would stall a GPU, so an image with such parameters comes out as NaN there.
+        ValueError: a shape, device, kernel size, mean or deviation is wrong. On a CPU also a parameter out of range:
+            not finite, an order other than -1 to 23, gray other than 0 and 1, or a negative sigma. Reading values
+            would stall a GPU, so an image with such parameters is NaN there.
 
     Deterministic.
     """

@@ -276,7 +276,7 @@ def _written(store: Store, clip: int, folder: Path) -> tuple[Path, npt.NDArray[n
     """Remux a clip to a file.
 
     Returns:
-        The file, and the position of each frame of the clip in it: a clip that begins inside a group of pictures has
+        The file, and the position of each frame of the clip in it. A clip that begins inside a group of pictures has
         other frames before its own.
     """
     info = store.index.clip(clip)

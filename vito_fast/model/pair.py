@@ -73,8 +73,8 @@ class Branch(nn.Module):
 class VitoModel(nn.Module):
     """The online branch, which learns, and the target branch, a moving average of it that makes the keys.
 
-    Both start equal. The target is in training mode as in the ancestors' code: its batch norms normalize by the
-    batch and its running statistics move by its own forwards; the average is taken over parameters only.
+    Both start equal. The target is in training mode, as in the ancestors' code. Its batch norms normalize by the batch,
+    and its running statistics move by its own forwards. The average is taken over parameters only.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -117,7 +117,7 @@ class Prediction:
 
     @property
     def bottleneck(self) -> str:
-        """Memory that does not suffice; else the slowest resource, and for the GPU what most of its time waits for."""
+        """GPU memory if the run does not fit, else the slowest resource; of the GPU, the limit of most of its time."""
         if not self.fits:
             return "GPU memory"
         slowest = max(self.resources, key=lambda name: self.resources[name])
@@ -271,8 +271,8 @@ def _gpu_phases(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -
 def _views(config: Config, options: PlanOptions, m: Machine, dry: DryRun) -> Phase:
     """Resize and color on the GPU.
 
-    The decoder writes each frame, the resize reads and writes it (8 bits a value), and ``photometric`` reads it and
-    writes it at the step's width. A blurred view is read and written twice more.
+    The decoder writes each frame. The resize reads and writes it, 8 bits a value. ``photometric`` reads it and writes
+    it at the step's width. A blurred view is read and written twice more.
     """
     s = config.sampler
     width = 2 if config.train.dtype == "bfloat16" else 4

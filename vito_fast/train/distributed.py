@@ -45,8 +45,8 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"]) -> World:
         device: ``train.device``; auto takes a GPU if there is one.
 
     Raises:
-        UserError: CUDA is asked for and absent, there are more local ranks than GPUs, the environment makes no sense,
-            or the other ranks are not at its address.
+        UserError: CUDA is absent, local ranks outnumber GPUs, a variable has no valid number, or the other ranks do
+            not answer at the address.
     """
     size = environment_number("WORLD_SIZE", 1, least=1)
     rank = environment_number("RANK", 0 if size == 1 else None, most=size - 1)
@@ -103,8 +103,8 @@ def _store_of_this_attempt() -> dist.Store:
 def shutdown(*, failed: bool = False) -> None:
     """Leaves the process group, if there is one.
 
-    A rank that ``failed`` does not leave NCCL's: it would wait for ranks that wait for it in a collective, and its
-    error would appear only after their watchdogs end them.
+    A rank that ``failed`` does not leave NCCL's. It would wait for ranks that wait for it in a collective, and show its
+    error only after their watchdogs end them.
     """
     if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """The objective: the queries of each view find the same clip's key in each other view.
 
-Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, E embeddings of an image (1 with
-concatenated heads, else one a level), S levels.
+Legend: V views, B clips of this rank, N clips of all ranks, D embedding width, S levels, E embeddings of an image. E is
+1 with concatenated heads, else S.
+
 The contrastive term of view a against view b is, with unit queries q and keys k and temperature t,
 
     -log  exp(q_i.k_i/t) / (exp(q_i.k_i/t) + sum over keys j of other videos exp(q_i.k_j/t))
@@ -11,7 +12,7 @@ DetCon-B: a batch of distinct videos gives 2N-1 logits). The objective is the su
 and over embeddings.
 """
 
-from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -20,11 +21,6 @@ from torch import Tensor
 from vito_fast.config import LossConfig
 from vito_fast.train.keys import GatheredKeys
 from vito_kernels import info_nce, multi_view_info_nce
-
-
-def ordered_pairs(views: int) -> Iterator[tuple[int, int]]:
-    """(a,b) with a != b."""
-    return ((a, b) for a in range(views) for b in range(views) if a != b)
 
 
 def _key_rows(keys: Tensor, video: Tensor, a: int, b: int, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -47,7 +43,7 @@ def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> 
     """
     views, clips, _ = queries[0].shape
     own = keys.own(clips)
-    pairs = list(ordered_pairs(views))
+    pairs = list(permutations(range(views), 2))
 
     def mean_term(q: Tensor, k: Tensor) -> Tensor:
         if config.name == "byol":
@@ -102,8 +98,9 @@ def embedding_std(queries: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def embedding_rank(queries: list[Tensor]) -> Tensor:
-    """Dimensions of view 0's unit rows, by embedding (E,): the participation ratio (sum l)^2 / sum l^2 of the
-    eigenvalues l of their covariance over clips. D or clips - 1 = all alike, 1 = a line, 0 = a point.
+    """Dimensions that view 0's unit rows use, by embedding (E,): D or clips - 1 = all alike, 1 = a line, 0 = a point.
+
+    The participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of their covariance over clips.
     """
     ratios = []
     for q in queries:

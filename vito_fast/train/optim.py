@@ -1,7 +1,7 @@
 """LARS and the schedules of learning rate and target average: pure functions of the step.
 
-LARS as in the BYOL code: weight decay is added to the gradient, the sum is scaled by eta |w|/|g + wd w| with the trust
-coefficient eta, momentum accumulates it, and the learning rate multiplies the momentum. Parameters with fewer than two
+LARS as in the BYOL code: weight decay is added to the gradient. The sum is scaled by eta |w|/|g + wd w|, with the trust
+coefficient eta. Momentum accumulates it, and the learning rate multiplies the momentum. Parameters with fewer than two
 dimensions (biases, norms) skip weight decay and trust ratio.
 """
 

@@ -1,4 +1,4 @@
-"""Ends a run after the step at hand when the process is told to stop, on all ranks after the same step."""
+"""Ends a run after the current step when the process gets a signal, on all ranks after the same step."""
 
 import signal
 import time
@@ -13,8 +13,8 @@ class StopSignal:
     """Inside, notes SIGTERM, SIGUSR1 and the first SIGINT, so that the loop saves and ends.
 
     Comparing signals makes the host wait for the device. Ranks therefore compare after steps that wait anyway, and
-    every ``ASK_EVERY`` seconds, converted to a number of steps on which all agree: launchers kill half a minute after
-    SIGTERM.
+    every ``ASK_EVERY`` seconds, since launchers kill half a minute after SIGTERM. The seconds become a number of steps
+    on which all ranks agree.
 
     Args:
         world: This process's place.

@@ -138,7 +138,7 @@ def _choose_encoder(store: Path) -> str:
 
 
 def _check_folder(store: Path) -> None:
-    """Refuse a folder that packing has not begun and that holds files: nobody's files are touched."""
+    """Refuse a folder with files that packing did not write, so that no other file is touched."""
     if store.is_dir() and not (store / ".pack").is_dir():
         others = sorted(path.name for path in store.iterdir() if path.name != "quarantine.jsonl")
         if others:

@@ -47,13 +47,13 @@ class _Worker:
     shard: int = -1
     """Number of the shard it appends to, -1 for none yet."""
     size: int = 0
-    """Bytes of the shard that the journal knows."""
+    """Bytes of the shard that the journal has recorded."""
     file: str | None = None
     """The file it is packing."""
     last_message: float = 0.0
     """Monotonic time in seconds."""
     deadline: float = 0.0
-    """Monotonic time at which its file is rejected, whatever it does."""
+    """Monotonic time at which its file is rejected, even while it decodes."""
     started: bool = False
     """Whether it has sent any message."""
     stderr: IO[bytes] = field(default_factory=tempfile.TemporaryFile)

@@ -218,7 +218,7 @@ class ShotDetector:
         return along, float(np.sqrt((rest * rest).sum() / square))
 
     def _settle(self, final: bool = False) -> list[Cut]:
-        """Reports what later frames cannot change any more."""
+        """Report the boundaries that later frames cannot change."""
         if final and self._flat_run:
             self._decide_run()
         best = self._dissolve
