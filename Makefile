@@ -62,7 +62,7 @@ evaluate-demo: setup
 	$(BIN)/vito-fast evaluate "runs/$(RUN)" --out "$(SCORES)" --baselines $(BASELINES) \
 	  --tasks davis,knn,pmk,corruptions,correspondence,attention --preset knn=demo,pmk=demo,corruptions=demo \
 	  --data.knn $(OBJECTS) --data.pmk $(OBJECTS) --data.corruptions $(OBJECTS) \
-	  --data.davis data/demo/evaluation/masks --davis.subset true --davis.resize none --davis.stride 4 \
+	  --data.davis data/demo/evaluation/scenes --davis.subset true --davis.resize none \
 	  --data.attention data/demo/evaluation/masks --attention.subset true --attention.size 96 \
 	  --data.correspondence data/demo/evaluation/stereo
 

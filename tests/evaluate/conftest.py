@@ -1,8 +1,14 @@
 """Small tensors everywhere: one thread is faster than two, and does not fight other processes for cores."""
 
+import sys
+from pathlib import Path
+
 import av
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))
+import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +33,13 @@ def write_video():
             container.mux(stream.encode(None))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def copies(tmp_path_factory, write_video):
+    """Folders of tiny copies by the name of their task."""
+    root = tmp_path_factory.mktemp("copies")
+    tiny.ucf101(root / "ucf101", write_video)
+    for name in ("pascal", "ade20k", "coco"):
+        getattr(tiny, name)(root / name)
+    return {name: root / name for name in ("ucf101", "pascal", "ade20k", "coco")} | {"lvis": root / "coco"}

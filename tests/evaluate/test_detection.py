@@ -164,3 +164,25 @@ def test_wrong_files_are_one_line():
         detection.lvis_ap(truth, detections)
     with pytest.raises(UserError, match="image 99"):
         detection.coco_ap(truth, [{**detections[0], "image_id": 99}])
+
+
+@pytest.mark.parametrize("lvis", [False, True])
+def test_resamples_are_the_librarys_ap_of_drawn_images(lvis):
+    """Drawing every image once gives AP; drawing one twice gives that of a copy of it under a number of its own."""
+    truth, detections = g6() if lvis else g5()
+    score = detection.lvis_ap if lvis else detection.coco_ap
+    counts = np.ones((3, 8), np.int64)
+    counts[1, 2], counts[2, [0, 5]] = 2, 0
+    found = detection.resampled_ap(truth, detections, counts, lvis=lvis)
+    assert found[0] == pytest.approx(score(truth, detections)["AP"], abs=1e-12)
+    copies = {"images": [{**truth["images"][2], "id": 99}], "annotations": []}
+    copies["annotations"] = [
+        {**a, "image_id": 99, "id": 900 + a["id"]} for a in truth["annotations"] if a["image_id"] == 3
+    ]
+    twice = {**truth, **{key: truth[key] + copies[key] for key in copies}}
+    more = detections + [{**d, "image_id": 99} for d in detections if d["image_id"] == 3]
+    assert found[1] == pytest.approx(score(twice, more)["AP"], abs=1e-12)
+    left = {**truth, "images": [i for i in truth["images"] if i["id"] not in (1, 6)]}
+    left["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in (1, 6)]
+    fewer = [d for d in detections if d["image_id"] not in (1, 6)]
+    assert found[2] == pytest.approx(score(left, fewer)["AP"], abs=1e-12)

@@ -1,12 +1,11 @@
-"""COCO and LVIS end to end on tiny copies in the benchmarks' layouts, written here."""
+"""COCO and LVIS: the network, canvases and wrong copies. test_finetune_tasks.py trains on them."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import BOX_COLORS, tiny_encoder
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate.detection_models import DetectionModel, KeyedSampler
@@ -19,91 +18,11 @@ from vito_fast.evaluate.detection_task import (
     decode_mask,
     image_name,
 )
-from vito_fast.evaluate.encoders import load
-from vito_fast.evaluate.task import find_preset
-
-COLORS = {3: (220, 40, 40), 8: (40, 60, 220)}
-"""Category id to the color of its rectangles."""
 
 
-def picture(rng, number):
-    """A picture (64,96,3) of one or two rectangles, and its annotations in COCO's form."""
-    image = rng.normal(110, 10, (64, 96, 3))
-    objects = []
-    for side in range(int(rng.integers(1, 3))):
-        w, h = rng.integers(22, 36, 2)
-        x, y = side * 48 + rng.integers(0, 48 - w), rng.integers(0, 64 - h)
-        category = int(rng.choice(list(COLORS)))
-        image[y : y + h, x : x + w] = COLORS[category] + rng.normal(0, 6, (h, w, 3))
-        x, y, w, h = (int(v) for v in (x, y, w, h))
-        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-        objects.append({"image_id": number, "category_id": category, "bbox": [x, y, w, h], "area": w * h,
-                        "iscrowd": 0, "segmentation": [polygon]})  # fmt: skip
-    return image.clip(0, 255).astype(np.uint8), objects
-
-
-def write(root, kind, count, first, rng):
-    images, annotations = [], []
-    for number in range(first, first + count):
-        image, objects = picture(rng, number)
-        folder = root / f"{kind}2017"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / f"{number:012d}.jpg", quality=95)
-        images.append({"id": number, "file_name": f"{number:012d}.jpg", "height": 64, "width": 96,
-                       "coco_url": f"http://images.cocodataset.org/{kind}2017/{number:012d}.jpg",
-                       "neg_category_ids": [], "not_exhaustive_category_ids": []})  # fmt: skip
-        annotations += objects
-    for at, annotation in enumerate(annotations):
-        annotation["id"] = first * 1000 + at + 1
-    categories = [{"id": c, "name": f"color {c}", "frequency": "f"} for c in COLORS]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
-    (root / "annotations").mkdir()
-    train, val = write(root, "train", 12, 100, rng), write(root, "val", 5, 200, rng)
-    crowd = train["annotations"][0] | {"id": 9, "iscrowd": 1}
-    names = {
-        "instances_train2017": train | {"annotations": [*train["annotations"], crowd]},
-        "instances_val2017": val,
-        "lvis_v1_train": train,
-    }
-    mixed = {key: train[key][:2] + val[key] for key in ("images", "annotations")}  # LVIS's val has COCO train images
-    mixed["annotations"] = [a for a in train["annotations"] if a["image_id"] in (100, 101)] + val["annotations"]
-    names["lvis_v1_val"] = mixed | {"categories": val["categories"]}
-    for name, content in names.items():
-        for image in content["images"] if name.startswith("lvis") else ():
-            assert image["coco_url"]
-        (root / "annotations" / f"{name}.json").write_text(json.dumps(content))
-    return root
-
-
-def small(task, preset="fcos", **more):
-    changes = {"height": 64, "width": 96, "jitter": (1.0, 1.1), "batch_size": 6, "epochs": 25, "lr": 1e-3}
-    changes |= {"schedule": "cosine", "warmup_steps": 5, "subset": True, "clip_norm": 5.0}
-    return find_preset(task, preset).with_options(changes | more)
-
-
-def test_fcos_learns_coco(data, tmp_path):
-    result = Coco().run(load("random:resnet18"), data, small(Coco()), tmp_path)
-    assert result.metrics["AP50"].value > 0.8
-    assert result.metrics["AP"].value > 0.5
-    assert set(result.groups) == {"color 3", "color 8"}
-    assert "other detector than the paper's FCOS*" in result.notes
-
-
-def test_lvis_runs_on_mask_r_cnn(data, tmp_path):
-    """A few steps: every term is there, and the result has LVIS's metrics over images of both folders."""
-    from vito_fast.train.metrics import read_rows
-
-    preset = small(Lvis(), "maskrcnn", epochs=0.7, batch_size=2, lr=1e-3, rois=16, height=64, width=64)
-    result = Lvis().run(load("random:resnet18"), data, preset, tmp_path)
-    assert set(result.metrics) >= {"AP", "APr", "APc", "APf"}
-    assert result.metrics["AP"].n == 7
-    rows = read_rows(next(tmp_path.rglob("metrics.jsonl")))
-    assert {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"} < set(rows[-1])
+@pytest.fixture
+def data(copies):
+    return copies["coco"]
 
 
 @pytest.mark.parametrize("kind", ["fcos", "maskrcnn"])
@@ -114,7 +33,7 @@ def test_two_halves_add_up_to_the_batch(data, kind):
     canvases = TrainCanvases(images, options, (0.5, 0.5, 0.5))
     samples = [canvases.sample(i, np.random.default_rng(i)) for i in range(2)]
     torch.manual_seed(0)
-    model = DetectionModel(load("random:resnet18"), options, 2)
+    model = DetectionModel(tiny_encoder(), options, 2)
     for module in model.modules():  # batch norm over ranks is tested with the loop
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum, module.training = 0.0, False
@@ -130,7 +49,7 @@ def test_two_halves_add_up_to_the_batch(data, kind):
 def test_the_network_sees_the_canvas_as_it_is(size):
     """torchvision would resize it to 800 pixels in eval mode."""
     options = DetectionOptions(height=size[0], width=size[1])
-    model = DetectionModel(load("random:resnet18"), options, 2)
+    model = DetectionModel(tiny_encoder(), options, 2)
     for training in (True, False):
         images, _ = model.network.transform.train(training)([torch.zeros(3, *size)])
         assert images.tensors.shape[2:] == size
@@ -142,14 +61,14 @@ def test_objects_move_with_their_image(data):
     assert len(images[0].boxes) == len(images[0].segmentations) <= 2  # without the crowd
     canvases = TrainCanvases(images, options, (0.5, 0.5, 0.5))
     for number in range(24):
-        sample = canvases.sample(number % 12, np.random.default_rng(number))
+        sample = canvases.sample(number % 8, np.random.default_rng(number))
         target = sample["target"]
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
             x0, y0, x1, y1 = (int(v) for v in box.round())
             if min(x1 - x0, y1 - y0) < 6:
                 continue
             inside = sample["image"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
-            color = torch.tensor(COLORS[categories[label - 1]]) / 255
+            color = torch.tensor(BOX_COLORS[categories[label - 1]]) / 255
             assert (inside.mean((1, 2)) - color).abs().max() < 0.1
             assert mask[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].float().mean() > 0.95
             assert mask.sum() <= (x1 - x0 + 2) * (y1 - y0 + 2)
@@ -179,7 +98,7 @@ def test_masks_decode():
 def test_wrong_copies_are_one_line(data, tmp_path):
     options = DetectionOptions(subset=True)
     assert Coco().check(data, options).problems == Lvis().check(data, options).problems == ()
-    assert Coco().check(data, DetectionOptions()).problems[0].startswith("12 training images")
+    assert Coco().check(data, DetectionOptions()).problems[0].startswith("8 training images")
     assert "annotations/, train2017/ and val2017/" in Coco().check(tmp_path, options).problems[0]
     (tmp_path / "annotations").mkdir()
     for path in (data / "annotations").iterdir():

@@ -5,13 +5,15 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import result as results
+from vito_fast.evaluate import run
 from vito_fast.evaluate.data import manifest
-from vito_fast.evaluate.result import Encoded, Metric, compare, mean_metric
+from vito_fast.evaluate.result import Encoded, Metric, compare, draws, mean_metric
 from vito_fast.evaluate.task import (
     PROVENANCE,
     TASKS,
@@ -213,3 +215,19 @@ def test_the_manifest_is_of_names_sizes_and_annotations(tmp_path):
 
 def test_one_process_has_every_item():
     assert own_share([1, 2, 3]) == [1, 2, 3]
+
+
+def test_metrics_that_are_no_means_are_paired_by_resample():
+    """Both move together from resample to resample: the interval of their difference is narrow."""
+    together = np.random.default_rng(0).normal(0, 0.1, 200)
+    noise = np.random.default_rng(1).normal(0, 0.01, 200)
+    a, b = (dataclasses.replace(result_of({}), metrics={"miou": Metric(v, "share", 30, 0.1)}) for v in (0.5, 0.55))
+    a.resamples, b.resamples = {"miou": (0.5 + together).tolist()}, {"miou": (0.55 + together + noise).tolist()}
+    b.resamples["miou"][7] = None  # no object in this draw
+    found = compare(a, b)
+    assert found.difference == pytest.approx(0.05)
+    assert 0.02 < found.low < 0.035 < 0.065 < found.high < 0.08
+    assert (found.decided, found.n) == (True, 30)
+    assert run.paired_metric(a) == "miou"
+    assert np.array_equal(draws(9, 4), draws(9, 4))
+    assert draws(9, 4).sum(1).tolist() == [9] * 4

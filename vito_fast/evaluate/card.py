@@ -145,7 +145,7 @@ def _verdicts(found: Found, encoders: list[Encoded]) -> str:
                     lines += [f"<li class={kind}>{escape(text)}</li>"] if text else []
     if not lines:
         return ""
-    note = "Paired over items, 95 % intervals by Student's t; for coco, lvis and miou there are no paired items."
+    note = "Paired over items, 95 % intervals by Student's t; of mIoU and AP by a bootstrap over images."
     return f"<h2>Against the baselines</h2><p class=soft>{note}</p><ul>{''.join(lines)}</ul>"
 
 

@@ -1,20 +1,31 @@
 """``python -m vito_fast.evaluate.demo DEMO OUT``: the demo's held-out clips in the layouts that the tasks read.
 
 ``OUT/objects`` has ``train`` and ``val``: three shots each of every held-out object. ``OUT/masks`` has DAVIS's layout:
-the first shot of each object with its masks. ``OUT/stereo`` is scikit-image's real stereo pair with true disparity.
+the first shot of each object with its masks. ``OUT/scenes`` has it too: two objects that turn and move slowly before a
+background that moves, so that neither places nor colors alone tell them apart. ``OUT/stereo`` is scikit-image's real
+stereo pair with true disparity.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from vito_fast.data.demo import wheel_folder
+from vito_fast.data.demo import HELD_OUT_PHOTOGRAPHS, photograph, wheel_folder
+from vito_fast.data.objects import Shot, make_object, render
 from vito_fast.errors import UserError
+from vito_fast.evaluate.data import read_labels
+from vito_fast.evaluate.davis_task import save_masks
 from vito_fast.evaluate.ucf101 import decode
 
+SCENES = 12
+SCENE = Shot(side=160, frames=12, pan=(3, 8), turn=(0.8, 2.0), size=(0.38, 0.5), wander=0.3)
+"""Slower than the clips to train on: labels can only follow what is still there in the next frame."""
 STEREO = ("motorcycle_left.png", "motorcycle_right.png", "motorcycle_disp.npz")
 
 
@@ -34,19 +45,39 @@ def prepare(demo: Path, out: Path) -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(clip, place)
     for source in sorted(p for p in annotations.iterdir() if p.is_dir()):
-        images = out / "masks" / "JPEGImages" / "480p" / source.name
-        labels = out / "masks" / "Annotations" / "480p" / source.name
-        if labels.is_dir():
-            continue
-        images.mkdir(parents=True, exist_ok=True)
-        for number, frame in enumerate(decode(clips / source.name / "shot-0.mp4")[0]):
-            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(images / f"{number:05d}.jpg", quality=95)
-        shutil.copytree(source, labels)
+        if not (out / "masks" / "Annotations" / "480p" / source.name).is_dir():
+            frames = decode(clips / source.name / "shot-0.mp4")[0].permute(0, 2, 3, 1).numpy()
+            masks = [read_labels(path).numpy() for path in sorted(source.glob("*.png"))]
+            write_sequence(out / "masks", source.name, frames, np.stack(masks))
+    record = json.loads((demo / "demo.json").read_text(encoding="utf-8"))
+    objects = sorted({clip["object"] for clip in record["clips"] if clip["held_out"]})
+    for number, pair in enumerate(zip(objects[::2], objects[1::2], strict=False)):
+        if number < SCENES and not (out / "scenes" / "Annotations" / "480p" / f"scene-{number:02d}").is_dir():
+            write_sequence(out / "scenes", f"scene-{number:02d}", *scene(pair, number))
     pictures = wheel_folder("skimage", "data")
     (out / "stereo").mkdir(parents=True, exist_ok=True)
     for name in STEREO:
         if not (out / "stereo" / name).is_file():
             shutil.copyfile(pictures / name, out / "stereo" / name)
+
+
+def scene(pair: tuple[int, int], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Two objects, the second before the first: frames (T,S,S,3) and ids (T,S,S), 0 for the background."""
+    photographs = [photograph(name) for name in HELD_OUT_PHOTOGRAPHS]
+    (frames, behind), (front, before) = (
+        render(make_object(thing), photographs, 2 * seed + at, SCENE) for at, thing in enumerate(pair)
+    )
+    frames = np.where(before[..., None], front, frames)
+    return frames, np.where(before, 2, behind).astype(np.uint8)
+
+
+def write_sequence(root: Path, name: str, frames: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
+    """Writes frames (T,H,W,3) and ids (T,H,W) in DAVIS's layout, the masks last."""
+    images = root / "JPEGImages" / "480p" / name
+    images.mkdir(parents=True, exist_ok=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(images / f"{number:05d}.jpg", quality=95)
+    save_masks(root / "Annotations" / "480p", name, list(masks))
 
 
 def main() -> None:

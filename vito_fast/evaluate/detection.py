@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vito_fast.errors import UserError
 
@@ -81,12 +82,57 @@ def average_precisions(truth: Truth, detections: Sequence[Detection], *, lvis: b
     }
 
 
+def resampled_ap(
+    truth: Truth, detections: Sequence[Detection], counts: NDArray[np.int64], *, lvis: bool = False
+) -> NDArray[np.float64]:
+    """AP over images drawn anew, by faster-coco-eval itself: matching is done once, and summed up for each draw.
+
+    Args:
+        truth, detections: as above.
+        counts: (resamples, images), how often each of ``truth["images"]`` is drawn.
+
+    Returns:
+        (resamples,); NaN where no drawn image has an object.
+    """
+    place = {image["id"]: at for at, image in enumerate(truth["images"])}
+    kept = best_per_image(detections) if lvis else detections
+    run = _library(truth, kept, lvis=lvis, separate=True)
+    images: dict[int, set[int]] = defaultdict(set)
+    for item in (*truth["annotations"], *kept):
+        images[item["category_id"]].add(item["image_id"])
+    values = []
+    for category, numbers in images.items():  # one class at a time: all pairs of LVIS would not fit into memory
+        run.params.catIds, run.params.imgIds = [category], sorted(numbers)
+        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], run.params.areaRngLbl[:1]
+        run.evaluate()
+        found = run._evalImgs_cpp
+        repeats = counts[:, [place[number] for number in run.params.imgIds]]
+        values.append([_drawn(run, np.repeat(found, row).tolist()) for row in repeats])
+    return np.asarray(np.nanmean(np.array(values), 0))
+
+
+def _drawn(run: Any, evaluated: list[Any]) -> float:
+    """AP of one class over the images of ``evaluated``."""
+    run._evalImgs_cpp, run._paramsEval.imgIds = evaluated, list(range(len(evaluated)))
+    run.accumulate()
+    precision = np.asarray(run.eval["precision"])[:, :, 0, 0, -1]
+    return float(precision.mean()) if (precision > -1).any() else float("nan")
+
+
 def _evaluate(truth: Truth, detections: Sequence[Detection], *, lvis: bool) -> dict[str, float]:
     stats = _run(truth, detections, lvis=lvis).stats_as_dict
     return {name: float(stats[key]) for name, key in (_LVIS if lvis else _COCO).items()}
 
 
 def _run(truth: Truth, detections: Sequence[Detection], *, lvis: bool) -> Any:
+    run = _library(truth, detections, lvis=lvis)
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    return run
+
+
+def _library(truth: Truth, detections: Sequence[Detection], *, lvis: bool, separate: bool = False) -> Any:
     from faster_coco_eval import COCO, COCOeval_faster
 
     images = {image["id"] for image in truth["images"]}
@@ -99,12 +145,9 @@ def _run(truth: Truth, detections: Sequence[Detection], *, lvis: bool) -> Any:
     annotations = [{"iscrowd": 0, **annotation} for annotation in truth["annotations"]]
     expected = COCO({**truth, "annotations": annotations}, print_function=_silent)
     found = expected.loadRes([dict(detection) for detection in detections])
-    run = COCOeval_faster(expected, found, "bbox", lvis_style=lvis, print_function=_silent)
+    run = COCOeval_faster(expected, found, "bbox", lvis_style=lvis, print_function=_silent, separate_eval=separate)
     if lvis:
         run.params.maxDets = [LVIS_LIMIT]
-    run.evaluate()
-    run.accumulate()
-    run.summarize()
     return run
 
 

@@ -19,6 +19,8 @@ from vito_fast.evaluate.encoders import Encoder
 from vito_fast.evaluate.finetune import Recipe, generator
 
 Losses = dict[str, tuple[Tensor, Tensor]]
+WIDTH = 256
+"""Channels of the pyramid and of the heads on it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class StagesWithFPN(BackboneWithFPN):
     def __init__(self, encoder: Encoder, first: int, extra: nn.Module) -> None:
         nn.Module.__init__(self)
         self.body = _Named(encoder.trainable(), first)
-        self.fpn = FeaturePyramidNetwork(encoder.channels[first:], 256, extra_blocks=extra)
-        self.out_channels = 256
+        self.fpn = FeaturePyramidNetwork(encoder.channels[first:], WIDTH, extra_blocks=extra)
+        self.out_channels = WIDTH
 
 
 class _Named(nn.Module):
@@ -72,9 +74,9 @@ class DetectionModel(nn.Module):
         shared: dict[str, Any] = {"image_mean": encoder.mean, "image_std": encoder.std, "_skip_resize": True, **sides}
         self.kind = kind
         if kind == "fcos":
-            backbone = StagesWithFPN(encoder, 1, LastLevelP6P7(256, 256))
+            backbone = StagesWithFPN(encoder, 1, LastLevelP6P7(WIDTH, WIDTH))
             anchors = AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
-            head = _CountingHead(256, anchors.num_anchors_per_location()[0], classes + 1)
+            head = _CountingHead(WIDTH, anchors.num_anchors_per_location()[0], classes + 1)
             self.network: Any = FCOS(
                 backbone, classes + 1, anchor_generator=anchors, head=head, score_thresh=threshold,
                 detections_per_img=limit, **shared,
@@ -109,7 +111,15 @@ class DetectionModel(nn.Module):
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """``boxes`` (N,4) as x0, y0, x1, y1, ``labels`` and ``scores`` of each image, in its own pixels."""
-        found: list[dict[str, Tensor]] = self.network(images)
+        heads = getattr(self.network, "roi_heads", None)
+        pool = getattr(heads, "mask_roi_pool", None)
+        if pool is not None:
+            heads.mask_roi_pool = None  # no masks, which cost most of Mask R-CNN's time and no metric reads
+        try:
+            found: list[dict[str, Tensor]] = self.network(images)
+        finally:
+            if pool is not None:
+                heads.mask_roi_pool = pool
         return found
 
 

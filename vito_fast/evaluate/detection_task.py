@@ -3,6 +3,7 @@
 The paper's detector is FCOS* (FCOS with ATSS and scores that know IoU); torchvision's is another, and results say so.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -19,8 +20,11 @@ from vito_fast.evaluate.data import counted, manifest, missing, read_image
 from vito_fast.evaluate.detection_models import DetectionModel, DetectionOptions
 from vito_fast.evaluate.encoders import Encoder
 from vito_fast.evaluate.finetune import finetune
-from vito_fast.evaluate.result import Metric
+from vito_fast.evaluate.result import Metric, deviation, draws
 from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share
+
+RESAMPLES = 200
+"""Of validation images, for the standard error of AP and its paired intervals."""
 
 
 class Annotated(NamedTuple):
@@ -85,12 +89,18 @@ class Detection(Task):
         if detections:
             scores = (detection.lvis_ap if self.lvis else detection.coco_ap)(truth, detections)
             per_class = detection.average_precisions(truth, detections, lvis=self.lvis)
+            counts = draws(len(val), RESAMPLES)
+            resamples = detection.resampled_ap(truth, detections, counts, lvis=self.lvis)
         else:
             scores, per_class = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, {}
+            resamples = np.zeros(RESAMPLES)
         metrics = {name: Metric(None if v < 0 else v, "share", len(val)) for name, v in scores.items()}
+        metrics["AP"] = dataclasses.replace(metrics["AP"], standard_error=deviation(resamples))
         names = {category["id"]: category["name"] for category in truth["categories"]}
         groups = {names[n]: {"AP": None if np.isnan(v) else v} for n, v in per_class.items()}
-        return Measured(metrics, {}, groups, {"seed": options.seed}, notes=("AP is of boxes, by faster-coco-eval",))
+        notes = ("AP is of boxes, by faster-coco-eval; its standard error is a bootstrap over images",)
+        seeds, resampled = {"seed": options.seed}, {"AP": resamples.tolist()}
+        return Measured(metrics, {}, groups, seeds, notes=notes, resamples=resampled)
 
 
 class Coco(Detection):

@@ -154,7 +154,7 @@ def finetune(
         torch.manual_seed(int(own))  # of layers that draw by themselves: the same after a resume
         terms: dict[str, Tensor] = {}
         for _ in range(recipe.accumulate):
-            batch = to_device(next(batches), device)
+            batch = tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), next(batches))
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 losses: Losses = step_model(batch)
             loss, found = _over_ranks(losses, size)
@@ -271,11 +271,6 @@ class _Numbered(Dataset[Any]):
 def generator(seed: int, number: int, stream: int) -> np.random.Generator:
     """A counter-based generator of its own for each (seed, number, stream)."""
     return np.random.Generator(np.random.Philox(key=[seed, (number << 8) + stream]))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, of nested lists, tuples and dicts, with its tensors on ``device``."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vito_fast import __version__
 from vito_fast.errors import UserError
@@ -72,6 +74,8 @@ class Result:
     environment: dict[str, Any]
     cost: dict[str, float]
     complete: bool
+    resamples: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
+    """Of a metric that is no mean of items: its values over images drawn anew, the same draws for every encoder."""
     schema: str = SCHEMA
 
     @property
@@ -154,9 +158,21 @@ def mean_metric(values: Iterable[float | None], unit: str) -> Metric:
     return Metric(mean, unit, len(kept), math.sqrt(variance / len(kept)))
 
 
+def draws(items: int, resamples: int) -> NDArray[np.int64]:
+    """How often each item is in each resample of a bootstrap, (resamples, items). The same for the same numbers, so
+    that two encoders' values over them are pairs."""
+    rng = np.random.Generator(np.random.Philox(key=[0, 3]))
+    return rng.multinomial(items, np.full(items, 1 / items), resamples)
+
+
+def deviation(resamples: NDArray[np.float64]) -> float:
+    """The bootstrap's standard error: the deviation of a metric's values over resamples."""
+    return float(np.nanstd(resamples, ddof=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Mean difference (second less first) over the items that both have, with a 95 % interval."""
+    """Mean difference (second less first) over what both have, with a 95 % interval."""
 
     metric: str
     difference: float
@@ -171,7 +187,10 @@ class Comparison:
 
 
 def compare(first: Result, second: Result, metric: str | None = None) -> Comparison | None:
-    """The paired comparison of two results of one task: Student's t interval over the items' differences.
+    """The paired comparison of two results of one task.
+
+    The interval is Student's t over the items' differences. For a metric that is no mean of items, as mIoU and AP, it
+    spans the middle 95 % of the differences over the same resamples of images.
 
     Args:
         first, second: Results of the same task, options and data.
@@ -187,6 +206,8 @@ def compare(first: Result, second: Result, metric: str | None = None) -> Compari
                 f"{first.task}: the results of {first.encoder.name} and {second.encoder.name} differ in {part}"
             )
     metric = metric or first.primary[0]
+    if metric in first.resamples and metric in second.resamples:
+        return _compare_resamples(first, second, metric)
     differences = []
     for name, scores in first.items.items():
         a, b = scores.get(metric), second.items.get(name, {}).get(metric)
@@ -199,6 +220,15 @@ def compare(first: Result, second: Result, metric: str | None = None) -> Compari
 
     half = float(t.ppf(0.975, found.n - 1)) * found.standard_error
     return Comparison(metric, found.value, found.value - half, found.value + half, found.n)
+
+
+def _compare_resamples(first: Result, second: Result, metric: str) -> Comparison | None:
+    values = [np.array(result.resamples[metric], np.float64) for result in (first, second)]
+    before, after = first.metrics[metric], second.metrics[metric]
+    if before.value is None or after.value is None or values[0].shape != values[1].shape:
+        return None
+    low, high = np.nanpercentile(values[1] - values[0], (2.5, 97.5))
+    return Comparison(metric, after.value - before.value, float(low), float(high), after.n)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def comparison_line(baseline: Result, ours: Result) -> str | None:
 
 
 def paired_metric(result: Result) -> str | None:
-    """The first metric that the result's items have."""
-    names = {name for scores in result.items.values() for name in scores}
+    """The first metric of which the result has items or resamples."""
+    names = {name for scores in result.items.values() for name in scores} | set(result.resamples)
     return next((name for name in result.metrics if name in names), None)
 
 

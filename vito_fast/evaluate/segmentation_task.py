@@ -23,10 +23,12 @@ from vito_fast.evaluate.augment import photometric_distortion
 from vito_fast.evaluate.data import counted, manifest, missing, read_image, read_labels
 from vito_fast.evaluate.encoders import Encoder, with_stride
 from vito_fast.evaluate.finetune import Recipe, finetune, generator
-from vito_fast.evaluate.result import Metric, mean_metric
+from vito_fast.evaluate.result import Metric, deviation, draws, mean_metric
 from vito_fast.evaluate.segmentation import IGNORE
 from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share, rank_and_size
 
+WIDTH = 256
+"""Channels of the FCN's convolutions."""
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -107,14 +109,16 @@ class Segmentation(Task):
         total = counts.sum(0)
         iou = _iou(total)
         miou, accuracy = float(np.nanmean(iou)), float(total[0].sum() / total[1].sum())
+        resamples = resampled_miou(counts)
         metrics = {
-            "miou": Metric(miou, "share", len(val), bootstrap_error(counts)),
+            "miou": Metric(miou, "share", len(val), deviation(resamples)),
             "pixel_accuracy": Metric(accuracy, "share", len(val)),
             "image_miou": mean_metric((scores["image_miou"] for scores in per_image.values()), "share"),
         }
         groups = {name: {"iou": None if np.isnan(v) else float(v)} for name, v in zip(names, iou, strict=True)}
         notes = ("standard error of miou: bootstrap over images; image_miou is the mean over images, another number",)
-        return Measured(metrics, per_image, groups, {"seed": options.seed}, media, notes)
+        seeds = {"seed": options.seed}
+        return Measured(metrics, per_image, groups, seeds, media, notes, {"miou": resamples.tolist()})
 
     def _score(
         self, model: Any, encoder: Encoder, val: list[Pair], classes: int, options: SegmentationOptions, work: Path
@@ -265,10 +269,10 @@ class SegmentationModel(nn.Module):
         channels = encoder.channels[-1]
         if options.head == "fcn":
             layers: list[nn.Module] = []
-            for inputs in (channels, 256):
-                layers += [nn.Conv2d(inputs, 256, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(256)]
+            for inputs in (channels, WIDTH):
+                layers += [nn.Conv2d(inputs, WIDTH, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(WIDTH)]
                 layers.append(nn.ReLU(inplace=True))
-            self.head = nn.Sequential(*layers, nn.Conv2d(256, classes, 1))
+            self.head = nn.Sequential(*layers, nn.Conv2d(WIDTH, classes, 1))
         else:
             self.head = nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, classes, 1))
         self.mean, self.std = encoder.mean, encoder.std
@@ -311,13 +315,11 @@ def _image_scores(counts: np.ndarray) -> dict[str, float | None]:
     return {"image_miou": float(np.nanmean(_iou(counts))), "pixel_accuracy": float(counts[0].sum() / counts[1].sum())}
 
 
-def bootstrap_error(counts: np.ndarray, resamples: int = 1000) -> float:
-    """Standard error of mIoU: over images drawn anew, ``counts`` (images,3,classes). Seed 0."""
-    images = len(counts)
-    drawn = generator(0, 0, 3).multinomial(images, np.full(images, 1 / images), resamples)
-    flat = counts.reshape(images, -1).astype(np.float64)
-    iou = _iou((drawn @ flat).reshape(resamples, 3, -1))
-    return float(np.nanmean(iou, axis=1).std(ddof=1))
+def resampled_miou(counts: np.ndarray, resamples: int = 1000) -> np.ndarray:
+    """mIoU over images drawn anew, (resamples,), from ``counts`` (images,3,classes)."""
+    flat = counts.reshape(len(counts), -1).astype(np.float64)
+    iou = _iou((draws(len(counts), resamples) @ flat).reshape(resamples, 3, -1))
+    return np.asarray(np.nanmean(iou, axis=1))
 
 
 def _picture(work: Path, name: str, image: Tensor, truth: Tensor, prediction: Tensor) -> str:

@@ -122,6 +122,8 @@ class Measured:
     media: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Pictures for the card: caption to a file's name in the task's folder."""
     notes: tuple[str, ...] = ()
+    resamples: Mapping[str, Sequence[float | None]] = dataclasses.field(default_factory=dict)
+    """Values of a metric over the bootstrap's ``draws`` of items, where it is no mean of items."""
 
 
 class Task(abc.ABC):
@@ -183,6 +185,7 @@ class Task(abc.ABC):
             metrics=dict(measured.metrics),
             items={name: dict(values) for name, values in measured.items.items()},
             groups={name: dict(values) for name, values in measured.groups.items()},
+            resamples={name: list(values) for name, values in measured.resamples.items()},
             seeds=dict(measured.seeds),
             media=dict(measured.media),
             notes=[*found.notes, *measured.notes],
