@@ -122,6 +122,9 @@ class ModelConfig:
     backbone: str = "resnet50"
     """resnet18, resnet34, resnet50 (paper: ResNet-50); ``timm:NAME`` (paper: Swin-S) or ``torchvision:NAME`` where that
     library is installed."""
+    init: str = ""
+    """Weights that a new run starts from: a run, a checkpoint, a ``.safetensors`` or ``.pth`` file, ``timm:NAME`` or
+    ``torchvision:NAME`` (pretrained); empty = random (ours)."""
     levels: int = 2
     """How many last stages are pooled: 2 = strides 16 and 32 (paper); 1 = the last alone (ablation)."""
     pooling: Literal["attention", "average"] = "attention"

@@ -7,6 +7,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -251,6 +252,36 @@ def method_differences(a: Config, b: Config) -> list[str]:
     names = [n for n in dotted_names(a) if n in _METHOD_OF_TRAIN or n.split(".")[0] not in ("name", "data", "train")]
     names = [n for n in names if n != "model.checkpoint_activations" and not isinstance(value(left, n), dict)]
     return [n for n in names if value(left, n) != value(right, n)]
+
+
+def with_changes(config: Config, changes: Sequence[str]) -> Config:
+    """The configuration with ``section.field=value`` of each of ``changes``: those that a run may take when it resumes.
+
+    UserError for another field, or a value that makes no sense.
+    """
+    import yaml
+
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, _, key = name.partition(".")
+        if not equals or name not in dotted_names(config):
+            raise UserError(f"--resume-with {change!r} is no section.field=value{nearest(name, dotted_names(config))}")
+        if name not in changeable(config):
+            raise UserError(
+                f"--resume-with {name}: a run cannot change it; it can change {', '.join(changeable(config))}"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        config = from_mapping(config, {section: {key: value}}, "--resume-with")
+    return config
+
+
+def changeable(config: Config) -> list[str]:
+    """Fields of the method that a run may change when it resumes."""
+    names = [n for n in dotted_names(config) if n.startswith(("optimizer.", "schedule."))]
+    return [*(n for n in names if n != "optimizer.name"), "train.micro_batches"]
 
 
 _METHOD_OF_TRAIN = ("train.batch_size", "train.micro_batches")

@@ -70,15 +70,15 @@ def export(
         raise UserError(f"{path} is a checkpoint or has a checkpoint's name: export to another file")
     config = config_of(checkpoint)
     own, _, name = config.model.backbone.rpartition(":")
-    format = format or own or "torchvision"  # type: ignore[assignment]
-    if own and own != format:
-        raise UserError(f"{config.model.backbone} is no {format} network: use --format {own}")
+    library = format or own or "torchvision"
+    if own and own != library:
+        raise UserError(f"{config.model.backbone} is no {library} network: use --format {own}")
     encoder = load_encoder(checkpoint, network)
     untrained = [n.removeprefix("body.") for n, p in encoder.named_parameters() if not p.requires_grad]
     about = {
         "architecture": name,
         "backbone": config.model.backbone,
-        "format": format,
+        "format": library,
         "network": network,
         "step": str(checkpoint.value("step")),
         "mean": json.dumps(IMAGENET_MEAN),
@@ -90,7 +90,7 @@ def export(
         "untrained": json.dumps(untrained),
     }
     _write(path, {k: t.clone().contiguous() for k, t in encoder_state(checkpoint, network).items()}, about)
-    load, features = _calls(encoder, name, str(format), path)
+    load, features = _calls(encoder, name, library, path)
     size = config.sampler.size
     images = (
         "T = torchvision.transforms.v2; "

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from vito_fast.config import Config, DataConfig, ModelConfig, SamplerConfig, ScheduleConfig, TrainConfig
+from vito_fast.data.pack.pack import pack
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -48,3 +51,25 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return _full
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory, make_clip):
+    folder = tmp_path_factory.mktemp("videos")
+    for seed in range(6):
+        make_clip(folder / f"{seed}.mp4", seed)
+    store = tmp_path_factory.mktemp("packed") / "store"
+    pack(folder, store, progress=False, processes=1)
+    return store
+
+
+@pytest.fixture
+def config(small_store, tmp_path):
+    return Config(
+        name="r",
+        data=DataConfig(store=str(small_store), threads=1),
+        sampler=SamplerConfig(size=32, views=2),
+        model=ModelConfig(backbone="timm:test_vit3", projector_hidden=16, projector_out=8, attention_hidden=8),
+        schedule=ScheduleConfig(epochs=4, epoch_clips=3, warmup_epochs=1),
+        train=TrainConfig(batch_size=3, log_every=2, checkpoint_every=3, evaluate_every=2, runs=str(tmp_path / "runs")),
+    )

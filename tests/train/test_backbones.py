@@ -6,8 +6,6 @@ import dataclasses
 import pytest
 import torch
 
-from vito_fast.config import Config, DataConfig, ModelConfig, SamplerConfig, ScheduleConfig, TrainConfig
-from vito_fast.data.pack.pack import pack
 from vito_fast.train import probe
 from vito_fast.train.checkpoint import find
 from vito_fast.train.distributed import World
@@ -21,28 +19,6 @@ FAMILIES = {
     "EfficientNet": "timm:test_efficientnet",
     "MobileNet": "torchvision:mobilenet_v3_small",
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, make_clip):
-    folder = tmp_path_factory.mktemp("videos")
-    for seed in range(6):
-        make_clip(folder / f"{seed}.mp4", seed)
-    store = tmp_path_factory.mktemp("packed") / "store"
-    pack(folder, store, progress=False, processes=1)
-    return store
-
-
-@pytest.fixture
-def config(store, tmp_path):
-    return Config(
-        name="r",
-        data=DataConfig(store=str(store), threads=1),
-        sampler=SamplerConfig(size=32, views=2),
-        model=ModelConfig(backbone="timm:test_vit3", projector_hidden=16, projector_out=8, attention_hidden=8),
-        schedule=ScheduleConfig(epochs=4, epoch_clips=3, warmup_epochs=1),
-        train=TrainConfig(batch_size=3, log_every=2, checkpoint_every=3, evaluate_every=2, runs=str(tmp_path / "runs")),
-    )
 
 
 def using(config, **model):

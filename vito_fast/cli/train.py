@@ -20,6 +20,8 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Continue the run of this name from its newest whole checkpoint, or start it if there is none."""
+    resume_with: tuple[str, ...] = ()
+    """Resume and change optimizer, schedule or train.micro_batches from here on: schedule.epochs=40 ..."""
     max_steps: int | None = None
     """Stop after this many steps; the schedules stay those of the whole run."""
     profile: bool = False
@@ -39,6 +41,7 @@ class Train:
         summary = train(
             self.config,
             resume=self.resume,
+            resume_with=self.resume_with,
             max_steps=self.max_steps,
             profile=self.profile,
             clips_at_peak=clips_at_peak(self.config),

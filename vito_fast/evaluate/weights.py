@@ -54,6 +54,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {}
 
 
+def pretrained(network: str) -> dict[str, Tensor]:
+    """A library's pretrained weights of ``timm:NAME`` or ``torchvision:NAME``. UserError if they are not to be had."""
+    library, _, name = network.partition(":")
+    try:
+        if library == "timm":
+            import timm
+
+            return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+        import torchvision
+
+        return dict(torchvision.models.get_model(name, weights="DEFAULT").state_dict())
+    except Exception as error:  # of the client of a hub: whatever it raises, these weights are not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot get the weights of {network} ({reason}): give a file with {network}@FILE, or another source"
+        ) from None
+
+
 def _state_in(loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         return {}

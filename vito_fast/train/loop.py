@@ -6,11 +6,12 @@ trainer.py has one step; run.py has the run's folder, from which a killed run co
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vito_fast.config import Config
+from vito_fast.config_files import with_changes
 from vito_fast.data.loader.batch import to_device
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
@@ -32,6 +33,7 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    resume_with: Sequence[str] = (),
     max_steps: int | None = None,
     profile: bool = False,
     clips_at_peak: float | None = None,
@@ -41,6 +43,8 @@ def train(
     Args:
         config: The run.
         resume: Continue the run of this name from its newest whole checkpoint, or start it if there is none.
+        resume_with: ``section.field=value`` of optimizer, schedule or train.micro_batches that the run takes from here
+            on; the checkpoint records them. Implies ``resume``.
         max_steps: Stop after this many steps; the schedules stay those of the whole run.
         profile: Trace a few steps of the main process into the run's folder (profiling.py).
         clips_at_peak: Clips a second at an MFU of 1, for the metrics; without it MFU is null.
@@ -54,9 +58,10 @@ def train(
     """
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps must be at least 1, got {max_steps}")
+    config = with_changes(config, resume_with)
     world = init_distributed(config.train.device)
     try:
-        with open_run(config, world, resume, max_steps) as run:
+        with open_run(config, world, resume or bool(resume_with), max_steps, resume_with) as run:
             summary = _train(run, profile, clips_at_peak)
     except BaseException:
         shutdown(failed=True)

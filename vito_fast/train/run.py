@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,14 @@ import torch
 
 from vito_fast import __version__
 from vito_fast.config import Config
-from vito_fast.config_files import method_differences, save_config, to_mapping
+from vito_fast.config_files import changeable, method_differences, save_config, to_mapping
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 from vito_fast.train import holdout, probe
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
+from vito_fast.train.initial import initialize
 from vito_fast.train.loggers import going_on
 from vito_fast.train.metrics import Recorder
 from vito_fast.train.trainer import Trainer
@@ -45,6 +46,8 @@ class Run:
     saver: Checkpointer | None = None
     frames: probe.Frames | None = None
     held_out: holdout.Holdout | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Fields that the run took when it resumed (``--resume-with``), with the step that they hold after."""
     baselines: dict[str, Any] = field(default_factory=dict)
     """Retrieval of the untrained network and of raw pixels; ``holdout``: those of the held-out clips."""
 
@@ -138,19 +141,23 @@ class Run:
             "store": self.loader.store.identity,
             "ranks": self.world.size,
             "baselines": self.baselines,
+            "changes": self.changes,
             "versions": {"vito_fast": __version__, "torch": torch.__version__, "python": python, "git": git},
         }
 
 
 @contextmanager
-def open_run(config: Config, world: World, resume: bool, max_steps: int | None) -> Iterator[Run]:
+def open_run(
+    config: Config, world: World, resume: bool, max_steps: int | None, resume_with: Sequence[str] = ()
+) -> Iterator[Run]:
     """Opens a new run, evaluated once, or one at its newest whole checkpoint.
 
     Args:
-        config: The run.
+        config: The run, with the fields of ``resume_with``.
         world: This process's place.
         resume: Whether a run of this name continues.
         max_steps: Its last step, if that is before the schedule's end.
+        resume_with: ``section.field=value`` that may differ from the checkpoint's.
 
     Raises:
         UserError: a folder, store or configuration that cannot be used, or a checkpoint of another run.
@@ -164,8 +171,13 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
     trainer = Trainer(config, world, config.steps_per_epoch(len(loader.store)))
     with sole_writer(folder, world):
         checkpoint = _open_folder(folder, config, resume, world)
+        changes: list[dict[str, Any]] = []
         if checkpoint is not None:
-            _check_same_run(checkpoint, config, loader)
+            changes = _check_same_run(checkpoint, config, loader, [c.partition("=")[0] for c in resume_with])
+        elif config.model.init:
+            told = initialize(trainer.model, config.model.init)
+            if world.main:
+                print(f"{folder} {told}", flush=True)
         baselines = {} if checkpoint is None else checkpoint.value("baselines")
         online, frames, held_out = trainer.model.online, None, None
         if world.main:
@@ -183,11 +195,13 @@ def open_run(config: Config, world: World, resume: bool, max_steps: int | None) 
         start, total = trainer.step_count, trainer.schedule.total_steps
         loader.load_state_dict({"step": start})
         last = total if max_steps is None else min(total, max_steps)
-        run = Run(config, world, folder, loader, trainer, last, frames=frames, held_out=held_out, baselines=baselines)
+        run = Run(config, world, folder, loader, trainer, last, None, None, frames, held_out, changes, baselines)
         if world.main:
             if start:
                 how = "continues after" if start < last else "is finished at"
                 print(f"{folder} {how} step {start} of {total}", flush=True)
+            for change in changes[-1:] if changes and changes[-1]["step"] == start else ():
+                print(_told(change), flush=True)
             run.recorder = Recorder(folder, start, config)
             run.saver = Checkpointer(folder / "checkpoints", config.train.keep_last, config.train.keep_every, start)
             if checkpoint is None:
@@ -253,19 +267,43 @@ def _open_folder(folder: Path, config: Config, resume: bool, world: World) -> Ch
     return found
 
 
-def _check_same_run(checkpoint: Checkpoint, config: Config, loader: ClipLoader) -> None:
-    if different := method_differences(config_of(checkpoint), config):
-        raise UserError(f"{checkpoint.path} was made with other values of {', '.join(different)}: resume with the same")
+def _told(change: dict[str, Any]) -> str:
+    """A change in words, and its meaning."""
+    step = change["step"]
+    values = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in change["fields"].items())
+    meaning = f"steps 1 to {step} are those of the old values, so this is not a run of the new ones from the start"
+    if set(change["fields"]) == {"train.micro_batches"}:
+        meaning = "up to rounding the same run, but for batch norm, whose statistics are of a micro-batch"
+    return f"changed after step {step}: {values}; {meaning}"
+
+
+def _check_same_run(
+    checkpoint: Checkpoint, config: Config, loader: ClipLoader, named: Sequence[str]
+) -> list[dict[str, Any]]:
+    """All changes of the run so far, with that of now. UserError for differences that ``named`` does not name."""
+    before = config_of(checkpoint)
+    different = method_differences(before, config)
+    if other := [name for name in different if name not in named]:
+        message = f"{checkpoint.path} was made with other values of {', '.join(other)}: resume with the same"
+        if all(name in changeable(config) for name in other):
+            message += f", or change them from here on: --resume-with {' '.join(f'{name}=VALUE' for name in other)}"
+        raise UserError(message)
+    changes: list[dict[str, Any]] = list(checkpoint.state.get("changes", []))
+    if different:
+        was, now = to_mapping(before), to_mapping(config)
+        both = {name: [mapping[name.split(".")[0]][name.split(".")[1]] for mapping in (was, now)] for name in different}
+        changes.append({"step": checkpoint.value("step"), "fields": both})
     if (clips := checkpoint.value("clips")) != len(loader.store):
         raise UserError(
             f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {len(loader.store)}"
         )
-    was, now = checkpoint.state.get("store", {}), loader.store.identity  # older checkpoints may lack it
-    if different := [name for name, value in was.items() if value != now.get(name)]:
+    packed, here = checkpoint.state.get("store", {}), loader.store.identity  # older checkpoints may lack it
+    if different := [name for name, value in packed.items() if value != here.get(name)]:
         raise UserError(
             f"{checkpoint.path} was made on another store than {config.data.store}, packed with other "
             f"{', '.join(different)}: resume on the same"
         )
+    return changes
 
 
 def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
