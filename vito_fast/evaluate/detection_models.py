@@ -111,7 +111,7 @@ class DetectionModel(nn.Module):
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """``boxes`` (N,4) as x0, y0, x1, y1, ``labels`` and ``scores`` of each image, in its own pixels."""
-        heads = getattr(self.network, "roi_heads", None)
+        heads: Any = getattr(self.network, "roi_heads", None)
         pool = getattr(heads, "mask_roi_pool", None)
         if pool is not None:
             heads.mask_roi_pool = None  # no masks, which cost most of Mask R-CNN's time and no metric reads
