@@ -57,8 +57,8 @@ class SamplerConfig:
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of a crop, log-uniform (paper)."""
     crop_fit: Literal["clip", "retry"] = "clip"
-    """A crop larger than the frame: clip its sides (ancestor: mean area 0.61 on 16:9), or draw up to ten times, then
-    take the center (torchvision: 0.52)."""
+    """For a crop larger than the frame. clip: cut its sides (ancestor: mean area 0.61 on 16:9). retry: draw up to ten
+    times, then take the center (torchvision: 0.52)."""
     flip: float = 0.5
     """Probability of a horizontal flip (ancestor)."""
     jitter: float = 0.8
@@ -74,12 +74,11 @@ class SamplerConfig:
     grayscale: float = 0.2
     """Probability of conversion to grayscale (ancestor)."""
     blur: tuple[float, ...] = (1.0, 0.1, 1.0)
-    """Probability of blur in each view; the last repeats (ancestor; paper: a third view is drawn as the first)."""
+    """Probability of blur in each view; the last repeats (ancestor, and for a third view the paper)."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels of the view, uniform (ancestor)."""
     solarize: tuple[float, ...] = (0.0, 0.2, 0.0)
-    """Probability of solarizing at 0.5 in each view; the last repeats (ancestor; paper: a third view is drawn as the
-    first)."""
+    """Probability of solarizing at 0.5 in each view; the last repeats (ancestor, and for a third view the paper)."""
 
     def __post_init__(self) -> None:
         for name in ("size", "views"):
@@ -132,8 +131,8 @@ class ModelConfig:
     attention_hidden: int = 0
     """Hidden width of the attention MLP; 0 = the stage's channels (ours: the paper states two layers and no width)."""
     heads: Literal["concatenated", "per_level"] = "concatenated"
-    """One projector on the concatenated pooled vectors of all levels, hence one loss (paper); or a projector and a loss
-    of its own for each level, summed (ours)."""
+    """concatenated: one projector on the pooled vectors of all levels, hence one loss (paper). per_level: a projector
+    and a loss for each level, summed (ours)."""
     projector_hidden: int = 4096
     """Hidden width of projector and predictor (ancestor)."""
     projector_out: int = 256
@@ -213,8 +212,8 @@ class ScheduleConfig:
     warmup_epochs: float = 10.0
     """Linear warm-up of the learning rate (ancestor: BYOL), then cosine to 0 (paper)."""
     base_ema: float = 0.99
-    """tau_0 of the target's moving average; tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1)/2 (ancestor: BYOL, 300
-    epochs; the paper states a moving average and no rate)."""
+    """tau_0 of the target's moving average, tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1)/2 (ancestor: BYOL at 300 epochs.
+    The paper states no rate)."""
 
     def __post_init__(self) -> None:
         _require(0 < self.epochs <= 1e9, "schedule.epochs", self.epochs, "above 0, and at most 1e9")
@@ -241,8 +240,8 @@ class TrainConfig:
     compile: bool = False
     """``torch.compile`` of both networks and of the update (ours)."""
     cuda_graphs: bool = False
-    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU.
-    Untested on a GPU; a stand-in tests its rules for memory (ours)."""
+    """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU
+    (ours). Untested on a GPU."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the only steps that wait for the device (ours)."""
     checkpoint_every: int = 500
@@ -256,11 +255,11 @@ class TrainConfig:
     evaluate_clips: int = 264
     """Maximum clips of the retrieval evaluation; fewer are drawn up to four times each (ours)."""
     collapse_std: float = 0.05
-    """A logged step warns of collapse if an ``embedding_std`` is below this (1 = spread evenly over the sphere,
-    0 = one point); 0 = never (ours)."""
+    """A logged step warns of collapse if an ``embedding_std`` is below this; 0 = never (ours). A spread over the whole
+    sphere has 1, one point has 0."""
     collapse_rank: float = 2.0
-    """Likewise for ``embedding_rank``, the dimensions of the embeddings (1 = a line); not where a rank has fewer
-    than eight times as many clips; 0 = never (ours)."""
+    """Likewise for ``embedding_rank``, the dimensions of the embeddings; 0 = never (ours). A line has 1. It needs eight
+    times as many clips on each rank."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
     wandb: str = ""
