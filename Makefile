@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain curate-demo evaluate-demo bench bench-gate bench-counted readme-tables inspect rehearse gpu-check dist docs docs-reference clean
+.PHONY: setup test test-timed lint pretrain curate-demo evaluate-demo bench bench-gate bench-counted readme-tables inspect rehearse study gpu-check dist docs docs-reference clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -99,6 +99,11 @@ $(VENV)/.bench: $(VENV)/.installed
 
 # The tables and the chart of README.md and docs/ from the committed results; a test fails when they differ.
 readme-tables: setup
+	$(BIN)/python -m bench.tables
+
+# Which of the paper's choices help on the demo: bench/results/<machine>-study.json and docs/study.md. STUDY='--seeds 5'
+study: setup
+	$(BIN)/python -m bench.study $(STUDY)
 	$(BIN)/python -m bench.tables
 
 # The site, in build/site; warnings are errors.

@@ -161,6 +161,48 @@ def test_over_views(race: Any, device: torch.device, quick: bool, views: int) ->
     race("info_nce_views", {"V": views, "B": batch}, candidates, truth=truth, work=amount)
 
 
+@pytest.mark.parametrize("views", [pytest.param(2, marks=FULL), 3, pytest.param(4, marks=FULL)])
+def test_multi_view(race: Any, device: torch.device, quick: bool, views: int) -> None:
+    """VITO's loss: all ordered pairs of views, in one op and pair by pair."""
+    batch, d = 1024, 256
+    q, k = pair(views * batch, views * batch, d, device)
+    pairs = [(a, b) for a in range(views) for b in range(views) if a != b]
+    own = torch.arange(batch, device=device)
+
+    def one_op(library: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(q: Tensor, k: Tensor) -> Tensor:
+            queries, keys = (library.normalize(x).unflatten(0, (views, batch)) for x in (q, k))
+            return library.multi_view_info_nce(queries, keys, temperature=TEMPERATURE)
+
+        return call
+
+    def by_pair(term: Callable[[Tensor, Tensor], Tensor], library: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(q: Tensor, k: Tensor) -> Tensor:
+            queries, keys = (library.normalize(x).unflatten(0, (views, batch)) for x in (q, k))
+            return torch.stack([term(queries[a], keys[b]) for a, b in pairs]).sum()
+
+        return call
+
+    def cross_entropy(q: Tensor, k: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy((q @ k.T).float() / TEMPERATURE, own)
+
+    def info_nce(q: Tensor, k: Tensor) -> Tensor:
+        return vito_kernels.info_nce(q, k, temperature=TEMPERATURE)
+
+    plain = by_pair(cross_entropy, reference)
+    candidates = [
+        Candidate("vito_kernels", with_gradients(one_op(vito_kernels), q, k), "ours"),
+        Candidate("reference", with_gradients(one_op(reference), q, k), "reference"),
+        Candidate("torch cross_entropy, pair by pair", with_gradients(plain, q, k)),
+        Candidate("info_nce, pair by pair", with_gradients(by_pair(info_nce, vito_kernels), q, k), "context"),
+        matmuls(q, k[: (views - 1) * batch], 2),
+    ]
+    why = "each shape takes some 5 s to compile; raced at V=3 of the full set"
+    candidates.insert(2, compiled(plain, q, k) if views == 3 and not quick else not_compiled(why))
+    amount = Work(4.0 * views * (views - 1) * batch**2 * d, items=views * batch, unit="queries")
+    race("multi_view_info_nce", {"V": views, "B": batch}, candidates, truth=truth_of(plain, q, k), work=amount)
+
+
 @pytest.mark.parametrize("n", [16384, pytest.param(65536, marks=pytest.mark.full)])
 def test_queue(race: Any, device: torch.device, n: int) -> None:
     """MoCo: few queries, each with its own key, against a long queue."""

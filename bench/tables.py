@@ -13,13 +13,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench.plots import Axis, Series, picture
-from bench.text import bytes_text, count_text, seconds_text, significant
+from bench.study import arms_table, margins_table, settings_table
+from bench.text import bytes_text, count_text, markdown, seconds_text, significant
 
 Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,14 +31,6 @@ MARK = re.compile(r"(<!-- bench:([a-z]+) ([^\n]*?)-->)(.*?)(<!-- /bench -->)", r
 def load(machine: str) -> Record:
     """Results of a machine. FileNotFoundError names the file that a document relies on."""
     return json.loads((ROOT / "bench/results" / f"{machine}.json").read_text())
-
-
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """The table. ValueError for one without rows."""
-    if not (cells := list(rows)):
-        raise ValueError("the results hold none of its rows")
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def ours_of(record: Record) -> Record:
@@ -140,6 +133,9 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "modes": modes,
     "counts": counts,
     "machine": machine,
+    "arms": arms_table,
+    "margins": margins_table,
+    "settings": settings_table,
 }
 
 

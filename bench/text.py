@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and tables as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def _scaled(value: float, units: list[tuple[float, str]], digits: int = 3) -> str:
@@ -30,3 +32,11 @@ def bytes_text(count: float) -> str:
 
 def count_text(count: float) -> str:
     return _scaled(count, [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")]).strip()
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """The table. ValueError for one without rows."""
+    if not (cells := list(rows)):
+        raise ValueError("the results hold none of its rows")
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -14,6 +14,7 @@ from bench.plots import Axis, Series, chart
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STUDY = next(path.stem for path in RESULTS if path.stem.endswith("-study"))
 VOID = {"meta", "link", "wbr"}
 
 
@@ -102,7 +103,7 @@ def test_chart_places_points_on_logarithmic_axes():
 def test_results_files_say_where_they_come_from(path):
     content = json.loads(path.read_text())
     assert content["schema"] == 1
-    assert path.stem == "counted" or re.sub("-(quick|steps)$", "", path.stem) == content["machine"]["name"]
+    assert path.stem == "counted" or re.sub("-(quick|steps|study)$", "", path.stem) == content["machine"]["name"]
     assert {"python", "torch"} <= set(content["versions"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+Z", content["date"])
     for record in content["cases"]:
@@ -178,9 +179,10 @@ def test_a_changed_figure_is_noticed(results):
 
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_every_table_can_be_made(results, name):
-    source = "nvidia-h200-steps" if name == "modes" else results["machine"]["name"]
+    files = dict.fromkeys(("arms", "margins", "settings"), STUDY) | {"modes": "nvidia-h200-steps"}
+    source = files.get(name, results["machine"]["name"])
     made = tables.fill(f"<!-- bench:{name} {source} -->\n<!-- /bench -->")
-    assert len(made.splitlines()) >= (1 if name == "machine" else 4)
+    assert len(made.splitlines()) >= (1 if name == "machine" else 4)  # two marks, a header and its line
 
 
 def test_an_unknown_table_or_machine_is_an_error():

@@ -15,8 +15,10 @@ from vito_fast.errors import UserError
 from vito_fast.evaluate import encoders
 from vito_fast.evaluate.encoders import load, pink_noise, with_stride
 from vito_fast.evaluate.features import FeatureCache
+from vito_fast.export import export
 from vito_fast.model import VitoModel
 from vito_fast.train import checkpoint
+from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,21 @@ def run(tmp_path_factory):
     return folder, model.online.eval()
 
 
+def test_a_timm_network_trained_here_takes_the_input_that_it_was_trained_on(tmp_path):
+    config = Config(model=ModelConfig(backbone="timm:test_resnet", projector_hidden=8, projector_out=4))
+    (tmp_path / "checkpoints").mkdir()
+    tensors = {f"model.{name}": t for name, t in VitoModel(config.model).state_dict().items()}
+    state = {"config": to_mapping(config), "step": 7}
+    checkpoint.write(checkpoint.path_of(tmp_path / "checkpoints", 7), tensors, state)
+    path = export(tmp_path, tmp_path / "encoder").path
+    own = timm.create_model("test_resnet", num_classes=0)
+    assert own.default_cfg["mean"] != IMAGENET_MEAN
+    for source in (tmp_path, path):
+        assert (load(source).mean, load(source).std) == (IMAGENET_MEAN, IMAGENET_STD)
+    torch.save(own.state_dict(), tmp_path / "timm.pth")
+    assert load(f"timm:test_resnet@{tmp_path / 'timm.pth'}").mean == own.default_cfg["mean"]
+
+
 def test_a_run_and_its_checkpoint_load_with_attention(run, images):
     folder, online = run
     for source in (folder, folder / "checkpoints" / "step-00000007.safetensors"):
@@ -148,8 +165,6 @@ def test_a_run_and_its_checkpoint_load_with_attention(run, images):
 
 
 def test_an_export_loads(run, tmp_path, images):
-    from vito_fast.export import export
-
     export(run[0], tmp_path / "e.safetensors")
     encoder = load(tmp_path / "e.safetensors")
     assert (encoder.record.architecture, encoder.record.step) == ("resnet18", 7)

@@ -1,6 +1,9 @@
 """Held-out clips: read whole and in order, scored in the encoder's evaluation mode, reported by a run."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,7 +15,7 @@ from vito_fast.data.pack.pack import pack
 from vito_fast.errors import UserError
 from vito_fast.model.pair import Branch
 from vito_fast.train import train
-from vito_fast.train.holdout import FRAMES, baselines, evaluate, lines, read
+from vito_fast.train.holdout import FRAMES, Holdout, baselines, evaluate, lines, read
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(backbone="resnet18", projector_hidden=8, projector_out=4, attention_hidden=4)
@@ -64,11 +67,47 @@ def test_scores(store):
     assert branch.training
     assert all(torch.equal(v, before[k]) for k, v in branch.state_dict().items())
     one = evaluate(branch, found, config, CPU)
-    assert set(one) == {"pooled", "averaged", "gray"}
+    assert set(one) == {"pooled", "averaged", "gray", "linear"}
     assert branch.training
     branch.eval()
     assert evaluate(branch, found, config, CPU) == one
     assert not branch.training
+
+
+def test_the_linear_probe_is_ridge_regression_from_one_half_of_the_clips_to_the_other():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(0)
+    label = torch.tensor([1, 0, 2, 1, 0, 2, 0, 1, 2, 0]).repeat_interleave(2)
+    clip = torch.arange(10).repeat_interleave(2)
+    found = Holdout(torch.zeros(20, 3, 1, 1), label, clip)
+    features = torch.randn(20, 6, generator=generator)
+    features[:, 0] += label
+    first = torch.isin(clip, torch.tensor([0, 1, 2, 6, 7, 8]))  # of each class the first, third, ... clip
+    right = torch.zeros(20)
+    for fitted, tested in ((first, ~first), (~first, first)):
+        mean, deviation = features[fitted].mean(0), features[fitted].std(0)
+        x, new = ((features[rows] - mean) / deviation for rows in (fitted, tested))
+        model = sklearn.RidgeClassifier(alpha=0.1 * len(x)).fit(x, label[fitted])
+        right[tested] = torch.from_numpy(model.predict(new) == label[tested].numpy()).float()
+    share = right.view(10, 2).mean(1)
+    assert found.linear(features) == pytest.approx((share.mean().item(), (share.std() / 10**0.5).item()))
+    assert 0 < share.mean() < 1, "a case that can fail"
+    assert all(math.isnan(value) for value in found.linear(features / 0))
+    assert Holdout(found.images, label.clamp(max=1) + 2 * (clip == 0), clip).linear(features) is None
+
+
+def test_classes_of_a_curated_store(store, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    curated = Path(shutil.copytree(store, tmp_path / "store"))
+    parquet.write_table(pyarrow.table({"label": [7, 3, 7, 3, 5, 5]}), curated / "labels.parquet")
+    assert read(curated, 32).label[::FRAMES].tolist() == [2, 0, 2, 0, 1, 1]
+    parquet.write_table(pyarrow.table({"label": [7, 3]}), curated / "labels.parquet")
+    with pytest.raises(UserError, match=r"labels\.parquet has 2 rows, the store has 6 clips"):
+        read(curated, 32)
+    (curated / "labels.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"cannot read the classes in .*labels\.parquet"):
+        read(curated, 32)
 
 
 def test_words():
@@ -78,7 +117,12 @@ def test_words():
     told = lines(scores, trained)
     assert told[1] == "  trained 35.0% ± 2.0%; average pooling 12.0% ± 1.0%"
     assert told[2] == "  untrained 6.0% ± 0.8%, raw pixels 5.0% ± 0.7%, color histogram 5.8% ± 0.7%"
+    assert told[3] == "  without color: trained 4.0% ± 1.0%, untrained 3.0% ± 1.0%"
     assert "warning" not in "\n".join(told)
+    probed = lines(
+        scores | {"untrained": scores["untrained"] | {"linear": (0.1, 0.02)}}, trained | {"linear": (0.5, 0.02)}
+    )
+    assert probed[4] == "  linear probe: trained 50.0% ± 2.0%, untrained 10.0% ± 2.0%"
     told = lines(scores, trained | {"pooled": (0.055, 0.01)})
     assert told[-1] == "warning: the encoder is no better than color histogram"
     assert len(lines(scores, None)) == 2
@@ -110,4 +154,5 @@ def test_a_run_reports_them(store, tmp_path, capsys):
         "pooled",
         "averaged",
         "gray",
+        "linear",
     }

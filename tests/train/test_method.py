@@ -1,14 +1,16 @@
 """The method against an independent one: torchvision's ResNet, and head and loss in forty lines of plain PyTorch."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
+from ranks import spawn
 from torch import nn
 from torch.nn import functional as F
 
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
-from vito_fast.train.distributed import World
+from vito_fast.train.distributed import World, init_distributed
 from vito_fast.train.trainer import Trainer
 
 CONFIG = Config(
@@ -73,26 +75,63 @@ def independent(branch):
     return network, names
 
 
-@pytest.mark.parametrize("views", [2, 3])
-def test_loss_and_gradients_are_those_of_forty_independent_lines(views, monkeypatch):
-    config = dataclasses.replace(CONFIG, sampler=SamplerConfig(size=64, views=views))
-    trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 5)
-    (online, names), (target, _) = independent(trainer.model.online), independent(trainer.model.target)
-    images = [torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(v)) for v in range(views)]
-    expected = published_loss(online, target, [image.double() for image in images], 0.1)
-    expected.backward()
+def images_of(views):
+    return [torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(v)) for v in range(views)]
 
-    monkeypatch.setattr(trainer, "_update", lambda *_: None)
-    row = trainer.step(tuple(images), torch.arange(6), measure=True)
-    assert row["loss"] * views * (views - 1) == pytest.approx(expected.item(), rel=1e-10)
-    found = dict(trainer.model.online.named_parameters())
+
+def config_of(views, **train):
+    changed = dataclasses.replace(CONFIG.train, **train)
+    return dataclasses.replace(CONFIG, sampler=SamplerConfig(size=64, views=views), train=changed)
+
+
+def one_step(config, world, clips):
+    """A step's loss, gradients and buffers, without an update of the weights."""
+    trainer = Trainer(config, world, 5)
+    trainer._update = lambda *_: None
+    views = tuple(image[clips] for image in images_of(config.sampler.views))
+    row = trainer.step(views, torch.arange(6)[clips], measure=True)
+    branch = trainer.model.online
+    return row["loss"], {n: p.grad for n, p in branch.named_parameters()}, dict(branch.named_buffers())
+
+
+def assert_published(views, loss, gradients, buffers):
+    """The step's numbers are those of the independent network and loss from the same weights."""
+    model = Trainer(config_of(views), World(0, 1, 1, torch.device("cpu")), 5).model
+    (online, names), (target, _) = independent(model.online), independent(model.target)
+    expected = published_loss(online, target, [image.double() for image in images_of(views)], 0.1)
+    expected.backward()
+    assert loss * views * (views - 1) == pytest.approx(expected.item(), rel=1e-10)
     for name, p in online.named_parameters():
-        theirs, ours = p.grad, found[names[name]].grad.view_as(p)
+        theirs, ours = p.grad, gradients[names[name]].view_as(p)
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-14, name
-    buffers = dict(trainer.model.online.named_buffers())
     for name, b in online.named_buffers():  # the running statistics move by one view after the other
         mine = name.replace("body.", "backbone.").replace("head.", "projectors.0.")
         torch.testing.assert_close(buffers[mine], b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("views", "compiled"), [(2, False), (3, False), (3, True)])
+def test_loss_and_gradients_are_those_of_forty_independent_lines(views, compiled, monkeypatch):
+    def whole_graph(part, mode=None):  # what Inductor would get; its own compilation takes a minute
+        return torch.compile(part, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr("vito_fast.train.trainer._compiled", whole_graph)
+    torch._dynamo.reset()
+    alone = World(0, 1, 1, torch.device("cpu"))
+    assert_published(views, *one_step(config_of(views, compile=compiled), alone, slice(0, 6)))
+
+
+def _rank(rank, folder):
+    warnings.simplefilter("ignore")  # the untouched update leaves DDP's hints
+    for views in (2, 3):
+        own = slice(3 * rank, 3 * rank + 3)
+        torch.save(one_step(config_of(views), init_distributed("cpu"), own), folder / f"{views}-{rank}.pt")
+
+
+def test_loss_and_gradients_on_two_ranks_are_those_of_one(tmp_path):
+    spawn(_rank, 2, tmp_path)
+    for views in (2, 3):
+        for rank in range(2):
+            assert_published(views, *torch.load(tmp_path / f"{views}-{rank}.pt"))
 
 
 def test_joint_statistics_are_of_all_views_together():

@@ -1,10 +1,12 @@
 """Evaluation on held-out clips: which object is it, by its nearest neighbors among the other clips?
 
-The store's videos lie in folders that name their class. A few whole frames of each clip are embedded without
-augmentation, in the same way for every run, and classified by ``knn_accuracy``. Beside the trained encoder stand the
-untrained one, raw pixels and a color histogram. Labels have no other use.
+The store's videos lie in folders that name their class, or a curated store has ``labels.parquet``. A few whole frames
+of each clip are embedded without augmentation, in the same way for every run, and classified by ``knn_accuracy`` and by
+a linear probe. Beside the trained encoder stand the untrained one, raw pixels and a color histogram. Labels have no
+other use.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ FRAMES = 4
 """Frames of a clip, evenly spaced and away from its ends."""
 CHUNK = 64
 """Images of a forward pass."""
+L2 = 0.1
+"""Regularization of the linear probe, on standardized features; one for all runs, so that they compare."""
 LUMA = (0.299, 0.587, 0.114)
 
 Scores = dict[str, tuple[float, float]]
@@ -51,6 +55,37 @@ class Holdout:
         """``knn_accuracy`` of features (M,D): the share and its standard error."""
         found: Accuracy = knn_accuracy(features, self.label.to(features.device), self.clip.to(features.device))
         return found.value, found.error
+
+    def linear(self, features: Tensor) -> tuple[float, float] | None:
+        """A linear probe of features (M,D): ridge regression of the classes, one solve and nothing to tune.
+
+        It is fitted to every other clip of each class and tested on the rest, then the other way round.
+
+        Returns:
+            The share and its standard error over clips, NaN for features that are not finite; None where a class has
+            a single clip.
+        """
+        of_clip = torch.zeros(int(self.clip.max()) + 1, dtype=torch.int64).scatter_(0, self.clip, self.label)
+        sizes = of_clip.bincount()
+        if int(sizes.min()) < 2:
+            return None
+        if not torch.isfinite(features).all():
+            return math.nan, math.nan
+        place = torch.cat([torch.arange(size) for size in sizes.tolist()])  # of a clip in its class
+        side = torch.empty_like(of_clip)
+        side[of_clip.argsort(stable=True)] = place % 2
+        rows, side = features.cpu().double(), side[self.clip]
+        right = torch.zeros(len(rows), dtype=torch.float64)
+        for part in (0, 1):
+            fitted, tested = rows[side != part], rows[side == part]
+            mean, deviation = fitted.mean(0), fitted.std(0).clamp(min=1e-6)
+            x, y = (fitted - mean) / deviation, F.one_hot(self.label[side != part]).double()
+            ridge = L2 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+            weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)))
+            logits = (tested - mean) / deviation @ weight + y.mean(0)
+            right[side == part] = (logits.argmax(1) == self.label[side == part]).double()
+        share = torch.zeros(len(of_clip), dtype=torch.float64).scatter_add_(0, self.clip, right) / self.clip.bincount()
+        return share.mean().item(), (share.std() / math.sqrt(len(share))).item()
 
 
 def read(path: str | Path, size: int) -> Holdout:
@@ -107,7 +142,8 @@ def evaluate(branch: Branch, holdout: Holdout, config: Config, device: torch.dev
 
     Returns:
         ``pooled``: by the vectors that its pools make; ``averaged``: by spatial means of the coarsest level;
-        ``gray``: as ``pooled``, of frames without color.
+        ``gray``: as ``pooled``, of frames without color; ``linear``: the linear probe of the pooled vectors, where
+        each class has two clips.
     """
     was_training = branch.training
     branch.eval()
@@ -115,7 +151,9 @@ def evaluate(branch: Branch, holdout: Holdout, config: Config, device: torch.dev
     luma = (holdout.images * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True).expand(-1, 3, -1, -1)
     gray, _ = embed(branch, luma, config, device)
     branch.train(was_training)
-    return {name: holdout.accuracy(rows) for name, rows in (("pooled", pooled), ("averaged", averaged), ("gray", gray))}
+    scores = {n: holdout.accuracy(rows) for n, rows in (("pooled", pooled), ("averaged", averaged), ("gray", gray))}
+    linear = holdout.linear(pooled)
+    return scores if linear is None else scores | {"linear": linear}
 
 
 def baselines(branch: Branch, holdout: Holdout, config: Config, device: torch.device) -> dict[str, Any]:
@@ -157,7 +195,9 @@ def lines(baselines: dict[str, Any], trained: Scores | None) -> list[str]:
     shown = {"untrained": untrained["pooled"]} | names
     result.append("  " + ", ".join(f"{name} {text(score)}" for name, score in shown.items()))
     if trained:
-        result.append(f"  without color: trained {text(trained['gray'])}, untrained {text(untrained['gray'])}")
+        for name, words in (("gray", "without color"), ("linear", "linear probe")):
+            if name in trained and name in untrained:
+                result.append(f"  {words}: trained {text(trained[name])}, untrained {text(untrained[name])}")
         if better := [name for name, score in names.items() if score[0] >= trained["pooled"][0]]:
             result.append(f"warning: the encoder is no better than {' and '.join(better)}")
     return result

@@ -40,6 +40,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _without_nan(value: Any) -> Any:
+    """``value`` with None for each number that is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RowFile:
     """A JSON-lines file of rows with a ``step`` that continues exactly after ``step`` steps: later rows are dropped.
 
@@ -58,7 +67,7 @@ class RowFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row (non-finite numbers as null) and hands it to the system: a killed process loses none."""
-        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        row = _without_nan(row)
         self.rows.append(row)
         try:
             if self._behind:

@@ -124,18 +124,46 @@ def draw(config: Config, clips: int) -> Frames:
             gallery.append(torch.cat([batch["views"][-1] for batch in drawn]))
             clip += [number for batch in drawn for number in batch["clip"].tolist()]
             video += [batch["video"] for batch in drawn]
-        label = labels(loader.store, clip)
+        try:
+            label = labels(loader.store, clip)
+        except UserError as error:  # classes are an extra here: a run needs none
+            print(f"note: no accuracy by nearest neighbors on the training store: {error}", flush=True)
+            label = None
     return Frames(torch.stack(query), torch.stack(gallery), _shown(config), torch.cat(video), label)
 
 
 def labels(store: Store, clips: list[int]) -> Tensor | None:
-    """The class of each of ``clips``, (M,) int64 from 0: the folder of its video when it was packed.
+    """The class of each of ``clips``, (M,) int64 from 0: of ``labels.parquet`` in a curated store, else the folder of
+    its video when it was packed.
 
     None if all were in one folder, or one of them in none.
+
+    Raises:
+        UserError: ``labels.parquet`` cannot be read, or has another number of clips than the store.
     """
-    folders = [Path(store.index.clip(clip).source).parent.name for clip in clips]
-    classes = sorted(set(folders))
-    return torch.tensor([classes.index(f) for f in folders]) if len(classes) > 1 and "" not in classes else None
+    if (path := store.path / "labels.parquet").exists():
+        named: list[Any] = _curated(path, len(store))
+        named = [named[clip] for clip in clips]
+    else:
+        named = [Path(store.index.clip(clip).source).parent.name for clip in clips]
+    classes = sorted(set(named))
+    return torch.tensor([classes.index(name) for name in named]) if len(classes) > 1 and "" not in classes else None
+
+
+def _curated(path: Path, clips: int) -> list[Any]:
+    """The column ``label`` of a store's ``labels.parquet``, a row a clip."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise UserError(f"the classes in {path} need pyarrow: pip install 'vito-fast[curate]'") from None
+    try:
+        found: list[Any] = read_table(path, columns=["label"])["label"].to_pylist()
+    except (ArrowException, OSError, KeyError) as error:
+        raise UserError(f"cannot read the classes in {path}: {' '.join(str(error).split())}") from None
+    if len(found) != clips:
+        raise UserError(f"{path} has {len(found)} rows, the store has {clips} clips: it is of another store")
+    return found
 
 
 def _shown(config: Config) -> Pixels | None:
