@@ -262,6 +262,8 @@ class TrainConfig:
     times as many clips on each rank."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops (ours)."""
+    timeout: float = 30.0
+    """Minutes that a rank waits for the others before the run ends: longer than an evaluation takes (ours)."""
     wandb: str = ""
     """Project of Weights & Biases for the rows, under the run's name; empty = none (ours)."""
     mlflow: str = ""
@@ -285,6 +287,7 @@ class TrainConfig:
         known = not any("\ud800" <= letter <= "\udfff" for letter in self.runs)
         _require(known, "train.runs", self.runs, "UTF-8, for TensorBoard")
         _require(0 <= self.collapse_std < 1, "train.collapse_std", self.collapse_std, "in [0, 1)")
+        _require(0 < self.timeout <= 1e5, "train.timeout", self.timeout, "above 0, and at most 1e5")
         for name in ("keep_every", "evaluate_every", "collapse_rank"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 

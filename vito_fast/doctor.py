@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vito_fast.errors import UserError
+from vito_fast.machine import usable_cores, usable_memory
 
 
 def doctor() -> int:
@@ -25,7 +26,7 @@ def report() -> str:
     nvdec, nvjpeg = _library("libnvcuvid.so.1"), _library("libnvjpeg.so.13", "libnvjpeg.so.12", "libnvjpeg.so")
     facts = [
         ("machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
-        ("CPU", f"{len(os.sched_getaffinity(0))} cores usable of {os.cpu_count()}"),
+        ("CPU", f"{usable_cores()} cores usable of {os.cpu_count()}"),
         ("memory", _memory()),
         ("disk here", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free"),
         ("GPU", "; ".join(gpus) or "none usable"),
@@ -112,12 +113,7 @@ def _driver() -> str:
 
 
 def _memory() -> str:
-    """Physical memory, or a container's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    usable = min(total, int(text)) if text.isdigit() else total
-    return f"{usable / 2**30:.1f} GiB"
+    return f"{usable_memory() / 2**30:.1f} GiB"
 
 
 def _codecs(av: ModuleType | None) -> str:

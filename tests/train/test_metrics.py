@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vito_fast import machine
 from vito_fast.config import Config, ModelConfig, SamplerConfig, TrainConfig
 from vito_fast.config_files import from_mapping
 from vito_fast.errors import UserError
 from vito_fast.plan.dryrun import clips_at_peak, dry_run, model_flops
 from vito_fast.plan.hardware import GPUS, arithmetic_peak
 from vito_fast.train import metrics
+from vito_fast.train.distributed import World
 from vito_fast.train.loss import embedding_rank, embedding_std
-from vito_fast.train.metrics import Clock, Recorder, RowFile
+from vito_fast.train.metrics import Clock, Progress, Recorder, RowFile, SkipAlarm, warnings_of
 from vito_fast.train.probe import CollapseAlarm, evaluation_sampler, histogram, knn_top1, top1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -127,6 +129,45 @@ def test_neighbours_of_other_videos_vote_with_their_weight():
     rows = torch.tensor([[1, 0, 0]] + 5 * [[0.9, 0.19**0.5, 0]] + 40 * [[0.8, 0, 0.6]])
     assert knn_top1(rows, torch.tensor(6 * [0] + 40 * [1]), torch.arange(46)) == 1
     assert math.isnan(knn_top1(rows / 0, torch.zeros(46, dtype=torch.int64), torch.arange(46)))
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(now, capsys):
+    progress = Progress(1000, 0, show=True)
+    row = {"loss": 1.5, "pairs_per_s": 10.0, "data_wait": 0.25}
+    for step in range(1, 9):
+        now[0] += 100 if step == 1 else 31
+        progress.update(step, row if step in (1, 2) else None)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/1000  loss 1.500  10 pairs/s  wait 25%",
+        "step 3/1000  8:35:07 left",
+        "step 5/1000  8:34:05 left",
+        "step 7/1000  8:33:03 left",
+    ]
+
+
+def test_a_skipped_step_is_told_at_once_and_once_a_series(capsys):
+    alarm = SkipAlarm(World(0, 1, 1, CPU))
+    for step, counts in enumerate([(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)], 1):
+        alarm(step, torch.tensor(counts))
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == ["step 2", "step 5"]
+
+
+def test_threads_that_fight_are_told_with_the_setting_to_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(metrics.os, "getloadavg", lambda: (1.0, 1.0, 1.0))
+    one, eight = World(0, 1, 1, CPU), World(0, 8, 8, CPU)
+    assert warnings_of(CONFIG, one) == warnings_of(CONFIG, eight) == []
+    (tmp_path / "cpu.max").write_text("400000 100000\n")  # a container's four cores of 64
+    assert warnings_of(CONFIG, one)[0].endswith(
+        "8 OpenMP threads on 4 cores wait for each other: set OMP_NUM_THREADS=4"
+    )
+    assert "8 ranks of 8 OpenMP threads on 4 cores" in warnings_of(CONFIG, eight)[0]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    monkeypatch.setattr(metrics.os, "getloadavg", lambda: (90.0, 1.0, 1.0))
+    assert "a load of 90 on 64 cores" in warnings_of(CONFIG, one)[0]
+    assert warnings_of(CONFIG, World(0, 1, 1, GPU)) == []
 
 
 def test_every_run_is_evaluated_by_the_same_sampler():

@@ -224,11 +224,12 @@ def test_interrupted_runs_equal_uninterrupted_ones(config):
     assert [r for r in rows(parts, "evaluations.jsonl") if r["step"] in (0, 4, 8, 10)] == rows(
         whole, "evaluations.jsonl"
     )
-    assert rows(whole) == rows(parts)
+    steps = [row["step"] for row in rows(whole)]
+    assert rows(whole) == [row for row in rows(parts) if row["step"] in steps]  # which has its stops as well
     left, right = final(whole), final(parts)
     assert all(torch.equal(t, right.tensors[n]) for n, t in left.tensors.items())
     train(parts, resume=True)  # finished: says so again, and changes nothing
-    assert rows(whole) == rows(parts)
+    assert rows(whole) == [row for row in rows(parts) if row["step"] in steps]
 
 
 def start(config, *more):
@@ -320,7 +321,7 @@ def test_a_torn_newest_checkpoint_is_named_and_the_one_before_used(config, capsy
     newest.write_bytes(newest.read_bytes()[:-100])
     train(torn, resume=True)
     assert f"warning: {newest}" in capsys.readouterr().out
-    assert rows(whole) == rows(torn)
+    assert rows(whole) == rows(torn)  # step 7, logged as the last of its process, came after the checkpoint in use
 
 
 def files(folder):

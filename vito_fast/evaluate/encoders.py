@@ -393,8 +393,8 @@ def _from_file(path: Path, source: str, network: str | None, device: torch.devic
 def _pretrained(network: str, source: str, device: torch.device) -> Encoder:
     backbone = _build(network)
     library, _, name = network.partition(":")
-    weights, _ = fitted(pretrained(network), backbone.body, Path(source))
-    backbone.body.load_state_dict(weights)  # type: ignore[union-attr]
+    body: nn.Module = backbone.get_submodule("body")
+    body.load_state_dict(fitted(pretrained(network), body, Path(source))[0])
     return _encoder(backbone, name, source, network, f"trained: {library}'s pretrained weights", device)
 
 

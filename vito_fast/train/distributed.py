@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,11 +39,12 @@ class World:
         return self.rank == 0
 
 
-def init_distributed(device: Literal["auto", "cpu", "cuda"]) -> World:
+def init_distributed(device: Literal["auto", "cpu", "cuda"], timeout: float = 30.0) -> World:
     """Joins the process group of the environment (RANK, WORLD_SIZE, LOCAL_RANK), if there is one.
 
     Args:
         device: ``train.device``; auto takes a GPU if there is one.
+        timeout: Minutes that a collective waits for the other ranks.
 
     Raises:
         UserError: CUDA is absent, local ranks outnumber GPUs, a variable has no valid number, or the other ranks do
@@ -64,7 +66,8 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"]) -> World:
         backend, device_id = "nccl" if cuda else "gloo", chosen if cuda else None
         try:
             store = _store_of_this_attempt()
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+            limit = timedelta(minutes=timeout)
+            dist.init_process_group(backend, None, limit, size, rank, store, device_id=device_id)
         except (ValueError, dist.DistError) as error:
             place = ":".join(os.environ.get(name, f"({name} not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise UserError(

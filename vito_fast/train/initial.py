@@ -40,7 +40,7 @@ def initialize(model: VitoModel, source: str) -> str:
         state = pretrained(source)
     else:
         state, _ = read_weights(path)
-    body: nn.Module = getattr(online.backbone, "body", online.backbone)  # type: ignore[assignment]
+    body: nn.Module = getattr(online.backbone, "body", online.backbone)
     weights, notes = fitted(state, body, path)
     body.load_state_dict(weights)
     online.load_state_dict(rest, strict=False)

@@ -17,7 +17,7 @@ from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.train import profiling
 from vito_fast.train.distributed import any_rank, init_distributed, shutdown
-from vito_fast.train.metrics import Clock, Progress
+from vito_fast.train.metrics import Clock, Progress, SkipAlarm, warnings_of
 from vito_fast.train.probe import CollapseAlarm
 from vito_fast.train.run import Run, open_run
 from vito_fast.train.stop import StopSignal
@@ -59,7 +59,7 @@ def train(
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps must be at least 1, got {max_steps}")
     config = with_changes(config, resume_with)
-    world = init_distributed(config.train.device)
+    world = init_distributed(config.train.device, config.train.timeout)
     try:
         with open_run(config, world, resume or bool(resume_with), max_steps, resume_with) as run:
             summary = _train(run, profile, clips_at_peak)
@@ -74,8 +74,13 @@ def _train(run: Run, profile: bool, clips_at_peak: float | None) -> dict[str, An
     config, world, trainer, loader = run.config, run.world, run.trainer, run.loader
     start, last = trainer.step_count, run.last
     with StopSignal(world, start) as stop:
+        if world.main and start < last:
+            print(run.opening_line(), flush=True)
+            for line in warnings_of(config, world):
+                print(line, flush=True)
         clock = Clock(world.device, clips_at_peak)
         alarm, progress = CollapseAlarm(config.train, world.size), Progress(last, start, world.main)
+        skips = SkipAlarm(world)
         batches = _endless(loader)
         tracer = profiling.Profile(run.folder / "profile", world.device) if profile and world.main else None
         gc.collect()
@@ -87,9 +92,12 @@ def _train(run: Run, profile: bool, clips_at_peak: float | None) -> dict[str, An
                     batch = next(batches)
                 waited = time.perf_counter() - asked
 
-                logged = step % config.train.log_every == 0 or step in (1, trainer.schedule.total_steps)
+                logged = step % config.train.log_every == 0 or step in (1, last)
                 row = trainer.step(batch["views"], to_device(batch["video"], world.device), measure=logged)
                 clock.count(config.train.batch_size, waited)
+                skips(step, trainer.skipped)
+                if step == start + 1 and config.train.compile and world.main:
+                    print(f"compiled: the first step took {time.perf_counter() - asked:.0f} s", flush=True)
 
                 if logged:
                     row = (

@@ -12,13 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vito_fast.config import Config
 from vito_fast.files import atomic_write, name_errors
+from vito_fast.machine import usable_cores
+from vito_fast.train.distributed import World
 from vito_fast.train.loggers import Loggers
 
 TIMINGS = ("pairs_per_s", "mfu", "data_wait", "seconds", "peak_memory", "decode_failures")
@@ -186,13 +190,69 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class SkipAlarm:
+    """Prints the first of each series of skipped steps, as soon as the host can know without waiting for the device."""
+
+    def __init__(self, world: World) -> None:
+        self.show, self.cuda = world.main, world.device.type == "cuda"
+        self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=self.cuda)
+        self._event: Any = None
+        self._step = 0
+        self._before = 0
+
+    def __call__(self, step: int, skipped: Tensor) -> None:
+        """After each step, with the trainer's counts: in all, and in a row."""
+        if not self.show or (self._event is not None and not self._event.query()):
+            return
+        if self.cuda:
+            if self._event is not None:
+                self._tell()
+            self._counts.copy_(skipped, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._step = step
+        else:
+            self._step, self._counts = step, skipped
+            self._tell()
+
+    def _tell(self) -> None:
+        in_a_row = int(self._counts[1])
+        if in_a_row and not self._before:
+            print(f"warning: step {self._step}: skipped, its loss or gradient is not finite", flush=True)
+        self._before = in_a_row
+
+
+def warnings_of(config: Config, world: World) -> list[str]:
+    """Lines about a machine that will be slow for a reason that a setting removes."""
+    if world.device.type != "cpu":
+        return []
+    cores, threads = usable_cores(), torch.get_num_threads()
+    if threads * world.local_size > cores:
+        share = max(1, cores // world.local_size)
+        who = f"{world.local_size} ranks of {threads}" if world.local_size > 1 else f"{threads}"
+        return [f"warning: {who} OpenMP threads on {cores} cores wait for each other: set OMP_NUM_THREADS={share}"]
+    load = os.getloadavg()[0]
+    if threads > 1 and load > cores:
+        return [
+            f"warning: a load of {load:.0f} on {cores} cores: beside other processes {threads} OpenMP threads wait for "
+            "each other: set OMP_NUM_THREADS=1"
+        ]
+    return []
+
+
+LINE_EVERY = 60.0
+"""Seconds between lines of progress without a terminal, at most."""
+
+
 class Progress:
-    """A bar with rate and time left on a terminal; a line now and then elsewhere. Silent unless ``show``."""
+    """A bar with rate and time left on a terminal; a line each minute at least elsewhere. Silent unless ``show``."""
 
     def __init__(self, total: int, start: int, show: bool) -> None:
         self.total, self.show = total, show
         self.live = show and sys.stderr.isatty()
-        self.next_line = start
+        self.start, self.next_line = start, start
+        self.printed = time.perf_counter()
+        self.first: float | None = None
         if self.live:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -210,9 +270,15 @@ class Progress:
             self.bar.update(self.task, completed=step)
             if note:
                 self.bar.update(self.task, note=note)
-        elif self.show and note and step >= self.next_line:
-            print(f"step {step}/{self.total}  {note}", flush=True)
-            self.next_line = step + max(1, self.total // 10)
+        elif self.show:
+            now = time.perf_counter()
+            if self.first is None:  # the first step compiles and fills caches: the time left is of the others
+                self.first = now
+            left = (now - self.first) / max(1, step - self.start - 1) * (self.total - step)
+            if (note and step >= self.next_line) or now - self.printed >= LINE_EVERY:
+                eta = f"  {timedelta(seconds=round(left))} left" if step > self.start + 1 and step < self.total else ""
+                print(f"step {step}/{self.total}{'  ' + note if note else ''}{eta}", flush=True)
+                self.next_line, self.printed = step + max(1, self.total // 10), now
 
     def close(self) -> None:
         if self.live:

@@ -5,7 +5,6 @@ summary.json. All ranks read it; only the main one writes.
 """
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from vito_fast.config_files import changeable, method_differences, save_config, 
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
+from vito_fast.machine import usable_cores
 from vito_fast.train import holdout, probe
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
@@ -82,6 +82,19 @@ class Run:
             with going_on(f"attention picture at step {step}"):
                 probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
         online.train(training)
+
+    def opening_line(self) -> str:
+        """The run in a line: data, steps, learning rate and place."""
+        config, world, schedule = self.config, self.world, self.trainer.schedule
+        size, device = config.train.batch_size, "the CPU"
+        if world.device.type == "cuda":
+            device = torch.cuda.get_device_name(world.device)
+        place = device if world.size == 1 else f"{world.size} ranks, {size // world.size} each, on {device}"
+        compiled = "; the first step compiles, which takes minutes" if config.train.compile else ""
+        return (
+            f"{self.folder}: {len(self.loader.store)} clips, {self.last - self.trainer.step_count} steps of {size} on "
+            f"{place}; learning rate {schedule.peak:.3g} after {schedule.warmup_steps} steps of warm-up{compiled}"
+        )
 
     def retrieval(self) -> dict[int, float]:
         """Retrieval by step, of the evaluations with as many clips as the baselines."""
@@ -212,7 +225,7 @@ def open_run(
 def make_loader(config: Config, world: World) -> ClipLoader:
     """This rank's loader. UserError if the store is unusable or the batch does not divide among the ranks."""
     clips = config.train.clips(world.size)
-    threads = config.data.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    threads = config.data.threads or max(1, usable_cores() // world.local_size)
     return ClipLoader(
         config.data.store,
         clips,
