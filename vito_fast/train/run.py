@@ -323,7 +323,7 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
     scores = summary["retrieval"]
     if stopped_by:
         print(f"stopped by {stopped_by} after step {summary['step']} of {summary['steps']}; continue with --resume")
-    if None not in (scores["trained"], scores.get("untrained")):
+    if "holdout" not in summary and None not in (scores["trained"], scores.get("untrained")):
         print(
             f"retrieval of a clip's other frame among {scores['clips']} clips: trained {scores['trained']:.1%}, "
             f"untrained {scores['untrained']:.1%}, raw pixels {scores['pixels']:.1%}, "
