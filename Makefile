@@ -45,6 +45,7 @@ BASELINES = random,pixels,imagenet
 
 pretrain: setup
 	$(if $(strip $(VIDEOS)),,$(BIN)/python -m vito_fast.data.demo data/demo)
+	$(BIN)/vito-fast init "$(SOURCE)" --check "$(CONFIG)"
 	$(BIN)/vito-fast pack "$(SOURCE)" "$(STORE)" $(PACK)
 	$(if $(strip $(VIDEOS)),,$(BIN)/vito-fast pack data/demo/heldout $(SHOWN) $(PACK))
 	$(BIN)/vito-fast train "$(CONFIG)" --name "$(RUN)" --data.store "$(STORE)" --resume $(HOLDOUT)

@@ -44,7 +44,8 @@ RENAMED = {
 def load_config(path: str | Path) -> Config:
     """Loads a YAML file over the defaults.
 
-    ``extends: other.yaml`` (relative to the file) starts from another file.
+    ``extends: other.yaml`` (relative to the file, or a shipped preset) starts from another file. A run without ``name``
+    has the file's.
 
     Args:
         path: A file, or the name of a shipped preset.
@@ -53,10 +54,11 @@ def load_config(path: str | Path) -> Config:
         UserError: a missing file, an unknown key, a wrong type or a value out of range. The message names file, key and
             the nearest valid name.
     """
-    return _load(find_preset(path), ())
+    found = find_preset(path)
+    return _load(found, (), {"name": found.stem})
 
 
-def _load(path: Path, seen: tuple[str, ...]) -> Config:
+def _load(path: Path, seen: tuple[str, ...], default: dict[str, Any]) -> Config:
     import yaml
 
     try:
@@ -77,8 +79,9 @@ def _load(path: Path, seen: tuple[str, ...]) -> Config:
         here = os.path.realpath(path)
         if here in seen:
             raise UserError(f"{path}: 'extends' goes in a circle")
-        base = _load(path.parent / str(parent), (*seen, here))
-    return from_mapping(base, mapping, str(path))
+        beside = path.parent / str(parent)
+        base = _load(beside if beside.exists() else _shipped(str(parent)) or beside, (*seen, here), {})
+    return from_mapping(base, default | mapping, str(path))
 
 
 def _base(mapping: dict[Any, Any], source: str) -> Config:
@@ -102,13 +105,15 @@ def find_preset(path: str | Path) -> Path:
     wanted = Path(path)
     if wanted.exists():
         return wanted
-    shipped = preset_files()
-    if wanted.parent == Path("."):
-        for preset in shipped:
-            if wanted.name in (preset.name, preset.stem):
-                return preset
-    names = ", ".join(preset.stem for preset in shipped)
+    if (preset := _shipped(str(path))) is not None:
+        return preset
+    names = ", ".join(preset.stem for preset in preset_files())
     raise UserError(f"no configuration {wanted}: give a YAML file, or one of the presets {names}")
+
+
+def _shipped(name: str) -> Path | None:
+    """The preset of that name, with or without .yaml."""
+    return next((preset for preset in preset_files() if name in (preset.name, preset.stem)), None)
 
 
 def preset_files() -> list[Path]:

@@ -14,6 +14,7 @@ from vito_fast.errors import UserError
 
 COMMANDS = {
     "curate": ("vito_fast.cli.curate", "curate", "turn a heap of videos into a class-balanced, audited store"),
+    "init": ("vito_fast.cli.init", "init", "propose a configuration for some videos and this machine"),
     "pack": ("vito_fast.cli.pack", "pack", "turn a folder of videos into a store"),
     "inspect-store": ("vito_fast.cli.store", "inspect_store", "verify a store and describe it"),
     "train": ("vito_fast.cli.train", "Train", "pretrain an encoder: vito-fast train CONFIG [--section.field VALUE]"),

@@ -65,6 +65,7 @@ def configured(command: str, kind: type, words: Sequence[str]) -> Any:
     config, rest = (Config(), list(words)) if first.startswith("-") else (load_config(first), list(words[1:]))
     default = kind(config)
     known = [*dotted_names(config), *_options(default)]
+    rest = _switches(config, rest)
     for i, word in enumerate(rest):
         name = _name(word)
         if word.startswith("--") and name in RENAMED:
@@ -72,6 +73,24 @@ def configured(command: str, kind: type, words: Sequence[str]) -> Any:
         elif word.startswith("--") and name.replace(".no_", ".") not in known and name != "help":
             raise UserError(f"unknown option '{word}'{nearest(name, known)}")
     return parse(kind, rest, f"vito-fast {command} {first}", default=default)
+
+
+def _switches(config: Config, words: list[str]) -> list[str]:
+    """Writes ``--section.field true`` and ``false`` of a yes-or-no field as the flag that tyro knows."""
+    result, queue = [], list(words)
+    while queue:
+        word = queue.pop(0)
+        section, _, key = _name(word).partition(".")
+        current = getattr(getattr(config, section, None), key, None)
+        if not word.startswith("--") or not isinstance(current, bool):
+            result.append(word)
+            continue
+        value = word.partition("=")[2] or (queue.pop(0) if queue and queue[0].lower() in ("true", "false") else "true")
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"{word.partition('=')[0]} must be true or false, got {value!r}")
+        if (value.lower() == "true") != current:
+            result.append(f"--{section}.{'no-' if current else ''}{key.replace('_', '-')}")
+    return result
 
 
 def _current_flag(command: str, word: str) -> str:
