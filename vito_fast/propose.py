@@ -142,7 +142,7 @@ def propose(footage: Footage, store: str, device: torch.device) -> tuple[Config,
         f"backbone {backbone}, {size} px: for {'a GPU' if gpu else 'a CPU'}; the smallest video has "
         f"{footage.short_side} px",
         f"learning rate {base_lr:g} x {batch}/256, trust coefficient {trust}: a layer changes by at most "
-        f"{base_lr * batch / 256 * trust:.2%} a step, as in {'the paper' if large else 'the demo'}",
+        f"{base_lr * batch / 256 * trust:.2%} a step, as in the paper",
         f"target average {ema}: it follows over about {1 / (1 - ema):.0f} of {steps} steps",
     ]
     if footage.shapes > 1:

@@ -121,7 +121,7 @@ def test_overrides_reach_the_configuration():
     assert isinstance(options, Train)
     assert (options.resume, options.max_steps) == (True, 7)
     assert (config.loss.temperature, config.train.batch_size, config.sampler.crop_area) == (0.2, 8, (0.5, 0.9))
-    assert (config.model.predictor, config.name, config.model.backbone) == (True, "x", "resnet18")
+    assert (config.model.predictor, config.name, config.model.backbone) == (True, "x", "timm:test_resnet")
 
 
 def test_old_names_of_options_work_and_say_so(caplog):
