@@ -39,13 +39,22 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.float32)
 
 
-def make_scene(rng: np.random.Generator, image: np.ndarray | None = None, speed: float | None = None) -> Scene:
+def make_scene(
+    rng: np.random.Generator,
+    image: np.ndarray | None = None,
+    speed: float | None = None,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    whip: bool = False,
+) -> Scene:
     """A camera that pans, zooms and shakes over a still picture, and things that move before it.
 
-    ``speed`` is the pan in pixels a frame; by default most scenes are slow and a few fast.
+    ``speed`` is the pan in 90ths of the height a frame; by default most scenes are slow and a few fast. ``whip`` turns
+    the camera once by up to two widths within a few frames, which blurs them.
     """
+    height, width = size
+    unit = height / 90
     if image is None:
-        image = texture(rng, HEIGHT * 3, WIDTH * 3)
+        image = texture(rng, height * 3, width * 3)
     speed = float(rng.choice([0, 0.3, 1, 2, 4], p=[0.2, 0.3, 0.25, 0.15, 0.1])) if speed is None else speed
     angle, zoom = rng.uniform(0, 2 * np.pi), 1 + rng.choice([0, 0, 0.002, -0.002, 0.006])
     shake, noise = rng.choice([0, 0, 0.5, 1.5]), rng.choice([0, 2, 5])
@@ -56,23 +65,32 @@ def make_scene(rng: np.random.Generator, image: np.ndarray | None = None, speed:
     ]
     seed = int(rng.integers(2**31))
     gain = rng.choice([1, 1, 1, 0.45])
+    turn = (int(rng.integers(8, 30)), int(rng.integers(4, 11)), width * rng.uniform(0.5, 2)) if whip else (0, 1, 0.0)
+
+    def turned(moment: float) -> float:
+        return turn[2] * float(np.interp(moment, [turn[0], turn[0] + turn[1]], [0, 1]))
+
+    def view(moment: float, shift: np.ndarray) -> np.ndarray:
+        scale = zoom**moment
+        cy = start[0] + unit * (speed * moment * np.sin(angle) + shift[0])
+        cx = start[1] + unit * (speed * moment * np.cos(angle) + shift[1]) + turned(moment)
+        rows = _mirror(cy + (np.arange(height) - height / 2) * scale, image.shape[0])
+        columns = _mirror(cx + (np.arange(width) - width / 2) * scale, image.shape[1])
+        return image[rows][:, columns].astype(np.float32)
 
     def frame(number: int) -> np.ndarray:
         local = np.random.default_rng([seed, number + 1000])
-        scale = zoom**number
-        cy = start[0] + speed * number * np.sin(angle) + local.normal(0, 1) * shake
-        cx = start[1] + speed * number * np.cos(angle) + local.normal(0, 1) * shake
-        rows = _mirror(cy + (np.arange(HEIGHT) - HEIGHT / 2) * scale, image.shape[0])
-        columns = _mirror(cx + (np.arange(WIDTH) - WIDTH / 2) * scale, image.shape[1])
-        picture = image[rows][:, columns].astype(np.float32)
-        for place, velocity, size, color in things:
+        shift = local.normal(0, 1, 2) * shake
+        blurred = whip and turn[0] - 1 <= number < turn[0] + turn[1]
+        views = [view(number + part / 6, shift) for part in (range(6) if blurred else (0,))]
+        picture = np.mean(views, axis=0) if blurred else views[0]
+        for place, velocity, extent, color in things:
             y, x = (place + velocity * number) % 1.4 - 0.2
-            top, left = max(0, int((y - size[0] / 2) * HEIGHT)), max(0, int((x - size[1] / 2) * WIDTH))
-            picture[top : max(0, int((y + size[0] / 2) * HEIGHT)), left : max(0, int((x + size[1] / 2) * WIDTH))] = (
-                color
-            )
+            top, left = max(0, int((y - extent[0] / 2) * height)), max(0, int((x - extent[1] / 2) * width))
+            bottom, right = max(0, int((y + extent[0] / 2) * height)), max(0, int((x + extent[1] / 2) * width))
+            picture[top:bottom, left:right] = color
         if noise:
-            picture += local.normal(0, noise, (*picture.shape[:2], 1))
+            picture += noise * local.standard_normal((*picture.shape[:2], 1), np.float32)
         return picture * gain
 
     return frame
@@ -122,13 +140,15 @@ def make_video(
 
 
 def _effect(rng: np.random.Generator, length: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
-    kind = rng.choice(["none", "flash", "flicker", "blackout"], p=[0.4, 0.35, 0.15, 0.1])
+    kind = rng.choice(["none", "flash", "flicker", "blackout", "strobe"], p=[0.4, 0.3, 0.1, 0.1, 0.1])
     start, span = int(rng.integers(8, length - 12)), int(rng.integers(1, 5))
     strength = rng.uniform(60, 255)
 
     def apply(number: int, picture: np.ndarray) -> np.ndarray:
         if kind == "flicker":
             return picture * (0.75 + 0.25 * np.cos(number * 2.1))
+        if kind == "strobe" and start <= number < start + 12:
+            return picture * 0.2 if number // span % 2 else picture + strength / 2
         if not start <= number < start + span:
             return picture
         decay = 1 - (number - start) / (span + 1)

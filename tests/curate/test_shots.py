@@ -1,11 +1,16 @@
 """Boundaries of synthetic videos whose shots are known, and of all that is none."""
 
 import itertools
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from shot_videos import HEIGHT, WIDTH, make_scene, make_video, texture
 
+from vito_fast.curate import analyse
+from vito_fast.curate.options import AnalyseOptions
 from vito_fast.data.pack.shots import Cut, ShotDetector
 
 KINDS = ("hard", "dissolve", "fade", "hard", "fade")
@@ -15,7 +20,7 @@ def detect(frames) -> list[Cut]:
     detector = ShotDetector()
     found = []
     for number, frame in enumerate(frames):
-        new = detector.push(frame)
+        new = detector.push(VideoFrame.from_ndarray(frame))
         assert all(number - detector.DELAY <= cut.frame <= number for cut in new)
         found += new
     found += detector.finish()
@@ -23,11 +28,14 @@ def detect(frames) -> list[Cut]:
     return found
 
 
-def test_precision_and_recall_on_videos_with_flashes_flicker_and_motion():
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (32, 58)])
+def test_precision_and_recall_on_videos_with_flashes_strobes_and_whip_pans(size):
     truth = dict.fromkeys(("hard", "dissolve", "fade"), 0)
     hits, found_all = dict(truth), 0
     for seed in range(2002, 2008):
-        frames, transitions = make_video(np.random.default_rng(seed), KINDS)
+        frames, transitions = make_video(
+            np.random.default_rng(seed), KINDS, scenes=lambda rng: make_scene(rng, size=size, whip=rng.random() < 0.2)
+        )
         found = detect(frames)
         found_all += len(found)
         for transition in transitions:
@@ -39,6 +47,27 @@ def test_precision_and_recall_on_videos_with_flashes_flicker_and_motion():
     assert hits["fade"] >= 0.9 * truth["fade"]
     assert hits["dissolve"] >= 0.5 * truth["dissolve"]
     assert sum(hits.values()) >= 0.85 * found_all
+
+
+def test_a_boundary_is_at_the_tick_of_its_frame_under_a_variable_frame_rate(tmp_path):
+    rng = np.random.default_rng(5)
+    scenes = make_scene(rng, speed=0.5), make_scene(rng, speed=0.5)
+    ticks = np.cumsum(rng.integers(3, 40, 70))
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, tick in enumerate(ticks):
+            picture = np.clip(scenes[number >= 33](number), 0, 255).astype(np.uint8)
+            frame = VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = int(tick), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    row = analyse.run({"root": str(tmp_path), "path": "v.mkv", "id": "v"}, AnalyseOptions())
+    assert [(clip["first_frame"], clip["cut"]) for clip in row["clips"]] == [(0, "start"), (33, "cut")]
+    assert row["clips"][0]["end"] == row["clips"][1]["start"]
+    assert row["time_base"] == "1/1000"
+    assert [clip["start"] for clip in row["clips"]] == [ticks[0], ticks[33]]
 
 
 @pytest.mark.parametrize("seed", range(4))

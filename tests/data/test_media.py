@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import sequential
@@ -41,7 +42,8 @@ def test_fitted_keeps_the_shape(height, width, short):
 def test_shots_are_told_from_motion(seed):
     moving = pictures(24, seed=seed)
     detector = ShotDetector()
-    found = [cut for picture in [*moving, *(255 - picture for picture in moving)] for cut in detector.push(picture)]
+    both = map(VideoFrame.from_ndarray, [*moving, *(255 - picture for picture in moving)])
+    found = [cut for frame in both for cut in detector.push(frame)]
     assert [(cut.frame, cut.kind) for cut in [*found, *detector.finish()]] == [(24, "cut")]
 
 
@@ -62,7 +64,7 @@ def test_cuts_that_are_reported_late_mark_their_own_frames(monkeypatch):
             return [Cut(self.seen - 1, "cut", 1.0)]
 
     monkeypatch.setattr("vito_fast.data.pack.shots.ShotDetector", Late)
-    marked = list(mark_cuts(iter("abcdefg"), lambda frame: frame))
+    marked = list(mark_cuts(zip("abcdefg", "abcdefg", strict=True)))
     assert [(frame, cut is not None) for frame, cut in marked] == [(frame, frame in "cg") for frame in "abcdefg"]
 
 

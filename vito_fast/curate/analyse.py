@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from vito_fast.curate.hashes import frame_hashes
@@ -14,11 +15,11 @@ from vito_fast.curate.options import AnalyseOptions, digest
 from vito_fast.curate.probe import IMAGES, confined
 from vito_fast.data.pack.clips import GAP, frame_duration
 from vito_fast.data.pack.shots import mark_cuts
-from vito_fast.data.store.media import BadVideo, Source, check_pixels, fitted, presentation_times, rgb, upright
+from vito_fast.data.store.media import BadVideo, Source, check_pixels, fitted, gray, presentation_times, rgb, upright
 
-VERSION = 1
+VERSION = 2
 SMALL = 96
-"""Short side in pixels of the frames that shots and hashes are computed of."""
+"""Short side in pixels of the frames that hashes are computed of."""
 JPEG_QUALITY = 92
 FRAME = pa.struct([("frame", pa.int32()), ("jpeg", pa.binary())])
 HASH = pa.struct([("seconds", pa.float64()), ("contrast", pa.float32()), ("bits", pa.binary())])
@@ -57,9 +58,10 @@ FLAT = 6.0
 class _Frame:
     number: int
     seconds: float
-    small: np.ndarray
-    jpeg: bytes | None
-    hash: dict[str, Any] | None
+    picture: VideoFrame | None
+    """Of the frames that the classifier may see. Scaled only once its clip is known."""
+    small: np.ndarray | None
+    """Luma of the frames that are hashed."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
     source, tokens = Source(path, options.limits), list[int]()
     clips: list[_Clip] = []
     latest, before = 0.0, None
-    for frame, cut in mark_cuts(_frames(source, tokens, options), lambda frame: frame.small):
+    for frame, cut in mark_cuts(_frames(source, tokens, options)):
         gap = abs(frame.seconds - latest) > GAP
         latest = max(latest, frame.seconds) if frame.number and not gap else frame.seconds
         if not clips or cut or gap or frame.seconds - clips[-1].begin >= options.clip_length - 1e-6:
@@ -91,10 +93,10 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
             before = None
         clip = clips[-1]
         clip.end = frame.number + 1
-        if frame.jpeg and frame.number - clip.first < options.first_frames:
-            clip.frames.append({"frame": frame.number, "jpeg": frame.jpeg})
-        if frame.hash:
-            clip.hashes.append(frame.hash)
+        if frame.picture and frame.number - clip.first < options.first_frames:
+            clip.frames.append({"frame": frame.number, "jpeg": _jpeg(_square(frame.picture, options.frame_size))})
+        if frame.small is not None:
+            clip.hashes.append(_hash(frame.small, frame.seconds))
             if before is not None:
                 clip.change += float(np.abs(frame.small.astype(np.int16) - before).mean())
             before = frame.small
@@ -105,7 +107,7 @@ def rejected(data: Mapping[str, Any], reason: str) -> dict[str, Any]:
     return {"path": data["path"], "status": "rejected", "reason": reason, "clips": [], "frames": [], "hashes": []}
 
 
-def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Iterator[_Frame]:
+def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Iterator[tuple[_Frame, VideoFrame]]:
     tick, size = -1, None
     for token, frame in source.frames():
         number = len(tokens)
@@ -115,27 +117,16 @@ def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Itera
         if size is not None and upright(frame) != size:
             raise BadVideo(f"frame size changes at frame {number}")
         size = upright(frame)
-        small = rgb(frame, fitted(*size, SMALL), interpolation="AREA")
-        jpeg = None
-        if number % options.stride == 0:
-            picture = rgb(frame, fitted(*size, round(options.frame_size / 0.875)))
-            jpeg = _jpeg(_center(picture, options.frame_size))
-        hashed = None
+        small = None
         if int(seconds * options.hash_rate) != tick:
             tick = int(seconds * options.hash_rate)
-            hashed = _hash(small, seconds)
-        yield _Frame(number, seconds, small, jpeg, hashed)
+            small = gray(frame, fitted(*size, SMALL))
+        yield _Frame(number, seconds, frame if number % options.stride == 0 else None, small), frame
 
 
-def _hash(picture: np.ndarray, seconds: float) -> dict[str, Any]:
-    bits, contrast = frame_hashes(luma(picture))
+def _hash(small: np.ndarray, seconds: float) -> dict[str, Any]:
+    bits, contrast = frame_hashes(small)
     return {"seconds": round(seconds, 6), "contrast": contrast, "bits": bits.tobytes()}
-
-
-def luma(picture: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 luma of RGB, BT.601."""
-    weights = np.array([77, 150, 29], np.uint16)
-    return ((picture.astype(np.uint16) * weights).sum(-1, dtype=np.uint16) >> 8).astype(np.uint8)
 
 
 def _jpeg(picture: np.ndarray) -> bytes:
@@ -144,8 +135,9 @@ def _jpeg(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _center(picture: np.ndarray, side: int) -> np.ndarray:
-    """The middle square, resized only if the picture is smaller."""
+def _square(frame: VideoFrame, side: int) -> np.ndarray:
+    """The middle 7 / 8 of a frame, as ImageNet's classifiers are tested; (side, side, 3)."""
+    picture = rgb(frame, fitted(*upright(frame), round(side / 0.875)))
     height, width = picture.shape[:2]
     crop = min(side, height, width)
     y, x = (height - crop) // 2, (width - crop) // 2
@@ -190,7 +182,7 @@ def _open_image(path: Any, options: AnalyseOptions) -> Image.Image:
 def _still(data: Mapping[str, Any], picture: np.ndarray, options: AnalyseOptions) -> dict[str, Any]:
     """An image of an evaluation set, as a clip of one frame."""
     height, width = fitted(picture.shape[0], picture.shape[1], SMALL)
-    small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    small = np.asarray(Image.fromarray(picture).convert("L").resize((width, height), Image.Resampling.BOX))
     clip = {
         "clip_id": digest(data["path"], data["id"], 0), "first_frame": 0, "end_frame": 1, "start": 0, "end": 1,
         "seconds": 0.0, "cut": "start", "cut_score": 0.0, "flat_share": 0.0, "motion": 0.0,

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import av
 import numpy as np
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from vito_fast.data.pack.clips import (
@@ -181,7 +182,7 @@ class Transcoder:
         if self.spans is not None:
             return self._run_spans(source, self.spans, heartbeat)
         latest = 0.0
-        for frame, cut in mark_cuts(self._frames(source), lambda frame: frame.picture):
+        for frame, cut in mark_cuts(self._frames(source)):
             number, seconds = frame.number, frame.seconds
             gap = abs(seconds - latest) > GAP
             latest = max(latest, seconds) if number and not gap else seconds
@@ -200,7 +201,7 @@ class Transcoder:
     def _run_spans(self, source: Source, spans: Sequence[Span], heartbeat: Callable[[], None]) -> PackedFile:
         """Pack the spans of a clip list as they are: no shot is cut, split or left out."""
         remaining = list(reversed(spans))
-        for frame in self._frames(source):
+        for frame, _ in self._frames(source):
             if self._clip and frame.number == remaining[-1].end_frame:
                 self._close(frame.number, source, frame.seconds)
                 remaining.pop()
@@ -221,8 +222,8 @@ class Transcoder:
                 raise BadVideo(f"frame {span.first_frame} is at tick {native[span.first_frame]}, not {span.start}")
         return self.result
 
-    def _frames(self, source: Source) -> Iterator[_Frame]:
-        """Decoded frames, resized, with times in seconds that are exact enough to split shots."""
+    def _frames(self, source: Source) -> Iterator[tuple[_Frame, VideoFrame]]:
+        """Each decoded frame, after its resized picture and its time, which is exact enough to split shots."""
         for token, frame in source.frames():
             size = fitted(*upright(frame), self.options.short_side)
             number = len(self._tokens)
@@ -232,7 +233,8 @@ class Transcoder:
             self._tokens.append(token)
             ticks = source.pts[token] if token < len(source.pts) else None
             seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
-            yield _Frame(center_crop(rgb(frame, size), self.format.stored_size(*size)), number, seconds)
+            picture = center_crop(rgb(frame, size), self.format.stored_size(*size))
+            yield _Frame(picture, number, seconds), frame
 
     def _encoder(self, picture: np.ndarray, rate: Fraction) -> Encoder:
         height, width = picture.shape[:2]

@@ -38,15 +38,11 @@ from vito_fast.data.store.media import (
     claimed_rate,
     decoder_options,
     demuxed,
-    fitted,
     opened,
     presentation_times,
     rgb,
 )
 from vito_fast.data.store.store import BadPackets, Decoder
-
-THUMBNAIL = 64
-"""Short side in pixels of the frames that the shot detector gets."""
 
 
 @dataclass
@@ -119,8 +115,7 @@ class Remuxer:
                     check_pixels(frame.width, frame.height, self.limits)
                     if len(stream.outputs) >= self.limits.frames:
                         raise BadVideo(f"over a limit: more than {self.limits.frames} frames")
-                    small = rgb(frame, fitted(frame.height, frame.width, THUMBNAIL), turn=False)
-                    cuts += detector.push(small)
+                    cuts += detector.push(frame)
                     stream.outputs.append(number)
                     stream.frame_sums[number] = frame_checksum(frame)
                     heartbeat()

@@ -1,6 +1,6 @@
 """Shot boundaries, found while a video is decoded: hard cuts, fades and dissolves.
 
-Three tests look at thumbnails, with a bounded delay:
+Three tests look at thumbnails of one fixed size, with a bounded delay:
 
 * A *cut* separates the frames before it from those after it. All pairs across it differ, by more than neighbors do.
   A flash does not: the frames after it match those before it.
@@ -9,15 +9,20 @@ Three tests look at thumbnails, with a bounded delay:
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from av.video.frame import VideoFrame
+
+from vito_fast.data.store.media import rgb
 
 T = TypeVar("T")
-Thumbnail = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
+
+ROWS, COLUMNS = 18, 32
+"""Cells of a thumbnail. Noise and small motion vanish in their means; small and large videos look alike."""
 
 
 class Cut(NamedTuple):
@@ -32,8 +37,12 @@ class Cut(NamedTuple):
 class ShotDetector:
     """Streaming detector of shot boundaries. Feed it every frame of one video in presentation order. Deterministic."""
 
-    DELAY = 56
+    DELAY = 72
     """Frames after a boundary that :meth:`push` may need before it reports the boundary."""
+    CHUNK = 16
+    """Frames that are taken up at once."""
+    HISTORY = 64
+    """Frames before a chunk that the tests look back at."""
 
     WINDOW = 8
     """Frames on each side of a cut that are compared; an interruption of fewer frames is a flash."""
@@ -44,109 +53,129 @@ class ShotDetector:
     FLAT = 0.005
     """Standard deviation of luma below which a frame is flat. Relative to the last second: ``FLAT_SHARE``."""
     FLAT_SHARE = 0.1
+    SIDE = 24
+    """Frames on each side of flat ones that are compared."""
+    RAMP = 5
+    """Frames from flat to full contrast that make a fade. After faster ones, pictures that correlate are one shot."""
     SPANS = (10, 16, 24, 36, 52)
     """Frames from end to end at which dissolves are looked for."""
-    BETWEEN = 0.38
+    BETWEEN = 0.35
     """Largest distance of a dissolve's middle from the mean of its ends, relative to the distance of the ends."""
+    DIP = 0.8
+    """Largest variance of a dissolve's middle, relative to its ends': a mean of two pictures has less contrast."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._first = 0
-        """The first frame of this size."""
-        self._colors: deque[Thumbnail] = deque(maxlen=64)
-        self._lumas: deque[Thumbnail] = deque(maxlen=64)
-        self._stds: deque[float] = deque(maxlen=64)
-        self._changes: deque[float] = deque(maxlen=64)
+        self._restart(0)
+
+    def _restart(self, number: int) -> None:
+        """Forget all frames before ``number``."""
+        self._first = self._base = self._count = number
+        """The first frame of this size; the first in the arrays; frames seen."""
+        self._size: tuple[int, int] | None = None
+        self._waiting: list[npt.NDArray[np.uint8]] = []
+        self._colors = np.empty((0, ROWS, COLUMNS, 3), np.float32)
+        self._lumas = np.empty((0, ROWS, COLUMNS), np.float32)
+        self._stds = np.empty(0, np.float32)
+        self._changes = np.empty(0, np.float32)
         """Mean absolute difference to the frame before."""
         self._pending: list[Cut] = []
+        self._latest = Cut(-1000, "cut", 0.0)
+        """The last one that was reported."""
         self._dissolve: Cut | None = None
         self._last_dissolve = -1000
         self._flat_from = -1
         self._flat_run: tuple[int, int] | None = None
         """The last run of flat frames that is not decided: first, and first after it."""
-        self._before_flat: list[Thumbnail] = []
-        """Frames before that run."""
-        self._flat_until = -1000
-        """End of the last run of flat frames."""
+        self._before_flat = np.empty((0, ROWS, COLUMNS, 3), np.float32)
+        """The last second before that run."""
+        self._last_flat = (-1000, -1000)
+        """The last run of flat frames, decided or not."""
 
-    def push(self, picture: npt.NDArray[np.uint8]) -> list[Cut]:
+    def push(self, frame: VideoFrame) -> list[Cut]:
         """Take the next frame.
 
         Args:
-            picture: (H, W, 3) uint8 RGB. H and W may change between frames, which is a cut.
+            frame: Decoded, of any size. A change of the size is a cut.
 
         Returns:
             Boundaries not reported before, in order. The first frame of a video is number 0 and begins no *new* shot.
             Each is at most ``DELAY`` frames old.
         """
-        number, self._count = self._count, self._count + 1
-        color = _thumbnail(picture)
-        if self._colors and self._colors[-1].shape != color.shape:
-            rest = self._settle(final=True)
+        done: list[Cut] = []
+        size = frame.height, frame.width
+        if self._size is not None and self._size != size:
+            number = self._count + len(self._waiting)
+            done = [*self.finish(), Cut(number, "cut", 1.0)]
             self._restart(number)
-            self._add(color)
-            return [*rest, Cut(number, "cut", 1.0)]
-        self._add(color)
-        self._look(number)
-        return self._settle()
+        self._size = size
+        self._waiting.append(thumbnail(frame))
+        if len(self._waiting) == self.CHUNK:
+            self._take()
+            done += self._settle()
+        return done
 
     def finish(self) -> list[Cut]:
         """Boundaries among the last frames, once no more frames follow."""
+        self._take()
         for number in range(max(self._first + 1, self._count - self.WINDOW + 1), self._count):
-            self._look_for_cut(number)
+            self._look_for_cut(number, self._count)
         return self._settle(final=True)
 
-    def _restart(self, number: int) -> None:
-        count = self._count
-        self.__init__()  # type: ignore[misc]
-        self._count, self._first = count, number
-
-    def _add(self, color: Thumbnail) -> None:
-        luma = color.mean(-1)
-        self._changes.append(float(np.abs(color - self._colors[-1]).mean()) if self._colors else 0.0)
-        self._colors.append(color)
-        self._lumas.append(luma)
-        self._stds.append(float(luma.std()))
-
-    def _at(self, number: int) -> int:
-        """Index of a frame in the deques."""
-        return number - self._count
+    def _take(self) -> None:
+        """Measure the waiting frames, then run the tests as of each of them."""
+        if not self._waiting:
+            return
+        cut = max(0, len(self._stds) - self.HISTORY)
+        colors = _cells(np.stack(self._waiting))
+        self._waiting = []
+        before = self._colors[-1:] if len(self._colors) else colors[:1]
+        changes = np.abs(colors - np.concatenate([before, colors[:-1]])).mean((1, 2, 3))
+        lumas = colors.mean(-1)
+        start, self._base = self._count, self._base + cut
+        self._colors = np.concatenate([self._colors[cut:], colors])
+        self._lumas = np.concatenate([self._lumas[cut:], lumas])
+        self._stds = np.concatenate([self._stds[cut:], lumas.std((1, 2))])
+        self._changes = np.concatenate([self._changes[cut:], changes])
+        self._count += len(colors)
+        for number in range(start, self._count):
+            self._look_for_fade(number)
+            if number - self.WINDOW + 1 > self._first:
+                self._look_for_cut(number - self.WINDOW + 1, number + 1)
+        self._look_for_dissolves(start)
 
     def _is_flat(self, number: int) -> bool:
-        place = len(self._stds) + self._at(number)
-        recent = max(islice(self._stds, max(0, place - 24), place + 1))
-        return self._stds[place] < max(self.FLAT, self.FLAT_SHARE * recent)
+        at = number - self._base
+        recent = float(self._stds[max(0, at - 24) : at + 1].max())
+        return float(self._stds[at]) < max(self.FLAT, self.FLAT_SHARE * recent)
 
-    def _look(self, number: int) -> None:
+    def _look_for_fade(self, number: int) -> None:
         if self._is_flat(number):
             if self._flat_from < 0:
                 self._flat_from = number
                 if not self._flat_run:
-                    self._before_flat = self._sides(range(number - 1, max(self._first - 1, number - 25), -1))
+                    at = number - self._base
+                    self._before_flat = self._colors[max(0, at - self.SIDE) : at].copy()
         elif self._flat_from >= 0:
             if self._flat_run:  # two runs close together: one decision for both
                 self._flat_from = self._flat_run[0]
             self._flat_run, self._flat_from = (self._flat_from, number), -1
-            self._flat_until = number
+            self._last_flat = self._flat_run
         if self._flat_run and number - self._flat_run[1] >= 16:
-            self._decide_run()
-        if number - self.WINDOW + 1 > self._first:
-            self._look_for_cut(number - self.WINDOW + 1)
-        if number % 2 == 0:
-            self._look_for_dissolve(number)
+            self._decide_run(number + 1)
 
-    def _look_for_cut(self, number: int) -> None:
-        at = len(self._colors) + self._at(number)
-        if self._changes[at] <= self.CHANGE or at < 1:
+    def _look_for_cut(self, number: int, end: int) -> None:
+        """Whether a shot begins with frame ``number``, as far as the frames before ``end`` say."""
+        at = number - self._base
+        if self._changes[at] <= self.CHANGE or number - self._first < 3:
             return
-        first, last = max(0, at - self.WINDOW), min(len(self._colors), at + self.WINDOW)
-        frames = np.stack([self._colors[place] for place in range(first, last)])
+        first, last = max(0, at - self.WINDOW), min(end - self._base, at + self.WINDOW)
+        around = np.sort(np.delete(self._changes[first + 1 : last], at - first - 1))[::-1]
+        usual = float(around[len(around) // 2]) if len(around) else 0.0
+        third = float(around[2]) if len(around) > 2 else 0.0
+        frames = self._colors[first:last]
         before, after = frames[: at - first], frames[at - first :]
-        across = min(float(np.abs(after - frame).mean((1, 2, 3)).min()) for frame in before)
-        around = sorted([self._changes[place] for place in range(first + 1, last) if place != at], reverse=True)
-        usual = around[len(around) // 2] if around else 0.0
-        third = around[2] if len(around) > 2 else 0.0
-        if across <= max(self.CHANGE, 0.4 * self._changes[at]):
+        across = float(np.abs(before[:, None] - after).mean((2, 3, 4)).min())
+        if across <= max(self.CHANGE, 0.4 * float(self._changes[at])):
             return
         correlation = _correlation(self._lumas[at - 1], self._lumas[at])
         if across <= 1.3 * third and (across < 0.06 or correlation > 0.5):  # motion in steps
@@ -157,101 +186,133 @@ class ShotDetector:
             if score > 1:
                 self._pending.append(Cut(number, "cut", score))
 
-    def _decide_run(self) -> None:
-        """A run of flat frames is a boundary if the pictures on its two sides differ."""
+    def _decide_run(self, end: int) -> None:
+        """A run of flat frames is a boundary if the pictures on its two sides differ. ``end``: of what follows it."""
         assert self._flat_run
-        first, end = self._flat_run
+        begin, follow = self._flat_run
         self._flat_run = None
-        near = [cut for cut in self._pending if first - 12 <= cut.frame <= end + 12]
-        after = self._sides(range(end, min(self._count, end + 24)))
-        if not self._before_flat or not after:  # the video begins or ends in it
-            self._pending = [cut for cut in self._pending if cut not in near]
+        edges = [cut for cut in self._pending if begin - 3 <= cut.frame <= follow + 3]
+        others = [cut.frame for cut in self._pending if cut not in edges]
+        self._pending = [cut for cut in self._pending if cut not in edges]
+        own = begin - max([begin - len(self._before_flat), *(n for n in others if n < begin)])
+        before = self._before_flat[len(self._before_flat) - own :][::-1]
+        last = min([end, follow + self.SIDE, *(n for n in others if n > follow)])
+        after = self._colors[max(0, follow - self._base) : last - self._base]
+        if not len(before) or not len(after):  # the video begins or ends in it
             return
-        correlation = max(_correlation(a, b) for a, b in zip(self._before_flat, after, strict=False))
-        self._pending = [cut for cut in self._pending if cut not in near]
-        if correlation > 0.72:
-            self._pending += [cut for cut in near if cut.frame < first - 3 or cut.frame > end + 3]
+        pairs = list(zip(_sides(before), _sides(after), strict=False))
+        if max(float(np.abs(a - b).mean()) for a, b in pairs[:2]) < 2 * self.CHANGE:
             return
-        edges = {cut.frame for cut in near}
-        frame = end if end in edges else first if first in edges else (first + end) // 2
-        kind = "cut" if frame in edges else "fade"
-        self._pending.append(Cut(max(frame, self._count - self.DELAY), kind, 0.72 / max(0.1, correlation)))
+        correlation = max(_correlation(a.mean(-1), b.mean(-1)) for a, b in pairs)
+        least = 0.93 if max(_ramp(before), _ramp(after)) >= self.RAMP else 0.72
+        if correlation > least:
+            return
+        exact = {cut.frame for cut in edges}
+        frame = follow if follow in exact else begin if begin in exact else (begin + follow) // 2
+        kind = "cut" if frame in exact else "fade"
+        self._pending.append(Cut(max(frame, self._count - self.DELAY), kind, least / max(0.1, correlation)))
 
-    def _sides(self, numbers: range) -> list[Thumbnail]:
-        """The frame of most contrast among ``numbers``, which count away from a flat run, and the nearest ones."""
-        chosen = [max(numbers, key=lambda n: self._stds[self._at(n)])] if numbers else []
-        return [
-            self._lumas[self._at(n)] for n in [*chosen, *(numbers[gap] for gap in (0, 1, 2, 4) if gap < len(numbers))]
-        ]
-
-    def _look_for_dissolve(self, number: int) -> None:
+    def _look_for_dissolves(self, start: int) -> None:
+        """Dissolves that end with one of the frames from ``start`` on, every second of them."""
         for span in self.SPANS:
-            if number - span < max(self._first, self._count - len(self._lumas)) or number - span < self._flat_until:
-                return
+            ends = np.arange(start + start % 2, self._count, 2)
+            least = max(self._first, self._base, self._last_flat[1])
+            ends = ends[ends - span >= least]
             if self._flat_from >= 0:
-                return
-            start, end = self._lumas[self._at(number - span)], self._lumas[self._at(number)]
-            way = end - start
-            length = float(np.sqrt(np.mean(way * way)))
-            if length < 0.06:
+                ends = ends[ends < self._flat_from]
+            if not len(ends):
                 continue
-            middle = self._off(start, way, number - span // 2)
-            if middle[1] > self.BETWEEN or abs(middle[0] - 0.5) > 0.2:
+            at = ends - self._base
+            begin = self._lumas[at - span].reshape(len(at), -1)
+            way = self._lumas[at].reshape(len(at), -1) - begin
+            squares = np.einsum("nc,nc->n", way, way)
+            lengths = np.sqrt(squares / way.shape[1])
+            rows = np.flatnonzero(lengths >= 0.06)
+            if not len(rows):
                 continue
-            quarters = [self._off(start, way, number - span + place * span // 4) for place in (1, 3)]
-            (low, low_off), (high, high_off) = quarters
-            if not (-0.1 < low < 0.45 and 0.55 < high < 1.1 and max(low_off, high_off) < self.BETWEEN + 0.05):
-                continue
-            if _correlation(start, end, reach=0) > 0.6 or _correlation(start, end) > 0.7:
-                continue
-            found = Cut(number - span // 2, "dissolve", length / 0.06 * self.BETWEEN / max(0.05, middle[1]))
-            best = self._dissolve
-            if found.frame > self._last_dissolve + 36 and (best is None or found.score > best.score):
-                self._dissolve = found
+            begin, way, squares = begin[rows], way[rows], squares[rows]
 
-    def _off(self, start: Thumbnail, way: Thumbnail, number: int) -> tuple[float, float]:
-        """Where a frame lies on the way from start to end (0 to 1), and its distance from the way."""
-        step = self._lumas[self._at(number)] - start
-        square = float((way * way).sum())
-        along = float((step * way).sum()) / square
-        rest = step - along * way
-        return along, float(np.sqrt((rest * rest).sum() / square))
+            def off(share: float, span: int = span, at=at[rows], begin=begin, way=way, squares=squares):
+                """Where frames lie on the way from start to end (0 to 1), and their distance from the way."""
+                step = self._lumas[at - span + round(share * span)].reshape(len(at), -1) - begin
+                along = np.einsum("nc,nc->n", step, way) / squares
+                step -= along[:, None] * way
+                return along, np.sqrt(np.einsum("nc,nc->n", step, step) / squares)
+
+            middle, middle_off = off(0.5)
+            low, low_off = off(0.25)
+            high, high_off = off(0.75)
+            good = (middle_off <= self.BETWEEN) & (np.abs(middle - 0.5) <= 0.2)
+            good &= (low > -0.1) & (low < 0.45) & (high > 0.55) & (high < 1.1)
+            variances = np.square(self._stds)
+            ends_variance = (variances[at[rows]] + variances[at[rows] - span]) / 2
+            good &= variances[at[rows] - span + span // 2] <= self.DIP * ends_variance
+            good &= np.maximum(low_off, high_off) < self.BETWEEN + 0.05
+            for row in np.flatnonzero(good):
+                end = int(at[rows[row]])
+                first, last = self._lumas[end - span], self._lumas[end]
+                if _correlation(first, last, reach=0) > 0.6 or _correlation(first, last) > 0.7:
+                    continue
+                score = float(lengths[rows[row]]) / 0.06 * self.BETWEEN / max(0.05, float(middle_off[row]))
+                found = Cut(end + self._base - span // 2, "dissolve", score)
+                best = self._dissolve
+                if found.frame > self._last_dissolve + 36 and (best is None or found.score > best.score):
+                    self._dissolve = found
 
     def _settle(self, final: bool = False) -> list[Cut]:
         """Report the boundaries that later frames cannot change."""
         if final and self._flat_run:
-            self._decide_run()
+            self._decide_run(self._count)
         best = self._dissolve
         if best and (final or self._count - best.frame > 40):
             self._dissolve = None
             near = [cut for cut in self._pending if abs(cut.frame - best.frame) <= 26]
-            flat = self._flat_from >= 0 or self._flat_until > best.frame - 30
-            if not near and not flat:
+            begin, end = (self._flat_from, self._count) if self._flat_from >= 0 else self._last_flat
+            if not near and not (begin < best.frame + 30 and end > best.frame - 30):
                 self._last_dissolve = best.frame
                 self._pending.append(best)
         done: list[Cut] = []
         waiting: list[Cut] = []
         for cut in sorted(self._pending):
-            (done if final or self._count - cut.frame >= self.DELAY - 1 else waiting).append(cut)
+            if not final and self._count - cut.frame <= self.DELAY - self.CHUNK:
+                waiting.append(cut)
+            elif all(cut.score >= other.score for other in (*self._pending, self._latest) if self._rivals(cut, other)):
+                done.append(cut)
+                self._latest = cut
         self._pending = waiting
         return done
 
-
-def _thumbnail(picture: npt.NDArray[np.uint8]) -> Thumbnail:
-    """Means of cells, so that noise and small motion vanish: about 16 rows, values in [0, 1]."""
-    step = max(1, min(picture.shape[:2]) // 64)
-    small = picture[::step, ::step]
-    cell = min(4, *small.shape[:2])
-    h, w = (n // cell for n in small.shape[:2])
-    cells = small[: h * cell, : w * cell].reshape(h, cell, w * cell * 3)
-    rows = cells.sum(1, dtype=np.uint16).reshape(h, w, cell, 3)
-    return rows.sum(2, dtype=np.float32) / np.float32(255 * cell * cell)
+    def _rivals(self, cut: Cut, other: Cut) -> bool:
+        """Two cuts within the window are one: a shot's first frames may still change, and a last one be torn."""
+        return cut.kind == other.kind == "cut" and abs(cut.frame - other.frame) < self.WINDOW
 
 
-def _correlation(a: Thumbnail, b: Thumbnail, reach: int = 2) -> float:
+def thumbnail(frame: VideoFrame) -> npt.NDArray[np.uint8]:
+    """(2 ROWS, 2 COLUMNS, 3) uint8 RGB, whatever the frame's size and shape; not turned upright."""
+    return rgb(frame, (2 * ROWS, 2 * COLUMNS), turn=False, interpolation="AREA")
+
+
+def _cells(thumbnails: npt.NDArray[np.uint8]) -> Floats:
+    """(N, 2 ROWS, 2 COLUMNS, 3) uint8 to (N, ROWS, COLUMNS, 3) in [0, 1]."""
+    rows = thumbnails[:, ::2].astype(np.uint16) + thumbnails[:, 1::2]
+    return (rows[:, :, ::2] + rows[:, :, 1::2]).astype(np.float32) / np.float32(4 * 255)
+
+
+def _sides(frames: Floats) -> list[Floats]:
+    """Of frames in the order away from a flat run, the one of most contrast, and the nearest ones."""
+    stds = frames.mean(-1).std((1, 2))
+    return [frames[int(stds.argmax())], *(frames[place] for place in (0, 1, 2, 4) if place < len(frames))]
+
+
+def _ramp(frames: Floats) -> int:
+    """Frames until most of the contrast is there, in the order away from a flat run."""
+    stds = frames.mean(-1).std((1, 2))
+    return int((stds > 0.8 * stds.max()).argmax())
+
+
+def _correlation(a: Floats, b: Floats, reach: int = 2) -> float:
     """Largest correlation of two lumas over shifts of up to ``reach`` rows and twice as many columns."""
     h, w = a.shape
-    reach = min(reach, (h - 1) // 2, (w - 1) // 4)
     a, b = a - a.mean(), b - b.mean()
     best = -1.0
     for dy in range(-reach, reach + 1):
@@ -262,22 +323,21 @@ def _correlation(a: Thumbnail, b: Thumbnail, reach: int = 2) -> float:
     return best
 
 
-def mark_cuts(frames: Iterable[T], picture: Callable[[T], npt.NDArray[np.uint8]]) -> Iterator[tuple[T, Cut | None]]:
-    """Yield each frame with the boundary before it, if any, in order, ``ShotDetector.DELAY`` frames late.
+def mark_cuts(frames: Iterable[tuple[T, VideoFrame]]) -> Iterator[tuple[T, Cut | None]]:
+    """Yield each item with the boundary before it, if any, in order, ``ShotDetector.DELAY`` frames late.
 
     Args:
-        frames: Frames of one video in presentation order, of any type.
-        picture: Returns a frame's pixels as :meth:`ShotDetector.push` takes them.
+        frames: Items of any type, each with its frame, of one video in presentation order. No frame is kept.
     """
     detector, cuts = ShotDetector(), dict[int, Cut]()
     pending: deque[T] = deque()
     number = 0
-    for frame in frames:
-        pending.append(frame)
-        cuts.update((cut.frame, cut) for cut in detector.push(picture(frame)))
+    for item, frame in frames:
+        pending.append(item)
+        cuts.update((cut.frame, cut) for cut in detector.push(frame))
         if len(pending) > detector.DELAY:
             yield pending.popleft(), cuts.get(number)
             number += 1
     cuts.update((cut.frame, cut) for cut in detector.finish())
-    for place, frame in enumerate(pending, number):
-        yield frame, cuts.get(place)
+    for place, item in enumerate(pending, number):
+        yield item, cuts.get(place)

@@ -236,6 +236,15 @@ def rgb(
     return np.ascontiguousarray(np.rot90(array, quarter)) if quarter else array
 
 
+def gray(frame: VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """The luma of a frame in full range, (H, W) uint8, upright. Arguments as of :func:`rgb`."""
+    quarter = round(frame.rotation / 90) % 4
+    height, width = size[::-1] if quarter % 2 else size
+    scaler = _scaler(height, width, "AREA gray")
+    array = scaler.reformat(frame, width, height, "gray", interpolation="AREA", threads=1).to_ndarray()
+    return np.ascontiguousarray(np.rot90(array, quarter))
+
+
 def upright(frame: VideoFrame) -> tuple[int, int]:
     """Height and width of the frame after its rotation."""
     turned = round(frame.rotation / 90) % 2
