@@ -50,13 +50,13 @@ class ShotDetector:
     """Least change at a cut. Pixels are in [0, 1]."""
     CORRELATION = 0.93
     """Largest correlation of the frames on the two sides of a cut: a change of brightness is none."""
-    FLAT = 0.005
-    """Standard deviation of luma below which a frame is flat. Relative to the last second: ``FLAT_SHARE``."""
-    FLAT_SHARE = 0.1
+    FLAT = 0.005, 0.012
+    """Standard deviation of luma below which a frame is flat. The latter is that of black and white, which have noise,
+    after pictures of ten times as much."""
     SIDE = 24
     """Frames on each side of flat ones that are compared."""
-    RAMP = 5
-    """Frames from flat to full contrast that make a fade. After faster ones, pictures that correlate are one shot."""
+    BLINK = 5
+    """Flat frames that may be an interruption of one shot, whose pictures then correlate less."""
     SPANS = (10, 16, 24, 36, 52)
     """Frames from end to end at which dissolves are looked for."""
     BETWEEN = 0.35
@@ -75,6 +75,7 @@ class ShotDetector:
         self._waiting: list[npt.NDArray[np.uint8]] = []
         self._colors = np.empty((0, ROWS, COLUMNS, 3), np.float32)
         self._lumas = np.empty((0, ROWS, COLUMNS), np.float32)
+        self._means = np.empty(0, np.float32)
         self._stds = np.empty(0, np.float32)
         self._changes = np.empty(0, np.float32)
         """Mean absolute difference to the frame before."""
@@ -134,6 +135,7 @@ class ShotDetector:
         start, self._base = self._count, self._base + cut
         self._colors = np.concatenate([self._colors[cut:], colors])
         self._lumas = np.concatenate([self._lumas[cut:], lumas])
+        self._means = np.concatenate([self._means[cut:], lumas.mean((1, 2))])
         self._stds = np.concatenate([self._stds[cut:], lumas.std((1, 2))])
         self._changes = np.concatenate([self._changes[cut:], changes])
         self._count += len(colors)
@@ -146,11 +148,15 @@ class ShotDetector:
     def _is_flat(self, number: int) -> bool:
         at = number - self._base
         recent = float(self._stds[max(0, at - 24) : at + 1].max())
-        return float(self._stds[at]) < max(self.FLAT, self.FLAT_SHARE * recent)
+        least, most = self.FLAT
+        extreme = abs(float(self._means[at]) - 0.5) > 0.4
+        return float(self._stds[at]) < (min(max(least, 0.1 * recent), most) if extreme else least)
 
     def _look_for_fade(self, number: int) -> None:
         if self._is_flat(number):
             if self._flat_from < 0:
+                if self._flat_run and any(self._flat_run[1] < cut.frame < number for cut in self._pending):
+                    self._decide_run(number)
                 self._flat_from = number
                 if not self._flat_run:
                     at = number - self._base
@@ -175,13 +181,18 @@ class ShotDetector:
         frames = self._colors[first:last]
         before, after = frames[: at - first], frames[at - first :]
         across = float(np.abs(before[:, None] - after).mean((2, 3, 4)).min())
-        if across <= max(self.CHANGE, 0.4 * float(self._changes[at])):
+        if across <= max(self.CHANGE, 0.3 * float(self._changes[at])):
             return
         correlation = _correlation(self._lumas[at - 1], self._lumas[at])
         if across <= 1.3 * third and (across < 0.06 or correlation > 0.5):  # motion in steps
             return
+        steps = np.sort(
+            np.delete(self._changes[max(0, at - 3 * self.WINDOW) : last], at - max(0, at - 3 * self.WINDOW))
+        )
+        if across <= 1.3 * float(steps[-3:][0]) and correlation > 0.85:  # slow motion in steps
+            return
         if correlation < self.CORRELATION:
-            ratio = (1.45 + 2.0 * max(0.0, correlation - 0.1)) * usual
+            ratio = (1.8 + 2.0 * max(0.0, correlation - 0.1)) * usual
             score = across / max(self.CHANGE, ratio)
             if score > 1:
                 self._pending.append(Cut(number, "cut", score))
@@ -191,7 +202,7 @@ class ShotDetector:
         assert self._flat_run
         begin, follow = self._flat_run
         self._flat_run = None
-        edges = [cut for cut in self._pending if begin - 3 <= cut.frame <= follow + 3]
+        edges = [cut for cut in self._pending if begin - 1 <= cut.frame <= follow + 1]
         others = [cut.frame for cut in self._pending if cut not in edges]
         self._pending = [cut for cut in self._pending if cut not in edges]
         own = begin - max([begin - len(self._before_flat), *(n for n in others if n < begin)])
@@ -200,17 +211,20 @@ class ShotDetector:
         after = self._colors[max(0, follow - self._base) : last - self._base]
         if not len(before) or not len(after):  # the video begins or ends in it
             return
-        pairs = list(zip(_sides(before), _sides(after), strict=False))
-        if max(float(np.abs(a - b).mean()) for a, b in pairs[:2]) < 2 * self.CHANGE:
-            return
-        correlation = max(_correlation(a.mean(-1), b.mean(-1)) for a, b in pairs)
-        least = 0.93 if max(_ramp(before), _ramp(after)) >= self.RAMP else 0.72
-        if correlation > least:
-            return
+        score = 1.0
+        level = float(self._means[max(0, follow - 1 - self._base)])
+        if not (_gradual(before, level) or _gradual(after, level)):
+            pairs = list(zip(_sides(before), _sides(after), strict=False))
+            if max(float(np.abs(a - b).mean()) for a, b in pairs[:2]) < 2 * self.CHANGE:
+                return
+            most = 0.5 if follow - begin < self.BLINK else 0.72
+            score = most / max(0.1, *(_correlation(a.mean(-1), b.mean(-1)) for a, b in pairs))
+            if score < 1:
+                return
         exact = {cut.frame for cut in edges}
         frame = follow if follow in exact else begin if begin in exact else (begin + follow) // 2
         kind = "cut" if frame in exact else "fade"
-        self._pending.append(Cut(max(frame, self._count - self.DELAY), kind, least / max(0.1, correlation)))
+        self._pending.append(Cut(max(frame, self._count - self.DELAY), kind, score))
 
     def _look_for_dissolves(self, start: int) -> None:
         """Dissolves that end with one of the frames from ``start`` on, every second of them."""
@@ -276,15 +290,16 @@ class ShotDetector:
         for cut in sorted(self._pending):
             if not final and self._count - cut.frame <= self.DELAY - self.CHUNK:
                 waiting.append(cut)
-            elif all(cut.score >= other.score for other in (*self._pending, self._latest) if self._rivals(cut, other)):
+            elif not any(self._beats(other, cut) for other in (*self._pending, self._latest)):
                 done.append(cut)
                 self._latest = cut
         self._pending = waiting
         return done
 
-    def _rivals(self, cut: Cut, other: Cut) -> bool:
-        """Two cuts within the window are one: a shot's first frames may still change, and a last one be torn."""
-        return cut.kind == other.kind == "cut" and abs(cut.frame - other.frame) < self.WINDOW
+    def _beats(self, other: Cut, cut: Cut) -> bool:
+        """Of two cuts within the window, one is false: a shot's first frames may still change, its last be torn."""
+        near = cut.kind == other.kind == "cut" and abs(cut.frame - other.frame) < self.WINDOW
+        return near and (other.score, cut.frame) > (cut.score, other.frame)
 
 
 def thumbnail(frame: VideoFrame) -> npt.NDArray[np.uint8]:
@@ -304,10 +319,12 @@ def _sides(frames: Floats) -> list[Floats]:
     return [frames[int(stds.argmax())], *(frames[place] for place in (0, 1, 2, 4) if place < len(frames))]
 
 
-def _ramp(frames: Floats) -> int:
-    """Frames until most of the contrast is there, in the order away from a flat run."""
-    stds = frames.mean(-1).std((1, 2))
-    return int((stds > 0.8 * stds.max()).argmax())
+def _gradual(frames: Floats, level: float) -> bool:
+    """Whether frames, in the order away from a flat run of a level, leave it step by step. A blink ends at once."""
+    lumas = frames.mean(-1)
+    stds, way = lumas.std((1, 2)), np.abs(lumas.mean((1, 2)) - level)
+    slow = stds[:4].max() < 0.6 * stds.max() and way[0] < 0.35 * way.max()
+    return bool(slow and way.max() > ShotDetector.CHANGE)
 
 
 def _correlation(a: Floats, b: Floats, reach: int = 2) -> float:
@@ -316,7 +333,7 @@ def _correlation(a: Floats, b: Floats, reach: int = 2) -> float:
     a, b = a - a.mean(), b - b.mean()
     best = -1.0
     for dy in range(-reach, reach + 1):
-        for dx in range(-2 * reach, 2 * reach + 1, 2):
+        for dx in sorted({*range(-2 * reach, 2 * reach + 1, 2), *range(-min(reach, 1), min(reach, 1) + 1)}):
             x = a[max(0, dy) : h + min(0, dy), max(0, dx) : w + min(0, dx)].ravel()
             y = b[max(0, -dy) : h + min(0, -dy), max(0, -dx) : w + min(0, -dx)].ravel()
             best = max(best, float(x @ y) / (float((x @ x) * (y @ y)) ** 0.5 + 1e-4))
