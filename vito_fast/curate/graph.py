@@ -208,7 +208,7 @@ class Run:
     def _reject_bad(self, ledger: Ledger, wanted: dict[str, list[tuple[str, list[int]]]]) -> dict[str, int]:
         """States of the candidates whose file is bad; the pixels of the other files."""
         pixels = {}
-        for step in (self.media, self.clips):
+        for step in (self.media, self.clips, self.scores()):
             columns = ["status", "reason", *(["width", "height"] if step is self.media else [])]
             for row in rows(self.out / step.name, step.key, wanted, columns):
                 if row["status"] != "ok":

@@ -5,6 +5,7 @@ hashes, the pictures for the report and the tables. The engine's own cost is mea
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -14,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))  # busy
 
 from vito_fast.curate import analyse, classify, engine, probe
 from vito_fast.curate.demo import film, photograph
 from vito_fast.curate.options import AnalyseOptions, ClassifyOptions
 from vito_fast.data.demo import wheel_folder
-from vito_fast.data.store.media import Source, fitted, rgb, upright
+from vito_fast.data.store.media import Source
 
 OPTIONS, CLASSIFIER = AnalyseOptions(), ClassifyOptions()
 
@@ -47,8 +48,7 @@ def alone(path: Path, clips: list[list[int]]) -> tuple[float, float]:
     for number, (_, frame) in enumerate(Source(path).frames()):
         if number in wanted:
             since = time.process_time()
-            picture = rgb(frame, fitted(*upright(frame), round(OPTIONS.frame_size / 0.875)))
-            pictures[number] = analyse._center(picture, OPTIONS.frame_size)
+            pictures[number] = analyse.square(frame, OPTIONS.frame_size)
             decoding -= time.process_time() - since
     decoding += time.process_time() - begin
     classifier = classify.load(CLASSIFIER)
@@ -58,17 +58,13 @@ def alone(path: Path, clips: list[list[int]]) -> tuple[float, float]:
     return decoding, time.process_time() - begin
 
 
-def engine_overhead() -> float:
-    """Share of the engine in units of one second of work."""
-    sys.path.insert(0, str(Path(__file__).parent))
+def engine_cost(units: int) -> float:
+    """CPU seconds of a run of so many units of a second: this process and its child, from start to end."""
     with tempfile.TemporaryDirectory() as folder:
-        step = engine.Step("busy", "busy", None, "key")
-        items = [engine.Item(f"item {n}", {"seconds": 1.0 / engine.UNIT}) for n in range(4 * engine.UNIT)]
-        work = engine.Engine(processes=1)
-        begin, own = time.monotonic(), time.process_time()
-        engine.run(step, items, Path(folder), work)
-        wall, own = time.monotonic() - begin, time.process_time() - own
-        return (work.costs["busy"].cpu_s + own) / 4.0 - 1.0, wall / 4.0 - 1.0
+        items = [engine.Item(f"item {n}", {"seconds": 1 / engine.UNIT, "value": n}) for n in range(units * engine.UNIT)]
+        before = sum(os.times()[:4])
+        engine.run(engine.Step("busy", "busy", None, "key"), items, Path(folder), engine.Engine(processes=1))
+        return sum(os.times()[:4]) - before
 
 
 def main() -> None:
@@ -99,6 +95,10 @@ def main() -> None:
             print(f"and classifying {count} frames {both:.3f} s: ratio {ratio:.2f}", flush=True)
         spent, both = (sum(column) for column in zip(*whole, strict=True))
         print(f"all: {spent / both:.2f}")
+    few, many = engine_cost(2), engine_cost(12)
+    print(
+        f"engine: {(many - few) / 10 - 1:.1%} of the work in units of a second, and {few - (many - few) / 5:.1f} s once"
+    )
 
 
 if __name__ == "__main__":
