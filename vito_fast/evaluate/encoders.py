@@ -382,7 +382,7 @@ def _from_file(path: Path, source: str, network: str | None, device: torch.devic
     state, about = read_weights(path)
     network = network or architecture_of(state, about, path)
     backbone = _build(network)
-    body: nn.Module = getattr(backbone, "body", backbone)
+    body: Any = getattr(backbone, "body", backbone)
     weights, notes = fitted(state, body, path)
     body.load_state_dict(weights)
     step = int(about["step"]) if about.get("step", "").isdigit() else None
