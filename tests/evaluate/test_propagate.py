@@ -1,11 +1,15 @@
 """Label propagation against the official steps' values and a dense affinity over the whole frame."""
 
 import dataclasses
+from weakref import ref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vito_fast.evaluate import propagate
 from vito_fast.evaluate.propagate import PRESETS
@@ -96,6 +100,63 @@ def test_keys_that_tie(keep_ties):
     else:
         assert (found - found.round(decimals=0)).abs().max() <= 0.5 + 1e-6
         assert set((found * 2).round().flatten().tolist()) <= {1, 2, 3, 4, 5}
+
+
+def test_bfloat16_features_have_float32_similarities():
+    """Equal to float32 on the rounded features: neither the products nor the sums are rounded again."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(4, 16, 13, 17, generator=generator)
+    labels = torch.rand(3, 2, 13, 17, generator=generator)
+    preset = dataclasses.replace(PRESETS["vfs"], radius=5.0)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        low = [propagate.normalize(f).bfloat16().to(dtype) for f in features]
+        memory = propagate.Memory(preset, 3, 2, low[0])
+        assert memory.keys.dtype == dtype
+        for slot in range(3):
+            memory.write(slot, low[slot], labels[slot])
+        results.append(memory.read(low[3]))
+    assert results[0].dtype == torch.float32
+    assert torch.equal(*results)
+
+
+def test_bfloat16_runs_on_a_gpu():
+    """On tensors without memory: devices and dtypes agree, and labels are float32."""
+    with FakeTensorMode():
+        query = torch.empty(16, 10, 12, device="cuda", dtype=torch.bfloat16)
+        assert propagate.normalize(query).dtype == torch.bfloat16
+        context, labels = query.expand(4, -1, -1, -1), torch.empty(4, 3, 10, 12, device="cuda")
+        found = propagate.step(query, context, labels, "vfs")
+        assert (found.shape, found.dtype, found.device.type) == ((3, 10, 12), torch.float32, "cuda")
+        assert propagate.to_mask(found, (80, 96), (80, 96), "vfs").device.type == "cuda"
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes at a time of tensors that are created within it."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.alive, self.bytes = {t.untyped_storage()._cdata for t in before}, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.alive = [known for known in self.alive if known() is not None]
+        self.alive += [ref(x) for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        storages = {s._cdata: s.nbytes() for s in (known().untyped_storage() for known in self.alive)}
+        self.bytes = max(self.bytes, sum(n for at, n in storages.items() if at not in self.before))
+        return found
+
+
+@pytest.mark.parametrize("name", ["vfs", "crw"])
+def test_memory_of_a_480p_frame_is_bounded(name):
+    """Beyond the features, which no part of it depends on: under 200 MiB where the whole affinity has 3.2 GiB."""
+    preset, (h, w) = PRESETS[name], (60, 107)
+    memory = propagate.Memory(preset, preset.memory + 1, 4, torch.zeros(2, h, w))
+    memory.tiles = sorted(memory.tiles, key=lambda tile: len(tile.positions))[-2:]  # one after the other: two are all
+    keys = torch.rand(2, h, w)
+    with Peak([memory.keys, memory.labels, keys]) as peak:
+        memory.read(keys)
+    assert 1 << 20 < peak.bytes < 200 << 20
 
 
 def test_contexts_are_the_published_ones():

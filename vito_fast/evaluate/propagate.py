@@ -271,10 +271,10 @@ class Memory:
         at = 0
         for keys in blocks:
             out = affinity[:, at : at + len(keys)]
-            if keys.dtype == torch.float32:
-                torch.mm(queries, keys.T, out=out)
-            else:
+            if keys.device.type == "cuda" and keys.dtype != torch.float32:
                 out.copy_(torch.mm(queries, keys.T, out_dtype=torch.float32))
+            else:
+                torch.mm(queries.float(), keys.T.float(), out=out)
             at += len(keys)
         values, position, slot = _top(affinity.unflatten(1, (-1, slots)), region.outside, self.preset)
         return values, self.labels.flatten(0, 2)[region.positions[position], slot + first]
