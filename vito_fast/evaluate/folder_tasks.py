@@ -88,9 +88,13 @@ class FolderTask(Task):
             problems = self.problems(train, val, options)
         except UserError as error:
             return Check((str(error),))
+        return self.found(data, train, val, problems, options)
+
+    def found(self, data: Path, train: Labeled, val: Labeled, problems: list[str], options: Any) -> Check:
+        """What both parts amount to."""
         frames = [options.frames if Path(n).suffix.lower() in VIDEOS else 1 for n in train.names + val.names]
         images = sum(frames[: len(train.names)]) + self.passes * sum(frames[len(train.names) :])
-        found = manifest(data, train.paths + val.paths)
+        found = manifest(data, train.files + val.files)
         return Check(tuple(problems), len(val.names), found, images, (options.size, options.size))
 
     def problems(self, train: Labeled, val: Labeled, options: Any) -> list[str]:

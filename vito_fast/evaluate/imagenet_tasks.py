@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import human, robustness
-from vito_fast.evaluate.data import IMAGES, counted, manifest
+from vito_fast.evaluate.data import IMAGES, counted, files_under, manifest
 from vito_fast.evaluate.encoders import Encoder
 from vito_fast.evaluate.folder_tasks import HEAD, Items, Linear, LinearOptions
-from vito_fast.evaluate.folders import FolderOptions, Labeled, batches, encode, labeled_folder, train_and_val
+from vito_fast.evaluate.folders import FolderOptions, Labeled, batches, encode, labeled_folder
 from vito_fast.evaluate.linear import LinearProbe, load_probe
 from vito_fast.evaluate.result import Encoded, Metric, Result, mean_metric
 from vito_fast.evaluate.task import Check, Measured, Preset, Progress, Task, folder_name, gathered, own_share
@@ -41,12 +41,9 @@ class ImageNet(Linear):
 
     name, title, options = "imagenet", "ImageNet, linear classifier", ImageNetOptions
 
-    def check(self, data: Path, options: ImageNetOptions) -> Check:
+    def found(self, data: Path, train: Labeled, val: Labeled, problems: list[str], options: ImageNetOptions) -> Check:
         """Counts classes and images of ``train/WNID/IMAGE`` and ``val/WNID/IMAGE``."""
-        found = super().check(data, options)
-        if found.problems:
-            return found
-        train, val = train_and_val(data)
+        found = super().found(data, train, val, problems, options)
         wrong = counted("classes", len(train.classes), CLASSES)
         wrong += counted("training images", len(train.names), 1_281_167) + counted("val images", len(val.names), 50_000)
         return with_counts(found, wrong, subset=options.subset)
@@ -152,7 +149,7 @@ class ImageNetA(HeadTask):
             items = labeled_folder(data)
         except UserError as error:
             return Check((str(error),))
-        found = Check((), len(items.names), manifest(data, items.paths), len(items.names))
+        found = Check((), len(items.names), manifest(data, items.files), len(items.names))
         wrong = counted("classes", len(items.classes), 200) + counted("images", len(items.names), 7500)
         return with_counts(found, wrong, subset=options.subset)
 
@@ -206,7 +203,7 @@ class ImageNetC(HeadTask):
         wrong += counted("images of a corruption", len(items.names), 50_000)
         count = len(folders) * len(items.names)
         found = Check(
-            (), count, manifest(data, [p for f in folders.values() for p in f.rglob("*") if p.is_file()]), count
+            (), count, manifest(data, [path for folder in folders.values() for path in files_under(folder)]), count
         )
         return with_counts(found, wrong, subset=options.subset)
 
