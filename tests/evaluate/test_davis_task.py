@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 import torch
+from forks import on_ranks
 from PIL import Image
-from ranks import spawn
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import davis, propagate
@@ -114,5 +114,5 @@ def test_two_ranks_give_what_one_gives(data, tmp_path):
     one = (tmp_path / "rank0.json").read_text()
     for path in tmp_path.rglob("davis-vfs*"):
         os.rename(path, tmp_path / f"old-{path.name}")
-    spawn(measure, 2, data, tmp_path)
+    on_ranks(2, tmp_path / "store", measure, data, tmp_path)
     assert (tmp_path / "rank0.json").read_text() == (tmp_path / "rank1.json").read_text() == one

@@ -108,5 +108,8 @@ def test_wrong_copies_are_one_line(data, tmp_path):
     assert any("LVIS's validation images lie in train2017 too" in line for line in problem)
     with pytest.raises(UserError, match="is no image of train2017 or val2017"):
         image_name({"file_name": "../secret.jpg"}, "instances_val2017.json")
+    cocos = (data / "annotations" / "instances_val2017.json").read_text().replace("neg_category_ids", "other")
+    (tmp_path / "annotations" / "lvis_v1_val.json").write_text(cocos)
+    assert "no annotation file of LVIS v1" in Lvis().check(tmp_path, options).problems[0]
     (tmp_path / "annotations" / "instances_val2017.json").write_text("[1]")
     assert "is no annotation file" in Coco().check(tmp_path, options).problems[0]

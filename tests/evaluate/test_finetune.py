@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from ranks import spawn
+sys.path.append(str(Path(__file__).parent))
+from forks import on_ranks
 from toy_finetune import RECIPE, ToyData, ToyModel, rank_main, train
 
 from vito_fast.errors import UserError
@@ -63,7 +63,7 @@ def test_two_ranks_give_what_one_process_gives(tmp_path):
     """Batch norm over both, counts over both, uneven shares too."""
     recipe = dataclasses.replace(RECIPE, batch_size=5, epochs=2)
     one = train(tmp_path / "one", recipe).state_dict()
-    spawn(rank_main, 2, str(tmp_path), recipe)
+    on_ranks(2, tmp_path / "store", rank_main, str(tmp_path), recipe)
     two = torch.load(tmp_path / "ranks.pth", weights_only=True)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

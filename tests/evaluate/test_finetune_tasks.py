@@ -1,12 +1,12 @@
 """Every task that trains, end to end on tiny copies: it learns, resumes after kill -9, and is the same on two ranks."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from forks import forked, on_ranks
 from tiny import tiny_encoder
 
 from vito_fast.evaluate import detection_models, segmentation_task
@@ -80,7 +80,7 @@ def test_kills_and_ranks_change_nothing(copies, tmp_path, case, monkeypatch):
     changes = {"epochs": 4 * options["batch_size"] / samples, "lr": options["lr"] / 10}
     outs = {name: tmp_path / name for name in ("whole", "killed", "ranks")}
     whole = run(case, copies, outs["whole"], **changes)
-    assert forked(killed_after_a_checkpoint, case, copies, outs["killed"], changes) == [-signal.SIGKILL]
+    assert forked(killed_after_a_checkpoint, case, copies, outs["killed"], changes) == -signal.SIGKILL
     assert [p.name for p in checkpoints(folder(outs["killed"]))] == ["step-00000002.safetensors"]
     resumed = run(case, copies, outs["killed"], **changes)
     assert (resumed.metrics, resumed.items, resumed.groups) == (whole.metrics, whole.items, whole.groups)
@@ -89,7 +89,7 @@ def test_kills_and_ranks_change_nothing(copies, tmp_path, case, monkeypatch):
     rows = [read_rows(folder(outs[name]).parent / "metrics.jsonl") for name in ("whole", "killed")]
     assert rows[0] == rows[1]
 
-    assert forked(rank_of_two, case, copies, outs["ranks"], changes, ranks=2) == [0, 0]
+    on_ranks(2, tmp_path / "store", rank_of_two, case, copies, outs["ranks"], changes)
     found = read_newest(folder(outs["ranks"])).part("model.")
     for name, tensor in read_newest(folder(outs["whole"])).part("model.").items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=2e-3, msg=name)
@@ -104,20 +104,7 @@ def folder(out):
     return next(out.rglob("checkpoints"))
 
 
-def forked(function, *args, ranks=1):
-    """Exit codes of ``ranks`` processes that fork off this one, which has all modules loaded."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=function, args=(rank, *args)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in processes]
-
-
-def killed_after_a_checkpoint(_, case, copies, out, changes):
+def killed_after_a_checkpoint(case, copies, out, changes):
     write = checkpoint.write
 
     def write_and_die(path, *args):
@@ -128,10 +115,5 @@ def killed_after_a_checkpoint(_, case, copies, out, changes):
     run(case, copies, out, **changes)
 
 
-def rank_of_two(rank, case, copies, out, changes):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
-    store = f"file://{out}.store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def rank_of_two(_, case, copies, out, changes):
     run(case, copies, out, **changes)
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # DDP keeps gloo's threads beyond the group

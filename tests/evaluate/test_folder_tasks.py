@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from forks import on_ranks
 from PIL import Image
-from ranks import spawn
 
 from vito_fast.errors import UserError
 from vito_fast.evaluate import folders, linear
@@ -168,6 +168,6 @@ def test_two_ranks_give_what_one_gives(images, videos, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     measure(0, images, videos, tmp_path / "one")
-    spawn(measure, 2, images, videos, tmp_path / "two")
+    on_ranks(2, tmp_path / "store", measure, images, videos, tmp_path / "two")
     one = (tmp_path / "one" / "rank0.json").read_text()
     assert (tmp_path / "two" / "rank0.json").read_text() == (tmp_path / "two" / "rank1.json").read_text() == one

@@ -49,9 +49,14 @@ def lvis_ap(truth: Truth, detections: Sequence[Detection]) -> dict[str, float]:
     Raises:
         UserError: likewise, and for a truth that is not LVIS's.
     """
+    check_lvis(truth)
+    return _evaluate(truth, best_per_image(detections), lvis=True)
+
+
+def check_lvis(truth: Truth) -> None:
+    """UserError for annotations that lack what LVIS's own have, as COCO's do."""
     if any(key not in item for key, items in _LVIS_KEYS for item in truth[items]):
         raise UserError("this is no annotation file of LVIS v1: images need neg_category_ids, categories a frequency")
-    return _evaluate(truth, best_per_image(detections), lvis=True)
 
 
 _LVIS_KEYS = (

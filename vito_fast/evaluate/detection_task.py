@@ -51,6 +51,8 @@ class Detection(Task):
         """Counts both sets and looks for every image."""
         try:
             train, val = (_read(data / "annotations" / name) for name in self.files)
+            if self.lvis:
+                detection.check_lvis(val)
         except UserError as error:
             return Check((str(error),))
         problems = []
