@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from vito_fast import propose
 from vito_fast.cli.main import main
 from vito_fast.cli.overrides import configured
 from vito_fast.cli.train import Train
 from vito_fast.config_files import load_config
 from vito_fast.errors import UserError
-from vito_fast.propose import Footage
+from vito_fast.plan import propose
+from vito_fast.plan.propose import Footage
 from vito_fast.train.loop import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

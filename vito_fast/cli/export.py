@@ -57,7 +57,7 @@ def features(
         per_frame: One row a frame of a video, instead of their mean.
         device: auto takes a GPU where there is one.
     """
-    from vito_fast.features import write_features
+    from vito_fast.evaluate.write_features import write_features
     from vito_fast.train.distributed import init_distributed
 
     place = init_distributed(device).device

@@ -27,7 +27,7 @@ def init(
         device: auto takes a GPU where there is one.
         check: A configuration. Propose nothing, and fail if the videos cannot fill one of its batches.
     """
-    from vito_fast import propose
+    from vito_fast.plan import propose
     from vito_fast.train.distributed import init_distributed
 
     footage = propose.look(videos)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from vito_fast.config import ModelConfig
 from vito_fast.errors import UserError
 from vito_fast.evaluate.result import Encoded
-from vito_fast.evaluate.weights import architecture_of, fitted, pretrained, read_weights
 from vito_fast.model.backbones import build_backbone
+from vito_fast.model.weights import architecture_of, fitted, pretrained, read_weights
 from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = 4

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vito_fast.evaluate.weights import fitted, pretrained, read_weights
 from vito_fast.model.pair import VitoModel
+from vito_fast.model.weights import fitted, pretrained, read_weights
 from vito_fast.train.checkpoint import find, named_as_one
 
 
