@@ -161,6 +161,7 @@ def test_make_pretrain_takes_a_folder_with_a_space(more: list[str], name: str, t
     said = run("make", "-n", "pretrain", "VIDEOS=/tmp/my videos", f"VENV={tmp_path}", *more, cwd=ROOT)
     words = [shlex.split(line)[1:] for line in said.splitlines() if "/bin/vito-fast " in line]
     store, at = f"data/{name}/store", f"runs/demo_{name}"
-    assert words[0] == ["pack", "/tmp/my videos", store]
-    assert words[1] == ["train", "configs/demo.yaml", "--name", f"demo_{name}", "--data.store", store, "--resume"]
-    assert words[2:] == [["attention", at, store, f"{at}/attention.png"], ["export", at, f"{at}/encoder.safetensors"]]
+    assert words[0] == ["init", "/tmp/my videos", "--check", "configs/demo.yaml"]
+    assert words[1] == ["pack", "/tmp/my videos", store]
+    assert words[2] == ["train", "configs/demo.yaml", "--name", f"demo_{name}", "--data.store", store, "--resume"]
+    assert words[3:] == [["attention", at, store, f"{at}/attention.png"], ["export", at, f"{at}/encoder.safetensors"]]
