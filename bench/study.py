@@ -21,7 +21,9 @@ from typing import Any
 from bench import machine as machines
 from bench.harness import timestamp
 from bench.text import markdown
-from vito_fast.config_files import load_config
+from vito_fast.cli.overrides import configured
+from vito_fast.cli.train import Train
+from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,12 +151,11 @@ def run(config: str, seed: int, steps: int, device: str, data: Path, runs: Path,
     """Trains one arm with one seed, or continues it; returns its held-out figures and last metrics.
 
     Raises:
+        UserError: an option that the training does not know.
         subprocess.CalledProcessError: the training failed.
     """
-    loaded, name = load_config(config), f"{config}-{seed}-{steps}"
-    schedule, batch = loaded.schedule, loaded.train.batch_size
-    if "--train.batch_size" in options:
-        batch = int(options[options.index("--train.batch_size") + 1])
+    loaded, name = configured("train", Train, [config, *options]).config, f"{config}-{seed}-{steps}"
+    schedule = loaded.schedule
     changes = {
         "name": name,
         "seed": seed,
@@ -163,7 +164,7 @@ def run(config: str, seed: int, steps: int, device: str, data: Path, runs: Path,
         "train.runs": runs,
         "train.device": device,
         "schedule.epochs": 1,  # of as many clips as the steps take, with the preset's share of warm-up
-        "schedule.epoch_clips": steps * batch,
+        "schedule.epoch_clips": steps * loaded.train.batch_size,
         "schedule.warmup_epochs": schedule.warmup_epochs / schedule.epochs,
     }
     given = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
@@ -175,7 +176,7 @@ def run(config: str, seed: int, steps: int, device: str, data: Path, runs: Path,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where the results file is of other settings."""
+    """Returns the exit status: 1 where the results file is of other settings, or a run fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.add_argument("--arms", nargs="+", choices=[arm.config for arm in ARMS], metavar="PRESET")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default 3)")
@@ -200,17 +201,23 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     results = {"schema": 1, "cases": [], "machine": on, "settings": settings, "runs": {}} | results
-    prepare(options.data)
-    for arm in options.arms or [arm.config for arm in ARMS]:
-        for seed in range(options.seeds):
-            done = results["runs"].setdefault(arm, {})
-            if str(seed) in done:
-                continue
-            print(f"study: {arm}, seed {seed}", flush=True)
-            done[str(seed)] = run(arm, seed, options.steps, options.device, options.data, options.runs, others)
-            results |= {"date": timestamp(), "commit": machines.commit(), "versions": machines.versions()}
-            with atomic_write(path) as partial:
-                partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    try:
+        prepare(options.data)
+        for arm in options.arms or [arm.config for arm in ARMS]:
+            for seed in range(options.seeds):
+                done = results["runs"].setdefault(arm, {})
+                if str(seed) in done:
+                    continue
+                print(f"study: {arm}, seed {seed}", flush=True)
+                done[str(seed)] = run(arm, seed, options.steps, options.device, options.data, options.runs, others)
+                results |= {"date": timestamp(), "commit": machines.commit(), "versions": machines.versions()}
+                with atomic_write(path) as partial:
+                    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        parser.error(str(error))
+    except subprocess.CalledProcessError as error:
+        print(f"study: {' '.join(map(str, error.cmd[1:5]))} failed with status {error.returncode}", file=sys.stderr)
+        return 1
     print(arms_table(results))
     return 0
 

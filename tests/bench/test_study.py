@@ -6,6 +6,7 @@ import math
 import pytest
 
 from bench import study
+from vito_fast.config_files import load_config
 
 
 def fake(accuracy, gray=0.1):
@@ -80,6 +81,22 @@ def test_runs_are_kept_and_never_mixed(tmp_path, monkeypatch, capsys):
         study.main([*arguments, "--seeds", "11"])
 
 
+def test_a_failed_run_and_a_wrong_option_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "prepare", lambda data: None)
+    arguments = ["--results", str(tmp_path / "r.json"), "--arms", study.VITO]
+    with pytest.raises(SystemExit):
+        study.main([*arguments, "--model.bakbone", "resnet18"])
+    assert "unknown option '--model.bakbone'" in capsys.readouterr().err
+
+    def train(command, check):
+        raise study.subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(study.subprocess, "run", train)
+    assert study.main(arguments) == 1
+    assert "study: -m vito_fast train demo failed with status 2" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_a_run_has_the_steps_and_options_that_are_asked_for(tmp_path, monkeypatch):
     def train(command, check):
         given = dict(zip(command[5:-1:2], command[6:-1:2], strict=True))
@@ -90,18 +107,18 @@ def test_a_run_has_the_steps_and_options_that_are_asked_for(tmp_path, monkeypatc
         steps = float(given["--schedule.epochs"]) * float(given["--schedule.epoch_clips"]) / 32
         assert (command[4], steps, command[-1]) == (study.SAME_FRAME, 100, "--resume")
         assert 0 < float(given["--schedule.warmup_epochs"]) < 0.5
-        assert given["--train.batch_size"] == "32"
+        assert given["--train.batch-size"] == "32"
         assert given["--seed"] == "4"
 
     monkeypatch.setattr(study.subprocess, "run", train)
-    options = ["--train.batch_size", "32"]
+    options = ["--train.batch-size", "32"]
     found = study.run(study.SAME_FRAME, 4, 100, "cpu", tmp_path / "data", tmp_path, options)
     assert found == fake(0.2) | {"loss": 2.0}
 
 
 def test_every_arm_is_a_preset_that_changes_the_demo():
-    method = study.load_config(study.VITO)
-    changed = [study.load_config(arm.config) for arm in study.ARMS if arm.config != study.VITO]
+    method = load_config(study.VITO)
+    changed = [load_config(arm.config) for arm in study.ARMS if arm.config != study.VITO]
     for config in changed:
         parts = [name for name in ("sampler", "model") if getattr(config, name) != getattr(method, name)]
         assert parts
