@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -52,6 +53,17 @@ def test_margins():
     assert len(rows) == 3
     alone = RESULTS | {"runs": {study.VITO: {"0": fake(0.06)}}}
     assert study.margins_table(alone).splitlines()[2].endswith("| not run | 6.0 | 5.5 | 5.0 | 7.0 | -1.0 |")
+
+
+def test_the_committed_study_supports_what_its_page_says():
+    machine = re.search(r"bench:margins (\S+)", (study.ROOT / "docs/study.md").read_text(encoding="utf-8"))[1]
+    results = json.loads((study.ROOT / f"bench/results/{machine}.json").read_text())
+    rows = [line.split("|")[1:-1] for line in study.margins_table(results).splitlines()[2:]]
+    assert len(rows) >= 3
+    for _, method, *others, lead in rows:
+        assert "not run" not in " ".join(others)
+        assert float(lead) > float(method.split("±")[1]), "above all others by more than the standard error"
+    assert study.verdict(*study.estimate([float(row[-1]) for row in rows]), "+") == "agrees"
 
 
 def test_runs_are_kept_and_never_mixed(tmp_path, monkeypatch, capsys):
