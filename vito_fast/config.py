@@ -183,7 +183,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """LARS (paper). Bias and norm parameters are excluded from weight decay and from the trust ratio (ancestor)."""
+    """LARS (paper), or AdamW, usual for transformers. Bias and norm parameters are excluded from weight decay and from
+    the trust ratio (ancestor)."""
+
+    name: Literal["lars", "adamw"] = "lars"
+    """LARS (paper), or AdamW, which has no trust ratio (ours: the paper states none for its Swin-S)."""
 
     base_lr: float = 0.3
     """Learning rate for a batch of 256 clips, scaled by batch/256 (paper)."""
@@ -193,12 +197,23 @@ class OptimizerConfig:
     """Heavy-ball momentum, applied after the trust ratio and before the learning rate (ancestor)."""
     trust_coefficient: float = 1e-3
     """Ratio of the update's norm to the parameter's, before the learning rate (ancestor: eta of LARS)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two averages (ours: as in MAE and MoCo v3's successors)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate of each layer of the backbone before the last, for a start from trained weights;
+    AdamW only (ours)."""
+    clip_norm: float = 0.0
+    """Euclidean norm to which larger gradients are scaled down, over all parameters; 0 = never (ours)."""
 
     def __post_init__(self) -> None:
         _require(self.base_lr > 0, "optimizer.base_lr", self.base_lr, "above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
         _require(self.trust_coefficient > 0, "optimizer.trust_coefficient", self.trust_coefficient, "above 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        decays = 0 < self.layer_decay <= 1 and (self.layer_decay == 1 or self.name == "adamw")
+        _require(decays, "optimizer.layer_decay", self.layer_decay, "in (0, 1], and 1 with lars")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,40 @@ def export(
     return Exported(path, load, images, features, untrained)
 
 
+def push_to_hub(made: Exported, repository: str) -> str:
+    """Uploads an exported file and a card with its lines of Python to the Hugging Face Hub.
+
+    Args:
+        made: The export.
+        repository: USER/NAME; it is made, private, if it is absent.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: huggingface_hub is missing, or the upload fails, for want of a token for example.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError("--push-to-hub needs huggingface_hub: pip install huggingface_hub") from None
+    load = made.load.replace(str(made.path), made.path.name)
+    untrained = f"Untrained, and not in these features: {', '.join(made.untrained)}.\n" if made.untrained else ""
+    card = (
+        "---\ntags: [vito-fast, image-feature-extraction]\n---\nAn image encoder pretrained on video by vito-fast.\n\n"
+        f"```python\n{load}\n{made.images}\nfeatures = {made.features}\n```\n{untrained}"
+    )
+    try:
+        api = huggingface_hub.HfApi()
+        url = str(api.create_repo(repository, exist_ok=True, private=True))
+        for content, name in ((str(made.path), made.path.name), (card.encode(), "README.md")):
+            api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repository)
+    except Exception as error:  # of the hub's client: whatever it raises, the local file is whole
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{made.path} is exported, and not uploaded to {repository}: {reason}") from None
+    return url
+
+
 def _calls(encoder: nn.Module, name: str, format: str, path: Path) -> tuple[str, str]:
     """Lines of Python that load a file into ``m``, and that take its features."""
     if format == "timm":

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from vito_fast.config import OptimizerConfig
 from vito_fast.train import probe
 from vito_fast.train.checkpoint import find
 from vito_fast.train.distributed import World
@@ -92,3 +93,19 @@ def test_drop_path_is_of_the_step_and_not_of_what_ran_before(config, micro_batch
     a, b, other = (trainer._online(views, i)[0][0] for i in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, other)
+
+
+def test_adamw_runs_resume_and_skip(config):
+    recipe = OptimizerConfig(name="adamw", base_lr=0.01, layer_decay=0.7, clip_norm=1.0)
+    config = dataclasses.replace(config, optimizer=recipe, train=dataclasses.replace(config.train, evaluate_every=0))
+    train(dataclasses.replace(config, name="whole"))
+    for stop in (3, None):
+        train(config, resume=True, max_steps=stop)
+    whole, parts = (find(f"{config.train.runs}/{name}").tensors for name in ("whole", "r"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items() if not name.startswith("rng"))
+    trainer = Trainer(config, World(0, 1, 1, torch.device("cpu")), 3)
+    before = copy.deepcopy(trainer.state()[0])
+    trainer.step(tuple(torch.full((2, 3, 3, 32, 32), torch.nan)), torch.arange(3), measure=False)
+    after = trainer.state()[0]
+    assert after.pop("skipped").tolist() == [1, 1]
+    assert all(torch.equal(after[name], before[name]) for name in after)

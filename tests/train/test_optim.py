@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vito_fast.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from vito_fast.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vito_fast.model.pair import Branch
 from vito_fast.train import optim
-from vito_fast.train.optim import Lars, Schedule
+from vito_fast.train.optim import AdamW, Gradients, Lars, Schedule, layer_scales
 
 
 def network():
@@ -98,3 +99,72 @@ def test_schedules_follow_the_ancestors():
     assert schedule.tau(50) == 1
     no_warmup = Schedule(replace(config, schedule=ScheduleConfig(epochs=1, warmup_epochs=0)), 5)
     assert no_warmup.learning_rate(0) == pytest.approx(0.6)
+
+
+def small_branch(**model):
+    torch.manual_seed(0)
+    return Branch(ModelConfig(projector_hidden=8, projector_out=4, attention_hidden=4, **model), predictor=False)
+
+
+def filled(branch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in branch.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_adamw_is_torchs_and_leaves_skipped_steps_out():
+    config = OptimizerConfig(name="adamw", weight_decay=0.1, betas=(0.8, 0.9))
+    ours, theirs = small_branch(backbone="timm:test_vit3"), small_branch(backbone="timm:test_vit3")
+    optimizer = AdamW(ours, config)
+    named = [p for p in theirs.parameters() if p.requires_grad]
+    plain = {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0}
+    peer = torch.optim.AdamW([{"params": [p for p in named if p.dim() > 1]}, plain], betas=(0.8, 0.9), weight_decay=0.1)
+    for step, finite in enumerate((None, torch.tensor(True), torch.tensor(False), torch.tensor(True))):
+        filled(ours, step)
+        if finite is not None and not finite:
+            next(p for p in ours.parameters() if p.grad is not None).grad.fill_(torch.nan)
+        optimizer.step(0.01 * (step + 1), finite)
+        if finite is None or finite:
+            filled(theirs, step)
+            for group in peer.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            peer.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    again = AdamW(small_branch(backbone="timm:test_vit3"), config)
+    again.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in optimizer.state_dict().items())
+    with pytest.raises(ValueError, match="momentum of other parameters"):
+        again.load_state_dict({})
+
+
+def test_layer_decay_slows_the_early_layers_and_not_the_heads():
+    """Adam's first update is the learning rate itself, so each layer moves by its own."""
+    branch = small_branch(backbone="timm:test_vit3")
+    before = {name: p.detach().clone() for name, p in branch.named_parameters()}
+    optimizer = AdamW(branch, OptimizerConfig(name="adamw", weight_decay=0.0, layer_decay=0.5))
+    filled(branch, 0)
+    optimizer.step(0.01)
+    moved = {name: (p - before[name]).abs().median().item() for name, p in branch.named_parameters()}
+    scales = layer_scales(branch.backbone, 0.5)
+    names = ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.2.attn.qkv")
+    by_depth = [scales[f"body.{name}.weight"] for name in names]
+    assert by_depth == sorted(by_depth)
+    assert by_depth[-1] == 2 * by_depth[-2]
+    for name, p in branch.named_parameters():
+        share = scales.get(name.removeprefix("backbone."), 1.0) if p.requires_grad else 0.0
+        assert moved[name] == pytest.approx(0.01 * share, rel=1e-3), name
+    assert scales["body.blocks.2.attn.qkv.weight"] <= 1
+    with pytest.raises(ValueError, match=r"optimizer\.layer_decay must be in \(0, 1\], and 1 with lars"):
+        OptimizerConfig(layer_decay=0.5)
+
+
+def test_clipping_bounds_the_norm_and_leaves_smaller_gradients():
+    branch = small_branch(backbone="timm:test_vit3")
+    gradients = Gradients([(name, p) for name, p in branch.named_parameters() if p.requires_grad])
+    filled(branch, 0)
+    norm = gradients.gradient_norm()
+    gradients.clip(norm, float(norm) * 2)
+    torch.testing.assert_close(gradients.gradient_norm(), norm)
+    gradients.clip(norm, 1.5)
+    torch.testing.assert_close(gradients.gradient_norm(), torch.tensor(1.5))

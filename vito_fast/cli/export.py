@@ -13,6 +13,7 @@ def export(
     format: Literal["torchvision", "timm"] | None = None,
     ext: Literal["safetensors", "pth"] | None = None,
     network: Literal["online", "target"] = "online",
+    push_to_hub: str = "",
 ) -> int:
     """Write a run's encoder so that a plain torchvision or timm network loads it.
 
@@ -22,8 +23,10 @@ def export(
         format: Whose names and conventions the file follows; by default those of the network's own library.
         ext: safetensors (the default) or pth.
         network: The network that learned, or its moving average.
+        push_to_hub: USER/NAME on the Hugging Face Hub, to upload it to; made private if it is absent.
     """
     from vito_fast.export import export as write
+    from vito_fast.export import push_to_hub as upload
 
     made = write(run, out, format, ext, network)
     print(f"load it with: {made.load}")
@@ -31,6 +34,8 @@ def export(
     print(f"features: {made.features}")
     if made.untrained:
         print(f"untrained: {', '.join(made.untrained)}; m(x) has them, these features do not")
+    if push_to_hub:
+        print(f"uploaded: {upload(made, push_to_hub)}")
     print(f"exported: {made.path}")
     return 0
 

@@ -27,6 +27,7 @@ from vito_fast.plan.op_counter import Op, OpCounter, Problem, fake_cuda, to_fake
 from vito_fast.train import trainer
 from vito_fast.train.distributed import World, environment_number
 from vito_fast.train.keys import GatheredKeys
+from vito_fast.train.optim import Lars
 
 GPU = World(rank=0, size=1, local_size=1, device=torch.device("cuda", 0))
 
@@ -77,7 +78,9 @@ def dry_run(config: Config, *, clips: int | None = None, world: int = 1) -> DryR
         UserError: a model that cannot be built, or a batch that does not divide among the ranks.
     """
     clips = clips or config.train.clips(world)
-    eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False, device="cuda"))
+    lars = replace(config.optimizer, name="lars", layer_decay=1.0)  # AdamW counts as LARS: one pass, a buffer less
+    train = replace(config.train, compile=False, cuda_graphs=False, device="cuda")
+    eager = replace(config, train=train, optimizer=lars)
     breaks = graph_breaks(config, world) if config.train.compile else []
     counter, problems = OpCounter(), []
     with torch.device("meta"):
@@ -177,7 +180,7 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
     dtype, size = trainer.WEIGHTS[config.train.dtype], config.sampler.size
     with fake_cuda():
         to_fake_cuda(model, dtype)
-        optimizer = trainer.Lars(model.online.named_parameters(), config.optimizer)
+        optimizer = Lars(model.online.named_parameters(), config.optimizer)
         optimizer.gradients()
         images = (torch.empty(2 * config.sampler.views, 3, size, size, dtype=dtype, device="cuda:0"),)
         rate = (
@@ -253,7 +256,7 @@ def _instead(counter: OpCounter, model: VitoModel, clips: int, world: int) -> It
     def gathered(embeddings: list[Tensor], video: Tensor, _: World, __: int | None) -> _Gathered:
         return _Gathered(counter, clips * world, embeddings, video)
 
-    lars = trainer.Lars
+    lars = Lars
     with ExitStack() as stack:
         for owner, name, stand_in in (
             (trainer, "VitoModel", lambda _: model),

@@ -16,6 +16,7 @@ from vito_fast.data.loader.batch import to_device
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.train import profiling
+from vito_fast.train.callbacks import Callback
 from vito_fast.train.distributed import any_rank, init_distributed, shutdown
 from vito_fast.train.metrics import Clock, Progress, SkipAlarm, warnings_of
 from vito_fast.train.probe import CollapseAlarm
@@ -37,6 +38,7 @@ def train(
     max_steps: int | None = None,
     profile: bool = False,
     clips_at_peak: float | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Runs the configuration to its end.
 
@@ -48,6 +50,7 @@ def train(
         max_steps: Stop after this many steps; the schedules stay those of the whole run.
         profile: Trace a few steps of the main process into the run's folder (profiling.py).
         clips_at_peak: Clips a second at an MFU of 1, for the metrics; without it MFU is null.
+        callbacks: Hooks for steps, evaluations and checkpoints.
 
     Returns:
         The summary, which is also printed and saved; empty on other ranks than the first.
@@ -62,6 +65,7 @@ def train(
     world = init_distributed(config.train.device, config.train.timeout)
     try:
         with open_run(config, world, resume or bool(resume_with), max_steps, resume_with) as run:
+            run.callbacks = callbacks
             summary = _train(run, profile, clips_at_peak)
     except BaseException:
         shutdown(failed=True)
@@ -113,6 +117,8 @@ def _train(run: Run, profile: bool, clips_at_peak: float | None) -> dict[str, An
                 if tracer:
                     tracer.step(step)
                 progress.update(step, row if logged else None)
+                for callback in run.callbacks:
+                    callback.step_end(run, step, row if logged else None)
 
                 stopping = stop.agreed(step, at_once=logged or step == last)
                 due = config.train.evaluate_every and step % config.train.evaluate_every == 0 and step != last

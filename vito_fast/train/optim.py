@@ -1,4 +1,4 @@
-"""LARS and the schedules of learning rate and target average: pure functions of the step.
+"""LARS, AdamW, and the schedules of learning rate and target average: pure functions of the step.
 
 LARS as in the BYOL code: weight decay is added to the gradient. The sum is scaled by eta |w|/|g + wd w|, with the trust
 coefficient eta. Momentum accumulates it, and the learning rate multiplies the momentum. Parameters with fewer than two
@@ -13,11 +13,105 @@ import torch
 from torch import Tensor, nn
 
 from vito_fast.config import Config, OptimizerConfig, ScheduleConfig
+from vito_fast.errors import UserError
+
+Optimizer = Any
+"""``Lars`` or ``AdamW``: gradient_norm, clip, step(lr, finite), state_dict, load_state_dict."""
 
 CHUNK = 1 << 20  # elements of a chunk on the CPU, unless one parameter has more
 
 
-class Lars:
+def build_optimizer(online: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The configuration's optimizer of a branch."""
+    return AdamW(online, config) if config.name == "adamw" else Lars(online.named_parameters(), config)
+
+
+class Gradients:
+    """The gradients of named parameters, in multi-tensor calls; nothing waits for the device."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+        self.named = named
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients; a parameter without one gets zeros."""
+        for _, p in self.named:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for _, p in self.named if p.grad is not None]
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, ()."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients())))
+
+    @torch.no_grad()
+    def clip(self, norm: Tensor, most: float) -> None:
+        """Scales all gradients, of Euclidean norm ``norm``, so that it is at most ``most``."""
+        gradients = self.gradients()
+        torch._foreach_mul_(gradients, (most / norm.clamp(min=most)).to(gradients[0].dtype))
+
+
+class AdamW(Gradients):
+    """torch's fused AdamW, by parameter name, with skipped steps and a learning rate for each layer.
+
+    Args:
+        online: The branch. Its backbone's layers have rates ``layer_decay ** layers after them``; pools and heads
+            have the whole rate.
+        config: Its constants.
+    """
+
+    def __init__(self, online: nn.Module, config: OptimizerConfig) -> None:
+        super().__init__([(name, p) for name, p in online.named_parameters() if p.requires_grad])
+        scales = layer_scales(online.backbone, config.layer_decay) if config.layer_decay < 1 else {}  # type: ignore[arg-type]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.named:
+            decay = config.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault((scales.get(name.removeprefix("backbone."), 1.0), decay), []).append(p)
+        given = [{"params": ps, "weight_decay": decay, "scale": scale} for (scale, decay), ps in groups.items()]
+        self._adam = torch.optim.AdamW(given, lr=0.0, betas=config.betas, fused=True)
+        for _, p in self.named:  # as torch would at the first step, so that the state is there to be loaded
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            self._adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, lr: float, finite: Tensor | None = None) -> None:
+        """Updates the parameters once; as ``Lars.step``."""
+        self.gradients()
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["scale"]
+        adam: Any = self._adam
+        adam.grad_scale, adam.found_inf = None, None if finite is None else (~finite).float()
+        adam.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Both averages and the count of steps, by parameter name."""
+        return {f"{name}.{key}": value for name, p in self.named for key, value in self._adam.state[p].items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copies the averages in; ValueError if the names are not exactly this optimizer's."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"momentum of other parameters: {sorted(state.keys() ^ own.keys())[:3]} ...")
+        for name, buffer in own.items():
+            buffer.copy_(state[name])
+
+
+def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
+    """The share of the learning rate of each parameter of a backbone, by timm's division into layers."""
+    try:
+        from timm.optim import param_groups_layer_decay
+    except ImportError:
+        raise UserError("optimizer.layer_decay needs timm: pip install timm") from None
+    body: nn.Module = getattr(backbone, "body", backbone)
+    prefix = "body." if body is not backbone else ""
+    names = {id(p): f"{prefix}{name}" for name, p in body.named_parameters()}
+    groups: list[Any] = param_groups_layer_decay(body, layer_decay=decay)
+    largest = max(group["lr_scale"] for group in groups)
+    return {names[id(p)]: group["lr_scale"] / largest for group in groups for p in group["params"]}
+
+
+class Lars(Gradients):
     """LARS with one momentum buffer per parameter, in multi-tensor calls; nothing waits for the device. Deterministic.
 
     Args:
@@ -30,25 +124,13 @@ class Lars:
         self.config = config
         self.adapted = [(name, p) for name, p in named if p.dim() > 1]
         self.plain = [(name, p) for name, p in named if p.dim() <= 1]
+        super().__init__(self.adapted + self.plain)
         self.momentum = {name: torch.zeros_like(p) for name, p in self.adapted + self.plain}
         self.chunks = _chunks(self.parameters)
 
     @property
     def parameters(self) -> list[Tensor]:
         return [p.detach() for _, p in self.adapted + self.plain]
-
-    def gradients(self) -> list[Tensor]:
-        """The parameters' gradients; a parameter without one gets zeros."""
-        named = self.adapted + self.plain
-        for _, p in named:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad for _, p in named if p.grad is not None]
-
-    @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients, ()."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients())))
 
     @torch.no_grad()
     def step(self, lr: float, finite: Tensor | None = None) -> None:

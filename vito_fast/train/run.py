@@ -23,6 +23,7 @@ from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 from vito_fast.machine import usable_cores
 from vito_fast.train import holdout, probe
+from vito_fast.train.callbacks import Callback
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
 from vito_fast.train.initial import initialize
@@ -48,6 +49,7 @@ class Run:
     held_out: holdout.Holdout | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Fields that the run took when it resumed (``--resume-with``), with the step that they hold after."""
+    callbacks: Sequence[Callback] = ()
     baselines: dict[str, Any] = field(default_factory=dict)
     """Retrieval of the untrained network and of raw pixels; ``holdout``: those of the held-out clips."""
 
@@ -60,7 +62,9 @@ class Run:
         if self.saver and self.recorder and not (if_healthy and self.trainer.skipped[1]):
             self.recorder.sync()
             tensors, state = self.trainer.state()
-            self.saver.save(self.trainer.step_count, tensors, state | self._origin())
+            path = self.saver.save(self.trainer.step_count, tensors, state | self._origin())
+            for callback in self.callbacks:
+                callback.checkpoint(self, self.trainer.step_count, path)
 
     def evaluate(self) -> None:
         """Records a row of retrieval and of the held-out clips, and an attention picture. A part that fails is left
@@ -78,6 +82,8 @@ class Run:
                 scores["holdout"] = holdout.evaluate(online, self.held_out, self.config, device)
         if scores:
             self.recorder.evaluation({"step": step} | scores)
+            for callback in self.callbacks:
+                callback.evaluation(self, step, {"step": step} | scores)
         if self.frames:
             with going_on(f"attention picture at step {step}"):
                 probe.picture(online, self.frames, self.folder / "attention" / f"step-{step:08d}.png")
@@ -208,7 +214,9 @@ def open_run(
         start, total = trainer.step_count, trainer.schedule.total_steps
         loader.load_state_dict({"step": start})
         last = total if max_steps is None else min(total, max_steps)
-        run = Run(config, world, folder, loader, trainer, last, None, None, frames, held_out, changes, baselines)
+        run = Run(
+            config, world, folder, loader, trainer, last, None, None, frames, held_out, changes, baselines=baselines
+        )
         if world.main:
             if start:
                 how = "continues after" if start < last else "is finished at"

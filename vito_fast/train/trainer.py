@@ -22,7 +22,7 @@ from vito_fast.train.checkpoint import Checkpoint
 from vito_fast.train.distributed import World, mean_over_ranks, replicate
 from vito_fast.train.keys import PendingKeys
 from vito_fast.train.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
-from vito_fast.train.optim import Lars, Schedule
+from vito_fast.train.optim import Schedule, build_optimizer
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
@@ -57,7 +57,7 @@ class Trainer:
         if groups > 1 or world.size > 1:
             set_batch_norms(model, groups=groups, sync=world.size > 1)
         self.model = model.train()
-        self.optimizer = Lars(model.online.named_parameters(), config.optimizer)
+        self.optimizer = build_optimizer(model.online, config.optimizer)
         self.schedule = Schedule(config, steps_per_epoch)
         self.buffers = _by_dtype(model.buffers())
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
@@ -67,7 +67,9 @@ class Trainer:
         if config.train.compile:
             mode = "reduce-overhead" if config.train.cuda_graphs else None  # not of the update: it changes its inputs
             self.online, self.target = _compiled(model.online, mode), _compiled(model.target, mode)
-            self._update, self._average = _compiled(self._update), _compiled(self._average)
+            self._average = _compiled(self._average)
+            if config.optimizer.name == "lars":  # AdamW is one kernel as it is
+                self._update = _compiled(self._update)
         if world.size > 1:
             self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
 
@@ -114,6 +116,8 @@ class Trainer:
         with profiling.range("optimizer"):
             norm = self.optimizer.gradient_norm()
         finite: Tensor | None = self._finite(loss.detach(), norm)
+        if self.config.optimizer.clip_norm:
+            self.optimizer.clip(norm, self.config.optimizer.clip_norm)
         rates: tuple[Any, Any] = (lr, tau)
         if self.config.train.compile:  # as tensors: each new number would compile again
             new: dict[str, Any] = {"dtype": torch.float64, "device": self.world.device}
