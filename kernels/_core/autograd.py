@@ -10,7 +10,7 @@ import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from vito_kernels._core.lazy_triton import on_device
+from vito_kernels._core.lazy_triton import on_device, recording_launches
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 NO_DOUBLE_BACKWARD = (
@@ -23,11 +23,10 @@ def direct_call(op: Any) -> Callable[..., Any]:
     implementation = getattr(op, "_init_fn", op)  # a private name; without it, through the dispatcher
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not recording_launches()):
             return op(*args)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if any(map(is_legacy_batchedtensor, tensors)):  # a batch of gradients, of autograd's own vmap
-            _refuse_vmap(op._name)
+        refuse_batched(op._name, *tensors)
         plain = all(type(x) in PLAIN and not x.is_meta for x in tensors)
         if not plain:
             return op(*args)
@@ -71,6 +70,12 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
         return (for_func if torch._C._are_functorch_transforms_active() else eager).apply(*args)
 
     return call
+
+
+def refuse_batched(name: str, *tensors: torch.Tensor) -> None:
+    """Refuses a batch of gradients, of autograd's own vmap."""
+    if any(map(is_legacy_batchedtensor, tensors)):
+        _refuse_vmap(name)
 
 
 def _refuse_vmap(name: str, *_: Any) -> None:
@@ -142,18 +147,20 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE_BACKWARD.format(ctx.name))
 
 
-def once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+def once(
+    backward: Callable[..., tuple[torch.Tensor | None, ...]], name: str = ""
+) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     """Decorates the backward of a Function: its own derivative raises RuntimeError.
 
     ``autograd.grad`` takes the second derivative for zero behind PyTorch's ``once_differentiable``.
     """
-    name = backward.__qualname__.split(".")[0].strip("_")
+    name = name or backward.__qualname__.split(".")[0].strip("_")
 
     def refusing(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
         sources = [x for x in (*ctx.saved_tensors, *grads) if isinstance(x, torch.Tensor)]
         return _Once.apply(name, len(sources), *sources, *found)
 

@@ -89,7 +89,7 @@ def check_no_grad(name: str, x: Tensor) -> None:
 
 def is_number(x: Any) -> bool:
     """A real number of Python or NumPy."""
-    return isinstance(x, Real) and not isinstance(x, bool)
+    return type(x) is float or (isinstance(x, Real) and not isinstance(x, bool))
 
 
 def is_integer(x: Any) -> bool:
@@ -123,14 +123,21 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
             raise TypeError(f"scale must be a floating-point tensor, got {scale.dtype}")
         check_device("scale (or temperature)", scale, like)
         return scale.reshape(()).to(dtype)
-    if not is_number(scale):
-        raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
-    scale, most = float(scale), torch.finfo(dtype).max
-    if not -most <= scale <= most:
-        raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
+    scale = check_scale(scale, like)
     if torch.compiler.is_compiling():  # as a constant of the graph, each new value would recompile
         return torch.ones((), dtype=dtype, device=like.device) * scale
     return torch.full((), scale, dtype=dtype, device=like.device)
+
+
+def check_scale(scale: float, like: Tensor) -> float:
+    """A number that is finite in the dtype of sums over embeddings ``like``."""
+    if not is_number(scale):
+        raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
+    scale, dtype = float(scale), torch.float64 if like.dtype == torch.float64 else torch.float32
+    most = torch.finfo(dtype).max
+    if not -most <= scale <= most:
+        raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
+    return scale
 
 
 def check_finite(scale: Tensor) -> None:

@@ -8,9 +8,10 @@ module and use the CPU paths.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -34,13 +35,31 @@ class LazyKernel:
         names.update(triton=triton, tl=tl)
         kernel = triton.jit(self.function)
         self.__dict__["compiled"] = kernel
-        for name, value in list(names.items()):
-            if isinstance(value, LazyKernel):
+        for name in self.function.__code__.co_names:
+            if isinstance(value := names.get(name), LazyKernel):
                 names[name] = value.compiled
         return kernel
 
     def __getitem__(self, grid: Any) -> Any:
-        return self.compiled[grid]
+        recorder = getattr(_recorders, "launch", None)
+        return self.compiled[grid] if recorder is None else partial(recorder, self, grid)
+
+
+_recorders = threading.local()
+
+
+@contextmanager
+def record_launches(launch: Callable[..., None]) -> Iterator[None]:
+    """Inside, this thread's ``kernel[grid](...)`` is ``launch(kernel, grid, ...)``."""
+    _recorders.launch = launch
+    try:
+        yield
+    finally:
+        _recorders.launch = None
+
+
+def recording_launches() -> bool:
+    return getattr(_recorders, "launch", None) is not None
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -85,6 +104,24 @@ def _arch_of(device: int) -> int:
     import triton
 
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def active_driver() -> Any:
+    """Triton's; None in the interpreter."""
+    return None if interpreting() else _triton_drivers().active
+
+
+@cache
+def _triton_drivers() -> Any:
+    import triton
+
+    return triton.runtime.driver
+
+
+def current_stream() -> int:
+    """The stream that launches on the current device go to; 0 in the interpreter."""
+    driver = active_driver()
+    return 0 if driver is None else driver.get_current_stream(driver.get_current_device())
 
 
 def shared_limit() -> int:

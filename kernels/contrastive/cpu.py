@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import softplus
+from vito_kernels._core.checks import check_finite, check_positive_range
 from vito_kernels.contrastive.cpu_matmul import add_product, product
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad, ordered_pairs, split_sum
 
@@ -30,6 +31,16 @@ HEADER = 16  # elements before the cached tiles: the first holds the tiles' rows
 DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
 
 softmax_grad = SoftmaxGrad.of
+
+
+def check_values(scale: Tensor, positive: Tensor | None = None, k: Tensor | None = None) -> None:
+    """ValueError for a scale that is not finite or a positive that is no key; to read them from a GPU would stop the
+    host.
+    """
+    check_finite(scale)
+    if positive is not None and k is not None and positive.is_cpu:
+        check_positive_range(positive, k.shape[0])
+
 
 # ---- tiles
 

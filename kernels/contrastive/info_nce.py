@@ -23,7 +23,6 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.checks import (
     autocast_inputs,
-    check_finite,
     check_groups,
     check_options,
     check_pair,
@@ -34,7 +33,9 @@ from vito_kernels._core.checks import (
     reduce,
     scale_tensor,
 )
+from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
+from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask
 
@@ -68,10 +69,8 @@ def similarity_lse_op(
         lse2 (M,), logits of the positives (M, P), mean (M, D) or (0, D), the rounding residual of lse2 (M,), and the
         logit cache.
     """
-    if positive is not None and not positive.is_cuda:
-        check_positive_range(positive, k.shape[0])
-    check_finite(scale)
     path, mask = path_of(q), Mask(q_group, k_group, positive, diagonal)
+    path.check_values(scale, positive, k)
     logit_cache = path.alloc_logit_cache(q, k, scale, cache_logits)
     lse2, lse_residual, mean, logits = path.lse_forward(q, k, scale, mask, compute_grad_q, matmul_dtype, logit_cache)
     return lse2, logits, mean, lse_residual, logit_cache
@@ -220,6 +219,7 @@ def lse_and_positives(
 # ---- public functions
 
 
+@replayed
 def similarity_lse(
     q: Tensor, k: Tensor, scale: float | Tensor, *, q_group: Tensor | None = None, k_group: Tensor | None = None
 ) -> Tensor:
@@ -258,6 +258,7 @@ def similarity_lse(
     return lse_and_positives(q, k, scale, None, None, q_group, k_group)[0] / LOG2E
 
 
+@replayed
 def info_nce(
     q: Tensor,
     k: Tensor,
@@ -304,11 +305,19 @@ def info_nce(
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
+    plain = not (hard_negatives or debias or label_smoothing) and (columns is None or columns.shape[1] == 1)
+    if plain and small.is_small(q.shape[0], k.shape[0], q, k, columns, *groups):
+        if columns is not None:
+            check_positive_range(columns, len(k))
+        terms = small.rows(None if q_group is None or k_group is None else (q_group, k_group), columns)
+        return small.pairs(q, k, scale, terms, reduction)
     hard_negatives = float(hard_negatives)  # NumPy's would round the scales
     harder = scale * (1 + hard_negatives) if hard_negatives else scale
     lse2, positives, lse_residual = lse_and_positives(
         q, k, harder, columns, 0, *groups, cache_logits=not hard_negatives
     )
+    if not (hard_negatives or debias or label_smoothing):
+        return reduce(softplus_loss(lse2, lse_residual, positives), reduction)
     logits = positives / LOG2E
     if hard_negatives or debias:
         negatives = lse2 / LOG2E

@@ -6,11 +6,15 @@ the wrong value. Only NT-Xent and SupCon normalize their embeddings.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
     autocast_inputs,
+    check_flags,
     check_ids,
     check_integers,
     check_no_grad,
@@ -23,13 +27,16 @@ from vito_kernels._core.checks import (
     reduce,
     scale_tensor,
 )
+from vito_kernels.contrastive import small
 from vito_kernels.contrastive.info_nce import apply_similarity_lse, info_nce
 from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E
 from vito_kernels.contrastive.two_sided import apply_self_lse, clip_loss, ntxent
 
 
+@replayed
 def moco_loss(
     q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean"
 ) -> Tensor:
@@ -55,6 +62,9 @@ def moco_loss(
     check_pair(q, queue, ("q", "queue"))
     check_no_grad("k", k)
     check_no_grad("queue", queue)
+    if small.is_small(len(q), len(q) + len(queue), q, k, queue):
+        scale = inverse_temperature(temperature)
+        return small.pairs(q, torch.cat([k, queue]), scale, small.key_before_queue, reduction)
     (q, k, queue), matmul_dtype = autocast_inputs(q, k, queue)
     scale = scale_tensor(inverse_temperature(temperature), q)
     compute_grad_q, cache_logits = needs_grad(q, scale), False
@@ -83,6 +93,7 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return clip_loss(locked, y, scale)
 
 
+@replayed
 def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
     """SupCon (L_out): each normalized row of z against all others. Its positives are the other rows of its label.
 
@@ -109,6 +120,9 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     check_pair(z, z, ("z", "z"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
+    if small.is_small(len(z), len(z), z, labels):
+        scale, terms = inverse_temperature(temperature), small.same_label(labels, reduction)
+        return small.unit_set((z,), scale, terms, "none" if reduction == "none" else "sum")
     (z,), matmul_dtype = autocast_inputs(normalize(z))
     scale = scale_tensor(inverse_temperature(temperature), z)
     # The group of a label is its first place among the sorted ones, found without a host sync.
@@ -119,6 +133,10 @@ def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1,
     lse2, positives, lse_residual, _ = apply_self_lse(z, scale, first, count, matmul_dtype, cache_logits)
     loss = torch.where(count > 0, (lse2 - positives[:, 0] + lse_residual) / LOG2E, 0)
     return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
+
+
+def _listed(**options: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 class InfoNCELoss(nn.Module):
@@ -165,6 +183,9 @@ class InfoNCELoss(nn.Module):
             **self.options,
         )
 
+    def extra_repr(self) -> str:
+        return _listed(temperature=self.temperature, **self.options, reduction=self.reduction)
+
 
 class MoCoLoss(nn.Module):
     """``moco_loss`` with its queue, a buffer of unit vectors.
@@ -176,21 +197,29 @@ class MoCoLoss(nn.Module):
         width: D.
         queue_size: keys in the queue, random at first.
         temperature, reduction: as for ``moco_loss``.
+        gather_distributed: the queue takes the keys of all ranks of the default process group, whose batches are equal.
     """
 
     queue: Tensor
     oldest: Tensor
 
     def __init__(
-        self, width: int, queue_size: int = 65536, temperature: float | Tensor = 0.07, *, reduction: str = "mean"
+        self,
+        width: int,
+        queue_size: int = 65536,
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: str = "mean",
+        gather_distributed: bool = False,
     ):
         super().__init__()
         check_integers(width=width, queue_size=queue_size)
+        check_flags(gather_distributed=gather_distributed)
         if width < 1 or queue_size < 1:
             raise ValueError(f"width and queue_size must be positive, got {width} and {queue_size}")
         inverse_temperature(temperature)
         check_reduction(reduction)
-        self.temperature, self.reduction = temperature, reduction
+        self.temperature, self.reduction, self.gather_distributed = temperature, reduction, gather_distributed
         self.register_buffer("queue", normalize(torch.randn(queue_size, width)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
@@ -205,12 +234,19 @@ class MoCoLoss(nn.Module):
     def enqueue(self, k: Tensor) -> None:
         """Replaces the oldest keys by k (B, width), B <= queue_size."""
         check_pair(k, self.queue[:1].to(k.dtype) if isinstance(k, Tensor) else k, ("k", "queue"))
+        if self.gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            from vito_kernels.distributed import gather_keys  # which builds on this module
+
+            k, _ = gather_keys(k.detach(), sizes=[k.shape[0]] * dist.get_world_size()).wait()
         size = self.queue.shape[0]
         if k.shape[0] > size:
             raise ValueError(f"k has {k.shape[0]} rows, more than the queue of {size}")
         rows = (self.oldest + torch.arange(k.shape[0], device=k.device)) % size
         self.queue.index_copy_(0, rows, k.to(self.queue.dtype))
         self.oldest.copy_((self.oldest + k.shape[0]) % size)
+
+    def extra_repr(self) -> str:
+        return _listed(queue=tuple(self.queue.shape), temperature=self.temperature, reduction=self.reduction)
 
 
 class CLIPLoss(nn.Module):
@@ -243,6 +279,9 @@ class NTXentLoss(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return ntxent(z1, z2, self.temperature, reduction=self.reduction)
 
+    def extra_repr(self) -> str:
+        return _listed(temperature=self.temperature, reduction=self.reduction)
+
 
 class SupConLoss(nn.Module):
     """``supcon_loss`` as a module: ``forward(z (M, D), labels (M,))``.
@@ -259,3 +298,6 @@ class SupConLoss(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return supcon_loss(z, labels, temperature=self.temperature, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return _listed(temperature=self.temperature, reduction=self.reduction)

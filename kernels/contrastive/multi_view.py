@@ -17,7 +17,6 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
     autocast_inputs,
-    check_finite,
     check_groups,
     check_integers,
     check_pair,
@@ -26,7 +25,9 @@ from vito_kernels._core.checks import (
     needs_grad,
     scale_tensor,
 )
+from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
+from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.terms import LOG2E, Mask, ordered_pairs
 
 # ---- custom op
@@ -56,9 +57,9 @@ def multi_view_op(
         loss, its derivative by lse, lse2 over the negatives, the rounding residual of lse2, each (P, M), and mean
         (P * M, D) or (0, D).
     """
-    check_finite(scale)
-    mask = Mask(q_group, k_group, None, offset)
-    return path_of(q[0]).multi_view_forward(q, k, scale, mask, compute_grad_q, matmul_dtype)
+    path, mask = path_of(q[0]), Mask(q_group, k_group, None, offset)
+    path.check_values(scale)
+    return path.multi_view_forward(q, k, scale, mask, compute_grad_q, matmul_dtype)
 
 
 @multi_view_op.register_fake
@@ -140,6 +141,7 @@ apply_multi_view_backward = refuse_double_backward(multi_view_backward_op)
 # ---- public function
 
 
+@replayed
 def multi_view_info_nce(
     queries: Tensor,
     keys: Tensor,
@@ -178,6 +180,12 @@ def multi_view_info_nce(
     check_views(queries, keys, positive_offset)
     check_groups(q_group, k_group, queries[0], keys[0])
     scale = inverse_temperature(temperature)
+    views, clips = len(queries), queries.shape[1]
+    sides = queries.flatten(0, 1), keys.flatten(0, 1)
+    if reduction != "none" and small.is_small(len(sides[0]), len(sides[1]), queries, keys, q_group, k_group):
+        groups = None if q_group is None or k_group is None else (q_group, k_group)
+        weight = 1 / clips if reduction == "sum" else 1 / (clips * views * (views - 1))
+        return small.pairs(*sides, scale, small.all_views(views, positive_offset, groups, weight), "sum")
     (q, k), matmul_dtype = autocast_inputs(queries, keys)
     scale = scale_tensor(scale, q)
     inputs = q.contiguous(), k.contiguous(), scale, q_group, k_group, int(positive_offset)

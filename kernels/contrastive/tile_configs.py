@@ -221,7 +221,8 @@ def _family(capability: int) -> int:
 PARTS = {"bf16x6": 3, "bf16x3": 2, "native": 1}
 
 
-def _matmul_precision() -> str:
+def matmul_precision() -> str:
+    """PyTorch's precision of float32 products: "highest", "high" or "medium"."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was chosen by PyTorch's later way, of which the earlier has no name
@@ -239,7 +240,7 @@ def precision(dtype: torch.dtype, D: int) -> str:
         return "widened"
     if dtype != torch.float32:
         return "native"
-    wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[_matmul_precision()]
+    wanted = {"highest": "bf16x6", "high": "bf16x3", "medium": "native"}[matmul_precision()]
     return wanted if wanted == "native" or max(TILES.get((family(), "float32"), [0])) >= D else "ieee"
 
 
@@ -278,7 +279,7 @@ class Operand:
         # Beside descriptors, float32 products (no tensor cores) come to 32 registers a thread and spill tens of KB.
         self.tma = family() >= 90 and aligned and x.dtype != torch.float32
         self.source = self._descriptor(x, rows, self.chunk) if self.tma and self.chunk <= D else x
-        self.tail_source = self._descriptor(x, rows, self.tail) if self.tma and self.tail else self.source
+        self.tail_source = self._descriptor(x, rows, self.tail) if self.tma and self.tail else None
 
     @staticmethod
     def _descriptor(x: Tensor, rows: int, columns: int) -> Any:

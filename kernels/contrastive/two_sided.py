@@ -17,7 +17,6 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
     autocast_inputs,
-    check_finite,
     check_paired,
     inverse_temperature,
     needs_grad,
@@ -25,8 +24,10 @@ from vito_kernels._core.checks import (
     scale_tensor,
     without_autocast,
 )
+from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm
 
@@ -48,8 +49,8 @@ def two_sided_lse_op(
         row lse2 (M,), column lse2 (N,), logits of the pairs (M, 1), the residuals of both lse2, and the logit cache.
         ``matmul_dtype`` and ``cache_logits`` as for ``similarity_lse_op``.
     """
-    check_finite(scale)
     path = path_of(x)
+    path.check_values(scale)
     cache = path.alloc_logit_cache(x, y, scale, cache_logits)
     sums = path.two_sided_forward(x, y, scale, Mask(diagonal=diagonal), matmul_dtype, cache)
     row, row_residual, column, column_residual, pairs = sums
@@ -155,8 +156,8 @@ def self_lse_op(
         lse2 (M,), logits (M, 1), the residual of lse2 (M,), and the logit cache. ``matmul_dtype`` and ``cache_logits``
         as for ``similarity_lse_op``.
     """
-    check_finite(scale)
     path = path_of(z)
+    path.check_values(scale)
     cache = path.alloc_logit_cache(z, z, scale, cache_logits, symmetric=True)
     lse2, lse_residual, logits = path.self_forward(z, scale, _other_samples(group), matmul_dtype, cache)
     if group is not None and count is not None:
@@ -244,6 +245,7 @@ apply_self_lse_backward = refuse_double_backward(self_lse_backward_op)
 # ---- public functions
 
 
+@replayed
 def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """The symmetric loss of CLIP, where row i of x belongs to row i of y.
 
@@ -264,6 +266,8 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     Autocast and determinism as for ``similarity_lse``.
     """
     check_paired(x, y, ("x", "y"))
+    if small.is_small(x.shape[0], y.shape[0], x, y):
+        return small.pairs(x, y, scale, small.rows_and_columns, "mean")
     rows, columns, pairs, row_residual, column_residual = two_sided_lse(x, y, scale)
     return softplus_loss(rows, row_residual, pairs, columns, column_residual).mean()
 
@@ -303,8 +307,16 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     backward. The CPU takes each tile for its rows and its columns and caches the first: 4 and at most 12. Autocast and
     determinism as for ``similarity_lse``.
     """
+    return ntxent_of_scale(z1, z2, inverse_temperature(temperature), reduction)
+
+
+@replayed
+def ntxent_of_scale(z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: str = "mean") -> Tensor:
+    """``ntxent`` at an inverse temperature, of any sign."""
     check_paired(z1, z2, ("z1", "z2"))
-    scale = inverse_temperature(temperature)
+    rows = 2 * z1.shape[0]
+    if small.is_small(rows, rows, z1, z2):
+        return small.unit_set((z1, z2), scale, small.two_views, reduction)
     (z,), matmul_dtype = autocast_inputs(normalize(interleave(z1, z2)))
     factor = scale_tensor(scale, z)
     lse2, logits, lse_residual, _ = apply_self_lse(z, factor, None, None, matmul_dtype, needs_grad(z, factor))

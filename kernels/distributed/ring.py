@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels._core.autograd import once
-from vito_kernels._core.checks import autocast_inputs, check_finite, needs_grad, scale_tensor
+from vito_kernels._core.checks import autocast_inputs, needs_grad, scale_tensor
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
@@ -122,8 +122,8 @@ class _OneSided(torch.autograd.Function):
         compute_grad_q: bool,
         matmul_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_finite(scale)
         path = path_of(q)
+        path.check_values(scale)
         sums: Rows = ()
         logits = k.new_empty(0)
 
@@ -191,8 +191,8 @@ class _TwoSided(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ring: _Ring, matmul_dtype: torch.dtype | None
     ) -> tuple[Tensor, ...]:
-        check_finite(scale)
         path = path_of(x)
+        path.check_values(scale)
         rows: Rows = ()
         pairs = x.new_empty(0)
 

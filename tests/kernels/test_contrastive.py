@@ -25,21 +25,22 @@ from torch.utils.checkpoint import checkpoint
 
 import vito_kernels
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
-from vito_kernels.contrastive import cpu
+from vito_kernels.contrastive import cpu, small
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=[None, 16], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[None, 16], ids=["whole", "many tiles"])
 def tile_rows(request, monkeypatch):
-    """Also with tiles so small that every shape has whole, ragged and diagonal ones, and a few of them are
-    logit_cache."""
+    """The whole matrix at once, and with tiles so small that every shape has whole, ragged and diagonal ones, and a few
+    of them are logit_cache."""
     if request.param:
         small_tiles(monkeypatch, request.param, logit_cache=3600)
 
 
 def small_tiles(monkeypatch, rows, logit_cache):
+    monkeypatch.setattr(small, "MOST_LOGITS", 0)
     monkeypatch.setattr(cpu, "tile_rows", lambda: rows)
     monkeypatch.setattr(cpu, "COLUMNS", rows + 8)
     monkeypatch.setattr(cpu, "CACHE_BYTES", logit_cache)  # bytes
@@ -129,12 +130,12 @@ def test_rows_far_from_all_others_have_the_little_gradient_that_is_left(loss, sc
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-38)  # the smallest with all bits
 
 
-@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-39), (torch.float64, 1e-310)], ids=str)
-def test_a_gradient_that_is_hardly_a_number(dtype, small):
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-39), (torch.float64, 1e-310)], ids=str)
+def test_a_gradient_that_is_hardly_a_number(dtype, tiny):
     q, k = (embeddings(8, 16, torch.float32, "cpu", i).to(dtype).requires_grad_() for i in (0, 1))
     whole = torch.autograd.grad(info_nce(q, k), (q, k))
-    share = torch.autograd.grad(info_nce(q, k), (q, k), torch.tensor(small, dtype=dtype))
-    torch.testing.assert_close(list(share), [small * x for x in whole], rtol=1e-3, atol=small / 1e4)
+    share = torch.autograd.grad(info_nce(q, k), (q, k), torch.tensor(tiny, dtype=dtype))
+    torch.testing.assert_close(list(share), [tiny * x for x in whole], rtol=1e-3, atol=tiny / 1e4)
 
 
 def test_all_keys_excluded():
@@ -236,8 +237,8 @@ def test_under_every_transform_of_pytorch(loss):
     expected = torch.autograd.grad(loss(q, k), (q, k))
     again = torch.func.grad(loss, argnums=(0, 1))(q.detach(), k.detach())
     held = torch.autograd.grad(checkpoint(loss, q, k, use_reentrant=False), (q, k))
-    for found in (again, held):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for found in (again, held):  # of few rows, the plain call has another way than the transformed one
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     first = torch.autograd.grad(loss(q, k), q, create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"no second derivative.*vito_kernels\.reference"):
         first.sum().backward()

@@ -18,7 +18,7 @@ import vito_kernels as vk
 from vito_kernels import reference
 from vito_kernels.adapters.lightly import NTXentLoss as LightlyAdapter
 from vito_kernels.adapters.open_clip import ClipLoss as ClipAdapter
-from vito_kernels.contrastive import cpu
+from vito_kernels.contrastive import cpu, small
 
 B, D = 24, 32
 
@@ -67,6 +67,7 @@ def test_hard_negatives_take_two_passes(monkeypatch):
     """And one over 16 columns, which counts the negatives."""
     forward = Mock(wraps=cpu.lse_forward)
     monkeypatch.setattr(cpu, "lse_forward", forward)
+    monkeypatch.setattr(small, "MOST_LOGITS", 0)
     x, y = (t.requires_grad_() for t in pair())
     for options, widths in (({}, [D]), ({"debias": 0.1}, [D, 16]), ({"hard_negatives": 0.7}, [D, 16, D])):
         forward.reset_mock()
@@ -253,11 +254,10 @@ WRONG = [
     (TypeError, "debias must be a number, got str", lambda: vk.InfoNCELoss(debias="0.1")),
     (TypeError, "hard_negatives must be a number, got Tensor", lambda: vk.info_nce(X, X, hard_negatives=X[0])),
     (ValueError, r"temperature\) is on meta", lambda: vk.info_nce(X, X, temperature=torch.ones((), device="meta"))),
-    (ValueError, "temperature must be positive and finite, got -0.5", lambda: LightlyAdapter(-0.5)),
     (ValueError, "temperature must be positive and finite, got nan", lambda: LightlyAdapter(float("nan"), (8, 16))),
     (ValueError, "Illegal temperature", lambda: LightlyAdapter(0.0)),
     (ValueError, "use_horovod", lambda: ClipAdapter(use_horovod=True)),
-    (ValueError, "memory bank size 7", lambda: LightlyAdapter(memory_bank_size=7)),
+    (ValueError, "memory bank size -7", lambda: LightlyAdapter(memory_bank_size=-7)),
 ]
 
 
@@ -265,3 +265,63 @@ WRONG = [
 def test_wrong_input_is_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_lightly_takes_a_bank_size_without_width_and_a_negative_temperature():
+    x, y = pair(unit=False)
+    with pytest.warns(UserWarning, match=r"pass \(20, dim\)"):
+        loss = LightlyAdapter(0.3, 20)
+    assert loss(x, y).isfinite()
+    assert loss.bank.shape == (20, D)
+    z = normalize(torch.cat([x, y]), dim=1)
+    logits = (z @ z.T / -0.5).fill_diagonal_(-torch.inf)
+    expected = cross_entropy(logits, torch.arange(2 * B).roll(B))
+    torch.testing.assert_close(LightlyAdapter(-0.5)(x, y), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_bank_of_half_precision_is_never_nan(dtype):
+    loss = LightlyAdapter(0.1, (10, D)).to(dtype)
+    x, y = (t.to(dtype) for t in pair(unit=False))
+    x[0], y[1] = 0, 0
+    x.requires_grad_()
+    for _ in range(3):
+        value = loss(x, y)
+        assert value.isfinite()
+        assert not torch.autograd.grad(value, x)[0].isnan().any()
+        assert loss.bank.isfinite().all()
+
+
+class Distilled(ClipAdapter):
+    """As open_clip's own ``DistillClipLoss`` uses the class it inherits from."""
+
+    def forward(self, x, y, scale, teacher_x, teacher_y, teacher_scale):
+        student, teacher = self.get_logits(x, y, scale), self.get_logits(teacher_x, teacher_y, teacher_scale)
+        labels = self.get_ground_truth(x.device, student[0].shape[0])
+        contrastive = sum(cross_entropy(one, labels) for one in student) / 2
+        distilled = [-(t.softmax(1) * s.log_softmax(1)).sum(1).mean() for s, t in zip(student, teacher, strict=True)]
+        return contrastive, sum(distilled) / 2
+
+
+def test_subclasses_of_the_open_clip_adapter_have_its_logits():
+    x, y = pair()
+    contrastive, distilled = Distilled()(x, y, 14.0, y, x, 7.0)
+    torch.testing.assert_close(contrastive, ClipAdapter()(x, y, 14.0))
+    assert distilled > 0
+    local = ClipAdapter(local_loss=True, rank=1, world_size=2)
+    assert local.get_ground_truth("cpu", 4).tolist() == [4, 5, 6, 7]
+
+
+def test_open_clips_smaller_gradients_are_named_and_matched():
+    with pytest.warns(UserWarning, match="match_open_clip_scaling"):
+        ClipAdapter(world_size=2)
+    assert ClipAdapter(world_size=2, match_open_clip_scaling=True).match_open_clip_scaling
+    assert not ClipAdapter(match_open_clip_scaling=True).match_open_clip_scaling
+
+
+def test_modules_show_their_options():
+    assert repr(vk.InfoNCELoss(0.2, debias=0.1)) == (
+        "InfoNCELoss(temperature=0.2, label_smoothing=0.0, hard_negatives=0.0, debias=0.1, reduction=mean)"
+    )
+    assert "queue=(20, 8)" in repr(vk.MoCoLoss(8, 20))
+    assert "world_size=2" in repr(ClipAdapter(local_loss=True, world_size=2))

@@ -1,0 +1,253 @@
+"""Small losses on the CPU: the whole matrix of logits at once, one ``autograd.Function`` a loss.
+
+    s    = scale * x @ y.T                                          (M, N), masked
+    p    = s.softmax(1);  rest = p without the positive, summed     1 - p of the positive, without cancellation
+    loss = softplus(log(rest) - s.log_softmax(1) of the positive)
+    ds   = p, and -rest at the positive
+
+Up to ``MOST_LOGITS`` the tiles of :mod:`.cpu` cost more Python than arithmetic. float32, bfloat16 and float16 are
+computed in float32, float64 in float64; gradients are rounded once. A matrix takes at most 256 KiB (float32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from vito_kernels._core.autograd import PLAIN, once, refuse_batched, softplus
+from vito_kernels._core.checks import check_finite, check_reduction, check_scale, scale_tensor
+from vito_kernels.contrastive import gpu
+
+MOST_LOGITS = 1 << 16
+MIN_LENGTH = 1e-12  # of an embedding that is normalized
+
+Terms = Callable[[Tensor], tuple[Tensor, Tensor]]  # of logits (M, N), which it may write over: losses, their gradient
+
+
+def is_small(rows: int, columns: int, *tensors: Tensor | None) -> bool:
+    """Whether these tensors take this way: few logits, plain eager code, a CPU without autocast."""
+    if rows * columns > MOST_LOGITS or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in PLAIN or not x.is_cpu or gpu.use_triton(x)):
+            return False
+    return torch._C._get_tracing_state() is None
+
+
+# ---- logits to losses
+
+
+def _diagonal(s: Tensor) -> Tensor:
+    return s.diagonal()
+
+
+def one_positive(s: Tensor, dim: int = 1, place: Callable[[Tensor], Tensor] = _diagonal) -> tuple[Tensor, Tensor]:
+    """Losses of the rows (dim 1) or columns (0) of s (M, N), and their gradient by s.
+
+    ``place`` is a view of a matrix that holds the positives, of a shape that the losses take too.
+    """
+    log_p, p = torch.log_softmax(s, dim), torch.softmax(s, dim)
+    own = place(p)
+    own.zero_()
+    rest = p.sum(dim)
+    if place is not _diagonal:
+        rest = rest.view(own.shape)
+    torch.neg(rest, out=own)
+    return softplus(rest.log_().sub_(place(log_p))), p
+
+
+def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
+    """InfoNCE: the positive of row i is key i, or ``index[i]`` (M, 1). Keys of the query's group are no negatives."""
+
+    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+        if groups is not None:
+            masked = groups[0][:, None] == groups[1]
+            if index is None:
+                masked.fill_diagonal_(False)
+            else:
+                masked.scatter_(1, index, False)
+            s.masked_fill_(masked, -math.inf)
+        if index is None:
+            return one_positive(s)
+        log_p, p = torch.log_softmax(s, 1), torch.softmax(s, 1).scatter_(1, index, 0.0)
+        rest = p.sum(1, keepdim=True)
+        losses = softplus(rest.log().sub_(log_p.gather(1, index)))[:, 0]
+        return losses, p.scatter_(1, index, rest.neg_())
+
+    return terms
+
+
+def key_before_queue(s: Tensor) -> tuple[Tensor, Tensor]:
+    """MoCo: the first M keys are the queries' own, and no one else's."""
+    block = s[:, : s.shape[0]]
+    own = block.diagonal().clone()
+    block.fill_(-math.inf)
+    block.diagonal().copy_(own)
+    return one_positive(s)
+
+
+def rows_and_columns(s: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP, the losses of all rows and then of all columns."""
+    columns, column_grad = one_positive(s, 0)
+    losses, grad = one_positive(s)
+    return torch.cat([losses, columns]), grad.add_(column_grad)
+
+
+def two_views(s: Tensor) -> tuple[Tensor, Tensor]:
+    """NT-Xent: the first half of the rows are the first views."""
+    half = s.shape[0] // 2
+    s.fill_diagonal_(-math.inf)
+    losses, grad = one_positive(s, 1, lambda x: x.as_strided((2, half), (2 * half * half - half, 2 * half + 1), half))
+    return losses.flatten(), grad
+
+
+def same_label(labels: Tensor, reduction: str) -> Terms:
+    """SupCon; with "mean", losses that sum up to the mean over the rows that have a positive."""
+
+    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(s.fill_diagonal_(-math.inf), 1)
+        same = (labels[:, None] == labels).fill_diagonal_(False)
+        count = same.sum(1, keepdim=True, dtype=s.dtype)
+        share = same / count.clamp(min=1)
+        losses = log_p.fill_diagonal_(0.0).mul(share).sum(1).neg_()
+        grad = torch.softmax(s, 1).sub_(share).masked_fill_(count == 0, 0.0)
+        if reduction == "mean":
+            rows = count.clamp_(max=1).sum().clamp_(min=1)
+            return losses.div_(rows), grad.div_(rows)
+        return losses, grad
+
+    return terms
+
+
+def all_views(views: int, offset: int, groups: tuple[Tensor, Tensor] | None, weight: float) -> Terms:
+    """InfoNCE of each view's rows over each other view's columns, times ``weight``; losses (views, views, M)."""
+
+    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+        rows = s.shape[0] // views
+        grid = s.view(views, rows, views, -1)
+        if groups is not None:
+            masked = groups[0][:, None] == groups[1]
+            masked.diagonal(offset)[:rows].fill_(False)
+            grid.masked_fill_(masked[:, None], -math.inf)
+        log_p, p = torch.log_softmax(grid, 3), torch.softmax(grid, 3)
+        own, log_own = (x.diagonal(offset, 1, 3)[..., :rows] for x in (p, log_p))
+        own.zero_()
+        rest = p.sum(3).transpose(1, 2)
+        torch.neg(rest, out=own)
+        losses = softplus(rest.log().sub_(log_own))
+        p.diagonal(0, 0, 2).zero_()
+        losses.diagonal().zero_()
+        return losses.mul_(weight), p.view(s.shape).mul_(weight)
+
+    return terms
+
+
+# ---- the loss
+
+
+def finite_scale(scale: float | Tensor, like: Tensor) -> float | Tensor:
+    """The inverse temperature, checked: a number as it is, a tensor as ``scale_tensor``."""
+    if not isinstance(scale, Tensor):
+        return check_scale(scale, like)
+    scale = scale_tensor(scale, like)
+    check_finite(scale)
+    return scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+_ANY = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
+def _product(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """``factor * x @ y``."""
+    return torch.addmm(_ANY[x.dtype], x, y, beta=0, alpha=factor)
+
+
+def _losses(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
+    ctx.scale, ctx.reduction = scale.item() if isinstance(scale, Tensor) else scale, reduction
+    losses, ctx.ds = terms(torch.mm(x, y.t()).mul_(ctx.scale))
+    ctx.factor = 1 / losses.numel() if reduction == "mean" else 1.0
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+
+
+def _logit_grad(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient by the logits, but for ``ctx.factor``."""
+    refuse_batched("loss", grad)
+    return ctx.ds * (grad[:, None] if ctx.reduction == "none" else grad)
+
+
+class _Pairs(torch.autograd.Function):
+    """Losses of x (M, D) against y (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return _losses(ctx, _wide(x), _wide(y), scale, terms, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, y), (need_x, need_y, need_scale) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        ds, factor = _logit_grad(ctx, grad), ctx.scale * ctx.factor
+        dx = dy = dscale = None
+        if need_scale:
+            dscale = (_product(ds, _wide(y), ctx.factor) * x).sum()
+        if need_x:
+            dx = _as(_product(ds, _wide(y), factor), x.dtype)
+        if need_y:
+            dy = _as(_product(ds.t(), _wide(x), factor), y.dtype)
+        return dx, dy, dscale, None, None
+
+
+class _UnitSet(torch.autograd.Function):
+    """Losses of the normalized rows of one or two tensors (B, D) against each other."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float | Tensor, terms: Terms, reduction: str, *tensors: Tensor) -> Tensor:
+        z = _wide(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_(min=MIN_LENGTH)
+        unit = z / length
+        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.save_for_backward(unit, length, *tensors)  # these for ``once``
+        return _losses(ctx, unit, unit, scale, terms, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (unit, length, *_), ds = ctx.saved_tensors, _logit_grad(ctx, grad)
+        du = _product(ds + ds.t(), unit, ctx.scale * ctx.factor)
+        along = (du * unit).sum(1, keepdim=True)
+        dscale = along.sum() / (2 * ctx.scale) if ctx.needs_input_grad[0] else None
+        along.masked_fill_(length == MIN_LENGTH, 0)
+        dz = du.addcmul_(unit, along, value=-1).div_(length)
+        parts = dz.chunk(len(ctx.dtypes))
+        needs = zip(parts, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
+        return dscale, None, None, *(_as(part, dtype) if need else None for part, dtype, need in needs)
+
+
+_Pairs.backward = staticmethod(once(_Pairs.backward, "loss"))  # type: ignore[method-assign]
+_UnitSet.backward = staticmethod(once(_UnitSet.backward, "loss"))  # type: ignore[method-assign]
+
+
+def pairs(x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
+    """The mean, the sum or ("none") the losses that ``terms`` makes of the logits of x (M, D) and y (N, D)."""
+    check_reduction(reduction)
+    return _Pairs.apply(x, y, finite_scale(scale, x), terms, reduction)
+
+
+def unit_set(tensors: tuple[Tensor, ...], scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
+    """``pairs`` of the rows of tensors (B, D) with themselves, all of unit length."""
+    check_reduction(reduction)
+    return _UnitSet.apply(finite_scale(scale, tensors[0]), terms, reduction, *tensors)
