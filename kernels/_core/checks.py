@@ -21,9 +21,13 @@ def check_pair(q: Tensor, k: Tensor, names: tuple[str, str] = ("q", "k")) -> Non
 
     Under autocast dtypes may differ as they may in a matmul, except float64.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot trace vito_kernels; use torch.compile or torch.export")
     for name, x in zip(names, (q, k), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if type(x).__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor; pass {name}.to_local() to a loss of vito_kernels.distributed")
         if x.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(x.shape)}")
         if x.dtype not in FLOATS:

@@ -319,6 +319,15 @@ def test_open_clips_smaller_gradients_are_named_and_matched():
     assert not ClipAdapter(match_open_clip_scaling=True).match_open_clip_scaling
 
 
+def test_tracing_and_distributed_tensors_are_refused_in_one_line():
+    x, y = pair()
+    with pytest.raises(RuntimeError, match=r"use torch\.compile or"):
+        torch.jit.trace(vk.info_nce, (x, y))
+    sharded = type("DTensor", (torch.Tensor,), {})
+    with pytest.raises(TypeError, match=r"x is a DTensor; pass x.to_local\(\)"):
+        vk.clip_loss(x.as_subclass(sharded), y, 9.0)
+
+
 def test_modules_show_their_options():
     assert repr(vk.InfoNCELoss(0.2, debias=0.1)) == (
         "InfoNCELoss(temperature=0.2, label_smoothing=0.0, hard_negatives=0.0, debias=0.1, reduction=mean)"
