@@ -75,6 +75,18 @@ class Summary:
         return result
 
 
+@dataclass(slots=True)
+class Kept:
+    """What later steps need of a kept clip. There may be millions."""
+
+    path: str
+    pixels: int
+    first_frame: int
+    end_frame: int
+    start: int
+    seconds: float
+
+
 @dataclass
 class Run:
     """One curation: the places, options and engine that its steps share."""
@@ -180,9 +192,9 @@ class Run:
             raise UserError(f"{self.exclude} holds no video or image to exclude")
         return found
 
-    def decide(self) -> tuple[Ledger, dict[str, dict[str, Any]]]:
+    def decide(self) -> tuple[Ledger, dict[str, Kept]]:
         """The ledger after step decide, and the clips that are kept, by id."""
-        ledger, kept = Ledger(), dict[str, dict[str, Any]]()
+        ledger, kept = Ledger(), dict[str, Kept]()
         wanted: dict[str, list[tuple[str, list[int]]]] = {}
         for row in self.candidates(["candidate_id", "path", "class_ids", "resolution", "nearest"]):
             if row["resolution"] == "unknown":
@@ -200,8 +212,8 @@ class Run:
                 for clip, seen in zip(clips, scores, strict=True):
                     ledger.decide(candidate, clip["clip_id"], judge(seen, clip, classes, self.options.decide))
                     if ledger.kept.get(clip["clip_id"]) == candidate:
-                        values = {"path": row["path"], "item": row["item_id"], "pixels": pixels[row["item_id"]]}
-                        kept[clip["clip_id"]] = {**clip, **values}
+                        times = (clip["first_frame"], clip["end_frame"], clip["start"], clip["seconds"])
+                        kept[clip["clip_id"]] = Kept(row["path"], pixels[row["item_id"]], *times)
         assert not wanted, f"{len(wanted)} files have no state"
         return ledger, {clip: values for clip, values in kept.items() if clip in ledger.kept}
 
@@ -236,12 +248,12 @@ class Run:
                     seen.add(row["item_id"])
                     yield {**row, "scores": scores[row["item_id"]]}
 
-    def duplicates(self, ledger: Ledger, kept: dict[str, dict[str, Any]]) -> tuple[list[str], list[Membership]]:
+    def duplicates(self, ledger: Ledger, kept: Mapping[str, Kept]) -> tuple[list[str], list[Membership]]:
         """Steps exclude and dedup. Returns the clips in the order of their numbers, and the star of each."""
         options = self.options.duplicates
 
         def best(clip: str) -> tuple[int, float, str]:
-            return -kept[clip]["pixels"], -(ledger.state(clip).value or 0.0), clip
+            return -kept[clip].pixels, -(ledger.state(clip).value or 0.0), clip
 
         order = sorted(kept, key=best)
         numbers = {clip: number for number, clip in enumerate(order)}
@@ -289,19 +301,19 @@ class Run:
                 sizes[part.clip[0]] = len(np.unique(part.frame))
         return find_matches(together, batches, sizes, self.options.duplicates)
 
-    def balance(self, ledger: Ledger, kept: Mapping[str, Mapping[str, Any]], summary: Summary) -> None:
-        found = apply_balance(ledger, {clip: kept[clip]["path"] for clip in kept}, self.target, self.options)
+    def balance(self, ledger: Ledger, kept: Mapping[str, Kept], summary: Summary) -> None:
+        found = apply_balance(ledger, {clip: kept[clip].path for clip in kept}, self.target, self.options)
         summary.total, summary.distance, summary.optimum = found.total, found.distance, found.optimum
         for label, wanted in found.wanted.items():
             summary.classes[str(label)] = [found.available.get(label, 0), wanted, found.counts[label]]
 
-    def pack(self, ledger: Ledger, kept: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str]) -> None:
+    def pack(self, ledger: Ledger, kept: Mapping[str, Kept], groups: Mapping[str, str]) -> None:
         """The store of the kept clips; a file that packing rejects takes its clips' states along."""
         spans: dict[str, list[tuple[Span, str]]] = {}
         for clip in ledger.kept:
             values = kept[clip]
-            span = Span(values["first_frame"], values["end_frame"], values["start"], groups.get(clip, ""))
-            spans.setdefault(values["path"], []).append((span, clip))
+            span = Span(values.first_frame, values.end_frame, values.start, groups.get(clip, ""))
+            spans.setdefault(values.path, []).append((span, clip))
         for own in spans.values():
             own.sort(key=lambda pair: pair[0].first_frame)
         store, seal = self.out / "store", self.out / "store.key"
@@ -478,8 +490,8 @@ def estimate(work: Run) -> list[str]:
         seconds = sum(cost.cpu_s for cost in work.engine.costs.values())
         disk = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         scale = sum(sizes.values()) / max(1, sum(sizes.get(name, 0) for name in chosen))
-        share = len({values["path"] for values in kept.values()}) / max(1, len(chosen))
-        stored = sum(values["seconds"] for values in kept.values()) * scale
+        share = len({values.path for values in kept.values()}) / max(1, len(chosen))
+        stored = sum(values.seconds for values in kept.values()) * scale
         return [
             f"{len(files)} files, {sum(sizes.values()) / 1e9:.3f} GB; {len(chosen)} decoded "
             f"in {time.monotonic() - begin:.0f} s",

@@ -106,13 +106,13 @@ def _bars(rows: Sequence[tuple[str, float, float | None]], label: str) -> str:
     parts = []
     for place, (name, value, want) in enumerate(rows):
         y = place * 22
-        parts.append(f'<text x="0" y="{y + 15}">{esc(name[:34])}</text>')
-        parts.append(f'<rect class="bar" x="230" y="{y + 3}" width="{330 * value / most:.1f}" height="15" rx="2"/>')
+        parts.append(f'<text x="0" y="{y + 15}">{esc(name[:24])}</text>')
+        parts.append(f'<rect class="bar" x="160" y="{y + 3}" width="{200 * value / most:.1f}" height="15" rx="2"/>')
         if want is not None:
-            parts.append(f'<rect class="want" x="230" y="{y + 3}" width="{330 * want / most:.1f}" height="15"/>')
+            parts.append(f'<rect class="want" x="160" y="{y + 3}" width="{200 * want / most:.1f}" height="15"/>')
         shown = f"{value:g}" + (f" of {want:g}" if want is not None else "")
-        parts.append(f'<text x="{236 + 330 * max(value, want or 0) / most:.1f}" y="{y + 15}">{esc(shown)}</text>')
-    head = f'<svg viewBox="0 0 660 {22 * len(rows) + 4}" role="img" aria-label="{esc(label)}">'
+        parts.append(f'<text x="{166 + 200 * max(value, want or 0) / most:.1f}" y="{y + 15}">{esc(shown)}</text>')
+    head = f'<svg viewBox="0 0 440 {22 * len(rows) + 4}" role="img" aria-label="{esc(label)}">'
     return f'<div class="wide">{head}{"".join(parts)}</svg></div>'
 
 
@@ -262,7 +262,7 @@ def _groups(out: Path, pictures: _Pictures) -> str:
             star = row["clip_id"] == row["representative"]
             note = f"of {len(own)}" if star else f"{row['distance']} bits, {row['share']:.0%}, {row['variant']}"
             figures.append(pictures.figure(row["clip_id"], ["representative" if star else "near-duplicate", note]))
-    return f'<h2>Near-duplicates</h2><p>{len(large)} groups.</p><div class="grid">{"".join(figures)}</div>'
+    return f'<h2>Near-duplicates</h2><p>Groups: {len(large)}.</p><div class="grid">{"".join(figures)}</div>'
 
 
 def _review(clips: list[dict[str, Any]], pictures: _Pictures) -> str:
