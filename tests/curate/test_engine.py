@@ -80,7 +80,8 @@ def test_a_fault_costs_its_own_item_alone(tmp_path):
 
 
 def test_a_child_killed_from_outside_costs_nothing(tmp_path):
-    work = [*items(3), Item("item 3", {"act": "killed once", "value": 3, "mark": str(tmp_path / "mark")})]
+    (tmp_path / "marks").mkdir()
+    work = [*items(3), Item("item 3", {"act": "killed", "value": 3, "marks": str(tmp_path / "marks"), "times": 4})]
     run(STEP, work, tmp_path / "units", Engine(processes=1))
     run(STEP, items(4), tmp_path / "calm", Engine(processes=1))
     assert table(tmp_path / "units") == table(tmp_path / "calm")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,11 @@ from vito_fast.files import atomic_write
 UNIT = 32
 """Items of one unit."""
 TRIES = 3
-"""Times an item is tried whose child died; one killed by someone else's hand deserves another."""
+"""Times an item is tried whose child died."""
+KILLS = 10
+"""The same for SIGKILL, which comes from outside unless the machine has no memory left."""
+ENDED = "its process ended with status"
+KILLED = f"{ENDED} {-signal.SIGKILL}"
 KEY, ITEMS = b"vito_fast.key", b"vito_fast.items"
 
 
@@ -167,10 +172,11 @@ class Child:
             if reason is None:
                 return cpu_s
             deaths[at] = deaths.get(at, 0) + 1
+            most = KILLS if reason.startswith(KILLED) else TRIES
             if at < 0:
-                if deaths[at] >= TRIES:
+                if deaths[at] >= most:
                     raise UserError(f"a process of step {step.name} cannot start: {reason}")
-            elif reason.startswith("over a limit") or deaths[at] >= TRIES:
+            elif reason.startswith("over a limit") or deaths[at] >= most:
                 poison[at] = reason
 
     def _try(self, step: Step, unit: Unit, poison: dict[int, str]) -> tuple[int, str | None, float]:
@@ -215,7 +221,7 @@ class Child:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         said = f": {lines[-1]}" if lines else ""
-        return f"its process ended with status {status}{said}"
+        return f"{ENDED} {status}{said}"
 
     def stop(self) -> None:
         if self._process is not None:
