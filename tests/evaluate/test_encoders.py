@@ -97,12 +97,16 @@ def test_files_that_are_no_encoder_are_one_line(tmp_path):
     torch.save({"a": 1}, tmp_path / "empty.pth")
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "other.pth")
     (tmp_path / "torn.safetensors").write_bytes(b"12345678 no")
+    diverged = real_resnet().state_dict()
+    diverged["bn1.weight"][3] = torch.nan
+    torch.save(diverged, tmp_path / "diverged.pth")
     for name, message in {
         "evil.pth": "holds more than tensors",
         "empty.pth": "holds no tensors",
         "other.pth": "name its network with timm:NAME@",
         "torn.safetensors": "torn or no safetensors file",
         "absent.pth": "no encoder",
+        "diverged.pth": r"bn1\.weight holds NaN or infinity",
     }.items():
         with pytest.raises(UserError, match=message):
             load(tmp_path / name)

@@ -1,5 +1,6 @@
 """Every task that trains, end to end on tiny copies: it learns, resumes after kill -9, and is the same on two ranks."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from forks import forked, on_ranks
 from tiny import tiny_encoder
 
-from vito_fast.evaluate import detection_models, segmentation_task
+from vito_fast.evaluate import detection, detection_models, segmentation_task
 from vito_fast.evaluate.finetune import finetune
 from vito_fast.evaluate.result import load
 from vito_fast.evaluate.task import find_preset, find_task
@@ -67,6 +68,10 @@ def test_it_learns_what_it_is_shown(copies, tmp_path, case, epochs, metrics):
     if case != "ucf101":
         assert result.primary[1].standard_error is not None
         assert len(result.resamples[result.primary[0]]) >= 200
+    if case == "coco":  # any tool that reads COCO's results files gives the same
+        truth = json.loads((copies["coco"] / "annotations" / "instances_val2017.json").read_text())
+        found = json.loads(next(tmp_path.rglob("detections.json")).read_text())
+        assert detection.coco_ap(truth, found)["AP"] == pytest.approx(result.metrics["AP"].value, abs=1e-9)
     assert load(next(tmp_path.rglob(f"{result.task}-*.json"))).metrics == result.metrics
 
 

@@ -21,10 +21,15 @@ from vito_fast.evaluate.detection_models import DetectionModel, DetectionOptions
 from vito_fast.evaluate.encoders import Encoder
 from vito_fast.evaluate.finetune import finetune
 from vito_fast.evaluate.result import Metric, deviation, draws
-from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share
+from vito_fast.evaluate.task import Check, Measured, Progress, Task, gathered, own_share, rank_and_size
+from vito_fast.files import atomic_write
 
 RESAMPLES = 200
 """Of validation images, for the standard error of AP and its paired intervals."""
+
+
+DETECTIONS = "detections.json"
+"""The results file in COCO's form, in the task's folder, for the official tools."""
 
 
 class Annotated(NamedTuple):
@@ -87,6 +92,9 @@ class Detection(Task):
             progress.step()
         every = gathered(found, (str(image.number) for image in val))
         detections = [d for of_image in every.values() for d in of_image]
+        if rank_and_size()[0] == 0:
+            with atomic_write(work / DETECTIONS) as partial:
+                partial.write_text(json.dumps(detections), encoding="utf-8")
         truth = _read(data / "annotations" / self.files[1])
         if detections:
             scores = (detection.lvis_ap if self.lvis else detection.coco_ap)(truth, detections)

@@ -344,6 +344,9 @@ def _encoder(
     own: Any = getattr(getattr(backbone, "body", None), "default_cfg", {})  # timm's networks know their normalization
     mean = mean or own.get("mean", IMAGENET_MEAN)
     std = std or own.get("std", IMAGENET_STD)
+    for key, tensor in backbone.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {key} holds NaN or infinity: these are the weights of a run that diverged")
     sha = weights_digest(backbone, architecture, mean, std)
     if pools is not None:
         sha = hashlib.sha256(f"{sha} {weights_digest(pools, 'pools', mean, std)}".encode()).hexdigest()

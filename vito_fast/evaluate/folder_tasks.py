@@ -208,14 +208,10 @@ class Corruptions(FolderTask):
         own = own_share(val.names)
         progress, found = Progress("corruptions val", len(own)), {}
         for name in own:
-            pictures = read_item(val.root / name, options)
-            vectors = []
-            for kind, severity in kinds:
-                changed = pictures if kind == "clean" else corrupted(pictures, kind, severity, f"{options.seed}/{name}")
-                vectors.append(encode(encoder, changed, options).mean(0))
-            votes = neighbours.knn(
-                bank, train.labels, torch.stack(vectors), k=options.k, temperature=options.temperature
-            )  # fmt: skip
+            pictures, salt = read_item(val.root / name, options), f"{options.seed}/{name}"
+            changed = [pictures if k == "clean" else corrupted(pictures, k, severity, salt) for k, severity in kinds]
+            vectors = encode(encoder, torch.cat(changed), options).unflatten(0, (len(kinds), -1)).mean(1)
+            votes = neighbours.knn(bank, train.labels, vectors, k=options.k, temperature=options.temperature)
             found[name] = (votes == truth[name]).tolist()
             progress.step()
         right = np.array(list(gathered(found, val.names).values()))

@@ -1,5 +1,6 @@
 """Files of weights under other projects' names, brought to torchvision's or timm's."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ def pretrained(network: str) -> dict[str, Tensor]:
         if library == "timm":
             import timm
 
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's mistakes
             return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
         import torchvision
 
