@@ -261,7 +261,15 @@ def test_a_store_brings_its_own_numbers(tmp_path, small, capsys):
 def test_tables_print_and_call_themselves_a_prediction(small, capsys):
     assert run("plan", Plan, [small]) == 0
     printed = capsys.readouterr().out
-    for text in ("PREDICTION", "bottleneck:", "Alternatives", "kWh", "GPU: all", "jpeg, engine"):
+    for text in (
+        "PREDICTION",
+        "bottleneck:",
+        "Alternatives",
+        "kWh",
+        "GPU: all",
+        "jpeg, engine",
+        "error: the one step that was",
+    ):
         assert text in printed
 
 

@@ -38,6 +38,12 @@ def show(p: Prediction, others: Alternatives, console: Console) -> None:
     console.print(_memory_table(p))
     console.print(_total_table(p))
     console.print(_alternatives_table(p, others))
+    slow = 2 * p.machine["slowdown"] - 1
+    console.print(
+        f"error: the one step that was measured took {p.machine['slowdown'] - 1:.0%} longer than planned. Expect "
+        f"{p.hours:.3g} to {p.hours * slow:.3g} hours, more with stragglers, cold storage or a busy network.",
+        soft_wrap=True,
+    )
     console.print(f"in one line: {summary(p)}", soft_wrap=True)
 
 
