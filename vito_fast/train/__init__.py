@@ -1,6 +1,6 @@
 """Pretraining."""
 
-from vito_fast.train.callbacks import Callback
 from vito_fast.train.loop import train
+from vito_fast.train.run import Callback
 
 __all__ = ["Callback", "train"]

@@ -16,11 +16,10 @@ from vito_fast.data.loader.batch import to_device
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
 from vito_fast.train import profiling
-from vito_fast.train.callbacks import Callback
 from vito_fast.train.distributed import any_rank, init_distributed, shutdown
 from vito_fast.train.metrics import Clock, Progress, SkipAlarm, warnings_of
 from vito_fast.train.probe import CollapseAlarm
-from vito_fast.train.run import Run, open_run
+from vito_fast.train.run import Callback, Run, open_run
 from vito_fast.train.stop import StopSignal
 
 

@@ -23,13 +23,37 @@ from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 from vito_fast.machine import usable_cores
 from vito_fast.train import holdout, probe
-from vito_fast.train.callbacks import Callback
 from vito_fast.train.checkpoint import Checkpoint, Checkpointer, config_of, path_of, read_newest
 from vito_fast.train.distributed import World, all_gather_str, sole_writer
 from vito_fast.train.initial import initialize
 from vito_fast.train.loggers import going_on
 from vito_fast.train.metrics import Recorder
 from vito_fast.train.trainer import Trainer
+
+
+class Callback:
+    """Hooks of a run, ``train(config, callbacks=[...])``: override what you need.
+
+    An exception ends the run, as any error of your own would; checkpoints stay.
+
+    Attributes of ``run`` are ``config``, ``folder``, ``world``, ``loader`` and ``trainer``, whose ``model.online`` is
+    the network. Reading a tensor's value makes the host wait for the GPU.
+    """
+
+    def step_end(self, run: "Run", step: int, row: dict[str, Any] | None) -> None:
+        """After each step, on every rank.
+
+        Args:
+            run: The run.
+            step: The step, from 1.
+            row: The step's row of metrics.jsonl where one is logged.
+        """
+
+    def evaluation(self, run: "Run", step: int, scores: dict[str, Any]) -> None:
+        """After each evaluation, on the main rank, with its row of evaluations.jsonl."""
+
+    def checkpoint(self, run: "Run", step: int, path: Path) -> None:
+        """When a checkpoint begins to be written, on the main rank. ``path`` appears when it is whole."""
 
 
 @dataclass
