@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from vito_kernels.inspect import driver
+from vito_kernels import inspect
 
 LAUNCHING = (
     "attention_pool",
@@ -29,8 +29,8 @@ def no_gpu(arch):
     """Triton believes in a GPU of this architecture, and ops take every tensor for one of its own. Yields the stand-in
     driver.
     """
-    with driver.stand_in(arch) as fake:
-        fake.utils.properties["max_shared_mem"] = driver.TARGETS[arch].shared_limit
+    with inspect.stand_in(arch) as fake:
+        fake.utils.properties["max_shared_mem"] = inspect.TARGETS[arch].shared_limit
         with ExitStack() as stack:
             for name in LAUNCHING:
                 module = importlib.import_module(f"vito_kernels.{name}")
