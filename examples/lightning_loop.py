@@ -3,8 +3,8 @@
     pip install lightning
     python examples/lightning_loop.py data/demo/store 20 8
 
-The loader already divides clips among ranks: ``use_distributed_sampler=False``. The gathered loss has the negatives of
-all ranks.
+The loader already divides clips among ranks: ``use_distributed_sampler=False``. On several ranks the
+loss has the negatives of all.
 """
 
 import os
@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.loader import ClipLoader
+from vito_kernels import info_nce
 from vito_kernels.distributed import global_info_nce
 
 
@@ -28,7 +29,8 @@ class Contrastive(lightning.LightningModule):
     def training_step(self, batch: dict[str, object], _: int) -> torch.Tensor:
         one, two = (normalize(self.network(view), dim=1) for view in batch["views"])
         video = batch["video"].to(self.device)
-        loss = global_info_nce(one, two, temperature=0.1, q_group=video, k_group=video)
+        contrast = global_info_nce if self.trainer.world_size > 1 else info_nce
+        loss = contrast(one, two, temperature=0.1, q_group=video, k_group=video)
         self.log("loss", loss, prog_bar=True)
         return loss
 
