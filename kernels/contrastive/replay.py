@@ -10,12 +10,14 @@ third call on, one ``autograd.Function`` repeats the recording on the memory of 
 A plan holds neither a tensor of the caller nor an address; stream and addresses are those of the call. A call that does
 more than launch kernels and PyTorch ops (reads a value, say) cannot be recorded and runs as before. So does compiled,
 transformed, traced and captured code, the CPU, and whatever takes much memory, where the host does not count.
+``VITO_KERNELS_REPLAY=0`` in the environment turns replaying off.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec
@@ -32,6 +34,7 @@ from vito_kernels.contrastive import gpu
 from vito_kernels.contrastive.tile_configs import matmul_precision
 
 P = ParamSpec("P")
+ENABLED = os.environ.get("VITO_KERNELS_REPLAY", "1") != "0"
 MOST_PLANS = 256  # of a loss; the oldest leaves
 MOST_SCRATCH = 1 << 26  # bytes of a pass
 ALIGNMENT = 256  # bytes, of each piece of scratch
@@ -432,7 +435,7 @@ def replayed(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         first: Any = args[0] if args else None
-        if torch.compiler.is_compiling() or type(first) not in PLAIN or not gpu.use_triton(first):
+        if not ENABLED or torch.compiler.is_compiling() or type(first) not in PLAIN or not gpu.use_triton(first):
             return function(*args, **kwargs)
         values = [*args, *kwargs.values()]
         key = _key(first, values, kwargs)

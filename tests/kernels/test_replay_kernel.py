@@ -88,7 +88,7 @@ calls = st.tuples(
 
 def compare(name: str, call: tuple) -> None:
     found = results(name, call)
-    with patch.object(replay, "_key", lambda *_: None):
+    with patch.object(replay, "ENABLED", False):
         expected = results(name, call)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
@@ -121,7 +121,7 @@ def test_gradients_of_any_layout_come_back():
     upstream = torch.arange(18.0, device=DEVICE)[::2], torch.ones((), device=DEVICE).expand(9), None
     for grad in upstream * 3:
         loss = vk.info_nce(q, k, reduction="none")
-        with patch.object(replay, "_key", lambda *_: None):
+        with patch.object(replay, "ENABLED", False):
             expected = vk.info_nce(q, k, reduction="none")
         seed = torch.rand(9, generator=torch.Generator().manual_seed(0)).to(DEVICE) if grad is None else grad
         for a, b in zip(*(torch.autograd.grad(x, (q, k), seed) for x in (loss, expected)), strict=True):
