@@ -93,7 +93,7 @@ def export(
     load, features = _calls(encoder, name, library, path)
     size = config.sampler.size
     images = (
-        "T = torchvision.transforms.v2; "
+        "from torchvision.transforms import v2 as T; "
         f"x = T.CenterCrop({size})(T.Resize({round(size * 8 / 7)})(images)).float() / 255; "
         f"x = T.Normalize({list(IMAGENET_MEAN)}, {list(IMAGENET_STD)})(x)"
     )
