@@ -55,7 +55,7 @@ def config_page() -> str:
     head = """# Configuration
 
 A run is described by a YAML file with the sections below. The command line overrides any field:
-`vito-fast train demo --train.batch_size 16`. An unknown key or a wrong type is one line that names the key.
+`vito-fast train demo --train.batch-size 16`. An unknown key or a wrong type is one line that names the key.
 """
     nested = [
         field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, field.name))
