@@ -79,15 +79,16 @@ def test_unequal_shares_equal_one_process(ranks, clips, tmp_path):
                 torch.testing.assert_close(moved[key], value, rtol=1e-9, atol=1e-12)
 
 
-def _sees(rank, folder, config, sight):
-    path, world = folder / "run", init_distributed("cpu")
+def _sees(rank, folder, sight):
+    init_distributed("cpu")
+    path = folder / "run"
     if rank == 1 and sight == "an old listing":
         run.read_newest = lambda _: checkpoint.read(checkpoint.path_of(path / "checkpoints", 1))
     if rank == 1 and sight == "no answer":
         run.read_newest = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "step-2"))
     told = "all well"
     try:
-        run._open_folder(path, config, True, world)
+        run._open_folder(path, True)
     except UserError as error:
         told = str(error)
     (folder / f"{rank}").write_text(told)
@@ -106,7 +107,7 @@ def test_ranks_do_not_go_on_from_different_checkpoints(sight, told, tmp_path):
         path = checkpoint.path_of(tmp_path / "run" / "checkpoints", step)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write(path, {"weight": torch.full((2,), float(step))}, {"step": step})
-    spawn(_sees, 2, tmp_path, CONFIG, sight)
+    spawn(_sees, 2, tmp_path, sight)
     for rank in "01":
         assert re.search(told, (tmp_path / rank).read_text())
 

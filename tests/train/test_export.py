@@ -176,10 +176,17 @@ def test_features_of_videos_in_parquet(run, tmp_path, make_clip, capsys):
 
 @pytest.mark.parametrize(
     ("out", "inputs", "says"),
-    [("f.npy", ".", "must end in"), ("f.safetensors", "none", "no image or video"), ("no/f.parquet", ".", "no folder")],
+    [
+        ("f.npy", ".", "must end in"),
+        ("f.safetensors", "none", "no image or video"),
+        ("f.safetensors", "store", "is a store"),
+        ("no/f.parquet", ".", "no folder"),
+    ],
 )
 def test_features_that_cannot_be_made_are_one_line(tmp_path, out, inputs, says, capsys):
     (tmp_path / "none").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text("{}")
     assert main(["features", "pixels", str(tmp_path / inputs), str(tmp_path / out)]) == 2
     assert says in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Runs that start from weights, and runs that change when they resume."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,8 +68,11 @@ def test_a_run_goes_on_with_other_values_and_remembers_them(config, capsys):
     config = dataclasses.replace(config, schedule=twice, train=often)
     train(config, max_steps=2)
     longer = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, epochs=16.0))
+    written = Path(config.train.runs, config.name, "config.yaml")
+    before = written.read_text()
     with pytest.raises(UserError, match=r"other values of schedule\.epochs: .*--resume-with schedule\.epochs=VALUE"):
         train(longer, resume=True)
+    assert written.read_text() == before
     capsys.readouterr()
     for stop in (3, 4):  # as a job that is started again with the same words
         train(config, resume_with=["schedule.epochs=16"], max_steps=stop)

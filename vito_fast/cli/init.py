@@ -35,7 +35,7 @@ def init(
         propose.check(load_config(check), footage)
         print(f"{videos}: about {footage.clips} clips fill a batch of {check}")
         return 0
-    folder = videos.resolve()
+    folder = videos.absolute()  # a link gives its own name
     name = folder.parent.name if footage.packed and folder.name == "store" else folder.stem
     out = out or Path(f"{name}.yaml")
     if out.exists():

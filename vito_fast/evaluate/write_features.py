@@ -94,6 +94,8 @@ def about(encoder: Encoder, options: FolderOptions) -> dict[str, str]:
 def _files(inputs: Path) -> list[Path]:
     if inputs.is_file():
         return [inputs]
+    if (inputs / "store.json").is_file():
+        raise UserError(f"{inputs} is a store: give the folder of its videos")
     wanted = (*IMAGES, *VIDEOS)
     paths = sorted(p for p in inputs.rglob("*") if p.suffix.lower() in wanted and p.is_file())
     if not paths:

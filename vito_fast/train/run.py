@@ -213,7 +213,7 @@ def open_run(
     _check_negatives(config, loader)
     trainer = Trainer(config, world, config.steps_per_epoch(len(loader.store)))
     with sole_writer(folder, world):
-        checkpoint = _open_folder(folder, config, resume, world)
+        checkpoint = _open_folder(folder, resume)
         changes: list[dict[str, Any]] = []
         if checkpoint is not None:
             changes = _check_same_run(checkpoint, config, loader, [c.partition("=")[0] for c in resume_with])
@@ -221,6 +221,8 @@ def open_run(
             told = initialize(trainer.model, config.model.init)
             if world.main:
                 print(f"{folder} {told}", flush=True)
+        if world.main:
+            save_config(config, folder / "config.yaml")  # of a run that was not refused
         baselines = {} if checkpoint is None else checkpoint.value("baselines")
         online, frames, held_out = trainer.model.online, None, None
         if world.main:
@@ -284,8 +286,8 @@ def _check_negatives(config: Config, loader: ClipLoader) -> None:
         )
 
 
-def _open_folder(folder: Path, config: Config, resume: bool, world: World) -> Checkpoint | None:
-    """Starts the run's folder, or finds its newest checkpoint.
+def _open_folder(folder: Path, resume: bool) -> Checkpoint | None:
+    """The newest checkpoint of a run's folder, if there is one.
 
     Raises:
         UserError: on all ranks, if the folder must not be overwritten, or if the ranks find different checkpoints. A
@@ -307,8 +309,6 @@ def _open_folder(folder: Path, config: Config, resume: bool, world: World) -> Ch
         raise UserError(problem)
     if found is not None and not resume:
         raise UserError(f"{folder} already holds a run: continue it with --resume, or give this one another --name")
-    if world.main:
-        save_config(config, folder / "config.yaml")
     return found
 
 
