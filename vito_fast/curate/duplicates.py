@@ -6,11 +6,12 @@ does not join clips that look different.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast.curate.hashes import BYTES
+from vito_fast.curate.hashes import BYTES, SEARCHED, SEARCHED_EVERY, VARIANTS
 
 Words = npt.NDArray[np.uint64]
 """(N, 4): the 256 bits of each hash."""
@@ -96,6 +97,27 @@ class ClipHashes:
 
     def __len__(self) -> int:
         return len(self.clip)
+
+
+def clip_hashes(number: int, hashes: list[dict[str, Any]], contrast: float) -> ClipHashes:
+    """All hashes of one clip; flat frames are left out."""
+    good = [(place, row["bits"]) for place, row in enumerate(hashes) if row["contrast"] >= contrast]
+    count = len(VARIANTS)
+    bits = np.frombuffer(b"".join(row for _, row in good), np.uint8).reshape(-1, BYTES)
+    frame = np.repeat(np.array([place for place, _ in good], np.int32), count)
+    variant = np.tile(np.arange(count, dtype=np.uint8), len(good))
+    return ClipHashes(np.full(len(bits), number, np.int32), frame, variant, bits)
+
+
+def searched_part(hashes: ClipHashes) -> ClipHashes:
+    """The part of a clip's hashes that is searched: fewer frames and variants, equal ones once."""
+    keep = (hashes.variant < SEARCHED) & (hashes.frame % SEARCHED_EVERY == 0)
+    part = ClipHashes(hashes.clip[keep], hashes.frame[keep], hashes.variant[keep], hashes.bits[keep])
+    fresh = np.ones(len(part), bool)
+    for back in range(1, SEARCHED):
+        same = (part.frame[back:] == part.frame[:-back]) & (part.bits[back:] == part.bits[:-back]).all(1)
+        fresh[back:] &= ~same
+    return ClipHashes(part.clip[fresh], part.frame[fresh], part.variant[fresh], part.bits[fresh])
 
 
 def find_matches(

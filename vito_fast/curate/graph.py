@@ -20,9 +20,17 @@ import pyarrow.parquet as pq
 
 from vito_fast.curate import analyse, classify, probe
 from vito_fast.curate.decide import ORDER, SCHEMA, Ledger, apply_balance, drop_duplicates, judge
-from vito_fast.curate.duplicates import ClipHashes, Match, Membership, find_matches, star_groups
+from vito_fast.curate.duplicates import (
+    ClipHashes,
+    Match,
+    Membership,
+    clip_hashes,
+    find_matches,
+    searched_part,
+    star_groups,
+)
 from vito_fast.curate.engine import Engine, Item, Step, clean, rows, run, step_key, unit_files
-from vito_fast.curate.hashes import BYTES, SEARCHED, VARIANTS
+from vito_fast.curate.hashes import VARIANTS
 from vito_fast.curate.manifest import write_candidates
 from vito_fast.curate.options import CurateOptions, digest
 from vito_fast.curate.taxonomy import taxonomy
@@ -43,8 +51,6 @@ GROUPS = pa.schema(
         ("variant", pa.string()),
     ]
 )
-SEARCHED_EVERY = 3
-"""Of the hashed frames, one of so many is searched."""
 
 
 @dataclass
@@ -293,7 +299,9 @@ class Run:
                         if clip["clip_id"] in known:
                             yield clip_hashes(known[clip["clip_id"]], hashes, self.options.duplicates.contrast)
 
-        parts = sorted((searched(batch) for batch in batches()), key=lambda part: part.clip[0] if len(part) else -1)
+        parts = sorted(
+            (searched_part(batch) for batch in batches()), key=lambda part: part.clip[0] if len(part) else -1
+        )
         together = ClipHashes(*(np.concatenate(column) for column in zip(*map(_columns, parts), strict=True)))
         sizes = np.zeros(len(numbers) + len(outside), np.int32)
         for part in parts:
@@ -357,27 +365,6 @@ class Run:
 
 def _columns(part: ClipHashes) -> tuple[Any, ...]:
     return part.clip, part.frame, part.variant, part.bits
-
-
-def clip_hashes(number: int, hashes: list[dict[str, Any]], contrast: float) -> ClipHashes:
-    """All hashes of one clip; flat frames are left out."""
-    good = [(place, row["bits"]) for place, row in enumerate(hashes) if row["contrast"] >= contrast]
-    count = len(VARIANTS)
-    bits = np.frombuffer(b"".join(row for _, row in good), np.uint8).reshape(-1, BYTES)
-    frame = np.repeat(np.array([place for place, _ in good], np.int32), count)
-    variant = np.tile(np.arange(count, dtype=np.uint8), len(good))
-    return ClipHashes(np.full(len(bits), number, np.int32), frame, variant, bits)
-
-
-def searched(hashes: ClipHashes) -> ClipHashes:
-    """The part of a clip's hashes that is searched: fewer frames and variants, equal ones once."""
-    keep = (hashes.variant < SEARCHED) & (hashes.frame % SEARCHED_EVERY == 0)
-    part = ClipHashes(hashes.clip[keep], hashes.frame[keep], hashes.variant[keep], hashes.bits[keep])
-    fresh = np.ones(len(part), bool)
-    for back in range(1, SEARCHED):
-        same = (part.frame[back:] == part.frame[:-back]) & (part.bits[back:] == part.bits[:-back]).all(1)
-        fresh[back:] &= ~same
-    return ClipHashes(part.clip[fresh], part.frame[fresh], part.variant[fresh], part.bits[fresh])
 
 
 def _group(order: list[str], number: int, group: Membership) -> dict[str, Any]:

@@ -26,6 +26,8 @@ VARIANTS = ("plain", "whole", "caption", "mirror", *(f"inset {round(100 * (1 - k
 """Names of the variants, by number: without bars; with them; without captions on bars; mirrored; cropped."""
 SEARCHED = 3
 """The first of ``VARIANTS`` are what is searched; all are searched for."""
+SEARCHED_EVERY = 3
+"""Of the hashed frames, one of so many is searched."""
 
 BARS = (6, 0.995)
 """Levels by which a bar's pixels may differ from its color, and the least share of a line's pixels that do not."""
