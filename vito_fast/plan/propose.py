@@ -5,7 +5,7 @@ moves as far in a step as in the paper's run. Time is that of a few steps of thi
 """
 
 import math
-import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,9 +58,10 @@ def look(source: Path) -> Footage:
     """Looks at a folder of videos, one video, or a store. UserError if there is none."""
     if (source / "store.json").is_file():
         store = Store(source)
-        infos = [store.index.clip(i) for i in range(0, len(store), max(1, len(store) // LOOKED_AT))]
+        looked = range(0, len(store), max(1, len(store) // LOOKED_AT))
+        infos = [store.index.clip(i) for i in looked]
         sides = {(info.width, info.height) for info in infos}
-        seconds = sum(float(store.index.times(i)[-1]) for i in range(0, len(store), max(1, len(store) // LOOKED_AT)))
+        seconds = sum(float(store.index.times(i)[-1]) for i in looked)
         size = sum(p.stat().st_size for p in source.iterdir() if p.is_file())
         hours = seconds / len(infos) * len(store) / 3600 if infos else 0.0
         videos = len({info.source for info in infos}) if len(infos) == len(store) else len(store)
@@ -190,7 +191,7 @@ def costs(config: Config, footage: Footage, seconds: float) -> list[str]:
     place = Path(config.data.store).absolute()
     while not place.exists():
         place = place.parent
-    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+    free = shutil.disk_usage(place).free
     if not footage.packed and footage.store_bytes > free:
         lines.append(f"warning: {free / 2**30:.1f} GiB are free: pack with --format h264, a fifth of the size")
     if usable_memory() < 4 * 2**30:
