@@ -43,7 +43,12 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         inverse_temperature(abs(temperature) if is_number(temperature) else temperature)
         size = tuple(memory_bank_size) if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
-        if not all(is_integer(x) for x in size) or len(size) not in (1, 2) or min(size[0], *size[1:], 0) < 0:
+        if (
+            not all(is_integer(x) for x in size)
+            or len(size) not in (1, 2)
+            or min(size) < 0
+            or (size[0] and not size[-1])
+        ):
             raise ValueError(f"Illegal memory bank size {memory_bank_size}, expected a (num_features, dim) tuple, or 0")
         if len(size) == 1 and size[0]:
             warnings.warn(

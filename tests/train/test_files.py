@@ -51,16 +51,20 @@ def test_modes_are_those_of_any_new_file_or_the_old_ones(tmp_path):
         os.umask(before)
 
 
-def test_a_full_disk_is_named(tmp_path, full_disk):
+def test_a_full_disk_is_named(tmp_path, full_disk, capsys):
+    """A row that the disk does not take is kept: it is there once the disk has room."""
     with full_disk(10):
         with pytest.raises(OSError, match="File too large") as full, atomic_write(tmp_path / "a") as partial:
             partial.write_text("more than ten bytes")
         rows = RowFile(tmp_path / "rows", 0)
+        rows.append({"step": 1})
+        assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'rows'} is behind: File too large")
         with pytest.raises(OSError, match="File too large") as row:
-            rows.append({"step": 1})
+            rows.sync()
     rows.close()
     assert (full.value.filename, row.value.filename) == (str(tmp_path / "a"), str(tmp_path / "rows"))
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+    assert (tmp_path / "rows").read_text() == '{"step": 1}\n'
 
 
 def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, monkeypatch):

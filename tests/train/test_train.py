@@ -114,7 +114,7 @@ def test_a_run_leaves_what_the_docs_say(config, capsys):
     assert summary["first_loss"] == logged[0]["loss"]
     assert summary["last_loss"] == logged[-1]["loss"]
     for word in ("untrained", "raw pixels", "log(negatives + 1)", "pairs/s", "first", "last"):
-        assert any(word in line for line in out[-5:]), word
+        assert any(word in line for line in out[-8:]), word  # warnings of a run so short stand between
     assert len(checkpoints(run / "checkpoints")) == config.train.keep_last
 
 
