@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vito_fast.curate.decide import Ledger, State, apply_balance, judge, read_target
+from vito_fast.curate.ids import IdTable, Wanted
 from vito_fast.curate.manifest import clean, write_candidates
-from vito_fast.curate.options import CurateOptions, DecideOptions
+from vito_fast.curate.options import CurateOptions, DecideOptions, digest
 from vito_fast.errors import UserError
 
 CLIP = {"seconds": 10.0, "flat_share": 0.0}
@@ -74,6 +75,31 @@ def test_every_candidate_and_clip_ends_in_one_state(data):
     kept = [row["clip_id"] for row in rows if row["clip_id"] and row["verdict"] == "kept"]
     assert sorted(kept) == sorted(ledger.kept)
     assert all(row["reason"] or row["verdict"] == "kept" or row["step"] == "decide" for row in rows)
+
+
+def test_candidates_of_a_file_are_wanted_until_they_are_popped():
+    ids = [digest(n) for n in range(6)]
+    rows = [(ids[n % 3], digest("candidate", n), [n % 2, 7]) for n in range(7)]
+    wanted = Wanted(rows)
+    wanted.note(ids[1], 99)
+    assert len(wanted) == 7
+    assert ids[0] in wanted
+    assert ids[3] not in wanted
+    assert wanted.pop(ids[1]) == [(rows[1][1], (1, 7), 99), (rows[4][1], (0, 7), 99)]
+    assert ids[1] not in wanted
+    assert wanted.pop(ids[1]) == wanted.pop(ids[3]) == []
+    assert len(wanted) == 5
+    assert len(Wanted([])) == 0
+    table = IdTable([ids[2], ids[0], ids[2]])
+    assert (table.find(ids[2]), table.find(ids[0]), table.find(ids[5])) == ([0, 2], [1], [])
+
+
+def test_two_states_of_a_candidate_are_refused():
+    ledger = Ledger()
+    ledger.decide("a", "x", State("decide", "rejected", "flat"))
+    ledger.reject("a", "media", "bad")
+    with pytest.raises(AssertionError, match="two states of a"):
+        list(ledger.rows())
 
 
 def test_a_target_file_resolves_queries():

@@ -16,6 +16,7 @@ from vito_fast.curate.duplicates import (
     as_words,
     distances,
     find_matches,
+    searched_side,
     star_groups,
 )
 from vito_fast.curate.hashes import BYTES, SEARCHED, VARIANTS, frame_hashes, strip_bars
@@ -151,13 +152,23 @@ def simulated(clips: int, frames: int, copies: float, flips: int, seed: int = 0)
 
 @pytest.mark.parametrize("exact_pairs", [1 << 40, 0])
 def test_copies_are_matched_by_all_pairs_and_by_bands(exact_pairs):
-    searched, of = simulated(400, 8, 0.25, 16)
+    searched, of = simulated(400, 8, 0.25, 24)
     sizes = np.full(400, 8, np.int32)
     matches = find_matches(searched, lambda: [searched], sizes, DuplicateOptions(), exact_pairs=exact_pairs)
     pairs = {(match.clip, match.other) for match in matches}
     wanted = {(int(of[clip]), clip) for clip in range(400) if of[clip] >= 0}
-    assert len(wanted & pairs) >= (len(wanted) if exact_pairs else 0.95 * len(wanted))
+    assert len(wanted & pairs) >= (len(wanted) if exact_pairs else 0.97 * len(wanted))
     assert {(min(pair), max(pair)) for pair in pairs} <= wanted
+    assert {match.share for match in matches} == {1.0}  # a frame in a common band, and the clips are compared in full
+
+
+def test_the_searched_side_is_in_the_order_of_the_clips():
+    whole, _ = simulated(9, 6, 0.25, 8)
+    clips = [ClipHashes(*(column[whole.clip == clip] for column in vars(whole).values())) for clip in range(9)]
+    found, sizes = searched_side(lambda: [clips[n] for n in (4, 0, 8, 3, 1, 7)], 9)
+    assert found.clip.tolist() == [n for n in (0, 1, 3, 4, 7, 8) for _ in range(2)]  # every third frame
+    assert np.array_equal(found.bits, np.concatenate([clips[n].bits[::3] for n in (0, 1, 3, 4, 7, 8)]))
+    assert sizes.tolist() == [2, 2, 0, 2, 2, 0, 0, 2, 2]
 
 
 def test_a_flipped_majority_is_no_match():

@@ -33,7 +33,7 @@ class BalanceOptions:
             raise ValueError(f"max_per_video is {self.max_per_video}, must be at least 0 (0 = no limit)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """A candidate of the balance. ``group`` is its duplicate group, whose members count as one video."""
 
@@ -78,7 +78,7 @@ def balance(clips: Sequence[Clip], target: Mapping[int, float], options: Balance
     total = options.total if options.total is not None else fill_total(available, shares, options.fill)
     wanted = {label: round(total * share) for label, share in shares.items()}
     counts = {label: min(available.get(label, 0), wanted[label]) for label in shares}
-    chosen = tuple(clip.clip_id for label in sorted(counts) for clip in queues.get(label, [])[: counts[label]])
+    chosen = tuple(clip for label in sorted(counts) for clip in queues.get(label, [])[: counts[label]])
     distance = total_variation(counts, shares)
     return Balance(chosen, total, wanted, available, counts, distance, least_distance(available, shares, len(chosen)))
 
@@ -91,28 +91,37 @@ def _shares(target: Mapping[int, float]) -> dict[int, float]:
     return {label: weight / whole for label, weight in sorted(target.items()) if weight}
 
 
-def _queues(clips: Sequence[Clip], shares: Mapping[int, float], options: BalanceOptions) -> dict[int, list[Clip]]:
+def _queues(clips: Sequence[Clip], shares: Mapping[int, float], options: BalanceOptions) -> dict[int, list[str]]:
     """The clips of each class in the order in which they are taken. A video's limit counts over all its classes."""
-    videos: dict[str, list[Clip]] = defaultdict(list)
-    for clip in clips:
-        if clip.label in shares:
-            videos[clip.video].append(clip)
-    turns: list[tuple[int, float, bytes, Clip]] = []
-    for own in videos.values():
-        own.sort(key=lambda clip: (-clip.score, _draw(clip.clip_id, options.seed)))
-        place: dict[int, int] = defaultdict(int)
-        for clip in own[: options.max_per_video or None]:
-            turns.append((place[clip.label], -clip.score, _draw(clip.clip_id, options.seed), clip))
-            place[clip.label] += 1
-    turns.sort(key=lambda turn: turn[:3])
-    queues: dict[int, list[Clip]] = defaultdict(list)
-    for *_, clip in turns:
-        queues[clip.label].append(clip)
+    numbers: dict[str, int] = {}
+    label = np.fromiter((clip.label for clip in clips), np.int64)
+    video = np.fromiter((numbers.setdefault(clip.video, len(numbers)) for clip in clips), np.int64)
+    score = np.fromiter((clip.score for clip in clips), np.float64)
+    draw = np.fromiter((_draw(clip.clip_id, options.seed) for clip in clips), np.uint64)
+    inside = np.flatnonzero(np.isin(label, list(shares)))
+    order = inside[np.lexsort((draw[inside], -score[inside], video[inside]))]
+    if options.max_per_video:
+        order = order[_places(video[order]) < options.max_per_video]
+    order = order[np.lexsort((label[order], video[order]))]  # stable: the best first of each video and class
+    turn = _places(video[order] * (label.max(initial=0) + 1) + label[order])
+    order = order[np.lexsort((draw[order], -score[order], turn))]
+    queues: dict[int, list[str]] = defaultdict(list)
+    for place in order.tolist():
+        queues[clips[place].label].append(clips[place].clip_id)
     return dict(queues)
 
 
-def _draw(clip_id: str, seed: int) -> bytes:
-    return hashlib.blake2b(clip_id.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+def _places(groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The place of each element in its run of equal ones."""
+    fresh = np.ones(len(groups), bool)
+    fresh[1:] = groups[1:] != groups[:-1]
+    starts = np.flatnonzero(fresh)
+    return np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
+
+
+def _draw(clip_id: str, seed: int) -> int:
+    key = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8, key=key).digest())
 
 
 def fill_total(available: Mapping[int, int], shares: Mapping[int, float], fill: float) -> int:

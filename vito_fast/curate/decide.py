@@ -3,11 +3,15 @@
 Conservation: each candidate, and each clip of it, ends in exactly one terminal state, with its reason and numbers.
 """
 
+import itertools
+import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from vito_fast.curate.balance import Balance, Clip, balance
@@ -41,10 +45,6 @@ class State:
     label: int = -1
     value: float | None = None
     threshold: float | None = None
-
-    @property
-    def rank(self) -> tuple[int, int, float]:
-        return self.verdict == "kept", ORDER.index(self.step), self.value or 0.0
 
 
 def judge(
@@ -88,65 +88,119 @@ def judge(
 
 
 class Ledger:
-    """The states of all candidates and clips; :meth:`rows` enforces the law of conservation."""
+    """The states of all candidates and clips, in columns since there may be millions.
+
+    :meth:`rows` enforces the law of conservation.
+    """
 
     def __init__(self) -> None:
-        self.candidates: dict[str, State] = {}
-        """Of candidates without clips."""
-        self.clips: dict[str, dict[str, State]] = defaultdict(dict)
-        """By candidate, then clip."""
-        self.kept: dict[str, str] = {}
-        """The candidate that each kept clip counts for."""
+        self.kept: dict[str, int] = {}
+        """The row of the state that each kept clip counts for."""
+        self._candidates: list[str] = []
+        self._clips: list[str] = []
+        """Empty for a candidate that has no clip."""
+        self._reasons: list[str] = []
+        self._numbers: dict[str, int] = {}
+        """Of the reasons."""
+        self._step, self._kept, self._reason, self._label = array("b"), array("b"), array("i"), array("h")
+        self._value, self._threshold = array("d"), array("d")
 
     def reject(self, candidate: str, step: str, reason: str) -> None:
-        assert candidate not in self.candidates, f"two states of {candidate}"
-        self.candidates[candidate] = State(step, "rejected", reason)
+        self._add(candidate, "", State(step, "rejected", reason))
 
-    def decide(self, candidate: str, clip: str, state: State) -> None:
-        """A clip that two candidates keep counts for the better one, by score, then id."""
-        assert clip not in self.clips[candidate], f"two states of {candidate}, {clip}"
-        self.clips[candidate][clip] = state
+    def decide(self, candidate: str, clip: str, state: State) -> bool:
+        """A clip that two candidates keep counts for the better one, by score, then id.
+
+        Returns:
+            Whether it counts for this candidate so far.
+        """
+        row = self._add(candidate, clip, state)
         if state.verdict != "kept":
-            return
+            return False
         other = self.kept.get(clip)
         if other is not None:
-            known = self.clips[other][clip]
-            mine_first = (-(state.value or 0), candidate) < (-(known.value or 0), other)
-            loser, won = (other, state) if mine_first else (candidate, known)
-            lost = self.clips[loser][clip]
+            known = self._state(other)
+            mine_first = (-(state.value or 0), candidate) < (-(known.value or 0), self._candidates[other])
+            loser, won = (other, state) if mine_first else (row, known)
+            lost = self._state(loser)
             reason = "another query of its video has it"
-            self.clips[loser][clip] = State("decide", "rejected", reason, lost.label, lost.value, won.value)
+            self._set(loser, State("decide", "rejected", reason, lost.label, lost.value, won.value))
             if not mine_first:
-                return
-        self.kept[clip] = candidate
+                return False
+        self.kept[clip] = row
+        return True
 
     def drop(self, clip: str, step: str, reason: str, value: float | None, threshold: float | None) -> None:
-        candidate = self.kept.pop(clip)
-        label = self.clips[candidate][clip].label
-        self.clips[candidate][clip] = State(step, "rejected", reason, label, value, threshold)
+        row = self.kept.pop(clip)
+        self._set(row, State(step, "rejected", reason, self._label[row], value, threshold))
 
     def state(self, clip: str) -> State:
-        return self.clips[self.kept[clip]][clip]
+        """Of a kept clip."""
+        return self._state(self.kept[clip])
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        """The kept clips and their states."""
+        return ((clip, self._state(row)) for clip, row in self.kept.items())
+
+    def candidate(self, clip: str) -> str:
+        """The candidate that a kept clip counts for."""
+        return self._candidates[self.kept[clip]]
+
+    def choose(self, clip: str) -> None:
+        """A kept clip that the balance chose."""
+        self._step[self.kept[clip]] = ORDER.index("balance")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """By candidate, one row for it, its best clip's state, and one for each of its clips."""
-        for candidate in sorted({*self.candidates, *self.clips}):
-            clips = self.clips.get(candidate)
-            if clips is None:
-                yield _row(candidate, None, self.candidates[candidate])
-                continue
-            assert candidate not in self.candidates, f"{candidate} has a state of its own and clips"
-            best = min(clips, key=lambda clip: (tuple(-x for x in clips[clip].rank), clip))
-            yield _row(candidate, None, clips[best])
-            for clip in sorted(clips):
-                yield _row(candidate, clip, clips[clip])
+        names = [np.array(column, "S") for column in (self._clips, self._candidates)]
+        order = np.lexsort(names)
+        candidates, clips = names[1][order], names[0][order]
+        fresh = np.ones(len(order), bool)
+        fresh[1:] = candidates[1:] != candidates[:-1]
+        twice = np.flatnonzero(~fresh & np.r_[False, (clips[1:] == clips[:-1]) | (clips[:-1] == b"")])
+        assert not len(twice), f"two states of {candidates[twice[0]].decode()}"
+        del names, candidates, clips
+        starts = np.r_[np.flatnonzero(fresh), len(order)]
+        for start, end in itertools.pairwise(starts):
+            places = order[start:end].tolist()
+            best = max(places, key=self._rank)  # the first of equals
+            yield self._row(best, None)
+            for place in places if self._clips[places[0]] else ():
+                yield self._row(place, self._clips[place])
 
+    def _rank(self, row: int) -> tuple[int, int, float]:
+        value = self._value[row]
+        return self._kept[row], self._step[row], 0.0 if math.isnan(value) else value
 
-def _row(candidate: str, clip: str | None, state: State) -> dict[str, Any]:
-    return {
-        "candidate_id": candidate, "clip_id": clip, "step": state.step, "verdict": state.verdict,
-        "reason": state.reason, "label": state.label, "value": state.value, "threshold": state.threshold,
-    }  # fmt: skip
+    def _row(self, row: int, clip: str | None) -> dict[str, Any]:
+        state = self._state(row)
+        return {
+            "candidate_id": self._candidates[row], "clip_id": clip, "step": state.step, "verdict": state.verdict,
+            "reason": state.reason, "label": state.label, "value": state.value, "threshold": state.threshold,
+        }  # fmt: skip
+
+    def _add(self, candidate: str, clip: str, state: State) -> int:
+        self._candidates.append(candidate)
+        self._clips.append(clip)
+        for column in (self._step, self._kept, self._reason, self._label, self._value, self._threshold):
+            column.append(0)
+        self._set(len(self._clips) - 1, state)
+        return len(self._clips) - 1
+
+    def _set(self, row: int, state: State) -> None:
+        self._step[row], self._kept[row] = ORDER.index(state.step), state.verdict == "kept"
+        if state.reason not in self._numbers:
+            self._numbers[state.reason] = len(self._reasons)
+            self._reasons.append(state.reason)
+        self._reason[row] = self._numbers[state.reason]
+        self._label[row] = state.label
+        self._value[row] = math.nan if state.value is None else state.value
+        self._threshold[row] = math.nan if state.threshold is None else state.threshold
+
+    def _state(self, row: int) -> State:
+        numbers = (None if math.isnan(x) else x for x in (self._value[row], self._threshold[row]))
+        verdict, reason = "kept" if self._kept[row] else "rejected", self._reasons[self._reason[row]]
+        return State(ORDER[self._step[row]], verdict, reason, self._label[row], *numbers)
 
 
 def drop_duplicates(ledger: Ledger, order: Sequence[str], groups: Sequence[Membership], distance: int) -> None:
@@ -161,20 +215,18 @@ def apply_balance(
     ledger: Ledger, videos: Mapping[str, str], target: Mapping[int, float] | None, options: CurateOptions
 ) -> Balance:
     """Drops what the balance does not choose. ``videos``: the source video of each clip."""
-    states = {clip: ledger.state(clip) for clip in ledger.kept}
-    clips = [Clip(clip, state.label, videos[clip], state.value or 0.0) for clip, state in states.items()]
+    clips = [Clip(clip, state.label, videos[clip], state.value or 0.0) for clip, state in ledger.states()]
     if target is None:
         target = dict.fromkeys({clip.label for clip in clips}, 1.0)
     found = balance(clips, target or {0: 1.0}, options.balance)
     chosen = set(found.chosen)
     for clip in clips:
-        if clip.clip_id not in chosen:
+        if clip.clip_id in chosen:
+            ledger.choose(clip.clip_id)
+        else:
             wanted = found.wanted.get(clip.label)
             reason = "not in the target" if wanted is None else "its class or video is full"
             ledger.drop(clip.clip_id, "balance", reason, None, None if wanted is None else float(wanted))
-    for clip_id in chosen:
-        state = ledger.state(clip_id)
-        ledger.clips[ledger.kept[clip_id]][clip_id] = State("balance", "kept", "", state.label, state.value)
     return found
 
 

@@ -42,7 +42,7 @@ class DuplicateOptions:
             raise ValueError(f"share is {self.share}, must be above 0 and at most 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Match:
     """Clip ``other`` looks like ``clip``: frames of ``clip``'s ``variant`` match a ``share`` of the shorter clip."""
 
@@ -54,7 +54,7 @@ class Match:
     """The least one of the matched frames, in bits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Membership:
     """The star of one clip. ``match`` is None for the representative itself."""
 
@@ -120,6 +120,28 @@ def searched_part(hashes: ClipHashes) -> ClipHashes:
     return ClipHashes(part.clip[fresh], part.frame[fresh], part.variant[fresh], part.bits[fresh])
 
 
+def searched_side(batches: Callable[[], Iterable[ClipHashes]], clips: int) -> tuple[ClipHashes, npt.NDArray[np.int32]]:
+    """The searched parts of all clips in their order, and the searched frames of each.
+
+    ``batches`` is read twice and gives one clip at a time, so that nothing is in memory twice.
+    """
+    counts, sizes = np.zeros(clips, np.int64), np.zeros(clips, np.int32)
+    for part in map(searched_part, batches()):
+        if len(part):
+            counts[part.clip[0]], sizes[part.clip[0]] = len(part), len(np.unique(part.frame))
+    starts = np.cumsum(counts) - counts
+    count = int(counts.sum())
+    found = ClipHashes(
+        np.repeat(np.arange(clips, dtype=np.int32), counts), np.empty(count, np.int32), np.empty(count, np.uint8),
+        np.empty((count, BYTES), np.uint8),
+    )  # fmt: skip
+    for part in map(searched_part, batches()):
+        if len(part):
+            place = slice(starts[part.clip[0]], starts[part.clip[0]] + len(part))
+            found.frame[place], found.variant[place], found.bits[place] = part.frame, part.variant, part.bits
+    return found, sizes
+
+
 def find_matches(
     searched: ClipHashes,
     batches: Callable[[], Iterable[ClipHashes]],
@@ -133,10 +155,11 @@ def find_matches(
     Args:
         searched: The side in memory, about 45 bytes a hash: 2 frames a second, the variants of ``hashes.SEARCHED``,
             in the order of the clips. They are numbered best first, see :func:`star_groups`.
-        batches: Returns the queries, read once for each band: 6 frames a second, all variants.
+        batches: Returns the queries, read once for each band: 6 frames a second, all variants. The clips of a batch
+            ascend.
         sizes: (clips,) searched frames of each clip.
-        exact_pairs: Pairs of hashes up to which all are compared. The index of bands takes over beyond; it finds
-            nearly all.
+        exact_pairs: Pairs of hashes up to which all are compared. Beyond, two clips are compared in full once any of
+            their frames share a band; that finds nearly all.
 
     Returns:
         Matches in the order of (clip, other). Two clips match if one variant of one clip's frames matches at least
@@ -145,15 +168,36 @@ def find_matches(
     words = as_words(searched.bits)
     exact = len(words) * sum(map(len, batches())) <= exact_pairs
     found: list[npt.NDArray[np.int32]] = []
+    known: set[tuple[int, int]] = set()
     for band in range(1 if exact else BANDS):
         near = _all_pairs(words, options.distance) if exact else _banded(words, band, options.distance)
         for batch in batches():
-            for rows, places, bits in near(as_words(batch.bits)):
-                other = searched.clip[places]
-                columns = (batch.clip[rows], other, batch.variant[rows], searched.frame[places], bits)
-                hits = np.stack([np.asarray(column, np.int32) for column in columns], 1)
-                found.append(hits[hits[:, 0] != hits[:, 1]])
+            queries = as_words(batch.bits)
+            for rows, places, bits in near(queries):
+                if exact:
+                    found.append(_hits(batch, searched, rows, places, bits))
+                    continue
+                pairs = np.unique(np.stack([batch.clip[rows], searched.clip[places]], 1), axis=0)
+                for clip, other in pairs[pairs[:, 0] != pairs[:, 1]].tolist():
+                    if (clip, other) not in known:
+                        known.add((clip, other))
+                        (a, b), (c, d) = _span(batch.clip, clip), _span(searched.clip, other)
+                        apart = distances(queries[a:b, None], words[None, c:d])
+                        rows, places = np.nonzero(apart <= options.distance)
+                        found.append(_hits(batch, searched, rows + a, places + c, apart[rows, places]))
     return _matches(np.concatenate(found), sizes, options) if found else []
+
+
+def _span(clips: npt.NDArray[np.int32], clip: int) -> tuple[int, int]:
+    first, last = np.searchsorted(clips, [clip, clip + 1])
+    return int(first), int(last)
+
+
+def _hits(batch: ClipHashes, searched: ClipHashes, rows: Any, places: Any, bits: Any) -> npt.NDArray[np.int32]:
+    """(clip, other, variant, searched frame of other, bits) of each pair of hashes of two clips."""
+    columns = (batch.clip[rows], searched.clip[places], batch.variant[rows], searched.frame[places], bits)
+    hits = np.stack([np.asarray(column, np.int32) for column in columns], 1)
+    return hits[hits[:, 0] != hits[:, 1]]
 
 
 Near = Callable[[Words], Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]]

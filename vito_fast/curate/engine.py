@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -40,7 +40,7 @@ KILLED = f"{ENDED} {-signal.SIGKILL}"
 KEY, ITEMS = b"vito_fast.key", b"vito_fast.items"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """``id`` names content and identity; ``data`` is what the step needs of it."""
 
@@ -145,7 +145,7 @@ def clean(folder: Path, key: str) -> None:
                 path.unlink(missing_ok=True)
 
 
-def rows(folder: Path, key: str, ids: Mapping[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows(folder: Path, key: str, ids: Container[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of the items ``ids``, unit by unit, each once; other items' rows are passed over."""
     seen: set[str] = set()
     for path, _ in unit_files(folder, key):

@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from vito_fast.curate.duplicates import (
     Membership,
     clip_hashes,
     find_matches,
-    searched_part,
+    searched_side,
     star_groups,
 )
 from vito_fast.curate.engine import Engine, Item, Step, clean, rows, run, step_key, unit_files
 from vito_fast.curate.hashes import VARIANTS
+from vito_fast.curate.ids import IdTable, Wanted
 from vito_fast.curate.manifest import write_candidates
 from vito_fast.curate.options import CurateOptions, digest
 from vito_fast.curate.taxonomy import taxonomy
@@ -114,7 +115,7 @@ class Run:
         self.media = Step("media", probe.__name__, limits, media_key, wall, memory)
         self.clips = Step("clips", analyse.__name__, analysis, clips_key, wall, memory)
         self._classifier = classifier
-        self._files: dict[str, Item] = {}
+        self._files: dict[str, str] = {}
 
     def scores(self) -> Step:
         """The step of the classifier, whose key holds the classifier's fingerprint."""
@@ -134,33 +135,32 @@ class Run:
         except BadVideo:
             return path
 
-    def files(self) -> dict[str, Item]:
-        """An item for each file, by name; its id changes with the file."""
+    def files(self) -> dict[str, str]:
+        """The id of each file, by name; it changes with the file."""
         if not self._files:
             for row in self.candidates(["path"]):
                 name = self.name(row["path"])
                 if name not in self._files:
-                    self._files[name] = self._item(name)
+                    self._files[name] = self._id(name)
         return self._files
 
-    def restrict(self, files: Mapping[str, Item]) -> None:
+    def restrict(self, files: Mapping[str, str]) -> None:
         """Only these files, and their candidates."""
         self._files = dict(files)
         table = pq.read_table(self.out / "candidates.parquet")
         inside = pa.array([self.name(path) in files for path in table["path"].to_pylist()])
         pq.write_table(table.filter(inside), self.out / "candidates.parquet")
 
-    def _item(self, name: str) -> Item:
+    def _id(self, name: str) -> str:
         size, changed = -1, -1
         if "\0" not in name and (self.root / name).is_file():
             status = (self.root / name).stat()
             size, changed = status.st_size, status.st_mtime_ns
-        item = digest(name, size, changed)
-        return Item(item, {"root": str(self.root), "path": name, "id": item})
+        return digest(name, size, changed)
 
     def decode(self, until: str) -> None:
         """Steps media, clips and scores."""
-        items = list(self.files().values())
+        items = [Item(i, {"root": str(self.root), "path": name, "id": i}) for name, i in self.files().items()]
         run(self.media, items, self.out / "media", self.engine)
         if until == "media":
             return
@@ -201,57 +201,53 @@ class Run:
     def decide(self) -> tuple[Ledger, dict[str, Kept]]:
         """The ledger after step decide, and the clips that are kept, by id."""
         ledger, kept = Ledger(), dict[str, Kept]()
-        wanted: dict[str, list[tuple[str, list[int]]]] = {}
+        wanted = Wanted(self._wanted(ledger))
+        self._reject_bad(ledger, wanted)
+        for row in self._scored(wanted):
+            clips, scores = row["clips"], row["scores"]
+            for candidate, classes, pixels in wanted.pop(row["item_id"]):
+                if not clips:
+                    ledger.reject(candidate, "clips", "holds no clip")
+                for clip, seen in zip(clips, scores, strict=True):
+                    if ledger.decide(candidate, clip["clip_id"], judge(seen, clip, classes, self.options.decide)):
+                        times = (clip["first_frame"], clip["end_frame"], clip["start"], clip["seconds"])
+                        kept[clip["clip_id"]] = Kept(row["path"], pixels, *times)
+        assert not wanted, f"{len(wanted)} candidates have no state"
+        return ledger, kept
+
+    def _wanted(self, ledger: Ledger) -> Iterator[tuple[str, str, list[int]]]:
         for row in self.candidates(["candidate_id", "path", "class_ids", "resolution", "nearest"]):
             if row["resolution"] == "unknown":
                 near = f": nearest are {row['nearest']}" if row["nearest"] else ""
                 ledger.reject(row["candidate_id"], "manifest", f"unknown query{near}")
             else:
-                item = self.files()[self.name(row["path"])].id
-                wanted.setdefault(item, []).append((row["candidate_id"], row["class_ids"]))
-        pixels = self._reject_bad(ledger, wanted)
-        for row in self._scored():
-            clips, scores = row["clips"], row["scores"]
-            for candidate, classes in wanted.pop(row["item_id"], ()):
-                if not clips:
-                    ledger.reject(candidate, "clips", "holds no clip")
-                for clip, seen in zip(clips, scores, strict=True):
-                    ledger.decide(candidate, clip["clip_id"], judge(seen, clip, classes, self.options.decide))
-                    if ledger.kept.get(clip["clip_id"]) == candidate:
-                        times = (clip["first_frame"], clip["end_frame"], clip["start"], clip["seconds"])
-                        kept[clip["clip_id"]] = Kept(row["path"], pixels[row["item_id"]], *times)
-        assert not wanted, f"{len(wanted)} files have no state"
-        return ledger, {clip: values for clip, values in kept.items() if clip in ledger.kept}
+                yield self.files()[self.name(row["path"])], row["candidate_id"], row["class_ids"]
 
-    def _reject_bad(self, ledger: Ledger, wanted: dict[str, list[tuple[str, list[int]]]]) -> dict[str, int]:
-        """States of the candidates whose file is bad; the pixels of the other files."""
-        pixels = {}
+    def _reject_bad(self, ledger: Ledger, wanted: Wanted) -> None:
+        """States of the candidates whose file is bad."""
         for step in (self.media, self.clips, self.scores()):
             columns = ["status", "reason", *(["width", "height"] if step is self.media else [])]
             for row in rows(self.out / step.name, step.key, wanted, columns):
                 if row["status"] != "ok":
-                    for candidate, _ in wanted.pop(row["item_id"]):
+                    for candidate, *_ in wanted.pop(row["item_id"]):
                         ledger.reject(candidate, step.name, row["reason"])
                 elif step is self.media:
-                    pixels[row["item_id"]] = row["width"] * row["height"]
-        return pixels
+                    wanted.note(row["item_id"], row["width"] * row["height"])
 
-    def _scored(self) -> Iterator[dict[str, Any]]:
+    def _scored(self, wanted: Wanted) -> Iterator[dict[str, Any]]:
         """Rows of clips and scores together, unit by unit of the clips."""
-        ids = {item.id: None for item in self.files().values()}
-        step, seen = self.scores(), set[str]()
-        where = {name: path for path, names in unit_files(self.out / "scores", step.key) for name in names}
+        units = list(unit_files(self.out / "scores", self.scores().key))
+        unit_of = np.repeat(np.arange(len(units)), [len(names) for _, names in units])
+        paths, where = [path for path, _ in units], IdTable(name for _, names in units for name in names)
         for path, names in unit_files(self.out / "clips", self.clips.key):
             clips = pq.read_table(path, columns=["item_id", "path", "status", "clips"]).to_pylist()
-            tables = {where[name] for name in names if name in where}
             scores = {
                 row["item_id"]: row["scores"]
-                for table in sorted(tables)
-                for row in pq.read_table(table, columns=["item_id", "scores"]).to_pylist()
+                for unit in sorted({unit_of[place] for name in names for place in where.find(name)})
+                for row in pq.read_table(paths[unit], columns=["item_id", "scores"]).to_pylist()
             }
             for row in clips:
-                if row["item_id"] in ids and row["item_id"] not in seen and row["status"] == "ok":
-                    seen.add(row["item_id"])
+                if row["status"] == "ok" and row["item_id"] in wanted:
                     yield {**row, "scores": scores[row["item_id"]]}
 
     def duplicates(self, ledger: Ledger, kept: Mapping[str, Kept]) -> tuple[list[str], list[Membership]]:
@@ -277,19 +273,19 @@ class Run:
         for number, match in sorted(found.items()):
             distance, most = float(match.distance), float(options.distance)
             ledger.drop(order[number], "exclude", "shown in the excluded set", distance, most)
-        inside = [m for m in matches if max(m.clip, m.other) < len(order) and not {m.clip, m.other} & set(found)]
+        inside = [m for m in matches if max(m.clip, m.other) < len(order) and not {m.clip, m.other} & found.keys()]
         groups = star_groups(len(order), inside)
         if self.options.near == "drop":
             drop_duplicates(ledger, order, groups, options.distance)
-        table = [_group(order, number, group) for number, group in enumerate(groups) if number not in found]
+        table = (_group(order, number, group) for number, group in enumerate(groups) if number not in found)
         _write_table(self.out / "groups.parquet", table, GROUPS)
         return order, groups
 
-    def _hashed(self, folder: str, ids: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _hashed(self, folder: str, ids: Container[str]) -> Iterator[dict[str, Any]]:
         return rows(self.out / folder, self.clips.key, ids, ["clips", "hashes"])
 
     def _matches(self, numbers: Mapping[str, int], outside: Mapping[str, int]) -> list[Match]:
-        files = {item.id: None for item in self.files().values()}
+        files = frozenset(self.files().values())
         excluded = {item.id: None for item in self._excluded()} if outside else {}
 
         def batches() -> Iterator[ClipHashes]:
@@ -299,15 +295,8 @@ class Run:
                         if clip["clip_id"] in known:
                             yield clip_hashes(known[clip["clip_id"]], hashes, self.options.duplicates.contrast)
 
-        parts = sorted(
-            (searched_part(batch) for batch in batches()), key=lambda part: part.clip[0] if len(part) else -1
-        )
-        together = ClipHashes(*(np.concatenate(column) for column in zip(*map(_columns, parts), strict=True)))
-        sizes = np.zeros(len(numbers) + len(outside), np.int32)
-        for part in parts:
-            if len(part):
-                sizes[part.clip[0]] = len(np.unique(part.frame))
-        return find_matches(together, batches, sizes, self.options.duplicates)
+        searched, sizes = searched_side(batches, len(numbers) + len(outside))
+        return find_matches(searched, batches, sizes, self.options.duplicates)
 
     def balance(self, ledger: Ledger, kept: Mapping[str, Kept], summary: Summary) -> None:
         found = apply_balance(ledger, {clip: kept[clip].path for clip in kept}, self.target, self.options)
@@ -351,7 +340,7 @@ class Run:
         for number in range(len(index)):
             info = index.clip(number)
             span, clip = next(order[info.source])
-            state, row = ledger.state(clip), provenance[ledger.kept[clip]]
+            state, row = ledger.state(clip), provenance[ledger.candidate(clip)]
             found.append({
                 "clip": number, "clip_id": clip, "label": state.label, "class": taxonomy().classes[state.label].name,
                 "score": state.value, "group": span.group, "video": info.video, "path": info.source,
@@ -361,10 +350,6 @@ class Run:
             raise RuntimeError(f"{store} lacks clips of its list")
         with atomic_write(store / "labels.parquet") as partial:
             pq.write_table(pa.Table.from_pylist(found), partial, compression="zstd")
-
-
-def _columns(part: ClipHashes) -> tuple[Any, ...]:
-    return part.clip, part.frame, part.variant, part.bits
 
 
 def _group(order: list[str], number: int, group: Membership) -> dict[str, Any]:
@@ -384,7 +369,7 @@ def _write_table(path: Path, found: Iterable[dict[str, Any]], schema: pa.Schema)
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 
-def group_names(order: list[str], groups: list[Membership], kept: Mapping[str, str]) -> dict[str, str]:
+def group_names(order: list[str], groups: list[Membership], kept: Container[str]) -> dict[str, str]:
     """The group of each kept clip that has a companion: the representative's id."""
     members: dict[int, list[int]] = {}
     for number, group in enumerate(groups):
@@ -469,7 +454,7 @@ def estimate(work: Run) -> list[str]:
         sample = dataclasses.replace(work, out=folder)
         write_candidates(work.src, folder / "candidates.parquet")
         files = sample.files()
-        chosen = dict(sorted(files.items(), key=lambda pair: digest(pair[1].id))[:SAMPLE])
+        chosen = dict(sorted(files.items(), key=lambda pair: digest(pair[1]))[:SAMPLE])
         sizes = {name: (work.root / name).stat().st_size for name in files if (work.root / name).is_file()}
         sample.restrict(chosen)
         sample.decode("scores")

@@ -1,50 +1,75 @@
 """``python tests/curate/studies/scale.py STEP``: peak memory and CPU time of a step on a million simulated candidates.
 
-``manifest`` resolves a CSV of N rows. ``balance`` decides on N candidates of a clip each, balances them and writes the
-table of decisions. ``duplicates`` matches N clips of 8 hashes, of which a tenth are copies with 24 bits turned.
+``decide`` resolves a CSV of N rows, writes the tables that decoding and classifying N files of a clip each would write,
+then decides, balances and writes the decisions. ``duplicates`` matches N clips of 8 hashes, of which a tenth are copies
+with 24 bits turned.
 """
 
 import argparse
 import csv
+import itertools
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from vito_fast.curate import decide, duplicates, graph, manifest
+from vito_fast.curate import analyse, classify, decide, duplicates, engine, graph, manifest, probe
 from vito_fast.curate.hashes import BYTES
 from vito_fast.curate.options import CurateOptions, digest
 from vito_fast.curate.taxonomy import taxonomy
 
 FRAMES = 8
 """Searched hashes of a clip."""
+UNIT = 1024
+"""Files of a simulated unit."""
 
 
-def run_manifest(count: int, folder: Path) -> str:
+def simulate(work: graph.Run) -> None:
+    """The units of media, clips and scores. A tenth of the files are bad, a third show another class than asked for."""
+    rng = np.random.default_rng(0)
+    candidates, steps = work.candidates(["path", "class_ids"]), (work.media, work.clips, work.scores())
+    schemas = (probe.SCHEMA, analyse.SCHEMA, classify.SCHEMA)
+    for folder in steps:
+        (work.out / folder.name).mkdir()
+    files = work.files()
+    while batch := list(itertools.islice(candidates, UNIT)):
+        found: list[list[dict[str, Any]]] = [[], [], []]
+        for row in batch:
+            item, clip = files[row["path"]], digest(row["path"])
+            head = {"item_id": item, "path": row["path"], "status": "ok", "reason": ""}
+            if rng.random() < 0.1:
+                found[0].append({**head, "status": "rejected", "reason": "no video"})
+                continue
+            label = row["class_ids"][0] if rng.random() < 2 / 3 else int(rng.integers(1000))
+            times = {"first_frame": 0, "end_frame": 250, "start": 0, "end": 128000, "seconds": 10.0, "flat_share": 0.0}
+            score = {"frame": 0, "ids": [label] * classify.TOP, "probabilities": [float(rng.random())] * classify.TOP}
+            found[0].append({**head, "width": 1280, "height": 720})
+            found[1].append({**head, "clips": [{"clip_id": clip, **times}], "frames": [[]], "hashes": [[]]})
+            found[2].append({**head, "clip_ids": [clip], "scores": [[score, {**score, "frame": 4}]]})
+        for step, schema, rows in zip(steps, schemas, found, strict=True):
+            ids = [row["item_id"] for row in rows]
+            path = work.out / step.name / f"{digest(ids)}.parquet"
+            engine.write_unit(path, pa.Table.from_pylist(rows, schema=schema), step.key, ids)
+
+
+def run_decide(count: int, folder: Path) -> str:
     names = [entry.name for entry in taxonomy().classes]
     with open(folder / "heap.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "query", "title"))
         rows.writerows((f"{n % 997}/{n}.mp4", names[n % len(names)], f"video {n}") for n in range(count))
     manifest.write_candidates(folder / "heap.csv", folder / "candidates.parquet")
-    return f"{(folder / 'candidates.parquet').stat().st_size / 1e6:.0f} MB of candidates"
-
-
-def run_balance(count: int, folder: Path) -> str:
-    rng, ledger = np.random.default_rng(0), decide.Ledger()
-    kept: dict[str, graph.Kept] = {}
-    for number, (label, score) in enumerate(zip(rng.integers(0, 1000, count), rng.random(count), strict=True)):
-        clip = digest("clip", number)
-        verdict, reason = ("kept", "") if score > 0.4 else ("rejected", "its query is not seen")
-        ledger.decide(digest("candidate", number), clip, decide.State("decide", verdict, reason, int(label), score))
-        if verdict == "kept":
-            kept[clip] = graph.Kept(f"{number % 997}/{number}.mp4", 921600, 0, 250, number, 10.0)
-    found = decide.apply_balance(ledger, {clip: values.path for clip, values in kept.items()}, None, CurateOptions())
+    work = graph.Run(folder / "heap.csv", folder, folder, CurateOptions(), engine.Engine())
+    simulate(work)
+    ledger, kept = work.decide()
+    work.balance(ledger, kept, summary := graph.Summary())
     graph._write_table(folder / "decisions.parquet", ledger.rows(), decide.SCHEMA)
-    return f"{len(found.chosen)} clips chosen"
+    return f"{len(kept)} clips passed, {len(ledger.kept)} chosen for {len(summary.classes)} classes"
 
 
 def clip_bits(numbers: np.ndarray) -> np.ndarray:
@@ -90,7 +115,7 @@ def run_duplicates(count: int, folder: Path) -> str:
 
 
 def main() -> None:
-    steps = {"manifest": run_manifest, "balance": run_balance, "duplicates": run_duplicates}
+    steps = {"decide": run_decide, "duplicates": run_duplicates}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=steps)
     parser.add_argument("--clips", type=int, default=1_000_000)
