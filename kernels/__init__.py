@@ -14,10 +14,12 @@ from .contrastive.losses import (
     SupConLoss,
     lit_loss,
     moco_loss,
-    supcon_loss,
 )
 from .contrastive.multi_view import multi_view_info_nce
 from .contrastive.normalize import normalize
+from .contrastive.rank import topk_accuracy
+from .contrastive.siglip import siglip_loss
+from .contrastive.supcon import supcon_loss
 from .contrastive.two_sided import clip_loss, ntxent
 from .photometric.op import photometric
 
@@ -43,6 +45,8 @@ __all__ = [
     "photometric",
     "reference",
     "register_flop_formulas",
+    "siglip_loss",
     "similarity_lse",
     "supcon_loss",
+    "topk_accuracy",
 ]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 __all__ = [
     "attention_pool",
@@ -39,8 +39,10 @@ __all__ = [
     "normalize",
     "ntxent",
     "photometric",
+    "siglip_loss",
     "similarity_lse",
     "supcon_loss",
+    "topk_accuracy",
 ]
 
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
@@ -78,6 +80,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     hard_negatives: float = 0.0,
     debias: float = 0.0,
+    decoupled: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross entropy of each positive against the negatives, averaged over a query's positives; see
@@ -93,6 +96,9 @@ def info_nce(
         losses = _reweighted(logits, logits.gather(1, positive), excluded, 1 / temperature, hard_negatives, debias)
         return _reduce(losses.mean(1), reduction)
     negatives = logits.masked_fill(excluded, -math.inf)
+    if decoupled:
+        loss = _logsumexp(negatives) - logits.gather(1, positive).mean(1)
+        return _reduce(loss.masked_fill(excluded.all(1), 0), reduction)
     first = torch.zeros_like(rows)
     columns = [
         cross_entropy(torch.cat([logits[rows, column, None], negatives], 1), first, reduction="none")
@@ -165,11 +171,24 @@ def moco_loss(
     return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction=reduction)
 
 
-def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
-    """Khosla et al. 2020 (arXiv 2004.11362), eq. 2 (L_out): the mean over rows that have a positive."""
+def supcon_loss(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    """Khosla et al. 2020 (arXiv 2004.11362), eq. 2 (L_out): the mean over rows that have a positive. With keys, rows
+    are compared with these instead of each other.
+    """
     z = normalize(z)
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    same = (labels[:, None] == labels[None]).fill_diagonal_(False)
+    if keys is None or key_labels is None:
+        logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+        same = (labels[:, None] == labels[None]).fill_diagonal_(False)
+    else:
+        logits, same = z @ normalize(keys).T / temperature, labels[:, None] == key_labels
     log_p = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~same, 0)
     count = same.sum(1)
     loss = -log_p.sum(1) / count.clamp(min=1)
@@ -183,16 +202,50 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
+def siglip_loss(
+    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor = 0.0, *, reduction: str = "mean"
+) -> Tensor:
+    """Zhai et al. 2023 (arXiv 2303.15343), algorithm 1: a binary question for every pair, summed over the columns."""
+    logits = scale * x @ y.T + bias
+    sign = 2 * torch.eye(len(x), dtype=logits.dtype, device=x.device) - 1
+    return _reduce(softplus(-sign * logits, threshold=50).sum(1), reduction)
+
+
+def topk_accuracy(
+    q: Tensor,
+    k: Tensor,
+    topk: Sequence[int] = (1, 5),
+    *,
+    positive: Tensor | None = None,
+    q_group: Tensor | None = None,
+    k_group: Tensor | None = None,
+) -> Tensor:
+    """Shares of queries with fewer than n keys more similar than the positive, for each n of ``topk``."""
+    s = q @ k.T
+    columns = (torch.arange(len(q), device=q.device) if positive is None else positive).long().reshape(len(q), 1)
+    own = s.gather(1, columns)
+    if q_group is not None and k_group is not None:
+        s = s.masked_fill(q_group[:, None] == k_group[None], -math.inf)
+    rank = (s > own).sum(1)
+    return torch.stack([(rank < n).to(s.dtype).mean() for n in topk])
+
+
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """``clip_loss`` whose first tower is locked (Zhai et al. 2022, arXiv 2111.07991)."""
     return clip_loss(locked.detach(), y, scale)
 
 
-def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
+def ntxent(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, decoupled: bool = False, reduction: str = "mean"
+) -> Tensor:
     """Each of the 2B embeddings, normalized, against all others; its positive is the other view of its sample."""
     z = normalize(torch.cat([z1, z2]))
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)), reduction=reduction)
+    logits, partner = z @ z.T / temperature, torch.arange(len(z), device=z.device).roll(len(z1))
+    if decoupled:  # Yeh et al. 2021 (arXiv 2110.06848), eq. 6
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        loss = _logsumexp(logits.masked_fill(own | own[partner], -math.inf)) - logits.gather(1, partner[:, None])[:, 0]
+        return _reduce(loss.masked_fill(loss == -math.inf, 0), reduction)
+    return cross_entropy(logits.fill_diagonal_(-math.inf), partner, reduction=reduction)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -133,14 +133,14 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), scale, dtype=dtype, device=like.device)
 
 
-def check_scale(scale: float, like: Tensor) -> float:
+def check_scale(scale: float, like: Tensor, name: str = "scale") -> float:
     """A number that is finite in the dtype of sums over embeddings ``like``."""
     if not is_number(scale):
-        raise TypeError(f"scale must be a number or a tensor of one element, got {type(scale).__name__}")
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(scale).__name__}")
     scale, dtype = float(scale), torch.float64 if like.dtype == torch.float64 else torch.float32
     most = torch.finfo(dtype).max
     if not -most <= scale <= most:
-        raise ValueError(f"scale must fit {dtype} and be finite, got {scale}")
+        raise ValueError(f"{name} must fit {dtype} and be finite, got {scale}")
     return scale
 
 
@@ -243,7 +243,12 @@ def check_exchange(exchange: str) -> None:
 
 
 def check_options(
-    label_smoothing: float, hard_negatives: float, debias: float, positive: Tensor | None, group: Tensor | None
+    label_smoothing: float,
+    hard_negatives: float,
+    debias: float,
+    positive: Tensor | None,
+    group: Tensor | None,
+    decoupled: bool = False,
 ) -> None:
     """Options of InfoNCE, each in its range and only in combinations with a meaning."""
     options = {"label_smoothing": label_smoothing, "debias": debias, "hard_negatives": hard_negatives}
@@ -254,6 +259,9 @@ def check_options(
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
     if not 0 <= hard_negatives < math.inf:
         raise ValueError(f"hard_negatives must be finite and at least 0, got {hard_negatives}")
+    check_flags(decoupled=decoupled)
+    if decoupled and any(options.values()):
+        raise ValueError(f"decoupled=True goes without {', '.join(n for n, value in options.items() if value)}")
     many = isinstance(positive, Tensor) and positive.dim() == 2 and positive.shape[1] > 1
     if label_smoothing and (hard_negatives or debias or many or group is not None):
         raise ValueError(

@@ -2,7 +2,7 @@
 
     s   = scale * x @ y.T                                       (M, N), never in memory (but see ``large_dim``)
     W   = x_weight[:, None] * exp(s - x_lse[:, None]) + y_weight * exp(s - y_lse)      either term may be absent
-          (+ term[:, None] + term where two rows of one set share a group)
+          (+ the side's term where both rows share a label; the sigmoid instead of exp with ``sigmoid``)
     out = W @ y                                                                (M, D) float32
 
 x (M, D), y (N, D) float32, bfloat16 or float16. The log-sum-exps are known, so every exponential is a probability: no
@@ -13,6 +13,7 @@ p_ij and p_ji share a logit. Deterministic: partial sums over splits are added i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,24 +40,38 @@ if TYPE_CHECKING:
 
 
 @jit
-def _positive_weights(own, other, rows, group, term_weight):
+def _positive_weights(own, other, M, N, x_label, y_label, x_term, y_term, diagonal, DIAGONAL: tl.constexpr, X_SOFTMAX:
+tl.constexpr, Y_SOFTMAX: tl.constexpr):  # fmt: skip
     """As ``terms.PositiveTerm``."""
-    own_id = tl.load(group + own, mask=own < rows, other=-1)
-    other_id = tl.load(group + other, mask=other < rows, other=-1)
-    shared = (own_id[:, None] == other_id[None]) & (own[:, None] != other[None])
-    mine = tl.load(term_weight + own, mask=own < rows, other=0.0)
-    theirs = tl.load(term_weight + other, mask=other < rows, other=0.0)
-    return tl.where(shared, mine[:, None] + theirs[None], 0.0)
+    own_id = tl.load(x_label + own, mask=own < M, other=-1)
+    other_id = tl.load(y_label + other, mask=other < N, other=-1)
+    shared = own_id[:, None] == other_id[None]
+    if DIAGONAL > 0:
+        shared = shared & ((own + diagonal)[:, None] != other[None])
+    term = 0.0
+    if X_SOFTMAX:
+        term += tl.load(x_term + own, mask=own < M, other=0.0)[:, None]
+    if Y_SOFTMAX:
+        term += tl.load(y_term + other, mask=other < N, other=0.0)[None]
+    return tl.where(shared, term, 0.0)
+
+
+@jit
+def _share(over, SIGMOID: tl.constexpr):
+    """A probability, of a logit over its log-sum-exp or over the opposite of an offset."""
+    if SIGMOID:
+        return 1.0 / (1.0 + tl.exp2(-over))
+    else:
+        return tl.exp2(over)
 
 
 @jit
 def _similarity_lse_bwd_step(
-    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, term_group,
-    term_weight, M, N, y_stride, diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr, GROUPS: tl.constexpr,
-    DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, POSITIVE_TERM: tl.constexpr, X_SOFTMAX: tl.constexpr, Y_SOFTMAX:
-    tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, x_label,
+    y_label, x_term, y_term, M, N, y_stride, diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, CLEAN: tl.constexpr,
+    GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, POSITIVE_TERM: tl.constexpr,
+    X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: the weights of its rows for each row of x, and their sum of y."""
     rows = load_rows(y, y_tail, t * TILE, N, y_stride, D, W, TAIL, TILE, CLEAN, TMA, PRECISION)
@@ -66,24 +81,26 @@ def _similarity_lse_bwd_step(
         s = apply_mask(s, own, other, M, N, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, True)
     if Y_SOFTMAX:
         lse2 = tl.load(y_lse2 + other, mask=other < N, other=0.0)
-        weights = tl.exp2(s - lse2[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
+        weights = _share(s - lse2[None], SIGMOID) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
         if X_SOFTMAX:
-            weights += tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
+            weights += _share(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
     else:
-        weights = tl.exp2(s - x_lse2[:, None]) * x_weight[:, None]
+        weights = _share(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
     if POSITIVE_TERM:
-        weights += _positive_weights(own, other, M, term_group, term_weight)
+        weights += _positive_weights(
+            own, other, M, N, x_label, y_label, x_term, y_term, diagonal, DIAGONAL, X_SOFTMAX, Y_SOFTMAX
+        )
     return add_product(accs, weights, rows, CHUNKS, FIRST, LAST, PRECISION)
 
 
 @jit
 def similarity_lse_bwd_kernel(
-    x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, term_group,
-    term_weight, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr, POSITIVE_TERM: tl.constexpr, X_SOFTMAX:
-    tl.constexpr,
-    Y_SOFTMAX: tl.constexpr, X_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, x_label,
+    y_label, x_term, y_term, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr,
+    TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
+    POSITIVE_TERM: tl.constexpr, X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, X_TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
@@ -111,8 +128,8 @@ def similarity_lse_bwd_kernel(
             t = tl.where(i < crossed, i, i + crossing)
             accs = _similarity_lse_bwd_step(
                 t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive,
-                term_group, term_weight, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True, GROUPS,
-                DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, TMA, PRECISION,
+                x_label, y_label, x_term, y_term, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True,
+                GROUPS, DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, TMA, PRECISION, SIGMOID,
             )  # fmt: skip
     # As in the forward pass; in SupCon's exact products hoisted addresses spill 8 bytes on sm_100.
     HOISTED: tl.constexpr = MASKED and not (POSITIVE_TERM and D > 512 and PRECISION == "ieee")
@@ -120,8 +137,8 @@ def similarity_lse_bwd_kernel(
         t = tl.where(i < crossing, crossed + i, full)
         accs = _similarity_lse_bwd_step(
             t, rows, accs, y, y_tail, scale2, own, top, weight, y_lse2, y_weight, x_group, y_group, positive,
-            term_group, term_weight, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False, GROUPS,
-            DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, TMA, PRECISION,
+            x_label, y_label, x_term, y_term, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, False,
+            GROUPS, DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, TMA, PRECISION, SIGMOID,
         )  # fmt: skip
     store_sums(out + tl.cast(split, tl.int64) * M * D, accs, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
 
@@ -137,20 +154,20 @@ def launch_lse_backward(
     y_softmax: SoftmaxGrad | None,
     mask: Mask,
     positive_term: PositiveTerm | None = None,
+    sigmoid: bool = False,
 ) -> Tensor:
-    """``W @ y`` (M, D) float32, not yet times ``scale``. The queries of ``mask`` are the rows of y.
+    """``W @ y`` (S, M, D) float32 of splits of y, not yet times ``scale``. The queries of ``mask`` are the rows of y.
 
-    ``positive_term`` is for y = x. float16 takes W times a gain, without which it would lose the small gradients of a
-    mean over a batch.
+    float16 takes W times a gain, without which it would lose the small gradients of a mean over a batch.
     """
     gain = _gain(x.tensor, x_softmax, y_softmax)
     if gain is not None:
         x_softmax, y_softmax = (s and SoftmaxGrad(s.lse2, s.weight * gain) for s in (x_softmax, y_softmax))
-        positive_term = positive_term and PositiveTerm(positive_term.group, positive_term.weight * gain)
-    if positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
-        total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask)
+        positive_term = positive_term and replace(positive_term, weight=positive_term.weight * gain)
+    if positive_term is None and not sigmoid and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
+        total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask)[None]
     else:
-        total = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term)
+        total = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid)
     return total if gain is None else total.div_(gain)
 
 
@@ -162,6 +179,7 @@ def _launch_tiles(
     y_softmax: SoftmaxGrad | None,
     mask: Mask,
     term: PositiveTerm | None,
+    sigmoid: bool,
 ) -> Tensor:
     (M, D), N, device = x.tensor.shape, y.tensor.shape[0], x.tensor.device
     tile = choose_tile("gradient both" if x_softmax and y_softmax else "gradient one", D, x.tensor.dtype)
@@ -170,19 +188,24 @@ def _launch_tiles(
     split_tiles = cdiv(tiles, max(1, min(num_sms(device) // blocks, tiles // 4)))
     splits = cdiv(tiles, split_tiles)
     out = scale.new_empty(splits, M, D)
+    labels: tuple[Tensor | None, Tensor | None] = None, None
+    if term:  # of one set, or of queries x or y
+        labels = (term.label, term.other_label) if x_softmax else (term.other_label, term.label)
+    weight = term and term.weight
     with on_device(x.tensor):
         for first, last in output_chunks(D, tile):
             similarity_lse_bwd_kernel[(blocks, splits)](
                 left.source, left.tail_source, right.source, right.tail_source, scale, out,
                 x_softmax and x_softmax.lse2, x_softmax and x_softmax.weight, y_softmax and y_softmax.lse2,
-                y_softmax and y_softmax.weight, mask.k_group, mask.q_group, mask.positive, term and term.group,
-                term and term.weight, M, N, left.stride, right.stride, -(mask.diagonal or 0), split_tiles, D,
-                left.chunk, left.tail, first, last, tile.block_m, tile.block_n, tile.stages,
+                y_softmax and y_softmax.weight, mask.k_group, mask.q_group, mask.positive, *labels,
+                x_softmax and weight, y_softmax and weight, M, N, left.stride, right.stride, -(mask.diagonal or 0),
+                split_tiles, D, left.chunk, left.tail, first, last, tile.block_m, tile.block_n, tile.stages,
                 GROUPS=mask.q_group is not None, DIAGONAL=mask.diagonal_width, POSITIVES=mask.num_positives,
                 POSITIVE_TERM=term is not None, X_SOFTMAX=x_softmax is not None, Y_SOFTMAX=y_softmax is not None,
-                X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, num_warps=tile.warps, num_stages=tile.stages,
+                X_TMA=left.tma, TMA=right.tma,
+                PRECISION=left.precision, SIGMOID=sigmoid, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    return out
 
 
 def _gain(x: Tensor, *softmaxes: SoftmaxGrad | None) -> Tensor | None:

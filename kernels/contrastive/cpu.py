@@ -1,20 +1,13 @@
 """The CPU path of the contrastive ops: the passes of the Triton kernels, in PyTorch, over tiles that fit the cache.
 
-A tile of logits is one matmul and an exponential in place; a second matmul reduces it. float32, bfloat16 and float16
-are computed in float32, float64 in float64. Functions have the names and signatures of :mod:`.gpu`.
-
-The bound ``max |q| max |k| scale`` on every logit costs O((M + N) D) and chooses between two variants. *direct* has no
-shift, since no exponential can leave the range of float32. *online* has a running maximum.
-
-The forward pass caches its first tiles for the gradient, up to 31 MiB (2850 x 2850 logits). Without them ``info_nce``
-with its gradient takes 1.35 times as long at M = N = 2048, and ``clip_loss`` 1.27 times.
+A tile of logits (:mod:`.cpu_tiles`) is one matmul and an exponential in place; a second matmul reduces it. float32,
+bfloat16 and float16 are computed in float32, float64 in float64. Functions have the names and signatures of
+:mod:`.gpu`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,15 +15,17 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import softplus
 from vito_kernels._core.checks import check_finite, check_positive_range
-from vito_kernels.contrastive.cpu_matmul import add_product, product
+from vito_kernels.contrastive.cpu_matmul import add_product
+from vito_kernels.contrastive.cpu_tiles import Tiles, alloc_logit_cache, to_compute_dtype, upper_grid
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad, ordered_pairs, split_sum
 
-ROWS, COLUMNS = 384, 512  # of a tile for each thread: float32 of 768 KiB, near the cache that a core has to itself
-CACHE_BYTES = 31 << 20  # glibc maps fresh pages beyond 32 MiB; to touch those costs half as much as the product
-HEADER = 16  # elements before the cached tiles: the first holds the tiles' rows, the others align what follows
-DIRECT_BOUND = 96.0  # 2^96 summed over 2^30 keys stays below the largest float32, 2^-96 above the smallest
+__all__ = ["alloc_logit_cache"]  # the others are defined here
 
 softmax_grad = SoftmaxGrad.of
+
+
+def softmax_grads(*sides: tuple[Tensor, Tensor, Tensor]) -> list[SoftmaxGrad]:
+    return [softmax_grad(*side) for side in sides]
 
 
 def check_values(scale: Tensor, positive: Tensor | None = None, k: Tensor | None = None) -> None:
@@ -40,144 +35,6 @@ def check_values(scale: Tensor, positive: Tensor | None = None, k: Tensor | None
     check_finite(scale)
     if positive is not None and k is not None and positive.is_cpu:
         check_positive_range(positive, k.shape[0])
-
-
-# ---- tiles
-
-
-def apply_mask(mask: Mask, tile: Tensor, row: int, column: int, positives: Tensor | None = None) -> None:
-    """Writes -inf over the masked elements of the tile whose first element is (row, column).
-
-    Logits of positives go to ``positives`` (M, P) first: the key on the diagonal, or the other one of a block of two.
-    """
-    if mask.diagonal is not None:
-        first, width = row + mask.diagonal, mask.width
-        for place, peer in itertools.product(range(width), repeat=2):  # within the block: of a row, of a column
-            i = (place - first) % width
-            j = first + i - place + peer - column
-            skipped = -(min(j, 0) // width) * width  # to the first of its columns within the tile
-            masked = tile[i + skipped :: width, j + skipped :: width].diagonal()
-            if positives is not None and (place != peer or width == 1):
-                positives[row + i + skipped :: width, 0][: len(masked)] = masked
-            masked.fill_(-math.inf)
-    if mask.positive is not None:
-        columns = mask.positive[row : row + tile.shape[0]] - column
-        rows, p = ((columns >= 0) & (columns < tile.shape[1])).nonzero(as_tuple=True)
-        if positives is not None:
-            positives[row + rows, p] = tile[rows, columns[rows, p]]
-        tile[rows, columns[rows, p]] = -math.inf
-    if mask.q_group is not None and mask.k_group is not None:
-        q_group, k_group = mask.q_group[row : row + tile.shape[0]], mask.k_group[column : column + tile.shape[1]]
-        if q_group.min() <= k_group.max() and k_group.min() <= q_group.max():
-            tile.masked_fill_(q_group[:, None] == k_group[None], -math.inf)
-
-
-def tile_rows() -> int:
-    """Rows of a tile; no tile takes more than 16 MiB, half of the cache for logits."""
-    return ROWS * min(torch.get_num_threads(), 20)
-
-
-def alloc_logit_cache(q: Tensor, k: Tensor, scale: Tensor, cache_logits: bool, symmetric: bool = False) -> Tensor:
-    """Memory for tiles that a forward pass leaves to its gradient, or none; the size depends on shapes alone.
-
-    Of a ``symmetric`` matrix one half is cached.
-    """
-    if not cache_logits:
-        return scale.new_empty(0)
-    logits = q.shape[0] * (torch.sym_min(k.shape[0], k.shape[0] // 2 + COLUMNS) if symmetric else k.shape[0])
-    logit_cache = scale.new_empty(HEADER + torch.sym_min(logits, CACHE_BYTES // scale.itemsize))
-    logit_cache[:HEADER] = 0  # nothing is cached yet
-    return logit_cache
-
-
-Grid = Iterator[tuple[slice, list[slice]]]  # bands of rows, and the columns of each one's tiles
-
-
-def _slices(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
-
-
-def _full_grid(rows: int, columns: int, step: int) -> Grid:
-    for own in _slices(0, rows, step):
-        yield own, _slices(0, columns, COLUMNS)
-
-
-def _upper_grid(rows: int, columns: int, step: int) -> Grid:
-    """Of a square matrix: in each band of rows the square on the diagonal, then the tiles right of it."""
-    band, width = sorted((step, COLUMNS))
-    for own in _slices(0, rows, band):
-        yield own, [own, *_slices(own.stop, columns, width)]
-
-
-class _Tiles:
-    """(rows, columns, tile, out) for every tile of ``scale2 x y^T``, -inf where masked; exponentials if ``direct``.
-
-    The caller may write to ``out``, which is the tile, or None if the tile is cached. ``positives`` (M, P) takes their
-    logits. A forward pass fills ``logit_cache`` and notes its tile rows and variant in the header. A pass with
-    ``read_cache`` over the same grid reads both, since the number of threads may have changed.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        mask: Mask,
-        logit_cache: Tensor | None = None,
-        grid: Callable[[int, int, int], Grid] = _full_grid,
-        read_cache: bool = False,
-        positives: Tensor | None = None,
-    ):
-        self.positives = positives
-        self.x, self.y, self.scale2, self.mask, self.grid = x, y, float(scale * LOG2E), mask, grid
-        cache = x.new_empty(0) if logit_cache is None else logit_cache
-        header = int(cache[0]) if read_cache and len(cache) else 0  # rows of a tile, negative where they are not direct
-        self.read_cache, self.cached = read_cache, header != 0
-        self.step = abs(header) or tile_rows()
-        self.direct = header > 0 if self.cached else _is_direct(x, y, scale)
-        self.cache = cache[HEADER:] if self.cached or not read_cache else cache[:0]
-        if not read_cache and len(cache):
-            cache[0] = self.step if self.direct else -self.step
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
-        used, capacity = 0, self.cache.shape[0]
-        for own, others in self.grid(self.x.shape[0], self.y.shape[0], self.step):
-            scaled = self.x[own] * self.scale2
-            for other in others:
-                shape = own.stop - own.start, other.stop - other.start
-                size = shape[0] * shape[1]
-                if used + size > capacity:
-                    tile = self._compute(scaled, own, other)
-                    yield own, other, tile, tile
-                    continue
-                tile = self.cache[used : used + size].view(shape)
-                used += size
-                if not self.cached:
-                    self._compute(scaled, own, other, tile)
-                yield own, other, tile, None
-        if not self.read_cache:
-            self.cache[used:].zero_()  # an op's outputs are the same every time
-
-    def _compute(self, scaled: Tensor, own: slice, other: slice, out: Tensor | None = None) -> Tensor:
-        if self.x is self.y and not self.direct:  # s_ij and s_ji count as one: the same to the last bit
-            tile = product(self.x[own], self.y[other]).mul_(self.scale2)
-        else:
-            tile = product(scaled, self.y[other])
-        apply_mask(self.mask, tile, own.start, other.start, self.positives)
-        if self.direct:
-            return torch.exp2(tile, out=tile if out is None else out)
-        return tile if out is None else out.copy_(tile)
-
-
-def _to_compute_dtype(x: Tensor) -> Tensor:
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
-
-
-def _is_direct(q: Tensor, k: Tensor, scale: Tensor) -> bool:
-    """Whether every logit is known to fit. A NaN says no, and reaches the result through the online variant."""
-    q_norm = float(torch.linalg.vector_norm(q, dim=1).max())
-    k_norm = q_norm if k is q else float(torch.linalg.vector_norm(k, dim=1).max())
-    return q_norm * k_norm * abs(float(scale)) * LOG2E <= DIRECT_BOUND
 
 
 # ---- forward
@@ -227,9 +84,9 @@ def lse_forward(
     Positives have logits of the same products as the other keys. NaN is left where a positive is no key.
     """
     positives = scale.new_full((len(q), mask.num_positives or int(mask.diagonal is not None)), math.nan)
-    q, k = _to_compute_dtype(q), _to_compute_dtype(k)
+    q, k = to_compute_dtype(q), to_compute_dtype(k)
     mean = q.new_zeros(q.shape if compute_grad_q else (0, q.shape[1]))
-    tiles = _Tiles(q, k, scale, mask, logit_cache, positives=positives)
+    tiles = Tiles(q, k, scale, mask, logit_cache, positives=positives)
     sums = _Sums(q, tiles.direct)
     for own, other, tile, out in tiles:
         tile, rescale = sums.add(own, tile, 1, out)
@@ -270,8 +127,8 @@ def two_sided_forward(
     than its softmax may be.
     """
     pairs = scale.new_empty(len(x), int(mask.diagonal is not None))
-    x, y = _to_compute_dtype(x), _to_compute_dtype(y)
-    tiles = _Tiles(x, y, scale, mask, logit_cache, positives=pairs)
+    x, y = to_compute_dtype(x), to_compute_dtype(y)
+    tiles = Tiles(x, y, scale, mask, logit_cache, positives=pairs)
     rows, columns = _Sums(x, tiles.direct), _Sums(y, tiles.direct)
     for own, other, tile, out in tiles:
         columns.add(other, tile, 0)
@@ -288,14 +145,83 @@ def self_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse2 (M,), its residual, logits of the adjacent row (M, 1), or (M, 0)) of z against itself: M M D flops."""
     adjacent = scale.new_empty(len(z), int(mask.width == 2))
-    z = _to_compute_dtype(z)
-    tiles = _Tiles(z, z, scale, mask, logit_cache, _upper_grid, positives=adjacent if mask.width == 2 else None)
+    z = to_compute_dtype(z)
+    tiles = Tiles(z, z, scale, mask, logit_cache, upper_grid, positives=adjacent if mask.width == 2 else None)
     sums = _Sums(z, tiles.direct)
     for own, other, tile, out in tiles:
         if own != other:
             sums.add(other, tile, 0)
         sums.add(own, tile, 1, out)
     return *sums.lse2(), adjacent
+
+
+def label_forward(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    label: Tensor,
+    key_label: Tensor,
+    one_set: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse2 (M,), its residual, and as (1, M) the sum of the positives' logits less |scale| log2(e), their number).
+
+    Positives are the keys of the query's label that the mask leaves: one product with their sum, in float64, since
+    thousands are added up. The group of a label is its first place among the sorted ones, found without a host sync.
+    """
+    if one_set:
+        lse2, lse_residual, _ = self_forward(q, scale, mask, matmul_dtype, logit_cache)
+    else:
+        lse2, lse_residual, *_ = lse_forward(q, k, scale, mask, False, matmul_dtype, logit_cache)
+    ids, key_ids = label.long(), key_label.long()
+    ordered = key_ids.sort().values
+    first, past = (torch.searchsorted(ordered, ids, right=right) for right in (False, True))
+    wide, keys = q.double(), k.double()
+    sums = torch.zeros_like(keys).index_put_((torch.searchsorted(ordered, key_ids),), keys, accumulate=True)
+    total, count = (wide * sums[first.clamp(max=len(k) - 1)]).sum(1), past - first
+    if mask.diagonal is not None:  # the query is a key, and none of its own positives
+        total -= (wide * keys[mask.diagonal : mask.diagonal + len(q)]).sum(1)
+        count = count - 1
+    distances = LOG2E * (total * scale - count * scale.abs())
+    return lse2, lse_residual, distances.masked_fill_(count == 0, 0)[None].to(scale.dtype), count[None].to(scale.dtype)
+
+
+def sigmoid_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Mask,
+    compute_grad_x: bool,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over the columns j that the mask leaves, of s_ij = scale x_i . y_j + bias.
+
+    Of log(1 + e^s) (M,), the logits of pairs (M, 1) or (M, 0), of the sigmoid p (M,), of p_ij y_j (M, D) or (0, D).
+    """
+    pairs = scale.new_empty(len(x), int(mask.diagonal is not None))
+    x, y = to_compute_dtype(x), to_compute_dtype(y)
+    total, shares = x.new_zeros(len(x)), x.new_zeros(len(x))
+    mean, offset = x.new_zeros(x.shape if compute_grad_x else (0, x.shape[1])), bias.to(x.dtype) * LOG2E
+    for own, other, tile, _ in Tiles(x, y, scale, mask, positives=pairs, direct=False):
+        tile = tile.add_(offset).mul_(1 / LOG2E)
+        total[own].add_(softplus(tile).sum(1))
+        shares[own].add_(tile.sigmoid_().sum(1))
+        if compute_grad_x:
+            add_product(mean[own], tile, y[other].T)
+    return total, pairs, shares, mean
+
+
+def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:
+    """How many keys that the mask leaves have a logit above that of the query's one positive; (M,) of scale's dtype."""
+    q, k = to_compute_dtype(q), to_compute_dtype(k)
+    (keys,) = _positive_keys(len(q), k, mask.positive, mask.diagonal or 0)
+    logits, count = (q * k[keys]).sum(1).mul_(scale * LOG2E), scale.new_zeros(len(q))
+    for own, _, tile, _ in Tiles(q, k, scale, mask, direct=False):
+        count[own] += (tile > logits[own, None]).sum(1)
+    return count
 
 
 def merge_splits(lse2: Tensor, lse_residual: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,20 +251,27 @@ def lse_backward(
     need_y: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
+    *,
+    positive_term: PositiveTerm | None = None,
+    sigmoid: bool = False,
+    parts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(W y (M, D), W^T x (N, D)) for W_ij = x_weight_i 2^(s_ij - x_lse2_i) + y_weight_j 2^(s_ij - y_lse2_j).
 
-    Either softmax may be absent; an output not needed has no rows. Multiply by ``scale`` for the gradient.
+    Either softmax may be absent; an output not needed has no rows. Multiply by ``scale`` for the gradient. With
+    ``sigmoid`` W is that of ``weight_i / (1 + 2^(lse2_i - s_ij))``. There is one of the ``parts``.
     """
-    x, y = _to_compute_dtype(x), _to_compute_dtype(y)
+    x, y = to_compute_dtype(x), to_compute_dtype(y)
     gx = x.new_zeros(x.shape if need_x else (0, x.shape[1]))
     gy = y.new_zeros(y.T.shape if need_y else (y.shape[1], 0))
-    tiles = _Tiles(x, y, scale, mask, logit_cache, read_cache=True)
+    tiles = Tiles(x, y, scale, mask, logit_cache, read_cache=True, direct=False if sigmoid else None)
     gain = _gain(x_softmax, y_softmax)
     rows, columns = (_prepare(softmax, tiles.direct, gain) for softmax in (x_softmax, y_softmax))
     for own, other, tile, out in tiles:
-        parts = rows and rows.part((own, None)), columns and columns.part((None, other))
-        weights = _weights(tile, out, tiles.direct, *parts)
+        sides = rows and rows.part((own, None)), columns and columns.part((None, other))
+        weights = _weights(tile, out, tiles.direct, *sides, sigmoid)
+        if positive_term:
+            _add_positive_term(weights, positive_term, own, other, gain, mask)
         if need_x:
             add_product(gx[own], weights, y[other].T)
         if need_y:
@@ -358,16 +291,16 @@ def self_backward(
     logit_cache: Tensor | None = None,
 ) -> Tensor:
     """W z (M, D) of ``lse_backward(z, z)`` with one softmax on both sides: W is symmetric, 3 M M D flops."""
-    z = _to_compute_dtype(z)
+    z = to_compute_dtype(z)
     gz = z.new_zeros(z.shape)
-    tiles = _Tiles(z, z, scale, mask, logit_cache, _upper_grid, read_cache=True)
+    tiles = Tiles(z, z, scale, mask, logit_cache, upper_grid, read_cache=True)
     gain = _gain(softmax)
     both = _prepare(softmax, tiles.direct, gain)
     assert both is not None
     for own, other, tile, out in tiles:
         weights = _weights(tile, out, tiles.direct, both.part((own, None)), both.part((None, other)))
         if positive_term:
-            _add_positive_term(weights, positive_term, own, other, gain)
+            _add_positive_term(weights, positive_term, own, other, gain, mask, one_set=True)
         add_product(gz[own], weights, z[other].T)
         if own == other:
             across = z[own].T.contiguous()
@@ -395,21 +328,36 @@ def _prepare(softmax: SoftmaxGrad | None, direct: bool, gain: float) -> SoftmaxG
 
 
 def _weights(
-    tile: Tensor, out: Tensor | None, direct: bool, rows: SoftmaxGrad | None, columns: SoftmaxGrad | None
+    tile: Tensor,
+    out: Tensor | None,
+    direct: bool,
+    rows: SoftmaxGrad | None,
+    columns: SoftmaxGrad | None,
+    sigmoid: bool = False,
 ) -> Tensor:
     """The tile of W, of one softmax or two that broadcast to it; ``out`` may be written over."""
     if direct:  # exp2(s) * (row_i + column_j): one exponential serves both
         return torch.mul(tile, sum(softmax.weight for softmax in (rows, columns) if softmax), out=out)
-    parts = [torch.sub(tile, softmax.lse2).exp2_().mul_(softmax.weight) for softmax in (rows, columns) if softmax]
+    over = [(torch.sub(tile, softmax.lse2), softmax.weight) for softmax in (rows, columns) if softmax]
+    parts = [(x.mul_(1 / LOG2E).sigmoid_() if sigmoid else x.exp2_()).mul_(weight) for x, weight in over]
     return parts[0].add_(parts[1]) if len(parts) == 2 else parts[0]
 
 
-def _add_positive_term(tile: Tensor, term: PositiveTerm, own: slice, other: slice, gain: float) -> None:
-    rows, columns = term.group[own], term.group[other]
+def _add_positive_term(
+    tile: Tensor, term: PositiveTerm, own: slice, other: slice, gain: float, mask: Mask, one_set: bool = False
+) -> None:
+    rows, columns = term.label[own], term.other_label[other]
     if rows.min() <= columns.max() and columns.min() <= rows.max():
-        both = torch.add(term.weight[own][:, None], term.weight[other]).mul_(gain)
-        both.masked_fill_(rows[:, None] != columns, 0)
-        tile.add_(both.fill_diagonal_(0) if own == other else both)
+        weight = term.weight[own, None] * gain
+        both = (rows[:, None] == columns) * (weight + term.weight[other] * gain if one_set else weight)
+        if mask.diagonal is not None:
+            _diagonal(both, own.start + mask.diagonal - other.start).zero_()
+        tile.add_(both)
+
+
+def _diagonal(x: Tensor, offset: int) -> Tensor:
+    """Of x (M, N), where the columns of the diagonal begin at ``offset``; empty beyond x."""
+    return x.diagonal(offset) if -x.shape[0] < offset < x.shape[1] else x[:0, 0]
 
 
 def grad_epilogue(

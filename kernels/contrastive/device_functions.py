@@ -109,6 +109,12 @@ def add_product(accs, p, b, CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.
 
 
 @jit
+def row_sums(p, LANES: tl.constexpr):
+    """Sums of a tile's rows in LANES parts, within a thread: no shuffle in the loop."""
+    return tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // LANES, LANES)), 1)
+
+
+@jit
 def zero_sums(BLOCK: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST:
 tl.constexpr):  # fmt: skip
     sums = ()  # type: tuple

@@ -14,7 +14,7 @@ A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -79,14 +79,24 @@ def finalize_lse_kernel(
 
 
 @jit
-def softmax_grad_kernel(gradient, lse2, lse_residual, top, weight, M, ROWS: tl.constexpr):
-    """The share of a softmax in a gradient: none for a fully masked row (lse = -inf)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _softmax_share(gradient, lse2, lse_residual, top, weight, row, M):
     own = tl.load(lse2 + row, mask=row < M, other=0.0)
     g = tl.load(gradient + row, mask=row < M, other=0.0) * 1.4426950408889634
     g *= tl.exp2(-tl.load(lse_residual + row, mask=row < M, other=0.0))
     tl.store(top + row, tl.where(own == -float("inf"), 0.0, own), mask=row < M)
     tl.store(weight + row, tl.where(own == -float("inf"), 0.0, g), mask=row < M)
+
+
+@jit
+def softmax_grad_kernel(
+    gradient, lse2, lse_residual, top, weight, M, second_gradient, second, second_residual, second_top, second_weight,
+    second_M, ROWS: tl.constexpr, SIDES: tl.constexpr,
+):  # fmt: skip
+    """The share of a softmax in a gradient: none for a fully masked row (lse = -inf). Of one side or of two."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    _softmax_share(gradient, lse2, lse_residual, top, weight, row, M)
+    if SIDES == 2:
+        _softmax_share(second_gradient, second, second_residual, second_top, second_weight, row, second_M)
 
 
 @jit
@@ -115,7 +125,7 @@ def positive_logits_kernel(
 
 @jit
 def grad_epilogue_kernel(
-    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, k_stride, other_stride, diagonal,
+    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride, diagonal,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
     BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +137,8 @@ def grad_epilogue_kernel(
     inside = (row < M)[:, None] & (column < D)[None]
     place = row.to(tl.int64)[:, None]
     acc = tl.load(base + place * D + column[None], mask=inside, other=0.0)
+    for s in range(1, splits):
+        acc += tl.load(base + (tl.cast(s, tl.int64) * M + place) * D + column[None], mask=inside, other=0.0)
     if WEIGHTED:
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
     if PAIRS > 0:  # a loop of no turns is compiled all the same, and has no pairs to load
@@ -236,10 +248,19 @@ def finalize_lse(sums: Tensor, scale: Tensor, headroom: float) -> tuple[Tensor, 
 
 def softmax_grad(lse2: Tensor, lse_residual: Tensor, gradient: Tensor) -> SoftmaxGrad:
     """As ``SoftmaxGrad.of``."""
-    top, weight, rows, gradient = torch.empty_like(lse2), torch.empty_like(lse2), 256, gradient.contiguous()
-    with on_device(lse2):
-        softmax_grad_kernel[(cdiv(len(lse2), rows),)](gradient, lse2, lse_residual, top, weight, len(lse2), rows)
-    return SoftmaxGrad(top, weight)
+    return softmax_grads((lse2, lse_residual, gradient))[0]
+
+
+def softmax_grads(*sides: tuple[Tensor, Tensor, Tensor]) -> list[SoftmaxGrad]:
+    """``softmax_grad`` of one side or of two, in one launch."""
+    rows, found, given = 256, list[SoftmaxGrad](), list[Any]()
+    for lse2, lse_residual, gradient in sides:
+        found.append(SoftmaxGrad(torch.empty_like(lse2), torch.empty_like(lse2)))
+        given += [gradient.contiguous(), lse2, lse_residual, found[-1].lse2, found[-1].weight, len(lse2)]
+    with on_device(sides[0][0]):
+        grid = cdiv(max(len(side[0]) for side in sides), rows)
+        softmax_grad_kernel[(grid,)](*given, *[None] * (12 - len(given)), rows, len(sides))
+    return found
 
 
 def positive_logits(
@@ -283,7 +304,7 @@ def grad_epilogue(
     Without ``weight`` the base counts as it is. Without ``pair_weight`` or k no row has a pair.
 
     Args:
-        base: (M, D) float32.
+        base: (M, D) or (S, M, D) float32, whose S parts are added up.
         scale: float32 scalar.
         dtype: of the gradient.
         store: False leaves the gradient out.
@@ -300,7 +321,7 @@ def grad_epilogue(
     """
     if pair_weight is None:
         k = None
-    M, D = base.shape
+    M, D = base.shape[-2:]
     width, rows = program_shape(D)
     k, other = (None if x is None else rows_contiguous(x) for x in (k, other))
     weight, pair_weight, positive = (None if x is None else x.contiguous() for x in (weight, pair_weight, positive))
@@ -311,8 +332,8 @@ def grad_epilogue(
     with on_device(base):
         grad_epilogue_kernel[(cdiv(M, rows),)](
             base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
-            *strides, diagonal, width, rows, positive is not None, pairs, weight is not None, by_key, int(adjacent),
-            other is not None, store,
+            base.shape[0] if base.dim() == 3 else 1, *strides, diagonal, width, rows, positive is not None, pairs,
+            weight is not None, by_key, int(adjacent), other is not None, store,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
 

@@ -24,24 +24,30 @@ from vito_kernels.contrastive.epilogue import (
     multi_view_loss,
     positive_logits,
     softmax_grad,
+    softmax_grads,
 )
-from vito_kernels.contrastive.forward import launch_lse, launch_two_sided
-from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
+from vito_kernels.contrastive.forward import launch_label_lse, launch_lse, launch_sums
+from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import MAX_WIDTH, matrices
+from vito_kernels.contrastive.two_sided_forward import launch_two_sided
 
 __all__ = [
     "alloc_logit_cache",
     "check_values",
     "grad_epilogue",
+    "label_forward",
     "lse_backward",
     "lse_forward",
     "merge_splits",
     "multi_view_forward",
     "multi_view_grad_q",
     "path_of",
+    "rank_forward",
     "self_backward",
     "self_forward",
+    "sigmoid_forward",
     "softmax_grad",
+    "softmax_grads",
     "two_sided_forward",
 ]
 
@@ -112,6 +118,41 @@ def self_forward(
     return lse2, lse_residual, positive_logits(z, z, scale, None, 0 if mask.width == 2 else None, adjacent=True)
 
 
+def label_forward(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    label: Tensor,
+    key_label: Tensor,
+    one_set: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    left = _cast(q, matmul_dtype)
+    return launch_label_lse(left, left if one_set else _cast(k, matmul_dtype), scale, mask, label, key_label)
+
+
+def sigmoid_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mask: Mask,
+    compute_grad_x: bool,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = _cast(x, matmul_dtype), _cast(y, matmul_dtype)
+    total, shares, mean = launch_sums("sigmoid", *sides, scale, bias, mask, compute_grad_x)
+    return _summed(total).div(LOG2E), positive_logits(x, y, scale, None, mask.diagonal), _summed(shares), _summed(mean)
+
+
+def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:
+    sides = _cast(q, matmul_dtype), _cast(k, matmul_dtype)
+    logits = positive_logits(q, k, scale, mask.positive, mask.diagonal)
+    return _summed(launch_sums("rank", *sides, scale, logits, mask, False)[0])
+
+
 def lse_backward(
     x: Tensor,
     y: Tensor,
@@ -123,16 +164,27 @@ def lse_backward(
     need_y: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
+    *,
+    positive_term: PositiveTerm | None = None,
+    sigmoid: bool = False,
+    parts: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """In a pass for each side. Lists of positives only come with ``need_y`` alone."""
+    """In a pass for each side. Lists of positives only come with ``need_y`` alone. Not summed over ``parts`` if asked
+    for them, (S, M, D) and (S, N, D).
+    """
     left, right = matrices(*(_cast(side, matmul_dtype) for side in (x, y)))
-    gx, gy = scale.new_empty(0, x.shape[1]), scale.new_empty(0, y.shape[1])
+    gx, gy = scale.new_empty(1, 0, x.shape[1]), scale.new_empty(1, 0, y.shape[1])
     if need_x:
         assert mask.positive is None
-        gx = launch_lse_backward(left, right, scale, x_softmax, y_softmax, mask.transposed())
+        gx = launch_lse_backward(left, right, scale, x_softmax, y_softmax, mask.transposed(), positive_term, sigmoid)
     if need_y:
-        gy = launch_lse_backward(right, left, scale, y_softmax, x_softmax, mask)
-    return gx, gy
+        gy = launch_lse_backward(right, left, scale, y_softmax, x_softmax, mask, positive_term, sigmoid)
+    return (gx, gy) if parts else (_summed(gx), _summed(gy))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Of splits (S, ...)."""
+    return x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def self_backward(
@@ -144,5 +196,6 @@ def self_backward(
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
 ) -> Tensor:
+    """Of splits (S, M, D), to be added up."""
     side = _cast(z, matmul_dtype)
     return launch_lse_backward(*matrices(side, side), scale, softmax, softmax, mask, positive_term)

@@ -117,7 +117,8 @@ def similarity_lse_backward_op(
         dq, dscale = path.grad_epilogue(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **pairs)
     if need_k and k is not None:
         softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
-        _, grad = path.lse_backward(q, k, scale, softmax, None, mask, False, True, matmul_dtype, logit_cache)
+        given = softmax, None, mask, False, True, matmul_dtype, logit_cache
+        _, grad = path.lse_backward(q, k, scale, *given, parts=positive is None)
         if positive is None:
             pairs = {"pair_weight": pair_weight, "k": q, "diagonal": -(diagonal or 0), "by_key": True}
             dk, _ = path.grad_epilogue(grad, scale, k.dtype, **pairs)
@@ -270,6 +271,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     hard_negatives: float = 0.0,
     debias: float = 0.0,
+    decoupled: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
     """InfoNCE of queries against keys: ``softplus(lse_of_negatives - logit_of_positive)``.
@@ -289,6 +291,7 @@ def info_nce(
             (Robinson et al., arXiv 2010.04592), at twice the cost.
         debias: in [0, 1), the share of the positive's class among the negatives, which is subtracted (Chuang et al.,
             arXiv 2007.00224; for unit vectors). This and ``hard_negatives`` count negatives in a pass over 16 columns.
+        decoupled: leave the positive out of the denominator (Yeh et al., arXiv 2110.06848); without the options above.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -301,11 +304,13 @@ def info_nce(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
-    check_options(label_smoothing, hard_negatives, debias, positive, q_group)
+    check_options(label_smoothing, hard_negatives, debias, positive, q_group, decoupled)
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    plain = not (hard_negatives or debias or label_smoothing) and (columns is None or columns.shape[1] == 1)
+    plain = not (hard_negatives or debias or label_smoothing or decoupled) and (
+        columns is None or columns.shape[1] == 1
+    )
     if plain and small.is_small(q.shape[0], k.shape[0], q, k, columns, *groups):
         if columns is not None:
             check_positive_range(columns, len(k))
@@ -317,7 +322,7 @@ def info_nce(
         q, k, harder, columns, 0, *groups, cache_logits=not hard_negatives
     )
     if not (hard_negatives or debias or label_smoothing):
-        return reduce(softplus_loss(lse2, lse_residual, positives), reduction)
+        return softplus_loss(lse2, lse_residual, positives, reduction=reduction, decoupled=decoupled)
     logits = positives / LOG2E
     if hard_negatives or debias:
         negatives = lse2 / LOG2E

@@ -1,4 +1,4 @@
-"""The losses by name, on the ops of ``info_nce`` and ``two_sided``: functions, then modules.
+"""The losses by name, on the ops of ``info_nce``, ``two_sided`` and ``supcon``: functions, then modules.
 
 All return float32 (float64 for float64), never build the matrix of logits, and raise ValueError or TypeError that names
 the wrong value. Only NT-Xent and SupCon normalize their embeddings.
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vito_kernels._core.checks import (
     autocast_inputs,
     check_flags,
-    check_ids,
     check_integers,
     check_no_grad,
     check_options,
@@ -24,7 +23,6 @@ from vito_kernels._core.checks import (
     check_reduction,
     inverse_temperature,
     needs_grad,
-    reduce,
     scale_tensor,
 )
 from vito_kernels.contrastive import small
@@ -32,8 +30,9 @@ from vito_kernels.contrastive.info_nce import apply_similarity_lse, info_nce
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.supcon import supcon_loss
 from vito_kernels.contrastive.terms import LOG2E
-from vito_kernels.contrastive.two_sided import apply_self_lse, clip_loss, ntxent
+from vito_kernels.contrastive.two_sided import clip_loss, ntxent
 
 
 @replayed
@@ -72,7 +71,7 @@ def moco_loss(
         q, queue, scale, None, None, None, None, compute_grad_q, matmul_dtype, cache_logits
     )
     positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
-    return reduce(softplus_loss(lse2, lse_residual, positives), reduction)
+    return softplus_loss(lse2, lse_residual, positives, reduction=reduction)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
@@ -93,48 +92,6 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return clip_loss(locked, y, scale)
 
 
-@replayed
-def supcon_loss(z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean") -> Tensor:
-    """SupCon (L_out): each normalized row of z against all others. Its positives are the other rows of its label.
-
-    Equivalent, with ``z = normalize(z)``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)`` and
-    ``same = (labels[:, None] == labels).fill_diagonal_(False)``:
-    ``-(s.log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1))``.
-
-    Args:
-        z: (M, D), dtypes as for ``similarity_lse``.
-        labels: (M,) int64 or int32.
-        temperature: a positive number or a tensor of one element, which may require grad.
-        reduction: "mean" over the rows that have a positive, "sum" or "none".
-
-    Returns:
-        A float32 scalar, or (M,) with "none". A row without positives has loss 0.
-
-    Raises:
-        ValueError, TypeError: as ``similarity_lse``.
-
-    The logits of all positives of a row sum to one product with the sum of their embeddings: O(M D), however many there
-    are. In the gradient the positives are subtracted from the softmax before either is rounded, so likely positives
-    leave a difference as exact as float32, in 16 bits too. Autocast and determinism as for ``similarity_lse``.
-    """
-    check_pair(z, z, ("z", "z"))
-    check_ids("labels", labels, z.shape[0], z)
-    check_reduction(reduction)
-    if small.is_small(len(z), len(z), z, labels):
-        scale, terms = inverse_temperature(temperature), small.same_label(labels, reduction)
-        return small.unit_set((z,), scale, terms, "none" if reduction == "none" else "sum")
-    (z,), matmul_dtype = autocast_inputs(normalize(z))
-    scale = scale_tensor(inverse_temperature(temperature), z)
-    # The group of a label is its first place among the sorted ones, found without a host sync.
-    ordered = labels.sort().values
-    first, past = (torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (False, True))
-    count = past - first - 1
-    cache_logits = needs_grad(z, scale)
-    lse2, positives, lse_residual, _ = apply_self_lse(z, scale, first, count, matmul_dtype, cache_logits)
-    loss = torch.where(count > 0, (lse2 - positives[:, 0] + lse_residual) / LOG2E, 0)
-    return loss.sum() / (count > 0).sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
-
-
 def _listed(**options: Any) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
@@ -143,7 +100,7 @@ class InfoNCELoss(nn.Module):
     """``info_nce`` as a module. With groups it is the loss of VITO and MoCLR; with positives (M, P) that of DetCon-B.
 
     Args:
-        temperature, label_smoothing, hard_negatives, debias, reduction: as for ``info_nce``.
+        temperature, label_smoothing, hard_negatives, debias, decoupled, reduction: as for ``info_nce``.
 
     ``forward(q (M, D), k (N, D), positive=None, q_group=None, k_group=None)``.
     """
@@ -155,14 +112,16 @@ class InfoNCELoss(nn.Module):
         label_smoothing: float = 0.0,
         hard_negatives: float = 0.0,
         debias: float = 0.0,
+        decoupled: bool = False,
         reduction: str = "mean",
     ):
         super().__init__()
         inverse_temperature(temperature)
-        check_options(label_smoothing, hard_negatives, debias, None, None)
+        check_options(label_smoothing, hard_negatives, debias, None, None, decoupled)
         check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
-        self.options = {"label_smoothing": label_smoothing, "hard_negatives": hard_negatives, "debias": debias}
+        self.options: dict[str, Any] = {"label_smoothing": label_smoothing, "hard_negatives": hard_negatives}
+        self.options |= {"debias": debias, "decoupled": decoupled}
 
     def forward(
         self,
@@ -267,24 +226,25 @@ class NTXentLoss(nn.Module):
     """``ntxent`` as a module: ``forward(z1 (B, D), z2 (B, D))``.
 
     Args:
-        temperature, reduction: as for ``ntxent``.
+        temperature, decoupled, reduction: as for ``ntxent``.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.5, *, reduction: str = "mean"):
+    def __init__(self, temperature: float | Tensor = 0.5, *, decoupled: bool = False, reduction: str = "mean"):
         super().__init__()
         inverse_temperature(temperature)
+        check_flags(decoupled=decoupled)
         check_reduction(reduction)
-        self.temperature, self.reduction = temperature, reduction
+        self.temperature, self.decoupled, self.reduction = temperature, decoupled, reduction
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return ntxent(z1, z2, self.temperature, reduction=self.reduction)
+        return ntxent(z1, z2, self.temperature, decoupled=self.decoupled, reduction=self.reduction)
 
     def extra_repr(self) -> str:
-        return _listed(temperature=self.temperature, reduction=self.reduction)
+        return _listed(temperature=self.temperature, decoupled=self.decoupled, reduction=self.reduction)
 
 
 class SupConLoss(nn.Module):
-    """``supcon_loss`` as a module: ``forward(z (M, D), labels (M,))``.
+    """``supcon_loss`` as a module: ``forward(z (M, D), labels (M,), keys=None, key_labels=None)``.
 
     Args:
         temperature, reduction: as for ``supcon_loss``.
@@ -296,8 +256,11 @@ class SupConLoss(nn.Module):
         check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return supcon_loss(z, labels, temperature=self.temperature, reduction=self.reduction)
+    def forward(
+        self, z: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None
+    ) -> Tensor:
+        keyed = {"keys": keys, "key_labels": key_labels}
+        return supcon_loss(z, labels, **keyed, temperature=self.temperature, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return _listed(temperature=self.temperature, reduction=self.reduction)

@@ -16,170 +16,27 @@ transformed, traced and captured code, the CPU, and whatever takes much memory, 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_in_torch_dispatch_mode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vito_kernels._core.autograd import PLAIN, once, refuse_batched
 from vito_kernels._core.checks import autocast_enabled
 from vito_kernels._core.lazy_triton import active_driver, cdiv, current_stream, on_device, record_launches
 from vito_kernels.contrastive import gpu
+from vito_kernels.contrastive.record import Launch, Memory, Op, Recorder, UnrecordableError, View
 from vito_kernels.contrastive.tile_configs import matmul_precision
 
 P = ParamSpec("P")
 ENABLED = os.environ.get("VITO_KERNELS_REPLAY", "1") != "0"
 MOST_PLANS = 256  # of a loss; the oldest leaves
+MOST_BOUND = 8  # sets of addresses of a pass whose arguments are kept
 MOST_SCRATCH = 1 << 26  # bytes of a pass
 ALIGNMENT = 256  # bytes, of each piece of scratch
-aten = torch.ops.aten
-ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
-
-# ---- recording
-
-
-class UnrecordableError(Exception):
-    """What a call did that cannot be repeated."""
-
-
-class View(NamedTuple):
-    """A tensor in some memory, at an offset in elements."""
-
-    memory: int
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def of(self, base: Tensor, start: int = 0) -> Tensor:
-        """The view into ``base``, which begins at byte ``start`` of it."""
-        if base.dtype != self.dtype:
-            size = self.dtype.itemsize
-            base = base[start : start + (len(base) - start) // size * size].view(self.dtype)
-        elif self.offset == 0 and base.shape == self.size and base.stride() == self.stride:
-            return base
-        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
-
-
-@dataclass
-class Memory:
-    """One storage. ``kind``: "input", "scratch", "tensor" (scratch of its own), "result" (of an op), "constant"."""
-
-    kind: str
-    like: Tensor  # whose storage it is
-    backward: bool  # whether the backward pass made it
-    saved: bool = False  # whether the backward pass reads it, though the forward pass made it
-    place: tuple[int, int] = (0, 0)  # memory that holds it, byte
-
-
-@dataclass
-class Launch:
-    kernel: Any
-    grid: tuple[int, ...]
-    options: dict[str, Any]
-    args: list[Any]  # None where the following go
-    tensors: list[tuple[int, View]]
-    descriptors: list[tuple[int, View, Any]]
-    compiled: Any
-
-
-@dataclass
-class Op:
-    function: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    results: list[tuple[int, int]]  # index of the output, memory
-
-
-class Recorder(TorchDispatchMode):
-    """Takes down what a call launches and computes, below autograd and autocast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memories: list[Memory] = []
-        self.known: dict[int, int] = {}  # by identity of storages
-        self.alive: list[Tensor] = []  # or an identity could come twice
-        self.steps: tuple[list[Launch | Op], list[Launch | Op]] = [], []
-        self.backward = False
-
-    def add(self, kind: str, x: Tensor) -> int:
-        self.alive.append(x)
-        self.memories.append(Memory(kind, x, self.backward, place=(len(self.memories), 0)))
-        self.known[x.untyped_storage()._cdata] = len(self.memories) - 1
-        return len(self.memories) - 1
-
-    def memory_of(self, x: Tensor) -> Memory | None:
-        index = self.known.get(x.untyped_storage()._cdata)
-        return None if index is None else self.memories[index]
-
-    def view(self, x: Tensor) -> View:
-        memory = self.memory_of(x)
-        if memory is None:
-            raise UnrecordableError(f"takes a tensor {tuple(x.shape)} from elsewhere")
-        memory.saved |= self.backward and not memory.backward
-        offset = int(x.storage_offset()) - int(memory.like.storage_offset())
-        return View(memory.place[0], x.dtype, tuple(x.shape), x.stride(), offset)
-
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        signature = inspect.signature(kernel.function)
-        named = {name: value for name, value in kwargs.items() if name in signature.parameters}
-        options = {name: value for name, value in kwargs.items() if name not in named}
-        bound = signature.bind(*args, **named)
-        with _disable_current_modes():  # the interpreter copies tensors
-            compiled = kernel.compiled[grid](*args, **kwargs)
-        step = Launch(kernel, grid, options, list(bound.arguments.values()), [], [], compiled)
-        for i, value in enumerate(step.args):
-            if isinstance(value, Tensor):
-                step.tensors.append((i, self.view(value)))
-            elif isinstance(getattr(value, "base", None), Tensor):
-                step.descriptors.append((i, self.view(value.base), value))
-            else:
-                continue
-            step.args[i] = None
-        self.steps[self.backward].append(step)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
-        if torch.Tag.data_dependent_output in func.tags or func is aten._local_scalar_dense.default:
-            raise UnrecordableError(f"{func} reads a value")
-        if func.overloadpacket in ALLOCATIONS:
-            self.add("scratch", out)
-            return out
-        outputs = list(out) if isinstance(out, (tuple, list)) else [out]
-        fresh = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and self.memory_of(x) is None]
-        if not fresh and not func._schema.is_mutable:
-            self.alive.extend(x for x in outputs if isinstance(x, Tensor))
-            return out  # a view, which is taken down where it is used
-        if func.namespace != "aten" or "mm" in func.overloadpacket.__name__:  # autocast would round a product anew
-            raise UnrecordableError(str(func))
-        constant = func is aten.full.default and out.numel() == 1
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and (memory := self.memory_of(x)) and memory.kind == "scratch":
-                memory.kind = "tensor"
-        if func._schema.is_mutable:
-            self._check_writes(func, args, kwargs)
-        taken = [tree_map_only(Tensor, self.view, x) for x in args]
-        if any(isinstance(x, Tensor) for x in tree_leaves(kwargs)):
-            raise UnrecordableError(f"{func} takes tensors by name")
-        results = [(i, self.add("constant" if constant else "result", x)) for i, x in fresh]
-        if not constant:
-            self.steps[self.backward].append(Op(func, taken, kwargs, results))
-        return out
-
-    def _check_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for x in tree_leaves(written):
-            memory = self.memory_of(x) if isinstance(x, Tensor) else None
-            if memory and (memory.kind in ("input", "constant") or memory.backward != self.backward):
-                raise UnrecordableError(f"{func} writes over what it was given")
-
 
 # ---- plans
 
@@ -194,36 +51,51 @@ class Pointer:
         return self.address
 
 
-Step = Callable[[list[Any], list[int], int], None]  # of tensors, their addresses, and the stream
+Step = Callable[[list[Any], list[int]], None]  # of tensors and their addresses, which it completes
 Place = Callable[[View], tuple[int, int]]  # index among the tensors, byte
 
 
-def compiled_launch(launch: Launch, place: Place) -> Step:
+class CompiledLaunch:
     """By the launcher of the compiled kernel, past the binding of arguments and the look-up of the kernel."""
-    import triton
 
-    knobs, compiled, grid, constant = triton.knobs.runtime, launch.compiled, (*launch.grid, 1, 1)[:3], launch.args
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    pointers = [(i, *place(view)) for i, view in launch.tensors]
-    descriptors = [
-        (i, *place(view), type(given), {name: value for name, value in vars(given).items() if name != "base"})
-        for i, view, given in launch.descriptors
-    ]
+    def __init__(self, launch: Launch, place: Place):
+        self.compiled, self.grid, self.constant = launch.compiled, (*launch.grid, 1, 1)[:3], launch.args
+        self.run = self.compiled.run
+        self.head = *self.grid, self.compiled.function, self.compiled.packed_metadata
+        self.pointers = [(i, *place(view)) for i, view in launch.tensors]
+        self.descriptors = [
+            (i, *place(view), type(given), {name: value for name, value in vars(given).items() if name != "base"})
+            for i, view, given in launch.descriptors
+        ]
 
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        args = constant.copy()
-        for i, tensor, byte in pointers:
+    def arguments(self, addresses: list[int]) -> list[Any]:
+        """Of the kernel, on memory of these addresses."""
+        args = self.constant.copy()
+        for i, tensor, byte in self.pointers:
             args[i] = addresses[tensor] + byte
-        for i, tensor, byte, kind, fields in descriptors:
+        for i, tensor, byte, kind, fields in self.descriptors:
             args[i] = descriptor = object.__new__(kind)  # checked when recorded; the key of a plan holds what it checks
             descriptor.__dict__ = {"base": Pointer(addresses[tensor] + byte), **fields}
-        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-            run(*grid, stream, function, metadata, compiled.launch_metadata(grid, stream, *args), enter, leave, *args)
-        else:
-            run(*grid, stream, function, metadata, None, None, None, *args)
+        return args
 
-    return step
+    def observed(self, stream: int, enter: Any, leave: Any, args: list[Any]) -> None:
+        """Launches with the hooks of a profiler."""
+        x, y, z, function, metadata = self.head
+        given = self.compiled.launch_metadata(self.grid, stream, *args)
+        self.run(x, y, z, stream, function, metadata, given, enter, leave, *args)
+
+
+def launch_hooks() -> Callable[[], tuple[Any, Any]]:
+    """A function that returns Triton's hooks on a launch, a profiler's, or twice None."""
+    import triton
+
+    knobs = triton.knobs.runtime
+
+    def hooks() -> tuple[Any, Any]:
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+        return (enter, leave) if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) else (None, None)
+
+    return hooks
 
 
 def interpreted_launch(launch: Launch, place: Place) -> Step:
@@ -234,7 +106,7 @@ def interpreted_launch(launch: Launch, place: Place) -> Step:
         [(i, v, *place(v)) for i, v in launch.tensors],
     )
 
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
+    def step(tensors: list[Any], addresses: list[int]) -> None:
         args = constant.copy()
         for i, view, tensor, byte in views:
             args[i] = view.of(tensors[tensor], byte - view.offset * view.dtype.itemsize)
@@ -249,7 +121,7 @@ def torch_op(op: Op, place: Place, entries: dict[int, int]) -> Step:
     lists = [(i, [(place(y)[0], y) for y in x]) for i, x in enumerate(constant) if _is_list(x)]
     results = [(i, entries[memory]) for i, memory in op.results]
 
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
+    def step(tensors: list[Any], addresses: list[int]) -> None:
         args = constant.copy()
         for i, tensor, view in views:
             args[i] = view.of(tensors[tensor])
@@ -292,12 +164,14 @@ class Pass:
             memory, byte = recorder.memories[view.memory].place
             return self.entries[memory], byte + view.offset * view.dtype.itemsize
 
-        self.steps = [
+        self.steps: list[Step | CompiledLaunch] = [
             torch_op(step, place, self.entries)
             if isinstance(step, Op)
-            else (compiled_launch if hasattr(step.compiled, "packed_metadata") else interpreted_launch)(step, place)
+            else (CompiledLaunch if hasattr(step.compiled, "packed_metadata") else interpreted_launch)(step, place)
             for step in recorder.steps[backward]
         ]
+        self.hooks = launch_hooks() if any(isinstance(step, CompiledLaunch) for step in self.steps) else None
+        self.bound: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}  # addresses, and what they gave each step
         self.outputs = [None if view is None else (self.entries[view.memory], view) for view in outputs]
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[list[Any], list[Tensor | None]]:
@@ -307,10 +181,33 @@ class Pass:
         addresses = [x.data_ptr() for x in tensors] + self.unset
         tensors += self.empty
         with on_device(given[0]):
-            stream = current_stream()
-            for step in self.steps:
-                step(tensors, addresses, stream)
+            self._run(tensors, addresses)
         return tensors, [None if out is None else out[1].of(tensors[out[0]]) for out in self.outputs]
+
+    def _run(self, tensors: list[Any], addresses: list[int]) -> None:
+        """Runs the steps. An allocator mostly gives a training step the memory of one before: arguments stay then."""
+        stream, given, ready = current_stream(), list[Any](), len(addresses) - len(self.unset)
+        key = tuple(addresses[:ready])  # of the others the steps find out
+        known, bound = self.bound.get(key, ([], []))
+        enter, leave = (None, None) if self.hooks is None else self.hooks()
+        same = bool(bound)
+        for i, step in enumerate(self.steps):
+            if not isinstance(step, CompiledLaunch):
+                step(tensors, addresses)
+                given.append(None)
+                same = same and all(x in (0, y) for x, y in zip(addresses[ready:], known[ready:], strict=True))
+                continue
+            args = bound[i] if same else step.arguments(addresses)
+            given.append(args)
+            if enter is None:
+                x, y, z, function, metadata = step.head
+                step.run(x, y, z, stream, function, metadata, None, None, None, *args)
+            else:
+                step.observed(stream, enter, leave, args)
+        if not same:
+            if len(self.bound) >= MOST_BOUND:
+                self.bound.clear()
+            self.bound[key] = addresses, given
 
 
 class Plan:

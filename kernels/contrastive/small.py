@@ -108,19 +108,36 @@ def two_views(s: Tensor) -> tuple[Tensor, Tensor]:
     return losses.flatten(), grad
 
 
-def same_label(labels: Tensor, reduction: str) -> Terms:
-    """SupCon; with "mean", losses that sum up to the mean over the rows that have a positive."""
+def same_label(labels: Tensor, key_labels: Tensor | None, reduction: str) -> Terms:
+    """SupCon of one set, or against keys; with "mean", losses that sum to the mean over rows that have a positive."""
+    one_set = key_labels is None
 
     def terms(s: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(s.fill_diagonal_(-math.inf), 1)
-        same = (labels[:, None] == labels).fill_diagonal_(False)
+        same = labels[:, None] == (labels if key_labels is None else key_labels)
+        if one_set:
+            s.fill_diagonal_(-math.inf)
+            same.fill_diagonal_(False)
+        log_p = torch.log_softmax(s, 1)
         count = same.sum(1, keepdim=True, dtype=s.dtype)
         share = same / count.clamp(min=1)
-        losses = log_p.fill_diagonal_(0.0).mul(share).sum(1).neg_()
+        losses = torch.where(same, log_p, 0.0).mul(share).sum(1).neg_()
         grad = torch.softmax(s, 1).sub_(share).masked_fill_(count == 0, 0.0)
         if reduction == "mean":
             rows = count.clamp_(max=1).sum().clamp_(min=1)
             return losses.div_(rows), grad.div_(rows)
+        return losses, grad
+
+    return terms
+
+
+def all_pairs(bias: float) -> Terms:
+    """SigLIP: the sigmoid of every logit, pairs on the diagonal."""
+
+    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+        own = s.add_(bias).diagonal()
+        own.neg_()
+        losses, grad = softplus(s).sum(1), s.sigmoid_()
+        grad.diagonal().neg_()
         return losses, grad
 
     return terms

@@ -79,13 +79,19 @@ class SoftmaxGrad:
 
 @dataclass(frozen=True)
 class PositiveTerm:
-    """Adds ``weight_i + weight_j`` to W_ij where rows i and j != i of one set share a ``group``; both (M,).
+    """Adds ``weight_i`` to W_ij where query i and key j share a label and the mask leaves the pair; of one set, whose
+    rows are both, ``weight_i + weight_j``.
+
+    Args:
+        label, weight: (M,), of the queries.
+        other_label: (N,), of the keys, for one set ``label``.
 
     Inside W a positive of probability p keeps 1 - p to the last bit of p. As two rounded sums of embeddings, the
     softmax and its positives would cancel.
     """
 
-    group: Tensor
+    label: Tensor
+    other_label: Tensor
     weight: Tensor
 
 

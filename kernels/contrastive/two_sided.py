@@ -17,10 +17,10 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
     autocast_inputs,
+    check_flags,
     check_paired,
     inverse_temperature,
     needs_grad,
-    reduce,
     scale_tensor,
     without_autocast,
 )
@@ -29,7 +29,7 @@ from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
-from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm
+from vito_kernels.contrastive.terms import Mask
 
 # ---- custom op: rows and columns
 
@@ -85,8 +85,8 @@ def two_sided_lse_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, dscale), each rounded once; a gradient that is not needed is empty."""
     path, mask, side = path_of(x), Mask(diagonal=diagonal), need_x or need_scale
-    softmaxes = path.softmax_grad(row, row_residual, g_row), path.softmax_grad(column, column_residual, g_column)
-    gx, gy = path.lse_backward(x, y, scale, *softmaxes, mask, side, need_y, matmul_dtype, logit_cache)
+    softmaxes = path.softmax_grads((row, row_residual, g_row), (column, column_residual, g_column))
+    gx, gy = path.lse_backward(x, y, scale, *softmaxes, mask, side, need_y, matmul_dtype, logit_cache, parts=True)
     dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
     if side:
         pairs = {"pair_weight": g_pair, "k": y, "diagonal": diagonal, "other": x if need_scale else None}
@@ -137,20 +137,19 @@ apply_two_sided_lse_backward = refuse_double_backward(two_sided_lse_backward_op)
 
 # ---- custom op: one set against itself
 
+OTHER_SAMPLES = Mask(diagonal=0, width=2)
+
 
 @torch.library.custom_op("vito_kernels::self_lse", mutates_args=())
 def self_lse_op(
     z: Tensor,
     scale: Tensor,
-    group: Tensor | None,
-    count: Tensor | None,
     matmul_dtype: torch.dtype | None = None,
     cache_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each embedding over those of other samples, and the logit of its positives.
+    """Log-sum-exp of each embedding over those of other samples, and the logit of its positive.
 
-    A sample is two adjacent rows, each the other's positive. With ``group`` (M,), ids in [0, M), a sample is one row.
-    The logit is then the mean over the ``count`` (M,) others of the group, 0 without others.
+    A sample is two adjacent rows, each the other's positive.
 
     Returns:
         lse2 (M,), logits (M, 1), the residual of lse2 (M,), and the logit cache. ``matmul_dtype`` and ``cache_logits``
@@ -159,30 +158,12 @@ def self_lse_op(
     path = path_of(z)
     path.check_values(scale)
     cache = path.alloc_logit_cache(z, z, scale, cache_logits, symmetric=True)
-    lse2, lse_residual, logits = path.self_forward(z, scale, _other_samples(group), matmul_dtype, cache)
-    if group is not None and count is not None:
-        logits = _group_logits(z, scale, group, count)
+    lse2, lse_residual, logits = path.self_forward(z, scale, OTHER_SAMPLES, matmul_dtype, cache)
     return lse2, logits, lse_residual, cache
 
 
-def _other_samples(group: Tensor | None) -> Mask:
-    """Masks the row itself, and without groups the adjacent row of its sample."""
-    return Mask(diagonal=0, width=2 if group is None else 1)
-
-
-def _group_logits(z: Tensor, scale: Tensor, group: Tensor, count: Tensor) -> Tensor:
-    """Mean logit of all positives of a row, by the sum of their embeddings: O(M D).
-
-    In float64, since thousands are added up and the log-sum-exp may leave little of the sum.
-    """
-    wide = z.double()
-    sums = torch.zeros_like(wide).index_put_((group,), wide, accumulate=True)[group].sub_(wide)
-    mean = (wide * sums).sum(1, keepdim=True).div_(count.clamp(min=1)[:, None])
-    return mean.mul_(scale * LOG2E).to(scale.dtype)
-
-
 @self_lse_op.register_fake
-def _(z, scale, group, count, matmul_dtype=None, cache_logits=False):
+def _(z, scale, matmul_dtype=None, cache_logits=False):
     cache, rows = path_of(z).alloc_logit_cache(z, z, scale, cache_logits, symmetric=True), z.shape[0]
     return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), cache
 
@@ -193,8 +174,6 @@ def self_lse_backward_op(
     g_positive: Tensor,
     z: Tensor,
     scale: Tensor,
-    group: Tensor | None,
-    count: Tensor | None,
     lse2: Tensor,
     lse_residual: Tensor,
     logit_cache: Tensor,
@@ -203,38 +182,33 @@ def self_lse_backward_op(
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz, dscale). A logit serves p_ij and p_ji, so the gradient of the scale meets each logit from both ends."""
-    path, term, pairs = path_of(z), None, {"pair_weight": g_positive, "k": z, "adjacent": True}
-    if group is not None and count is not None:
-        term, pairs = PositiveTerm(group.int(), g_positive[:, 0] / count.clamp(min=1) * LOG2E), {}
+    path, pairs = path_of(z), {"pair_weight": g_positive, "k": z, "adjacent": True}
     softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
-    grad = path.self_backward(z, scale, softmax, _other_samples(group), term, matmul_dtype, logit_cache)
+    grad = path.self_backward(z, scale, softmax, OTHER_SAMPLES, None, matmul_dtype, logit_cache)
     other = z if need_scale else None
     dz, dscale = path.grad_epilogue(grad, scale, z.dtype, store=need_z, other=other, **pairs)
     return dz, dscale / 2 if need_scale else dscale
 
 
 @self_lse_backward_op.register_fake
-def _(
-    g_lse2, g_positive, z, scale, group, count, lse2, lse_residual, logit_cache, need_z, need_scale, matmul_dtype=None
-):
+def _(g_lse2, g_positive, z, scale, lse2, lse_residual, logit_cache, need_z, need_scale, matmul_dtype=None):
     return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
 
 
 def _self_setup(ctx, inputs, output):
-    z, scale, group, count, ctx.matmul_dtype, _ = inputs
+    z, scale, ctx.matmul_dtype, _ = inputs
     lse2, _, *more = output
-    ctx.save_for_backward(z, scale, group, count, lse2, *more)
+    ctx.save_for_backward(z, scale, lse2, *more)
     ctx.set_materialize_grads(False)
 
 
 def _self_backward(ctx, g_lse2, g_positive, *_):
-    z, scale, group, count, lse2, *more = ctx.saved_tensors
+    z, scale, lse2, *more = ctx.saved_tensors
     need_z, need_scale = needs = ctx.needs_input_grad[:2]
     g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
     g_positive = lse2.new_zeros(len(lse2), 1) if g_positive is None else g_positive.contiguous()
-    inputs = z, scale, group, count
-    dz, dscale = apply_self_lse_backward(g_lse2, g_positive, *inputs, lse2, *more, *needs, ctx.matmul_dtype)
-    return dz if need_z else None, dscale if need_scale else None, *(None,) * 4
+    dz, dscale = apply_self_lse_backward(g_lse2, g_positive, z, scale, lse2, *more, *needs, ctx.matmul_dtype)
+    return dz if need_z else None, dscale if need_scale else None, None, None
 
 
 register_flops(self_lse_op, lambda z, **_: 2 * len(z) ** 2 * z.shape[1])
@@ -269,7 +243,7 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     if small.is_small(x.shape[0], y.shape[0], x, y):
         return small.pairs(x, y, scale, small.rows_and_columns, "mean")
     rows, columns, pairs, row_residual, column_residual = two_sided_lse(x, y, scale)
-    return softplus_loss(rows, row_residual, pairs, columns, column_residual).mean()
+    return softplus_loss(rows, row_residual, pairs, columns, column_residual, reduction="mean")
 
 
 def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, ...]:
@@ -286,7 +260,9 @@ def interleave(z1: Tensor, z2: Tensor) -> Tensor:
         return torch.stack([z1, z2], 1).flatten(0, 1)
 
 
-def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: str = "mean") -> Tensor:
+def ntxent(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, decoupled: bool = False, reduction: str = "mean"
+) -> Tensor:
     """NT-Xent (SimCLR): each embedding, normalized, finds its sample's other view among the 2B - 1 others.
 
     Equivalent: ``z = normalize(cat([z1, z2]))``, ``s = (z @ z.T / temperature).fill_diagonal_(-inf)``,
@@ -295,6 +271,8 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     Args:
         z1, z2: (B, D), dtypes as for ``similarity_lse``. Normalized in their own dtype, before autocast.
         temperature: a positive number or a tensor of one element, which may require grad.
+        decoupled: leave the positive out of the denominator: the decoupled contrastive loss (Yeh et al., arXiv
+            2110.06848).
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -307,18 +285,21 @@ def ntxent(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, reduction: st
     backward. The CPU takes each tile for its rows and its columns and caches the first: 4 and at most 12. Autocast and
     determinism as for ``similarity_lse``.
     """
-    return ntxent_of_scale(z1, z2, inverse_temperature(temperature), reduction)
+    check_flags(decoupled=decoupled)
+    return ntxent_of_scale(z1, z2, inverse_temperature(temperature), reduction, decoupled)
 
 
 @replayed
-def ntxent_of_scale(z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: str = "mean") -> Tensor:
+def ntxent_of_scale(
+    z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: str = "mean", decoupled: bool = False
+) -> Tensor:
     """``ntxent`` at an inverse temperature, of any sign."""
     check_paired(z1, z2, ("z1", "z2"))
     rows = 2 * z1.shape[0]
-    if small.is_small(rows, rows, z1, z2):
+    if not decoupled and small.is_small(rows, rows, z1, z2):
         return small.unit_set((z1, z2), scale, small.two_views, reduction)
     (z,), matmul_dtype = autocast_inputs(normalize(interleave(z1, z2)))
     factor = scale_tensor(scale, z)
-    lse2, logits, lse_residual, _ = apply_self_lse(z, factor, None, None, matmul_dtype, needs_grad(z, factor))
-    loss = softplus_loss(lse2, lse_residual, logits)
-    return reduce(loss.view(-1, 2).T.flatten() if reduction == "none" else loss, reduction)
+    lse2, logits, lse_residual, _ = apply_self_lse(z, factor, matmul_dtype, needs_grad(z, factor))
+    loss = softplus_loss(lse2, lse_residual, logits, reduction=reduction, decoupled=decoupled)
+    return loss.view(-1, 2).T.flatten() if reduction == "none" else loss

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vito_kernels.attention_pool import launch_attention_pool, launch_attention_pool_backward
 from vito_kernels.batch_norm import triton_kernels as batch_norm
-from vito_kernels.contrastive import epilogue, forward, large_dim, normalize, softplus_loss
+from vito_kernels.contrastive import epilogue, forward, large_dim, normalize, softplus_loss, two_sided_forward
 from vito_kernels.contrastive.backward import launch_lse_backward
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import choose_tile, matrices, on_tensor_cores, output_chunks, products
@@ -52,7 +52,7 @@ class Spec:
 
 @cache
 def all_specs() -> tuple[Spec, ...]:
-    products = (lse, multi_view, two_sided, gradient)
+    products = (lse, multi_view, other_sums, two_sided, gradient)
     rows = (epilogues, softplus_losses, normalization, pooling, batch_norms, photometrics)
     return tuple(spec for group in products + rows for spec in group())
 
@@ -115,6 +115,40 @@ def lse_spec(
     )
 
 
+def other_sums(device: str = "meta") -> Iterator[Spec]:
+    """The forward pass of SupCon, of SigLIP with and without the gradient of x, and of retrieval."""
+    for width in WIDTHS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for kind in ("labels", "sigmoid with mean", "sigmoid", "rank"):
+                yield other_sums_spec(kind, width, dtype, device)
+
+
+def other_sums_spec(kind: str, width: int, dtype: torch.dtype, device: str = "meta", rows: int = ROWS) -> Spec:
+    with_mean, mask = "mean" in kind, Mask(diagonal=0)
+
+    def launch() -> None:
+        x, ids = _rows(width, dtype, device, rows), torch.arange(rows, device=device)
+        if kind == "labels":
+            forward.launch_label_lse(x, x, _scale(device), mask, ids, ids)
+        else:
+            offset = torch.zeros(rows if kind == "rank" else (), device=device)
+            forward.launch_sums(kind.split()[0], x, x, _scale(device), offset, mask, with_mean)
+
+    def flops() -> float:
+        tile = forward.lse_tile("fixed", width, dtype, mask, with_mean)
+        launches = len(output_chunks(width, tile)) if with_mean else 1
+        return (2.0 * launches + 2.0 * with_mean) * products(dtype, width) * rows * rows * width
+
+    return Spec(
+        f"similarity {kind} D={width} {str(dtype)[6:]}",
+        launch,
+        flops,
+        min_bytes=2.0 * rows * width * dtype.itemsize + rows * 16 + (rows * width * 4 if with_mean else 0),
+        tensor_cores=partial(on_tensor_cores, dtype, width),
+        rare=dtype != torch.bfloat16 or width not in COMMON_WIDTHS or kind in ("sigmoid", "rank"),
+    )
+
+
 def multi_view(device: str = "meta") -> Iterator[Spec]:
     """All ordered pairs of three views, and their epilogues."""
     for width in COMMON_WIDTHS:
@@ -168,7 +202,7 @@ def two_sided_spec(
 
     def launch() -> None:
         x = _rows(width, dtype, device, rows)
-        forward.launch_two_sided(x, x, _scale(device), Mask(diagonal=diagonal))
+        two_sided_forward.launch_two_sided(x, x, _scale(device), Mask(diagonal=diagonal))
 
     return Spec(
         f"two-sided lse D={width} {str(dtype)[6:]}" + (" visiting" if diagonal is None else ""),
@@ -184,6 +218,7 @@ def gradient(device: str = "meta") -> Iterator[Spec]:
     """The key gradient under every layout, and that of two-sided losses, self-similarity and SupCon."""
     cases = [("key gradient", layout) for layout in ("none", "diagonal", "groups", "positive")]
     cases += [("two-sided gradient", layout) for layout in ("none", "diagonal", "supcon")]
+    cases += [("sigmoid gradient", "diagonal")]
     for width in WIDTHS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for name, layout in cases:
@@ -202,13 +237,14 @@ def gradient_spec(
         y_softmax = SoftmaxGrad(torch.full((rows,), 10.0, device=device), torch.full((rows,), 1 / rows, device=device))
         x_softmax = y_softmax if two_sided else None
         ids = torch.arange(rows, device=device)
-        term = PositiveTerm(ids.int(), y_softmax.weight) if layout == "supcon" else None
+        term = PositiveTerm(ids, ids, y_softmax.weight) if layout == "supcon" else None
         mask = _mask(layout, rows, device)
-        launch_lse_backward(*matrices(x, x), _scale(device), x_softmax, y_softmax, mask, term)
+        sigmoid = name == "sigmoid gradient"
+        launch_lse_backward(*matrices(x, x), _scale(device), x_softmax, y_softmax, mask, term, sigmoid)
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
-        if layout != "supcon" and large_dim.supports("gradient", width, dtype):
+        if layout != "supcon" and name != "sigmoid gradient" and large_dim.supports("gradient", width, dtype):
             return 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if two_sided else "gradient one", width, dtype)
         return (2.0 * len(output_chunks(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
@@ -264,8 +300,9 @@ def softplus_losses() -> Iterator[Spec]:
         given = (row, row, row, row) if sides == 2 else (row, row, None, None)
 
         def launch(given: softplus_loss.Sides = given) -> None:
-            softplus_loss.launch_softplus_loss(given, logits)
-            softplus_loss.launch_softplus_loss_backward(row, given, logits)
+            for reduction, gradient in (("none", row), ("mean", _meta())):
+                softplus_loss.launch_softplus_loss(given, logits, reduction, False)
+                softplus_loss.launch_softplus_loss_backward(gradient, given, logits, reduction, False)
 
         yield _memory_bound(name, launch, 0, (16 + 20 * sides) * ROWS)
 

@@ -20,6 +20,7 @@ LAUNCHING = (
     "contrastive.normalize",
     "contrastive.gpu",
     "contrastive.softplus_loss",
+    "contrastive.supcon",
     "photometric.op",
 )
 

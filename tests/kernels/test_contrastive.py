@@ -24,8 +24,8 @@ from contrastive_cases import (
 from torch.utils.checkpoint import checkpoint
 
 import vito_kernels
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
-from vito_kernels.contrastive import cpu, small
+from vito_kernels import clip_loss, info_nce, ntxent, reference, siglip_loss, similarity_lse, supcon_loss
+from vito_kernels.contrastive import cpu, cpu_tiles, small
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,9 +41,9 @@ def tile_rows(request, monkeypatch):
 
 def small_tiles(monkeypatch, rows, logit_cache):
     monkeypatch.setattr(small, "MOST_LOGITS", 0)
-    monkeypatch.setattr(cpu, "tile_rows", lambda: rows)
-    monkeypatch.setattr(cpu, "COLUMNS", rows + 8)
-    monkeypatch.setattr(cpu, "CACHE_BYTES", logit_cache)  # bytes
+    monkeypatch.setattr(cpu_tiles, "tile_rows", lambda: rows)
+    monkeypatch.setattr(cpu_tiles, "COLUMNS", rows + 8)
+    monkeypatch.setattr(cpu_tiles, "CACHE_BYTES", logit_cache)  # bytes
 
 
 @pytest.mark.parametrize("unit", [True, False], ids=["unit", "long"])
@@ -212,13 +212,18 @@ def test_ops_are_registered_in_full():
         (q, k.detach(), scale.detach(), None, None, torch.tensor([[1]] * 6), None, True),
     ):
         torch.library.opcheck(ops.similarity_lse.default, args)
-    group, count = torch.tensor([0, 0, 2, 2, 2, 5]), torch.tensor([1, 1, 2, 2, 2, 0])
+    label, key_label, bias = torch.tensor([0, 0, 2, 2, 2, 5]), torch.arange(9) // 2, torch.tensor(-1.0)
+    for diagonal in (0, None):
+        torch.library.opcheck(ops.siglip.default, (q, k, scale, bias.requires_grad_(), diagonal, True))
+    torch.library.opcheck(ops.positive_rank.default, (q.detach(), k.detach(), bias.detach(), *ids, None))
     for cache_logits in (False, True):
         torch.library.opcheck(ops.similarity_lse.default, (q, k, scale, None, None, None, 0, True, None, cache_logits))
         torch.library.opcheck(ops.two_sided_lse.default, (q, k, scale, 1, None, cache_logits))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_lse.default, (q, times * scale, None, None, None, cache_logits))
-            torch.library.opcheck(ops.self_lse.default, (q, times * scale, group, count, None, cache_logits))
+            torch.library.opcheck(ops.self_lse.default, (q, times * scale, None, cache_logits))
+            given = q, None, times * scale, label, None, 0
+            torch.library.opcheck(ops.supcon.default, (*given, "mean", None, cache_logits))
+        torch.library.opcheck(ops.supcon.default, (q, k, scale, label, key_label, 1, "none", None, cache_logits))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +234,11 @@ def test_ops_are_registered_in_full():
         lambda q, k: similarity_lse(q, k, 4.0, q_group=torch.arange(6), k_group=torch.arange(9)).sum(),
         lambda q, k: clip_loss(q, k[:6], 4.0),
         lambda q, k: ntxent(q, k[:6], 0.3),
+        lambda q, k: siglip_loss(q, k[:6], 4.0, torch.tensor(-2.0)),
+        lambda q, k: supcon_loss(q, torch.arange(6) // 2, keys=k, key_labels=torch.arange(9) // 3),
+        lambda q, k: ntxent(q, k[:6], 0.3, decoupled=True),
     ],
-    ids=["info_nce", "options", "lse", "clip", "ntxent"],
+    ids=["info_nce", "options", "lse", "clip", "ntxent", "siglip", "supcon", "decoupled"],
 )
 def test_under_every_transform_of_pytorch(loss):
     q, k = (embeddings(n, 16, torch.float32, "cpu", n).requires_grad_() for n in (6, 9))
@@ -360,7 +368,7 @@ def test_cached_logits_change_no_gradient(loss, scale, monkeypatch):
         small_tiles(monkeypatch, 16, logit_cache)
         value = LOSSES[loss](x, y, scale)
         small_tiles(monkeypatch, 16 if logit_cache == 0 else 20, logit_cache)
-        monkeypatch.setattr(cpu, "COLUMNS", 24)
+        monkeypatch.setattr(cpu_tiles, "COLUMNS", 24)
         products.reset_mock()
         return [torch.autograd.grad(value, (x, y), retain_graph=True) for _ in range(2)]
 

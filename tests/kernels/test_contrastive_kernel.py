@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
 from vito_kernels._core.lazy_triton import interpreting, use_triton
-from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs
-from vito_kernels.contrastive.forward import launch_two_sided
+from vito_kernels.contrastive import cpu, epilogue, forward, large_dim, tile_configs, two_sided_forward
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.info_nce import similarity_lse_op
 from vito_kernels.contrastive.terms import LOG2E, Mask
 from vito_kernels.contrastive.tile_configs import Tile
+from vito_kernels.contrastive.two_sided_forward import launch_two_sided
 from vito_kernels.distributed import ring
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
@@ -158,7 +158,7 @@ def test_two_sided_sums_in_strips_of_rows(device, monkeypatch, dtype, diagonal):
     scale = torch.tensor(20.0, device=device)
 
     def run(blocks):
-        monkeypatch.setattr(forward, "STRIP_BYTES", 4 * len(y) * blocks)
+        monkeypatch.setattr(two_sided_forward, "STRIP_BYTES", 4 * len(y) * blocks)
         return launch_two_sided(x, y, scale, Mask(diagonal=diagonal))
 
     strips = run(2)
@@ -201,16 +201,17 @@ def test_memory_of_two_sides_is_not_quadratic(monkeypatch, rows, width):
     """On tensors without memory, of which only the sizes count."""
     kernel = Silent()
     for module, name in (
-        (forward, "two_sided_lse_fwd_kernel"),
+        (two_sided_forward, "two_sided_lse_fwd_kernel"),
         (large_dim, "large_dim_weights_kernel"),
         (epilogue, "finalize_lse_kernel"),
     ):
         monkeypatch.setattr(module, name, kernel)
-    monkeypatch.setattr(forward, "run_lse", lambda *_: None)
+    monkeypatch.setattr(forward, "run_lse", lambda *_, **__: None)
     monkeypatch.setattr(tile_configs, "interpreting", lambda: True)
     monkeypatch.setattr(large_dim, "_sizes", lambda: (128, 64, "native"))
     monkeypatch.setattr(large_dim, "supports", lambda *_: width == 1024)
-    monkeypatch.setattr(forward, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
+    for module in (forward, two_sided_forward):
+        monkeypatch.setattr(module, "choose_tile", lambda *_: Tile(32, 16, 128, 4, 2))
     x, scale = torch.empty(rows, width, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta")
     with Peak() as peak:
         launch_two_sided(x, x, scale, Mask(diagonal=0))

@@ -14,7 +14,7 @@ import torch
 
 from vito_kernels._core import lazy_triton
 from vito_kernels._core.lazy_triton import jit, use_triton
-from vito_kernels.contrastive import backward, forward, large_dim, tile_configs
+from vito_kernels.contrastive import backward, forward, large_dim, tile_configs, two_sided_forward
 from vito_kernels.inspect import compiled as inspect
 from vito_kernels.inspect import sass
 from vito_kernels.inspect.launch_specs import Spec, all_specs, lse_spec, two_sided_spec
@@ -200,7 +200,12 @@ def test_every_matrix_kernel_of_a_launch_must_use_the_tensor_cores(monkeypatch):
 
 
 def test_the_kernels_that_multiply_are_known_by_name():
-    found = {name for module in (forward, backward, large_dim) for name in vars(module) if name.endswith("_kernel")}
+    found = {
+        name
+        for module in (forward, two_sided_forward, backward, large_dim)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert found == inspect.MATRIX
 
 

@@ -9,15 +9,20 @@ import pytest
 import torch
 from rehearsal import no_gpu
 
+import vito_kernels
 from vito_kernels._core import lazy_triton
 from vito_kernels.contrastive import two_sided
+from vito_kernels.inspect.compiled import StandInLauncher
 
 if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
 # Functions of the same names hide these modules.
-attention_pool, info_nce, softplus_loss, normalize = (
+attention_pool, info_nce, softplus_loss, normalize, supcon = (
     importlib.import_module(f"vito_kernels.{name}")
-    for name in ("attention_pool", "contrastive.info_nce", "contrastive.softplus_loss", "contrastive.normalize")
+    for name in (
+        "attention_pool",
+        *(f"contrastive.{name}" for name in ("info_nce", "softplus_loss", "normalize", "supcon")),
+    )
 )
 ROWS, WIDTH = 300, 64
 ASKED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
@@ -73,14 +78,23 @@ def test_two_sided():
         call(two_sided.two_sided_lse_backward_op, *grads, x, y, scale, 0, *saved, *asked, None)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_one_set(grouped):
+def test_one_set():
     z, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
-    groups = (empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.int64)) if grouped else (None, None)
-    lse2, _, rest, logit_cache = call(two_sided.self_lse_op, z, scale, *groups, None, False)
+    lse2, _, rest, logit_cache = call(two_sided.self_lse_op, z, scale, None, False)
     for asked in ((True, True), (True, False), (False, True)):
         g_positive = empty(ROWS, 1)
-        call(two_sided.self_lse_backward_op, lse2, g_positive, z, scale, *groups, lse2, rest, logit_cache, *asked, None)
+        call(two_sided.self_lse_backward_op, lse2, g_positive, z, scale, lse2, rest, logit_cache, *asked, None)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("diagonal", [None, 7])
+def test_labels(reduction, diagonal):
+    z, scale, label = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(), empty(ROWS, dtype=torch.int64)
+    for keys, key_label in ((None, None), (empty(2 * ROWS, WIDTH, dtype=torch.bfloat16), empty(2 * ROWS).int())):
+        given = z, keys, scale, label, key_label, 0 if keys is None else diagonal
+        loss, *saved = call(supcon.supcon_op, *given, reduction, None, False)
+        for asked in ASKED:
+            call(supcon.supcon_backward_op, loss, *given, *saved, *asked, None)
 
 
 def test_rows():
@@ -89,8 +103,9 @@ def test_rows():
     call(normalize.normalize_backward_op, x, x)
     for pairs, sides in itertools.product((1, 100), (1, 2)):
         given = row, row, *((row, row) if sides == 2 else (None, None)), empty(ROWS, pairs)
-        call(softplus_loss.softplus_loss_op, *given)
-        call(softplus_loss.softplus_loss_backward_op, row, *given)
+        for reduction, decoupled in (("none", False), ("mean", True)):
+            call(softplus_loss.softplus_loss_op, *given, reduction, decoupled)
+            call(softplus_loss.softplus_loss_backward_op, row, *given, reduction, decoupled)
 
 
 def test_pooling():
@@ -98,3 +113,23 @@ def test_pooling():
     pooled, weights = call(attention_pool.attention_pool_op, features, logits)
     for g_weights in (None, weights):
         call(attention_pool.attention_pool_backward_op, pooled, g_weights, features, empty(0), weights, pooled)
+
+
+def test_a_replay_works_on_the_memory_of_its_call(monkeypatch):
+    """Also where the arguments of an earlier call are taken again: for the same tensors, and then for others."""
+    launcher, given = StandInLauncher.__call__, []
+    monkeypatch.setattr(
+        StandInLauncher, "__call__", lambda self, *args: (given.extend(args[9:]), launcher(self, *args))
+    )
+    k = torch.randn(96, WIDTH, dtype=torch.bfloat16)
+    known = [torch.randn(96, WIDTH, dtype=torch.bfloat16).requires_grad_() for _ in range(12)]
+    for call in (0, 1, 2, 3, 3, 2, *range(12), 11, 0):
+        q = known[call]
+        given.clear()
+        vito_kernels.info_nce(q, k).backward()
+        bases = [getattr(x, "base", x) for x in given]
+        pointers = {
+            x if isinstance(x, int) else x.data_ptr() for x in bases if isinstance(x, int) or hasattr(x, "data_ptr")
+        }
+        assert {q.data_ptr(), k.data_ptr()} <= pointers
+        assert not pointers & {x.data_ptr() for x in known if x is not q}

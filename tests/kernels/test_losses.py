@@ -330,7 +330,8 @@ def test_tracing_and_distributed_tensors_are_refused_in_one_line():
 
 def test_modules_show_their_options():
     assert repr(vk.InfoNCELoss(0.2, debias=0.1)) == (
-        "InfoNCELoss(temperature=0.2, label_smoothing=0.0, hard_negatives=0.0, debias=0.1, reduction=mean)"
+        "InfoNCELoss(temperature=0.2, label_smoothing=0.0, hard_negatives=0.0, debias=0.1, decoupled=False, "
+        "reduction=mean)"
     )
     assert "queue=(20, 8)" in repr(vk.MoCoLoss(8, 20))
     assert "world_size=2" in repr(ClipAdapter(local_loss=True, world_size=2))

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import vito_kernels
 from vito_kernels import reference
-from vito_kernels.contrastive import cpu, cpu_matmul
+from vito_kernels.contrastive import cpu_matmul, cpu_tiles
 from vito_kernels.contrastive.cpu_matmul import add_product, product
 
 SHAPES = [(1, 1, 1), (1, 7, 16), (7, 1, 100), (33, 65, 17), (96, 512, 256), (40, 24, 1000)]
@@ -68,7 +68,7 @@ def test_losses_by_either_library(loss, temperature):
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss"])
 def test_autocast_rounds_embeddings_and_nothing_else(loss, temperature, monkeypatch):
     """Nor in a backward pass within its block, of tiles that are not cached."""
-    monkeypatch.setattr(cpu, "CACHE_BYTES", 4000)
+    monkeypatch.setattr(cpu_tiles, "CACHE_BYTES", 4000)
     q, k = (normalize(embeddings(600, 48, torch.float32, "cpu", i), dim=1).requires_grad_() for i in range(2))
 
     def gradients(of, *sides):
