@@ -79,12 +79,17 @@ class SamplerConfig:
     """Standard deviation of the blur in pixels of the view, uniform (ancestor)."""
     solarize: tuple[float, ...] = (0.0, 0.2, 0.0)
     """Probability of solarizing at 0.5 in each view; the last repeats (ancestor, and for a third view the paper)."""
+    small_crops: int = 0
+    """Small crops of each view, queries of the other views' keys (multi-crop; ours: as in SwAV and DINO, off)."""
+    small_size: int = 96
+    """Side of a small crop in pixels (ours)."""
+    small_area: tuple[float, float] = (0.1, 0.4)
+    """Area of a small crop as a share of its view, uniform (ours)."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "views"):
-            self._check(
-                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer of at least 1"
-            )
+        for name, least in (("size", 1), ("views", 1), ("small_crops", 0), ("small_size", 1)):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, int) and value >= least, f"an integer of at least {least}")
         self._check("views", self.views <= MAX_VIEWS, f"at most {MAX_VIEWS}")
         self._check("crop_fit", self.crop_fit in ("clip", "retry"), "clip or retry")
         for name in ("frame_window", "brightness"):
@@ -94,6 +99,7 @@ class SamplerConfig:
         self._check("hue", _within(self.hue, 0, 0.5), "within 0 and 0.5 turns")
         for name, least, most, rule in (
             ("crop_area", 0, 1, "a range within (0, 1]"),
+            ("small_area", 0, 1, "a range within (0, 1]"),
             ("crop_aspect", 1e-3, 1e3, "a range within 0.001 and 1000"),
             ("blur_sigma", 0, math.inf, "a range above 0"),
         ):

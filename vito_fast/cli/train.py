@@ -48,3 +48,35 @@ class Train:
         )
         stopped_by = summary.get("signal")
         return 128 + signal.Signals[stopped_by] if stopped_by else 0
+
+
+@dataclass(frozen=True)
+class LrFind:
+    """Find a learning rate: train for some steps with a growing one, print the loss, and propose one. Writes nothing.
+
+    usage: vito-fast lr-find CONFIG [--steps N] [--section.field VALUE ...]
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    steps: int = 100
+    """Steps of the sweep."""
+    low: float = 1e-3
+    """First optimizer.base_lr."""
+    high: float = 100.0
+    """Last optimizer.base_lr; the sweep ends earlier where the loss grows."""
+
+    def run(self) -> int:
+        """Prints the sweep; returns the exit status."""
+        from vito_fast.train.find_rate import find_rate
+
+        every = max(1, self.steps // 20)
+
+        def told(step: int, rate: float, loss: float) -> None:
+            if step % every == 0:
+                print(f"step {step}: base_lr {rate:.2g}, loss {loss:.4f}", flush=True)
+
+        found = find_rate(self.config, self.steps, self.low, self.high, told)
+        lowest = found.losses[found.rates.index(found.lowest)]
+        print(f"lowest loss {lowest:.4f} at {found.lowest:.2g}, steepest fall at {found.steepest:.2g}")
+        print(f"propose: --optimizer.base-lr {found.steepest:.2g}  (now {self.config.optimizer.base_lr:g})")
+        return 0

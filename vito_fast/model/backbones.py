@@ -219,7 +219,7 @@ class TimmBackbone(nn.Module):
             wanted = " x ".join(map(str, self.body.default_cfg["input_size"][1:]))
             raise UserError(
                 f"model.backbone {self.name!r} takes no images of {x.shape[2]} x {x.shape[3]} ({error}): set "
-                f"sampler.size as it was made for, {wanted}, or choose another network"
+                f"sampler.size as it was made for, {wanted}, without sampler.small_crops, or choose another network"
             ) from None
         return features
 

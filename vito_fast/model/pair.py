@@ -60,8 +60,19 @@ class Branch(nn.Module):
         self.projectors = nn.ModuleList(mlp(c, hidden, out) for c in inputs)
         self.predictors = nn.ModuleList(mlp(out, hidden, out) for _ in inputs) if predictor else None
 
-    def forward(self, images: Tensor) -> BranchOutput:
-        """(B,3,H,W) -> embeddings, and pooling weights of each level."""
+    def forward(self, images: Tensor, small: Tensor | None = None) -> BranchOutput:
+        """(B,3,H,W) -> embeddings, and pooling weights of each level.
+
+        The embeddings of ``small`` images (B',3,h,w), another pass through the same networks, follow those of
+        ``images``. The weights are of ``images`` alone.
+        """
+        out = self._embed(images)
+        if small is None:
+            return out
+        more = self._embed(small).embeddings
+        return BranchOutput([torch.cat(pair) for pair in zip(out.embeddings, more, strict=True)], out.weights)
+
+    def _embed(self, images: Tensor) -> BranchOutput:
         pooled, weights = zip(*(p(f) for p, f in zip(self.pools, self.backbone(images), strict=True)), strict=True)
         inputs = pooled if len(self.projectors) == len(pooled) else (torch.cat(pooled, 1),)
         embeddings = [project(x) for project, x in zip(self.projectors, inputs, strict=True)]

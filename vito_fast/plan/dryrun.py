@@ -182,13 +182,16 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
         to_fake_cuda(model, dtype)
         optimizer = Lars(model.online.named_parameters(), config.optimizer)
         optimizer.gradients()
-        images = (torch.empty(2 * config.sampler.views, 3, size, size, dtype=dtype, device="cuda:0"),)
+        many = 2 * config.sampler.views
+        images = (torch.empty(many, 3, size, size, dtype=dtype, device="cuda:0"),)
+        many, size = many * config.sampler.small_crops, config.sampler.small_size
+        small = (torch.empty(many, 3, size, size, dtype=dtype, device="cuda:0"),) if many else ()
         rate = (
             torch.empty((), dtype=torch.float64, device="cuda:0"),
             torch.empty((), dtype=torch.bool, device="cuda:0"),
         )
         for name, part, given, narrow in (
-            ("online branch", model.online, images, config.train.dtype == "bfloat16"),
+            ("online branch", model.online, (*images, *small), config.train.dtype == "bfloat16"),
             ("target branch", model.target, images, config.train.dtype == "bfloat16"),
             ("optimizer's step", optimizer.step, rate, False),
             ("target's average", model.update_target, rate, False),

@@ -234,7 +234,8 @@ class OpCounter(TorchDispatchMode):
                 if child is None:
                     continue
                 if gradient is not None:
-                    _accumulate(pending.setdefault(child, {}), slot, gradient)
+                    meta = child._input_metadata[slot]
+                    _accumulate(pending.setdefault(child, {}), slot, _fit(gradient, meta.shape, meta.dtype))
                 waiting[child] -= 1
                 if not waiting[child]:
                     ready.append(child)
@@ -261,7 +262,7 @@ class OpCounter(TorchDispatchMode):
         if not incoming:
             return (None,) * len(node.next_functions)
         slots = node._input_metadata
-        given = [_fit(incoming[i], m.shape, m.dtype) if i in incoming else None for i, m in enumerate(slots)]
+        given = [incoming.get(i) for i in range(len(slots))]
         incoming.clear()
         self._unpacked.clear()
         out = node(*given) if callable(node) else node.apply(*given)  # nodes written in Python have only apply

@@ -197,7 +197,8 @@ def counted_step(config: Config, clips: int, world: int) -> DryRun:
     train = TrainConfig(
         micro_batches=config.train.micro_batches, dtype=config.train.dtype, channels_last=config.train.channels_last
     )
-    sampler = SamplerConfig(size=config.sampler.size, views=config.sampler.views)
+    used = ("size", "views", "small_crops", "small_size")
+    sampler = SamplerConfig(**{name: getattr(config.sampler, name) for name in used})
     return _counted_step(Config(model=config.model, loss=config.loss, sampler=sampler, train=train), clips, world)
 
 

@@ -12,7 +12,6 @@ DetCon-B: a batch of distinct videos gives 2N-1 logits). The objective is the su
 and over embeddings.
 """
 
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -33,29 +32,37 @@ def _key_rows(keys: Tensor, video: Tensor, a: int, b: int, config: LossConfig) -
 def objective(queries: list[Tensor], keys: GatheredKeys, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Sums the terms over ordered pairs of views and over embeddings. Gradient flows to the queries only.
 
+    A small crop is paired with every view but its own.
+
     Args:
-        queries: E times (V,B,D) of unit rows.
+        queries: E times (V+S,B,D) of unit rows: those of V views, then of S small crops, as many of each view.
         keys: Keys of all ranks.
         config: The loss; with ``byol`` a term is 2 - 2 q_i.k_i.
 
     Returns:
         (objective (), mean term of each embedding (E,), detached). The mean term compares with ``chance``.
     """
-    views, clips, _ = queries[0].shape
+    views, (rows, clips, _) = len(keys.embeddings[0]), queries[0].shape
     own = keys.own(clips)
-    pairs = list(permutations(range(views), 2))
+    view_of = [*range(views), *(crop * views // (rows - views) for crop in range(rows - views))]
+    pairs = [(a, b) for a in range(rows) for b in range(views) if b != view_of[a]]
 
     def mean_term(q: Tensor, k: Tensor) -> Tensor:
         if config.name == "byol":
             return torch.stack([(2 - 2 * (q[a] * k[b, own]).sum(-1)).mean() for a, b in pairs]).mean()
         options: dict[str, Any] = {"temperature": config.temperature, "q_group": keys.video[own]}
+        terms, rest = [], pairs
         if config.negatives == "cross_view":
-            return multi_view_info_nce(q, k, positive_offset=own.start, k_group=keys.video, reduction="mean", **options)
+            count, rest = views * (views - 1), pairs[views * (views - 1) :]
+            whole = {"positive_offset": own.start, "k_group": keys.video, "reduction": "mean", **options}
+            mean = multi_view_info_nce(q[:views], k, **whole)
+            if not rest:
+                return mean
+            terms = [mean] * count
         positive = torch.arange(own.start, own.stop, device=q.device)
-        terms = []
-        for a, b in pairs:
-            rows, groups = _key_rows(k, keys.video, a, b, config)
-            terms.append(info_nce(q[a], rows, positive=positive, k_group=groups, **options))
+        for a, b in rest:
+            candidates, groups = _key_rows(k, keys.video, view_of[a], b, config)
+            terms.append(info_nce(q[a], candidates, positive=positive, k_group=groups, **options))
         return torch.stack(terms).mean()
 
     by_embedding = torch.stack([mean_term(q, k) for q, k in zip(queries, keys.embeddings, strict=True)])

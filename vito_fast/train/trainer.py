@@ -20,9 +20,10 @@ from vito_fast.model.pair import normalize
 from vito_fast.train import profiling
 from vito_fast.train.checkpoint import Checkpoint
 from vito_fast.train.distributed import World, mean_over_ranks, replicate
-from vito_fast.train.keys import PendingKeys
+from vito_fast.train.keys import PendingKeys, shares
 from vito_fast.train.loss import accuracy, attention_entropy, chance, embedding_rank, embedding_std, objective
 from vito_fast.train.optim import Schedule, build_optimizer
+from vito_fast.train.small_crops import small_crops
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Dtype of the weights for each ``train.dtype``; bfloat16 is autocast over float32 weights."""
@@ -90,7 +91,8 @@ class Trainer:
             raise ValueError(f"a step takes {self.config.sampler.views} views, got {len(views)}")
         lr, tau = self.schedule.learning_rate(self.step_count), self.schedule.tau(self.step_count)
         self.weight = 1.0 if total is None else len(video) * self.world.size / total
-        micro = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in views), strict=True))
+        given = (*views, *self._small_crops(views, total))
+        micro = list(zip(*(v.tensor_split(self.config.train.micro_batches) for v in given), strict=True))
         before = [_flat(group) for group in self.buffers]
         for p in self.model.online.parameters():
             p.grad = None
@@ -98,7 +100,7 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
 
         with torch.no_grad(), profiling.range("target"):  # keys first: they travel while the online branch runs
-            keys = [self._forward(self.target, part)[0] for part in micro]
+            keys = [self._forward(self.target, part[: len(views)])[0] for part in micro]
             pending = PendingKeys(
                 [normalize(torch.cat(k, 1)) for k in zip(*keys, strict=True)], video, self.world, total
             )
@@ -137,12 +139,20 @@ class Trainer:
             return {}
         return self._measure(queries, weights, every, by_embedding, norm) | {"lr": lr, "tau": tau}
 
+    def _small_crops(self, views: tuple[Tensor, ...], total: int | None) -> tuple[Tensor, ...]:
+        config, world = self.config, self.world
+        if not config.sampler.small_crops:
+            return ()
+        sizes = shares(total or world.size * len(views[0]), world.size)
+        return small_crops(views, config.sampler, config.seed, self.step_count, sum(sizes[: world.rank]), sum(sizes))
+
     def _forward(self, branch: nn.Module, views: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """All views of some clips in one pass: embeddings (V,b,D), and pooling weights (V*b,L) of each level."""
-        device, config = self.world.device, self.config.train
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            images = torch.cat(views)
-            out = branch(images.double() if config.dtype == "float64" else images)
+        """All views and small crops of some clips: embeddings (V,b,D), and pooling weights (V*b,L) of each level."""
+        device, config = self.world.device, self.config
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16"):
+            whole = config.sampler.views
+            images = [torch.cat(part) for part in (views[:whole], views[whole:]) if part]
+            out = branch(*(part.double() if config.train.dtype == "float64" else part for part in images))
         return [z.unflatten(0, (len(views), -1)) for z in out.embeddings], out.weights
 
     def _online(self, views: tuple[Tensor, ...], micro: int) -> tuple[list[Tensor], list[Tensor]]:

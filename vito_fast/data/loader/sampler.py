@@ -100,7 +100,8 @@ def _arguments(numbers: npt.ArrayLike, attempt: npt.ArrayLike) -> tuple[npt.NDAr
 
 def _native_config(config: SamplerConfig) -> dict[str, object]:
     """The C++ sampler's configuration: the aspect ratio's logarithm, and one probability for each possible view."""
-    values = {name: value for name, value in vars(config).items() if name not in ("size", "crop_aspect", "crop_fit")}
+    elsewhere = ("size", "crop_aspect", "crop_fit", "small_crops", "small_size", "small_area")
+    values = {name: value for name, value in vars(config).items() if name not in elsewhere}
     values["crop_retry"] = config.crop_fit == "retry"
     values["log_aspect"] = tuple(math.log(ratio) for ratio in config.crop_aspect)
     for name in ("blur", "solarize"):
