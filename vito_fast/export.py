@@ -164,7 +164,6 @@ def _with_extension(out: Path, ext: Extension | None) -> Path:
 
 
 def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
@@ -176,5 +175,5 @@ def _write(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
                 buffer = io.BytesIO()  # torch reports a full disk as a failed check of its own
                 torch.save(state, buffer)
                 partial.write_bytes(buffer.getbuffer())
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None

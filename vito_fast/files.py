@@ -19,13 +19,17 @@ from vito_fast.errors import UserError
 
 @contextmanager
 def name_errors(path: Path) -> Iterator[None]:
-    """Add ``path`` to an OSError that names no file, such as that of a full disk."""
+    """Add ``path`` to an OSError that names no file, such as that of a full disk. Those of safetensors become one."""
     try:
         yield
     except OSError as error:
         if error.errno and not error.filename:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # by name: a command without tensors need not import it
+            raise
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 @contextmanager

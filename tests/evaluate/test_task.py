@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def data(tmp_path):
     for name, value in {"a": 1, "b": 2, "c": 4}.items():
         (folder / f"{name}.txt").write_text(str(value))
     return folder
+
+
+def test_a_full_disk_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "measure", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left") as full:
+        Toy().run(toy_encoder(), data, preset(), tmp_path / "out")
+    assert full.value.filename.endswith("toy-plain")
 
 
 def preset(**options):

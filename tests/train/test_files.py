@@ -67,6 +67,17 @@ def test_a_full_disk_is_named(tmp_path, full_disk, capsys):
     assert (tmp_path / "rows").read_text() == '{"step": 1}\n'
 
 
+def test_a_full_disk_under_tensors_is_named(tmp_path, full_disk):
+    with (
+        full_disk(100),
+        pytest.raises(OSError, match="File too large") as full,
+        atomic_write(tmp_path / "a") as partial,
+    ):
+        save_file({"x": torch.zeros(100)}, partial)
+    assert full.value.filename == str(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_is_on_the_disk_before_its_name_and_then_its_name(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from vito_fast.config_files import from_mapping, nearest, preset_files
 from vito_fast.errors import UserError
 from vito_fast.evaluate.result import Encoded, Metric, Result, cost_since, environment, finished, start_cost
+from vito_fast.files import name_errors
 
 if TYPE_CHECKING:
     from vito_fast.evaluate.encoders import Encoder
@@ -172,7 +173,8 @@ class Task(abc.ABC):
             claim_folder(work, key)
         barrier()
         started = start_cost(encoder.device)
-        measured = self.measure(encoder, data, preset.options, work)
+        with name_errors(work):
+            measured = self.measure(encoder, data, preset.options, work)
         result = Result(
             task=self.name,
             preset=preset.name,

@@ -87,17 +87,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically; OSError if it cannot be written, and then ``path`` is as it was."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _checksum(tensors, text)}
-    try:
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, metadata=header)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, metadata=header)
 
 
 def read(path: Path) -> Checkpoint:
