@@ -206,6 +206,21 @@ def softplus(x):
 
 
 @jit
+def softplus2(x):
+    """log2(1 + 2^x) to 2e-7 of itself, by a polynomial: log2(1 + e) would forget a small e."""
+    e = tl.exp2(-tl.abs(x))
+    series = 0.007366149686276913 * e - 0.04182654991745949
+    series = series * e + 0.11163681000471115
+    series = series * e - 0.19607090950012207
+    series = series * e + 0.2751408517360687
+    series = series * e - 0.3582780957221985
+    series = series * e + 0.48067617416381836
+    series = series * e - 0.7213394045829773
+    series = series * e + 1.4426950216293335
+    return tl.maximum(x, 0.0) + e * series
+
+
+@jit
 def sigmoid(x):
     e = tl.exp(-tl.abs(x))  # cannot overflow
     return tl.where(x > 0.0, 1.0, e) / (1.0 + e)

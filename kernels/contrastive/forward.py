@@ -37,6 +37,7 @@ from vito_kernels.contrastive.device_functions import (
     load_rows,
     plan_tiles,
     row_sums,
+    softplus2,
     store_sums,
     zero_sums,
 )
@@ -90,11 +91,11 @@ def _similarity_lse_fwd_step(
         )
     total = totals[0]
     if KIND == "sigmoid":
-        e = tl.exp2(-tl.abs(s))
-        p = tl.where(s > 0.0, 1.0, e) / (1.0 + e)
+        terms = softplus2(s)
+        p = tl.exp2(s - terms)
+        if not CLEAN:
+            p = tl.where(s == -float("inf"), 0.0, p)
         more = (totals[1] + row_sums(p, LANES),)
-        series = 1.4426950408889634 * e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))
-        terms = tl.maximum(s, 0.0) + tl.where(e < 0.03125, series, tl.log2(1.0 + e))  # 1 + e forgets a small e
     elif KIND == "rank":
         p = s
         terms = tl.where(s > 0.0, 1.0, 0.0)
@@ -278,7 +279,7 @@ def launch_label_lse(
     Positives are its keys of the query's label: their sum of logits less |scale| log2(e), and their number.
     """
     M, N, D, (left, right) = q.shape[0], k.shape[0], q.shape[1], matrices(q, k)
-    tiles = [lse_tile(variant, D, q.dtype, mask, False) for variant in VARIANTS]
+    tiles = [lse_tile(variant, D, q.dtype, mask, False, "labels") for variant in VARIANTS]
     split_keys, splits = _split(cdiv(M, tiles[0].block_m), N, tiles, q)
     lse2, lse_residual, distances, counts = (scale.new_empty(splits, M) for _ in range(4))
     mean = scale.new_empty(splits, 0, D)
@@ -302,7 +303,7 @@ def launch_sums(
     "rank": how many logits are above ``offset`` (M,); the second is unused.
     """
     M, N, D, (left, right) = q.shape[0], k.shape[0], q.shape[1], matrices(q, k)
-    tile = lse_tile("fixed", D, q.dtype, mask, compute_mean)
+    tile = lse_tile("fixed", D, q.dtype, mask, compute_mean, kind)
     split_keys, splits = _split(cdiv(M, tile.block_m), N, [tile], q)
     first, second = scale.new_empty(splits, M), scale.new_empty(splits, M)
     mean = scale.new_empty(splits, M if compute_mean else 0, D)
@@ -344,11 +345,11 @@ def trusted_lse(
     return lse2[0], lse_residual[0]
 
 
-def lse_tile(variant: str, D: int, dtype: torch.dtype, mask: Mask, compute_grad_q: bool) -> Tile:
-    """The tile of a variant; "masked" is the fixed one where any tile may hold a masked key."""
+def lse_tile(variant: str, D: int, dtype: torch.dtype, mask: Mask, compute_grad_q: bool, kind: str = "lse") -> Tile:
+    """The tile of a variant; "masked" is the fixed one where any tile may hold a masked key, or one of another kind."""
     masked = mask.q_group is not None or mask.positive is not None
-    kind = "mean" if compute_grad_q else "lse"
-    return choose_tile(f"{kind} {'masked' if masked and variant == 'fixed' else variant}", D, dtype)
+    fixed = kind if kind != "lse" else "masked" if masked else "fixed"
+    return choose_tile(f"{'mean' if compute_grad_q else 'lse'} {fixed if variant == 'fixed' else variant}", D, dtype)
 
 
 def online_only_dtype(dtype: torch.dtype, compute_grad_q: bool) -> bool:
@@ -384,7 +385,7 @@ def run_lse(
     With ``sums`` (parts, M) relative to the fixed shift of ``headroom`` it only repeats the rows that these fail.
     """
     M, N, D, dtype = q.tensor.shape[0] // views, k.tensor.shape[0] // views, q.tensor.shape[1], q.tensor.dtype
-    tile = lse_tile(variant, D, dtype, mask, mean.shape[1] > 0)
+    tile = lse_tile(variant, D, dtype, mask, mean.shape[1] > 0, kind)
     left, right = Operand(q, tile.block_m, tile), Operand(k, tile.block_n, tile)
     online, ids = variant == "online", labels if kind == "labels" else (mask.q_group, mask.k_group)
     shift = 100.0 if not online else 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24

@@ -283,7 +283,8 @@ def ntxent(
 
     The matrix is symmetric, so one backward pass serves both roles of an embedding: 8 B B D flops forward, 16 B B D
     backward. The CPU takes each tile for its rows and its columns and caches the first: 4 and at most 12. Autocast and
-    determinism as for ``similarity_lse``.
+    determinism as for ``similarity_lse``. Unit vectors of 16 bits are rounded to them, as in a matmul of PyTorch: at a
+    temperature of .01 that moves the gradient of bfloat16 by 3e-2. Pass float32 embeddings there.
     """
     check_flags(decoupled=decoupled)
     return ntxent_of_scale(z1, z2, inverse_temperature(temperature), reduction, decoupled)

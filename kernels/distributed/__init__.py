@@ -7,6 +7,8 @@ from .losses import (
     global_info_nce,
     global_multi_view_info_nce,
     global_ntxent,
+    global_siglip_loss,
+    global_supcon_loss,
 )
 from .sync_batch_norm import sync_batch_norm
 
@@ -17,5 +19,7 @@ __all__ = [
     "global_info_nce",
     "global_multi_view_info_nce",
     "global_ntxent",
+    "global_siglip_loss",
+    "global_supcon_loss",
     "sync_batch_norm",
 ]

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels._core.checks import (
+    autocast_inputs,
     check_exchange,
     check_groups,
     check_ids,
@@ -35,12 +36,15 @@ from vito_kernels._core.checks import (
     check_pair,
     check_paired,
     inverse_temperature,
+    needs_grad,
     scale_tensor,
 )
 from vito_kernels.contrastive.info_nce import lse_and_positives
 from vito_kernels.contrastive.multi_view import check_views, multi_view_info_nce
 from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.siglip import apply_siglip, siglip_of_sums
 from vito_kernels.contrastive.softplus_loss import softplus_loss
+from vito_kernels.contrastive.supcon import supcon_of_unit
 from vito_kernels.contrastive.terms import LOG2E
 from vito_kernels.contrastive.two_sided import interleave, two_sided_lse
 from vito_kernels.distributed import ring
@@ -245,6 +249,77 @@ def global_clip_loss(
     row, part, pair, lse_residual, _ = two_sided_lse(x, keys, scale, offset)
     column = _logsumexp(gather_with_grad(part[None], group=group, sizes=[1] * len(sizes))[:, columns])
     return _share(softplus_loss(row, lse_residual, pair, column, torch.zeros_like(column)), sizes, sum(sizes))
+
+
+def global_siglip_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor = 0.0,
+    *,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """This rank's share of ``siglip_loss`` over all ranks' pairs.
+
+    Args:
+        x, y: (B, D), row i of one belongs to row i of the other.
+        scale, bias: as for ``siglip_loss``.
+        group, sizes: as for ``gather_keys``.
+        exchange: "gather" or "ring" (see the module), of y. SigLIP itself takes the ring.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError, TypeError: as ``siglip_loss``.
+    """
+    check_paired(x, y, ("x", "y"))
+    check_exchange(exchange)
+    scale, bias = scale_tensor(scale, x), scale_tensor(bias, x)
+    sizes = checked_sizes(x, sizes, group)
+    if exchange == "ring":
+        sums, logits = ring.siglip_sums(x, y, scale, bias, sizes, group)
+    else:
+        offset = sum(sizes[: dist.get_rank(group)])
+        (x, keys), matmul_dtype = autocast_inputs(x, gather_with_grad(y, group=group, sizes=sizes))
+        sums, logits, *_ = apply_siglip(x, keys, scale, bias, offset, needs_grad(x, scale), matmul_dtype)
+    return siglip_of_sums(sums, logits, bias, "sum") * (len(sizes) / sum(sizes))
+
+
+def global_supcon_loss(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    group: Group = None,
+    sizes: list[int] | None = None,
+) -> Tensor:
+    """This rank's share of ``supcon_loss`` over all ranks' rows, gathered.
+
+    Args:
+        z, labels: (B, D) and (B,), this rank's.
+        temperature: as for ``supcon_loss``.
+        group, sizes: as for ``gather_keys``.
+
+    Returns:
+        A float32 scalar: the mean over ranks is the mean over all rows that have a positive on any rank.
+
+    Raises:
+        ValueError, TypeError: as ``supcon_loss``.
+    """
+    check_pair(z, z, ("z", "z"))
+    check_ids("labels", labels, z.shape[0], z)
+    sizes = checked_sizes(z, sizes, group)
+    (unit,), matmul_dtype = autocast_inputs(normalize(z))
+    keys = gather_with_grad(unit, group=group, sizes=sizes)
+    ids, offset = gather_with_grad(labels, group=group, sizes=sizes), sum(sizes[: dist.get_rank(group)])
+    scale = inverse_temperature(temperature)
+    losses, share = supcon_of_unit(unit, keys, scale, labels, ids, matmul_dtype, "none", offset)
+    rows = (share.detach() > 0).sum().to(losses.dtype)
+    dist.all_reduce(rows, group=group)
+    return losses.sum() * len(sizes) / rows.clamp(min=1)
 
 
 def _logsumexp(parts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-sum-exps over all ranks with keys that pass round a ring: no rank ever holds all of them.
+"""Log-sum-exps, and sums of sigmoids, over all ranks with keys that pass round a ring: no rank ever holds all of them.
 
 A block of rows visits the ranks one after the other. The next block is in transfer during the work on this one, so a
 rank holds two visiting blocks beside its own. That is O(B D) memory instead of O(N D) for gathered keys. Results for
@@ -239,3 +239,71 @@ def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int],
     """``two_sided.two_sided_lse`` over all ranks: of this rank's rows of x (B, D) and of its y (B, D)."""
     (x, y), matmul_dtype = autocast_inputs(x, y)
     return _TwoSided.apply(x, y, scale_tensor(scale, x), _Ring.of(sizes, group), matmul_dtype)
+
+
+class _Sigmoid(torch.autograd.Function):
+    """(sums (B,) of softplus(s) over the other rows of all ranks' y, logits of the pairs (B, 1)) of x (B, D).
+
+    Blocks of y travel; as nothing is normalized, sums over blocks are added.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        ring: _Ring,
+        compute_grad_x: bool,
+        matmul_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        path = path_of(x)
+        path.check_values(scale)
+        sums: Rows = ()
+        pairs = x.new_empty(0)
+
+        def visit(block: Rows, own: bool) -> Rows:
+            nonlocal sums, pairs
+            mask = Mask(diagonal=0 if own else None)
+            total, logits, *more = path.sigmoid_forward(x, block[0], scale, bias, mask, compute_grad_x, matmul_dtype)
+            found = total, *more
+            sums, pairs = (found, logits) if own else (_add(sums, found), pairs)
+            return ()
+
+        ring.rotate((y,), visit)
+        ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
+        ctx.save_for_backward(x, y, scale, bias, *sums[1:])
+        return sums[0], pairs
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, gradient: Tensor, g_pair: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, bias, shares, mean = ctx.saved_tensors
+        need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
+        path, gradient, dx, dscale = path_of(x), gradient.contiguous(), None, None
+        if need_x or need_scale:
+            pairs = {"pair_weight": g_pair, "k": y, "other": x if need_scale else None}
+            dx, dscale = path.grad_epilogue(mean, scale, x.dtype, store=need_x, weight=gradient / LOG2E, **pairs)
+        dy = None
+        if need_y:
+            softmax = SoftmaxGrad((bias * -LOG2E).expand_as(shares).contiguous(), gradient)
+
+            def visit(block: Rows, own: bool) -> Rows:
+                given = softmax, None, Mask(diagonal=0 if own else None), False, True, ctx.matmul_dtype
+                _, grad = path.lse_backward(x, block[0], scale, *given, sigmoid=True)
+                if own:
+                    grad.addcmul_(x.to(grad.dtype), g_pair, value=LOG2E)
+                return (grad.mul_(scale),)
+
+            dy = ctx.ring.rotate((y,), visit, _add)[0].to(y.dtype)
+        dbias = (gradient * shares).sum() if need_bias else None
+        return dx if need_x else None, dy, dscale if need_scale else None, dbias, None, None, None
+
+
+def siglip_sums(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], group: Group
+) -> tuple[Tensor, Tensor]:
+    """The sums (B,) and the logits of pairs (B, 1) of this rank's rows of x (B, D) against the y of all ranks."""
+    (x, y), matmul_dtype = autocast_inputs(x, y)
+    return _Sigmoid.apply(x, y, scale, bias, _Ring.of(sizes, group), needs_grad(x, scale), matmul_dtype)

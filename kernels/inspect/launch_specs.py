@@ -135,7 +135,7 @@ def other_sums_spec(kind: str, width: int, dtype: torch.dtype, device: str = "me
             forward.launch_sums(kind.split()[0], x, x, _scale(device), offset, mask, with_mean)
 
     def flops() -> float:
-        tile = forward.lse_tile("fixed", width, dtype, mask, with_mean)
+        tile = forward.lse_tile("fixed", width, dtype, mask, with_mean, kind.split()[0])
         launches = len(output_chunks(width, tile)) if with_mean else 1
         return (2.0 * launches + 2.0 * with_mean) * products(dtype, width) * rows * rows * width
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vito_kernels import clip_loss, info_nce, multi_view_info_nce, ntxent
+from vito_kernels import clip_loss, info_nce, multi_view_info_nce, ntxent, siglip_loss, supcon_loss
 from vito_kernels.adapters.lightly import NTXentLoss
 from vito_kernels.adapters.open_clip import ClipLoss
 from vito_kernels.distributed import (
@@ -22,6 +22,8 @@ from vito_kernels.distributed import (
     global_info_nce,
     global_multi_view_info_nce,
     global_ntxent,
+    global_siglip_loss,
+    global_supcon_loss,
 )
 
 WIDTH, FEATURES = 12, 24
@@ -65,6 +67,10 @@ def whole(name, x, y, scale, video):
     if name.startswith("views"):
         queries, keys, options = as_views(name, x, y, scale, video)
         return multi_view_info_nce(queries, keys, **options)
+    if name.startswith("siglip"):
+        return siglip_loss(x, y, scale, -scale / 2)
+    if name == "supcon":
+        return supcon_loss(x + y, video, temperature=1 / scale)
     if name in ("ntxent", "lightly"):
         return ntxent(x, y, 0.2 if name == "lightly" else 1 / scale)
     return clip_loss(x, y, scale)
@@ -86,6 +92,10 @@ def share(name, x, y, scale, video, sizes):
     if name.startswith("views"):
         queries, keys, options = as_views(name, x, y, scale, video)
         return global_multi_view_info_nce(queries, keys, **options, sizes=sizes)
+    if name.startswith("siglip"):
+        return global_siglip_loss(x, y, scale, -scale / 2, exchange="ring" if name.endswith("ring") else "gather")
+    if name == "supcon":
+        return global_supcon_loss(x + y, video, temperature=1 / scale, sizes=sizes)
     if name == "clip ring":
         return global_clip_loss(x, y, scale, exchange="ring")
     if name == "ntxent":
@@ -99,7 +109,7 @@ def share(name, x, y, scale, video, sizes):
 
 def compare(rank, sizes):
     names = ["info_nce locked", "info_nce", "clip", "ntxent", "info_nce locked ring", "info_nce ring", "clip ring"]
-    names += ["views", "views locked"]
+    names += ["views", "views locked", "siglip", "siglip ring", "supcon"]
     if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
         names += ["lightly", "open_clip", "open_clip local"]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
