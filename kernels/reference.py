@@ -75,6 +75,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     positive: Tensor | None = None,
+    negatives: Tensor | None = None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -86,6 +87,11 @@ def info_nce(
     """Cross entropy of each positive against the negatives, averaged over a query's positives; see
     ``vito_kernels.info_nce``.
     """
+    if negatives is not None:
+        others = (q @ negatives.T if negatives.dim() == 2 else (negatives @ q[:, :, None])[:, :, 0]) / temperature
+        own = (q * k).sum(1) / temperature
+        loss = _logsumexp(others) - own if decoupled else _logsumexp(torch.cat([own[:, None], others], 1)) - own
+        return _reduce(loss, reduction)
     logits = q @ k.T / temperature
     rows = torch.arange(len(q), device=q.device)
     positive = (rows if positive is None else positive).long().reshape(len(q), -1)

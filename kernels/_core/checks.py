@@ -85,6 +85,15 @@ def check_paired(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
         raise ValueError(f"{names[0]} and {names[1]} must have as many rows, got {x.shape[0]} and {y.shape[0]}")
 
 
+def check_negatives(negatives: Tensor, q: Tensor) -> None:
+    """(N, D), or (M, N, D) of as many queries."""
+    if isinstance(negatives, Tensor) and negatives.dim() == 3:
+        if negatives.shape[0] != q.shape[0]:
+            raise ValueError(f"negatives must have those of {q.shape[0]} queries, got shape {tuple(negatives.shape)}")
+        negatives = negatives[0]
+    check_pair(q, negatives, ("q", "negatives"))
+
+
 def check_no_grad(name: str, x: Tensor) -> None:
     """Keys to which a loss gives no gradient."""
     if isinstance(x, Tensor) and x.requires_grad:

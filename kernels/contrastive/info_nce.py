@@ -24,8 +24,10 @@ from vito_kernels._core.autograd import autograd_op, refuse_double_backward, reg
 from vito_kernels._core.checks import (
     autocast_inputs,
     check_groups,
+    check_negatives,
     check_options,
     check_pair,
+    check_paired,
     check_positive_range,
     inverse_temperature,
     needs_grad,
@@ -35,6 +37,7 @@ from vito_kernels._core.checks import (
 )
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
+from vito_kernels.contrastive.per_query import apply_per_query_lse
 from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask
@@ -266,6 +269,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     positive: Tensor | None = None,
+    negatives: Tensor | None = None,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -285,6 +289,9 @@ def info_nce(
         positive: (M,) or (M, P) key indices, by default ``arange(M)``. With P positives the loss of a query is the mean
             over them, each against the same negatives. Each logit is compared with P indices, which costs a GPU more
             than the product beyond P of some 8.
+        negatives: (N, D), or (M, N, D) with those of each query, with or without gradient. They replace the other keys
+            as negatives: query i then has the positive k_i and no other key. Without positive, groups and the options
+            below but ``decoupled``.
         q_group, k_group: (M,) and (N,) ids. A key of the query's group is no negative.
         label_smoothing: in [0, 1), that of ``cross_entropy``. Needs one positive and no groups.
         hard_negatives: at least 0; weights each negative by ``exp(hard_negatives * logit)``, normalized to mean 1
@@ -304,6 +311,14 @@ def info_nce(
     """
     check_pair(q, k)
     check_groups(q_group, k_group, q, k)
+    if negatives is not None:
+        check_paired(q, k, ("q", "k"))
+        check_negatives(negatives, q)
+        others = {"positive": positive, "q_group": q_group, "label_smoothing": label_smoothing}
+        others |= {"hard_negatives": hard_negatives, "debias": debias}
+        if given := [name for name, value in others.items() if isinstance(value, Tensor) or value]:
+            raise ValueError(f"negatives goes without {', '.join(given)}")
+        return against_negatives(q, k, negatives, inverse_temperature(temperature), reduction, decoupled)
     check_options(label_smoothing, hard_negatives, debias, positive, q_group, decoupled)
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
@@ -345,6 +360,29 @@ def info_nce(
         (left, right), _ = autocast_inputs(q, k)
         loss = loss + label_smoothing * (logits[:, 0] - _mean_logit(left, right, scale))
     return reduce(loss, reduction)
+
+
+def against_negatives(
+    q: Tensor, k: Tensor, negatives: Tensor, scale: float | Tensor, reduction: str, decoupled: bool = False
+) -> Tensor:
+    """InfoNCE of q (M, D) whose positives are the rows of k (M, D), against negatives (N, D) or (M, N, D)."""
+    shared = negatives.dim() == 2
+    rows = len(q) + negatives.shape[0] if shared else 0
+    if shared and not decoupled and small.is_small(len(q), rows, q, k, negatives):
+        return small.pairs(q, torch.cat([k, negatives]), scale, small.key_before_queue, reduction)
+    (q, k, negatives), matmul_dtype = autocast_inputs(q, k, negatives)
+    factor = scale_tensor(scale, q)
+    compute_grad_q = needs_grad(q, factor)
+    if shared:
+        masks = None, None, None, None
+        cache_logits = needs_grad(negatives)
+        lse2, _, _, lse_residual, _ = apply_similarity_lse(
+            q, negatives, factor, *masks, compute_grad_q, matmul_dtype, cache_logits
+        )
+    else:
+        lse2, lse_residual, _ = apply_per_query_lse(q, negatives.contiguous(), factor, compute_grad_q)
+    positives = (q.to(factor.dtype) * k).sum(1, keepdim=True) * (factor * LOG2E)
+    return softplus_loss(lse2, lse_residual, positives, reduction=reduction, decoupled=decoupled)
 
 
 def _debiased(negatives: Tensor, positives: Tensor, log_count: Tensor, scale: float | Tensor, share: float) -> Tensor:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
-    autocast_inputs,
     check_flags,
     check_integers,
     check_no_grad,
@@ -22,16 +21,11 @@ from vito_kernels._core.checks import (
     check_paired,
     check_reduction,
     inverse_temperature,
-    needs_grad,
-    scale_tensor,
 )
-from vito_kernels.contrastive import small
-from vito_kernels.contrastive.info_nce import apply_similarity_lse, info_nce
+from vito_kernels.contrastive.info_nce import against_negatives, info_nce
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.replay import replayed
-from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.supcon import supcon_loss
-from vito_kernels.contrastive.terms import LOG2E
 from vito_kernels.contrastive.two_sided import clip_loss, ntxent
 
 
@@ -61,17 +55,7 @@ def moco_loss(
     check_pair(q, queue, ("q", "queue"))
     check_no_grad("k", k)
     check_no_grad("queue", queue)
-    if small.is_small(len(q), len(q) + len(queue), q, k, queue):
-        scale = inverse_temperature(temperature)
-        return small.pairs(q, torch.cat([k, queue]), scale, small.key_before_queue, reduction)
-    (q, k, queue), matmul_dtype = autocast_inputs(q, k, queue)
-    scale = scale_tensor(inverse_temperature(temperature), q)
-    compute_grad_q, cache_logits = needs_grad(q, scale), False
-    lse2, _, _, lse_residual, _ = apply_similarity_lse(
-        q, queue, scale, None, None, None, None, compute_grad_q, matmul_dtype, cache_logits
-    )
-    positives = (q.to(scale.dtype) * k).sum(1, keepdim=True) * (scale * LOG2E)
-    return softplus_loss(lse2, lse_residual, positives, reduction=reduction)
+    return against_negatives(q, k, queue, inverse_temperature(temperature), reduction)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:

@@ -29,6 +29,15 @@ def cases(device: str, reduction: str) -> dict[str, tuple[Callable[..., Tensor],
             [ROWS, KEYS],
         ),
         "decoupled": (lambda m, x, y: m.info_nce(x, y, decoupled=True, **groups, **how), [ROWS, KEYS]),
+        "negatives": (lambda m, x, y: m.info_nce(x, x.roll(1, 1), negatives=y, **how), [ROWS, KEYS]),
+        "decoupled negatives": (
+            lambda m, x, y: m.info_nce(x, x.roll(1, 1), negatives=y, decoupled=True, **how),
+            [ROWS, KEYS],
+        ),
+        "negatives of each query": (
+            lambda m, x, y: m.info_nce(x, y[:ROWS], negatives=torch.stack([y.roll(i, 0) for i in range(ROWS)]), **how),
+            [ROWS, KEYS],
+        ),
         "decoupled ntxent": (lambda m, x, y: m.ntxent(x, y, 0.2, decoupled=True, **how), [ROWS, ROWS]),
     }
 

@@ -17,11 +17,14 @@ from vito_kernels.inspect.compiled import StandInLauncher
 if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
 # Functions of the same names hide these modules.
-attention_pool, info_nce, softplus_loss, normalize, supcon = (
+attention_pool, info_nce, softplus_loss, normalize, supcon, per_query, siglip, rank = (
     importlib.import_module(f"vito_kernels.{name}")
     for name in (
         "attention_pool",
-        *(f"contrastive.{name}" for name in ("info_nce", "softplus_loss", "normalize", "supcon")),
+        *(
+            f"contrastive.{name}"
+            for name in ("info_nce", "softplus_loss", "normalize", "supcon", "per_query", "siglip", "rank")
+        ),
     )
 )
 ROWS, WIDTH = 300, 64
@@ -95,6 +98,21 @@ def test_labels(reduction, diagonal):
         loss, *saved = call(supcon.supcon_op, *given, reduction, None, False)
         for asked in ASKED:
             call(supcon.supcon_backward_op, loss, *given, *saved, *asked, None)
+
+
+@pytest.mark.parametrize("width", [WIDTH, 576])
+def test_sums_over_all_pairs(width):
+    x, scale, group = empty(ROWS, width, dtype=torch.bfloat16), empty(), empty(ROWS, dtype=torch.int64)
+    for diagonal in (5, None):
+        sums, logits, *saved = call(siglip.siglip_op, x, x, scale, scale, diagonal, True, None)
+        for asked in ASKED:
+            call(siglip.siglip_backward_op, sums, logits, x, x, scale, scale, diagonal, *saved, *asked, True, None)
+    for positive in (None, empty(ROWS, 1, dtype=torch.int64)):
+        call(rank.positive_rank_op, x, x, scale, group, group, positive, None)
+    q, negatives = empty(7, width, dtype=torch.bfloat16), empty(7, 50, width, dtype=torch.bfloat16)
+    saved = call(per_query.per_query_lse_op, q, negatives, scale, True)
+    for asked in ASKED:
+        call(per_query.per_query_lse_backward_op, saved[0], q, negatives, scale, *saved, *asked)
 
 
 def test_rows():
