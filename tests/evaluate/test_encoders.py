@@ -88,6 +88,13 @@ def test_missing_keys_are_named_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_missing_blocks_are_named(tmp_path):
+    state = torchvision.models.resnet50().state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("layer4.2.")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth lacks layer4\.2\.conv1\.weight, .* and 12 more, of 318 tensors"):
+        load(tmp_path / "w.pth")
+
+
 def test_files_that_are_no_encoder_are_one_line(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -44,7 +44,7 @@ def evaluate(words: Sequence[str]) -> int:
     def evaluate(
         encoder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")],
         tasks: str,
-        out: Path,
+        out: Path = Path("evaluation"),
         preset: str = "",
         baselines: str = "",
         check: bool = False,
@@ -144,8 +144,7 @@ def _jobs(names: list[str], preset: str, data: dict[str, Path], changes: dict[st
     own = dict(part.split("=", 1) for part in preset.split(",") if "=" in part)
     shared = [part for part in preset.split(",") if part and "=" not in part]
     used, jobs = set(), []
-    for name in names:
-        task = find_task(name)
+    for name, task in [(name, find_task(name)) for name in names]:
         if name not in data:
             raise UserError(f"{name} needs its data: --data.{name} PATH (docs/evaluate/{name}.md says where to get it)")
         known = presets(task)

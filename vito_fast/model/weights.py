@@ -23,7 +23,12 @@ PREFIXES = (
 HEADS = ("fc.", "head.", "classifier.", "projector.", "predictor.", "projection", "prediction", "queue", "prototypes")
 """Tensors that belong to no backbone; left out without a word."""
 
-BLOCKS = {(2, 2, 2, 2): "18", (3, 4, 6, 3): "34"}
+BLOCKS = {
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+}
+"""Networks that a file's tensors tell: whether of bottlenecks, and blocks in each stage."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -99,10 +104,10 @@ def architecture_of(state: Mapping[str, Tensor], about: Mapping[str, str], path:
     names = {strip(name) for name in state}
     blocks = tuple(len({n.split(".")[1] for n in names if n.startswith(f"layer{s}.")}) for s in range(1, 5))
     bottleneck = any(re.fullmatch(r"layer1\.0\.conv3\.weight", name) for name in names)
-    if bottleneck and blocks == (3, 4, 6, 3):
-        return "resnet50"
-    if not bottleneck and blocks in BLOCKS:
-        return f"resnet{BLOCKS[blocks]}"
+    if "layer1.0.conv1.weight" in names:
+        for network, (of_bottlenecks, least) in BLOCKS.items():
+            if of_bottlenecks == bottleneck and all(map(int.__le__, blocks, least)):
+                return network  # the smallest that holds these blocks: ``fitted`` names those that the file lacks
     raise UserError(f"{path} is no ResNet-18, -34 or -50: name its network with timm:NAME@{path}")
 
 
