@@ -69,7 +69,8 @@ MASKED_80 = {
 # Pinned, so that every rank adds in the same order; chosen by registers, spills, shared memory and instruction counts
 # of the compiled kernels. Keys are family of GPUs and pass, then the largest D of a tile. "mean" and "lse" are the
 # forward pass with and without the keys' mean. The online variant, or the fixed one with masks anywhere ("masked"), has
-# a row of its own if it needs another tile; it has the same chunks. So has "labels", which keeps three sums of a row.
+# a row of its own if it needs another tile; it has the same chunks. So have the kinds "labels", with three sums of
+# a row, and "sigmoid".
 TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean"): {
         64: Tile(128, 64, 64, 8, 2, 8),
@@ -82,7 +83,14 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean masked"): MASKED_80,
     (80, "mean online"): MASKED_80 | {64: Tile(128, 64, 64, 8, 2)},
     (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
-    (80, "lse labels"): {256: Tile(64, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
+    (80, "lse labels"): {
+        128: Tile(64, 64, 128, 8, 3),
+        192: Tile(128, 32, 128, 8, 3),
+        256: Tile(64, 64, 256, 8, 3),
+        512: Tile(128, 16, 256, 8, 3),
+        1024: Tile(64, 16, 128, 8, 2),
+    },
+    (80, "mean sigmoid"): MASKED_80 | {192: Tile(64, 16, 64, 8, 3)},
     (80, "gradient"): {
         128: Tile(128, 64, 128, 8, 3),
         192: Tile(64, 32, 64, 8, 3),
@@ -132,6 +140,12 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
         128: Tile(64, 128, 128, 4, 3, 8),
         256: Tile(64, 64, 256, 4, 2, 8),
         512: Tile(128, 32, 256, 8, 3, 8),
+        **WIDE[90],
+    },
+    (90, "lse labels"): {
+        128: Tile(64, 64, 128, 4, 3, 8),
+        256: Tile(64, 64, 256, 4, 2, 8),
+        512: Tile(128, 32, 256, 8, 2, 8),
         **WIDE[90],
     },
     (90, "gradient"): {
