@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 VIDEOS ?=
 
-.PHONY: setup test test-timed lint pretrain curate-demo evaluate-demo bench bench-gate bench-counted readme-tables inspect rehearse study gpu-check dist docs docs-reference clean
+.PHONY: setup test test-timed lint pretrain curate-demo evaluate-demo bench bench-gate bench-counted readme-tables inspect rehearse study gpu-check gpu-report dist docs docs-reference clean
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 
 setup: $(VENV)/.installed
@@ -145,3 +145,8 @@ endif
 gpu-check:
 	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels
 	PYTHONPATH=build/typing$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench.gpu_check
+
+# Ten minutes on a borrowed GPU, the most valuable first: tests, races eager and graphed, step, loader, training. REPORT='--dry-run'
+gpu-report:
+	@mkdir -p build/typing && ln -sfn ../../kernels build/typing/vito_kernels && ln -sfn ../../vito_fast build/typing/vito_fast
+	PYTHONPATH=build/typing$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench.gpu_report $(REPORT)

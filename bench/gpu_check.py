@@ -42,8 +42,8 @@ def run_tests() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         reports = [Path(directory) / f"{i}.xml" for i in range(len(shards))]
         pairs = zip(reports, shards, strict=True)
-        running = [_start([*command, f"--junitxml={report}", f"--rootdir={ROOT}", *shard]) for report, shard in pairs]
-        statuses = [_wait(process, started + SECONDS - time.monotonic()) for process in running]
+        running = [start([*command, f"--junitxml={report}", f"--rootdir={ROOT}", *shard]) for report, shard in pairs]
+        statuses = [wait(process, started + SECONDS - time.monotonic()) for process in running]
         suites = [ElementTree.parse(report).getroot().find("testsuite") for report in reports if report.exists()]
     keys = ("tests", "failures", "errors", "skipped")
     counts = {key: sum(int(suite.get(key, 0)) for suite in suites if suite is not None) for key in keys}
@@ -56,15 +56,16 @@ def run_benches(results: Path, seconds: float) -> int | str:
     command = [sys.executable, "-m", "bench", "--device", "cuda", "--no-static", "--results", str(results)]
     command += ["--report", str(ROOT / "build" / "gpu-check.html")]
     command += ["-k", "not 1048576 and not 262144"]  # peers take minutes there
-    return _wait(_start([*command, *(part for suite in suites for part in ("--suite", suite))]), seconds)
+    return wait(start([*command, *(part for suite in suites for part in ("--suite", suite))]), seconds)
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
+def start(command: list[str], output: Any = None) -> subprocess.Popen[bytes]:
+    """Starts a command in the checkout, in a process group of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, process_group=0)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, process_group=0, stdout=output, stderr=output)
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
+def wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
     """Exit status, or the reason why there is none. All processes that it started end with it."""
     try:
         return process.wait(max(0.0, seconds))

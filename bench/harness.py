@@ -32,6 +32,7 @@ Result = Sequence[Tensor]
 
 SHORT = 1e-2  # seconds: a sample of a shorter call repeats it
 GRAPHED = 2e-2  # seconds: on CUDA a shorter call is replayed as a graph, which removes the launch time of Python
+EAGER = 8  # calls without a graph, of which the fastest counts; the first ones compile and record
 SLOW = 0.5  # seconds: a slower call is warmed up once, and a peer behind the best one then has few rounds ...
 FAR_BEHIND = 4  # ... as has a peer that takes this many times as long as the best one
 FEW_ROUNDS = 2  # or as many as fit the budget of the others
@@ -266,7 +267,7 @@ class Race:
                 continue
             estimate = min(self._timed(call) for _ in range(1 if runner.estimate > SLOW else 2))
             if self.device.type == "cuda" and estimate < GRAPHED and self._flush is None:
-                runner.eager = estimate
+                runner.eager = min(estimate, *(self._timed(call) for _ in range(EAGER)))
                 self._make_graph(runner)
             if runner.sample is None:
                 runner.repeats = 1 if self._flush else min(1000, int(SHORT / max(estimate, 1e-7)) + 1)

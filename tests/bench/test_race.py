@@ -184,11 +184,11 @@ def test_gpu_check_needs_a_gpu(monkeypatch):
 
 
 def test_gpu_check_s_processes_end_with_their_time_and_take_theirs_along(tmp_path):
-    assert gpu_check._wait(gpu_check._start([sys.executable, "-c", "raise SystemExit(3)"]), 60) == 3
-    parent = gpu_check._start(["sh", "-c", "sleep 60 & echo $! > $0; wait", str(tmp_path / "child")])
+    assert gpu_check.wait(gpu_check.start([sys.executable, "-c", "raise SystemExit(3)"]), 60) == 3
+    parent = gpu_check.start(["sh", "-c", "sleep 60 & echo $! > $0; wait", str(tmp_path / "child")])
     while not (tmp_path / "child").exists() or not (child := (tmp_path / "child").read_text().strip()):
         time.sleep(0.01)
-    assert gpu_check._wait(parent, 0.1) == LATE
+    assert gpu_check.wait(parent, 0.1) == LATE
     while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
         time.sleep(0.01)  # or the test's time is over
 
