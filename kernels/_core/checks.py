@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
-EXCHANGES = ("gather", "ring")
+Reduction = Literal["mean", "sum", "none"]
+Exchange = Literal["gather", "ring"]
+REDUCTIONS, EXCHANGES = get_args(Reduction), get_args(Exchange)
 MIN_TEMPERATURE = 1 / torch.finfo(torch.float32).max  # its inverse is still finite
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.checks import (
+    Reduction,
     autocast_inputs,
     check_groups,
     check_negatives,
@@ -276,7 +277,7 @@ def info_nce(
     hard_negatives: float = 0.0,
     debias: float = 0.0,
     decoupled: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """InfoNCE of queries against keys: ``softplus(lse_of_negatives - logit_of_positive)``.
 

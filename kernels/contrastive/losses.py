@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
+    Reduction,
     check_flags,
     check_integers,
     check_no_grad,
@@ -31,7 +32,7 @@ from vito_kernels.contrastive.two_sided import clip_loss, ntxent
 
 @replayed
 def moco_loss(
-    q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: str = "mean"
+    q: Tensor, k: Tensor, queue: Tensor, *, temperature: float | Tensor = 0.07, reduction: Reduction = "mean"
 ) -> Tensor:
     """MoCo: query i finds its key k_i among the keys of a queue. Neither keys nor queue get a gradient.
 
@@ -97,7 +98,7 @@ class InfoNCELoss(nn.Module):
         hard_negatives: float = 0.0,
         debias: float = 0.0,
         decoupled: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ):
         super().__init__()
         inverse_temperature(temperature)
@@ -152,7 +153,7 @@ class MoCoLoss(nn.Module):
         queue_size: int = 65536,
         temperature: float | Tensor = 0.07,
         *,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ):
         super().__init__()
@@ -213,7 +214,7 @@ class NTXentLoss(nn.Module):
         temperature, decoupled, reduction: as for ``ntxent``.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.5, *, decoupled: bool = False, reduction: str = "mean"):
+    def __init__(self, temperature: float | Tensor = 0.5, *, decoupled: bool = False, reduction: Reduction = "mean"):
         super().__init__()
         inverse_temperature(temperature)
         check_flags(decoupled=decoupled)
@@ -234,7 +235,7 @@ class SupConLoss(nn.Module):
         temperature, reduction: as for ``supcon_loss``.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, reduction: str = "mean"):
+    def __init__(self, temperature: float | Tensor = 0.1, *, reduction: Reduction = "mean"):
         super().__init__()
         inverse_temperature(temperature)
         check_reduction(reduction)

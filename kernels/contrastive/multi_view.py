@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
+    Reduction,
     autocast_inputs,
     check_groups,
     check_integers,
@@ -150,7 +151,7 @@ def multi_view_info_nce(
     positive_offset: int = 0,
     q_group: Tensor | None = None,
     k_group: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """InfoNCE of each view's queries against each other view's keys: the objective of VITO.
 

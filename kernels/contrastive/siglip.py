@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
+    Reduction,
     autocast_inputs,
     check_paired,
     check_reduction,
@@ -146,7 +147,7 @@ def siglip_of_sums(sums: Tensor, logits: Tensor, bias: Tensor, reduction: str) -
 
 @replayed
 def siglip_loss(
-    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor = 0.0, *, reduction: str = "mean"
+    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor = 0.0, *, reduction: Reduction = "mean"
 ) -> Tensor:
     """The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343), where row i of x belongs to row i of y.
 

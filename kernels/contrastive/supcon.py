@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
+    Reduction,
     autocast_inputs,
     check_ids,
     check_pair,
@@ -278,7 +279,7 @@ def supcon_loss(
     keys: Tensor | None = None,
     key_labels: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """SupCon (L_out): each normalized row of z against all others. Its positives are the other rows of its label.
 

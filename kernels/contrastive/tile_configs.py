@@ -118,7 +118,7 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     },
     (89, "lse labels"): {
         128: Tile(64, 64, 128, 8, 2),
-        192: Tile(64, 64, 64, 8, 2),
+        192: Tile(128, 32, 128, 8, 2),
         256: Tile(64, 64, 256, 8, 2),
         **WIDE[89],
         512: Tile(64, 16, 256, 8, 3),

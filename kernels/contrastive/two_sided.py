@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
+    Reduction,
     autocast_inputs,
     check_flags,
     check_paired,
@@ -261,7 +262,7 @@ def interleave(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def ntxent(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, decoupled: bool = False, reduction: str = "mean"
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, decoupled: bool = False, reduction: Reduction = "mean"
 ) -> Tensor:
     """NT-Xent (SimCLR): each embedding, normalized, finds its sample's other view among the 2B - 1 others.
 
@@ -292,7 +293,7 @@ def ntxent(
 
 @replayed
 def ntxent_of_scale(
-    z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: str = "mean", decoupled: bool = False
+    z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: Reduction = "mean", decoupled: bool = False
 ) -> Tensor:
     """``ntxent`` at an inverse temperature, of any sign."""
     check_paired(z1, z2, ("z1", "z2"))

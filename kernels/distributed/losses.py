@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vito_kernels._core.checks import (
+    Exchange,
     autocast_inputs,
     check_exchange,
     check_groups,
@@ -117,7 +118,7 @@ def global_info_nce(
     k_group: Tensor | None = None,
     group: Group = None,
     sizes: list[int] | None = None,
-    exchange: str = "gather",
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """This rank's share of ``info_nce`` over all ranks; the positive of query i is this rank's key i.
 
@@ -216,7 +217,7 @@ def global_clip_loss(
     *,
     group: Group = None,
     sizes: list[int] | None = None,
-    exchange: str = "gather",
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """This rank's share of ``clip_loss`` over all ranks' pairs.
 
@@ -259,7 +260,7 @@ def global_siglip_loss(
     *,
     group: Group = None,
     sizes: list[int] | None = None,
-    exchange: str = "gather",
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """This rank's share of ``siglip_loss`` over all ranks' pairs.
 

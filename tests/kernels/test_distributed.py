@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vito_kernels import clip_loss, info_nce, multi_view_info_nce, ntxent, siglip_loss, supcon_loss
+from vito_kernels import MoCoLoss, clip_loss, info_nce, multi_view_info_nce, ntxent, reference, siglip_loss, supcon_loss
 from vito_kernels.adapters.lightly import NTXentLoss
 from vito_kernels.adapters.open_clip import ClipLoss
 from vito_kernels.distributed import (
@@ -139,6 +139,40 @@ def compare(rank, sizes):
     with pytest.raises(ValueError, match="k_group belongs to gather_keys"):
         global_info_nce(b[rows], pending, q_group=video[rows], k_group=video[rows])
     pending.wait()
+
+
+def adapters(rank, sizes):
+    """MoCo's and lightly's queues take the keys of all ranks, and ``match_open_clip_scaling`` gives its gradients."""
+    rows, ranks = sizes[0], len(sizes)
+    x, y = (normalize(z, dim=1) for z in torch.randn(2, sum(sizes), WIDTH, generator=torch.Generator().manual_seed(1)))
+    own = slice(rank * rows, (rank + 1) * rows)
+    torch.manual_seed(0)
+    moco, banked = MoCoLoss(WIDTH, 20, gather_distributed=True), NTXentLoss(0.2, (20, WIDTH), gather_distributed=True)
+    q = x[own].clone().requires_grad_()
+    for loss, queue in ((moco, lambda: moco.queue), (banked, lambda: banked.bank)):
+        before = queue().clone()
+        loss(q, y[own])
+        torch.testing.assert_close(queue(), torch.cat([y, before[sum(sizes) :]]))
+        loss(q, y[own])  # past the end: MoCo's goes round, lightly's bank drops the rest
+    assert torch.equal(moco.queue[sum(sizes) :], y[: 20 - sum(sizes)])
+    assert torch.equal(moco.queue[: 2 * sum(sizes) - 20], y[20 - sum(sizes) :])
+
+    scale = torch.tensor(9.0, requires_grad=True)
+    mine = [z[own].clone().requires_grad_() for z in (x, y)]
+    whole = [torch.cat([z[: own.start], part, z[own.stop :]]) for z, part in zip((x, y), mine, strict=True)]
+    expected = reference.clip_loss(*whole, scale)  # as open_clip's default flags: others' features have no gradient
+    truth = torch.autograd.grad(expected, (*mine, scale))
+    for match in (True, False):
+        loss = ClipLoss(rank=rank, world_size=ranks, match_open_clip_scaling=match)(*mine, scale)
+        torch.testing.assert_close(loss, expected)
+        *found, g_scale = torch.autograd.grad(loss, (*mine, scale))
+        torch.testing.assert_close(found, [g * (1 if match else ranks) for g in truth[:2]], rtol=1e-4, atol=1e-6)
+        dist.all_reduce(g_scale)
+        torch.testing.assert_close(g_scale / ranks, truth[2], rtol=1e-4, atol=1e-6)
+
+
+def test_queues_and_gradients_of_the_adapters_over_ranks():
+    spawn(adapters, 2, SIZES[2])
 
 
 class Widest(TorchDispatchMode):
