@@ -27,7 +27,7 @@ from vito_kernels._core.checks import (
 )
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
-from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.normalize import normalize, normalize_pair
 from vito_kernels.contrastive.replay import replayed
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.terms import Mask
@@ -255,10 +255,12 @@ def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0
     return apply_two_sided_lse(x, y, scale, diagonal, matmul_dtype, cache_logits)[:5]
 
 
-def interleave(z1: Tensor, z2: Tensor) -> Tensor:
-    """Rows of both in turns (2B, D), in a dtype that holds either: under autocast ``stack`` refuses some."""
-    with without_autocast(z1):
-        return torch.stack([z1, z2], 1).flatten(0, 1)
+def unit_views(z1: Tensor, z2: Tensor) -> Tensor:
+    """Normalized rows of both in turns (2B, D), in a dtype that holds either."""
+    if z1.dtype == z2.dtype:
+        return normalize_pair(z1, z2)
+    with without_autocast(z1):  # under which ``stack`` refuses some
+        return normalize(torch.stack([z1, z2], 1).flatten(0, 1))
 
 
 def ntxent(
@@ -300,7 +302,7 @@ def ntxent_of_scale(
     rows = 2 * z1.shape[0]
     if not decoupled and small.is_small(rows, rows, z1, z2):
         return small.unit_set((z1, z2), scale, small.two_views, reduction)
-    (z,), matmul_dtype = autocast_inputs(normalize(interleave(z1, z2)))
+    (z,), matmul_dtype = autocast_inputs(unit_views(z1, z2))
     factor = scale_tensor(scale, z)
     lse2, logits, lse_residual, _ = apply_self_lse(z, factor, matmul_dtype, needs_grad(z, factor))
     loss = softplus_loss(lse2, lse_residual, logits, reduction=reduction, decoupled=decoupled)

@@ -47,7 +47,7 @@ from vito_kernels.contrastive.siglip import apply_siglip, siglip_of_sums
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.supcon import supcon_of_unit
 from vito_kernels.contrastive.terms import LOG2E
-from vito_kernels.contrastive.two_sided import interleave, two_sided_lse
+from vito_kernels.contrastive.two_sided import two_sided_lse, unit_views
 from vito_kernels.distributed import ring
 from vito_kernels.distributed.collectives import Group, checked_sizes, gather_with_grad, start_gather, without_padding
 
@@ -348,7 +348,7 @@ def global_ntxent(
     check_paired(z1, z2, ("z1", "z2"))
     scale = scale_tensor(inverse_temperature(temperature), z1)
     sizes = checked_sizes(z1, sizes, group)
-    z = normalize(interleave(z1, z2)).unflatten(0, (-1, 2))
+    z = unit_views(z1, z2).unflatten(0, (-1, 2))
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
     first = sum(sizes[: dist.get_rank(group)])
     sample = torch.arange(sum(sizes), device=z.device).repeat_interleave(2)

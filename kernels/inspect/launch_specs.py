@@ -314,7 +314,12 @@ def normalization(D: int = 256) -> Iterator[Spec]:
         normalize.launch_normalize(x)
         normalize.launch_normalize_backward(x, x)
 
+    def launch_pair() -> None:
+        normalize.launch_normalize(x, x)
+        normalize.launch_normalize_backward(x, x[::2], x[::2])
+
     yield _memory_bound(f"normalize D={D}", launch, 0, 10 * ROWS * D)
+    yield _memory_bound(f"normalize of two views D={D}", launch_pair, 0, 14 * ROWS * D)
 
 
 # ---- other ops

@@ -119,6 +119,8 @@ def test_rows():
     x, row = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(ROWS)
     call(normalize.normalize_op, x)
     call(normalize.normalize_backward_op, x, x)
+    call(normalize.normalize_pair_op, x, x)
+    call(normalize.normalize_pair_backward_op, x, x[::2], x[1::2])
     for pairs, sides in itertools.product((1, 100), (1, 2)):
         given = row, row, *((row, row) if sides == 2 else (None, None)), empty(ROWS, pairs)
         for reduction, decoupled in (("none", False), ("mean", True)):
