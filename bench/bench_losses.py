@@ -1,4 +1,4 @@
-"""The other losses on the same primitive: CLIP (both towers trained), NT-Xent, SupCon."""
+"""The other losses on the same primitive: CLIP (both towers trained), NT-Xent, SupCon, SigLIP, mined negatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import vito_kernels
 from bench.bench_infonce import TEMPERATURE, pair
 from bench.harness import Candidate, Work
 from bench.limits import matmuls
-from bench.peers import compiled, not_compiled, self_similar, supervised, truth_of, two_sided, with_gradients
+from bench.peers import (
+    compiled,
+    not_compiled,
+    paired,
+    self_similar,
+    sigmoid,
+    supervised,
+    truth_of,
+    two_sided,
+    with_gradients,
+)
 from vito_kernels import reference
 
 FULL = pytest.mark.full
@@ -91,3 +101,51 @@ def test_supcon(race: Any, device: torch.device) -> None:
     ]
     amount = Work(flops=4.0 * m * m * d, bytes=z.itemsize * 2.0 * m * d, items=m, unit="embeddings")
     race("supcon_loss", {"M": m, "D": d}, candidates, truth=truth_of(plain, z), work=amount)
+
+
+@pytest.mark.parametrize("n", [1024, pytest.param(4096, marks=FULL)])
+def test_siglip(race: Any, device: torch.device, n: int) -> None:
+    """At the scale and the bias that training begins with."""
+    x, y = both_trained(n, 256, device)
+    scale, bias = 10.0, -10.0
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return vito_kernels.siglip_loss(vito_kernels.normalize(x), vito_kernels.normalize(y), scale, bias)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return reference.siglip_loss(reference.normalize(x), reference.normalize(y), scale, bias)
+
+    candidates = [
+        Candidate("vito_kernels", with_gradients(ours, x, y), "ours"),
+        Candidate("reference", with_gradients(plain, x, y), "reference"),
+        compiled(plain, x, y) if n > 1024 else not_compiled(f"{SECONDS}; raced at N=4096"),
+        sigmoid(x, y, scale, bias),
+        matmuls(x, y, 3),
+    ]
+    amount = Work(flops=6.0 * n * n * 256, bytes=x.itemsize * 6.0 * n * 256, items=n, unit="pairs")
+    race("siglip_loss", {"N": n, "D": 256}, candidates, truth=truth_of(plain, x, y), work=amount)
+
+
+def test_mined(race: Any, device: torch.device) -> None:
+    """64 negatives of each query, with gradient."""
+    m, n, d = 512, 64, 128
+    q, k = both_trained(m, d, device)
+    mined, _ = pair(m * n, m * n, d, device)
+    negatives = mined.detach().view(m, n, d).requires_grad_()
+
+    def of(library: Any) -> Any:
+        def loss(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+            units = [library.normalize(x.flatten(0, -2)).view(x.shape) for x in (q, k, negatives)]
+            return library.info_nce(*units[:2], negatives=units[2], temperature=TEMPERATURE)
+
+        return loss
+
+    given = q, k, negatives
+    candidates = [
+        Candidate("vito_kernels", with_gradients(of(vito_kernels), *given), "ours"),
+        Candidate("reference", with_gradients(of(reference), *given), "reference"),
+        not_compiled(SECONDS),
+        paired(*given, TEMPERATURE),
+    ]
+    amount = Work(flops=6.0 * m * n * d, bytes=q.itemsize * 3.0 * m * n * d, items=m, unit="queries")
+    race("mined_info_nce", {"M": m, "N": n, "D": d}, candidates, truth=truth_of(of(reference), *given), work=amount)

@@ -255,3 +255,22 @@ def supervised(z: Tensor, labels: Tensor, temperature: float) -> Candidate:
         return lambda z: loss(z, labels)
 
     return peer("pytorch-metric-learning", make, z, matrices=8.0 * z.element_size() * len(z) ** 2)
+
+
+def sigmoid(x: Tensor, y: Tensor, scale: float, bias: float) -> Candidate:
+    """open_clip's SigLIP, of rows to be normalized."""
+
+    def make() -> Loss:
+        loss = import_module("open_clip.loss").SigLipLoss()
+        return lambda x, y: loss(normalize(x, dim=1), normalize(y, dim=1), scale, bias)
+
+    return peer("open_clip SigLipLoss", make, x, y, matrices=6.0 * x.element_size() * len(x) * len(y))
+
+
+def paired(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Candidate:
+    """info-nce-pytorch with negatives of each query; it normalizes."""
+
+    def make() -> Loss:
+        return import_module("info_nce").InfoNCE(temperature=temperature, negative_mode="paired")
+
+    return peer("info-nce-pytorch", make, q, k, negatives, matrices=3.0 * negatives.nbytes)

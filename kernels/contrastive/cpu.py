@@ -199,7 +199,7 @@ def sigmoid_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the columns j that the mask leaves, of s_ij = scale x_i . y_j + bias.
 
-    Of log(1 + e^s) (M,), the logits of pairs (M, 1) or (M, 0), of the sigmoid p (M,), of p_ij y_j (M, D) or (0, D).
+    Of log2(1 + e^s) (M,), the logits of pairs (M, 1) or (M, 0), of the sigmoid p (M,), of p_ij y_j (M, D) or (0, D).
     """
     pairs = scale.new_empty(len(x), int(mask.diagonal is not None))
     x, y = to_compute_dtype(x), to_compute_dtype(y)
@@ -211,7 +211,7 @@ def sigmoid_forward(
         shares[own].add_(tile.sigmoid_().sum(1))
         if compute_grad_x:
             add_product(mean[own], tile, y[other].T)
-    return total, pairs, shares, mean
+    return total.mul_(LOG2E), pairs, shares, mean
 
 
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:

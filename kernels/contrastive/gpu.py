@@ -27,7 +27,7 @@ from vito_kernels.contrastive.epilogue import (
     softmax_grads,
 )
 from vito_kernels.contrastive.forward import launch_label_lse, launch_lse, launch_sums
-from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad
+from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import MAX_WIDTH, matrices
 from vito_kernels.contrastive.two_sided_forward import launch_two_sided
 
@@ -144,7 +144,7 @@ def sigmoid_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sides = _cast(x, matmul_dtype), _cast(y, matmul_dtype)
     total, shares, mean = launch_sums("sigmoid", *sides, scale, bias, mask, compute_grad_x)
-    return _summed(total).div(LOG2E), positive_logits(x, y, scale, None, mask.diagonal), _summed(shares), _summed(mean)
+    return _summed(total), positive_logits(x, y, scale, None, mask.diagonal), _summed(shares), _summed(mean)
 
 
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
 from vito_kernels._core.checks import check_reduction, reduce
-from vito_kernels._core.lazy_triton import cdiv, jit, on_device, use_triton
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, reduction_rows, use_triton
 from vito_kernels.contrastive.device_functions import sigmoid
 from vito_kernels.contrastive.device_functions import softplus as device_softplus
 from vito_kernels.contrastive.terms import LOG2E
@@ -26,7 +26,7 @@ from vito_kernels.contrastive.terms import LOG2E
 if TYPE_CHECKING:
     import triton.language as tl
 
-ROWS, REDUCED_ROWS = 256, 2048  # of a program at a time
+ROWS = 256  # of a program
 
 
 @jit
@@ -113,7 +113,7 @@ def launch_softplus_loss(sides: Sides, logits: Tensor, reduction: str, decoupled
     with on_device(out):
         softplus_loss_fwd_kernel[(grid,)](
             *_dense(sides), logits.contiguous(), out, rows, _divisor(reduction, rows), pairs, _count(sides),
-            REDUCED_ROWS if reduced else ROWS, reduced, decoupled, num_warps=8 if reduced else 4,
+            reduction_rows(rows) if reduced else ROWS, reduced, decoupled, num_warps=8 if reduced else 4,
         )  # fmt: skip
     return out
 

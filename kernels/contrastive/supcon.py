@@ -27,7 +27,7 @@ from vito_kernels._core.checks import (
     needs_grad,
     scale_tensor,
 )
-from vito_kernels._core.lazy_triton import cdiv, jit, on_device, use_triton
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, reduction_rows, use_triton
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize
@@ -36,8 +36,6 @@ from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGra
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-ROWS = 2048  # of a program at a time
 
 # ---- Triton kernels
 
@@ -99,9 +97,10 @@ def launch_losses(
     splits, M = counts.shape
     loss, share = lse2.new_empty(M if reduction == "none" else ()), torch.empty_like(lse2)
     factor = lse2.new_empty(0 if reduction == "none" else ())
+    rows = reduction_rows(M)
     with on_device(lse2):
-        supcon_fwd_kernel[(cdiv(M, ROWS) if reduction == "none" else 1,)](
-            lse2, lse_residual, distances, counts, scale, loss, share, factor, M, splits, ROWS, reduction, num_warps=8
+        supcon_fwd_kernel[(cdiv(M, rows) if reduction == "none" else 1,)](
+            lse2, lse_residual, distances, counts, scale, loss, share, factor, M, splits, rows, reduction, num_warps=8
         )
     return loss, share, factor
 

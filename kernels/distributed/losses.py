@@ -43,7 +43,7 @@ from vito_kernels._core.checks import (
 from vito_kernels.contrastive.info_nce import lse_and_positives
 from vito_kernels.contrastive.multi_view import check_views, multi_view_info_nce
 from vito_kernels.contrastive.normalize import normalize
-from vito_kernels.contrastive.siglip import apply_siglip, siglip_of_sums
+from vito_kernels.contrastive.siglip import apply_siglip
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.supcon import supcon_of_unit
 from vito_kernels.contrastive.terms import LOG2E
@@ -281,12 +281,12 @@ def global_siglip_loss(
     scale, bias = scale_tensor(scale, x), scale_tensor(bias, x)
     sizes = checked_sizes(x, sizes, group)
     if exchange == "ring":
-        sums, logits = ring.siglip_sums(x, y, scale, bias, sizes, group)
+        loss = ring.siglip(x, y, scale, bias, sizes, group)
     else:
         offset = sum(sizes[: dist.get_rank(group)])
         (x, keys), matmul_dtype = autocast_inputs(x, gather_with_grad(y, group=group, sizes=sizes))
-        sums, logits, *_ = apply_siglip(x, keys, scale, bias, offset, needs_grad(x, scale), matmul_dtype)
-    return siglip_of_sums(sums, logits, bias, "sum") * (len(sizes) / sum(sizes))
+        loss = apply_siglip(x, keys, scale, bias, offset, needs_grad(x, scale), "sum", matmul_dtype)[0]
+    return loss * (len(sizes) / sum(sizes))
 
 
 def global_supcon_loss(

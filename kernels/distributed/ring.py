@@ -22,6 +22,8 @@ from torch import Tensor
 from vito_kernels._core.autograd import once
 from vito_kernels._core.checks import autocast_inputs, needs_grad, scale_tensor
 from vito_kernels.contrastive.gpu import path_of
+from vito_kernels.contrastive.siglip import losses as siglip_losses
+from vito_kernels.contrastive.siglip import row_grads
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
 
@@ -242,7 +244,7 @@ def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, sizes: list[int],
 
 
 class _Sigmoid(torch.autograd.Function):
-    """(sums (B,) of softplus(s) over the other rows of all ranks' y, logits of the pairs (B, 1)) of x (B, D).
+    """The sum of the losses of this rank's rows of x (B, D) against all ranks' y.
 
     Blocks of y travel; as nothing is normalized, sums over blocks are added.
     """
@@ -257,7 +259,7 @@ class _Sigmoid(torch.autograd.Function):
         ring: _Ring,
         compute_grad_x: bool,
         matmul_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         path = path_of(x)
         path.check_values(scale)
         sums: Rows = ()
@@ -273,37 +275,36 @@ class _Sigmoid(torch.autograd.Function):
 
         ring.rotate((y,), visit)
         ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
-        ctx.save_for_backward(x, y, scale, bias, *sums[1:])
-        return sums[0], pairs
+        ctx.save_for_backward(x, y, scale, bias, pairs, *sums[1:])
+        return siglip_losses(sums[0], pairs, bias, "sum")
 
     @staticmethod
     @once
-    def backward(ctx: Any, gradient: Tensor, g_pair: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, bias, shares, mean = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, bias, pairs, shares, mean = ctx.saved_tensors
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
-        path, gradient, dx, dscale = path_of(x), gradient.contiguous(), None, None
+        path, dx, dscale = path_of(x), None, None
+        share, weight, pair, part = row_grads(gradient, pairs, shares, bias, "sum")
+        assert pair is not None
         if need_x or need_scale:
-            pairs = {"pair_weight": g_pair, "k": y, "other": x if need_scale else None}
-            dx, dscale = path.grad_epilogue(mean, scale, x.dtype, store=need_x, weight=gradient / LOG2E, **pairs)
+            mine = {"pair_weight": pair, "k": y, "other": x if need_scale else None}
+            dx, dscale = path.grad_epilogue(mean, scale, x.dtype, store=need_x, weight=weight, **mine)
         dy = None
         if need_y:
-            softmax = SoftmaxGrad((bias * -LOG2E).expand_as(shares).contiguous(), gradient)
 
             def visit(block: Rows, own: bool) -> Rows:
-                given = softmax, None, Mask(diagonal=0 if own else None), False, True, ctx.matmul_dtype
+                given = share, None, Mask(diagonal=0 if own else None), False, True, ctx.matmul_dtype
                 _, grad = path.lse_backward(x, block[0], scale, *given, sigmoid=True)
                 if own:
-                    grad.addcmul_(x.to(grad.dtype), g_pair, value=LOG2E)
+                    grad.addcmul_(x.to(grad.dtype), pair, value=LOG2E)
                 return (grad.mul_(scale),)
 
             dy = ctx.ring.rotate((y,), visit, _add)[0].to(y.dtype)
-        dbias = (gradient * shares).sum() if need_bias else None
+        dbias = part.sum() if need_bias else None
         return dx if need_x else None, dy, dscale if need_scale else None, dbias, None, None, None
 
 
-def siglip_sums(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], group: Group
-) -> tuple[Tensor, Tensor]:
-    """The sums (B,) and the logits of pairs (B, 1) of this rank's rows of x (B, D) against the y of all ranks."""
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """The sum of the losses of this rank's rows of x (B, D) against the y of all ranks."""
     (x, y), matmul_dtype = autocast_inputs(x, y)
     return _Sigmoid.apply(x, y, scale, bias, _Ring.of(sizes, group), needs_grad(x, scale), matmul_dtype)

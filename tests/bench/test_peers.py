@@ -17,6 +17,7 @@ PACKAGES = {
     "pytorch-metric-learning": "pytorch_metric_learning",
     "open_clip": "open_clip",
     "open_clip ClipLoss": "open_clip",
+    "open_clip SigLipLoss": "open_clip",
     "lightly": "lightly",
     "memeff (LiT)": "memeff",
     "memeff (CLIP)": "memeff",
@@ -45,9 +46,17 @@ def families():
     yield from ((c, peers.truth_of(lambda a, b: reference.ntxent(a, b, T), x, y)) for c in peers.self_similar(x, y, T))
     supcon = peers.truth_of(lambda z: reference.supcon_loss(z, labels, temperature=T), q)
     yield peers.supervised(q, labels, T), supcon
+    units = reference.normalize
+    siglip = peers.truth_of(lambda a, b: reference.siglip_loss(units(a), units(b), 1 / T, -1.0), x, y)
+    yield peers.sigmoid(x, y, 1 / T, -1.0), siglip
+    negatives = torch.stack([y.detach().roll(i, 0) for i in range(len(x))]).requires_grad_()
+    mined = lambda a, b, c: reference.info_nce(  # noqa: E731
+        units(a), units(b), negatives=c / c.norm(dim=2, keepdim=True), temperature=T
+    )
+    yield peers.paired(x, y, negatives, T), peers.truth_of(mined, x, y, negatives)
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(13))
 def test_a_peer_is_right_or_named(number):
     candidate, truth = list(families())[number]
     if candidate.call is not None:
@@ -59,7 +68,7 @@ def test_a_peer_is_right_or_named(number):
 
 
 def test_every_family_is_covered():
-    assert len(list(families())) == 11
+    assert len(list(families())) == 13
 
 
 def test_a_peer_too_large_for_the_machine_is_named():

@@ -19,6 +19,7 @@ LAUNCHING = (
     "batch_norm.op",
     "contrastive.normalize",
     "contrastive.gpu",
+    "contrastive.siglip",
     "contrastive.softplus_loss",
     "contrastive.supcon",
     "photometric.op",

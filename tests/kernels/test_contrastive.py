@@ -214,7 +214,7 @@ def test_ops_are_registered_in_full():
         torch.library.opcheck(ops.similarity_lse.default, args)
     label, key_label, bias = torch.tensor([0, 0, 2, 2, 2, 5]), torch.arange(9) // 2, torch.tensor(-1.0)
     for diagonal in (0, None):
-        torch.library.opcheck(ops.siglip.default, (q, k, scale, bias.requires_grad_(), diagonal, True))
+        torch.library.opcheck(ops.siglip.default, (q, k, scale, bias.requires_grad_(), diagonal, True, "mean"))
     torch.library.opcheck(ops.per_query_lse.default, (q, k[:6, None].expand(6, 3, 16).contiguous(), scale, True))
     torch.library.opcheck(ops.positive_rank.default, (q.detach(), k.detach(), bias.detach(), *ids, None))
     for cache_logits in (False, True):

@@ -103,10 +103,11 @@ def test_labels(reduction, diagonal):
 @pytest.mark.parametrize("width", [WIDTH, 576])
 def test_sums_over_all_pairs(width):
     x, scale, group = empty(ROWS, width, dtype=torch.bfloat16), empty(), empty(ROWS, dtype=torch.int64)
-    for diagonal in (5, None):
-        sums, logits, *saved = call(siglip.siglip_op, x, x, scale, scale, diagonal, True, None)
+    for diagonal, reduction in ((5, "none"), (0, "mean"), (None, "sum")):
+        given = x, x, scale, scale, diagonal
+        loss, *saved = call(siglip.siglip_op, *given, True, reduction, None)
         for asked in ASKED:
-            call(siglip.siglip_backward_op, sums, logits, x, x, scale, scale, diagonal, *saved, *asked, True, None)
+            call(siglip.siglip_backward_op, loss, *given, *saved, *asked, True, reduction, None)
     for positive in (None, empty(ROWS, 1, dtype=torch.int64)):
         call(rank.positive_rank_op, x, x, scale, group, group, positive, None)
     q, negatives = empty(7, width, dtype=torch.bfloat16), empty(7, 50, width, dtype=torch.bfloat16)
