@@ -81,7 +81,8 @@ void bind_index(py::module_& m) {
              out["codec"] = std::string(r.codec);
              out["width"] = r.width;
              out["height"] = r.height;
-             out["rotation"] = r.rotation;
+             out["rotation"] = r.rotation % 360;
+             out["mirror"] = r.rotation >= 360;
              out["shard"] = r.shard;
              out["time_base"] = py::make_tuple(r.tick_num, r.tick_den);
              out["start"] = seconds(r, r.start);

@@ -125,7 +125,7 @@ const char* Index::defect(const Record& r, uint64_t clip) const {
       (r.step < 1 || static_cast<uint64_t>(r.step) * (r.num_frames - 1) >= static_cast<uint64_t>(r.end - r.start)))
     return "its times make no sense";
   if (r.width < 1 || r.width > 65535 || r.height < 1 || r.height > 65535) return "its frame size makes no sense";
-  if (!terminated(r.codec) || (r.rotation % 90) != 0 || r.rotation >= 360) return "its codec or rotation makes no sense";
+  if (!terminated(r.codec) || (r.rotation % 90) != 0 || r.rotation >= 720) return "its codec or rotation makes no sense";
   return nullptr;
 }
 

@@ -74,7 +74,7 @@ struct Record {
   uint32_t shard;
   uint32_t extradata_size, source_size;
   char codec[16];
-  uint16_t rotation;  // degrees clockwise
+  uint16_t rotation;  // degrees clockwise for display; 360 more if mirrored left to right before that
   uint8_t layout;
   uint8_t reserved;
   uint32_t block_checksum;

@@ -40,7 +40,7 @@ void check_clip(const ClipInput& c, const std::vector<Shard>& shards, const Chec
         "1 to 2^31 - 1");
   check(c.width >= 1 && c.width <= 65535, "width", c.width, "1 to 65535");
   check(c.height >= 1 && c.height <= 65535, "height", c.height, "1 to 65535");
-  check(c.rotation >= 0 && c.rotation < 360 && c.rotation % 90 == 0, "rotation", c.rotation, "0, 90, 180 or 270");
+  check(c.rotation >= 0 && c.rotation < 720 && c.rotation % 90 == 0, "rotation", c.rotation, "0 to 630 by 90");
   check(c.tick_num >= 1 && c.tick_num <= big, "time_base's numerator", c.tick_num, "1 to 2^32 - 1");
   check(c.tick_den >= 1 && c.tick_den <= big, "time_base's denominator", c.tick_den, "1 to 2^32 - 1");
   check(c.shard >= 0 && static_cast<uint64_t>(c.shard) < shards.size(), "shard", c.shard, "the number of a shard");

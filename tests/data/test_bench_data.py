@@ -10,7 +10,8 @@ from videos import pictures, write
 from vito_fast.cli import store as cli_store
 from vito_fast.data.bench_data import READERS, _files, _times, bench_data, decoding, installed, lines
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.store.media import Source, rgb
+from vito_fast.data.store.media import Source
+from vito_fast.data.store.picture import rgb
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 from vito_fast.train.attention_maps import video_frames

@@ -10,7 +10,8 @@ from videos import pictures, remux, rotate, skip_start, without_rate, without_us
 
 from vito_fast.data.pack.encode import CLOCK, TICKS, _constant_rate
 from vito_fast.data.pack.pack import pack
-from vito_fast.data.store.media import Source, presentation_times, rgb
+from vito_fast.data.store.media import Source, presentation_times
+from vito_fast.data.store.picture import rgb
 from vito_fast.data.store.store import Store, frames
 from vito_fast.train.attention_maps import video_frames
 
@@ -29,7 +30,7 @@ def sequential(path):
 def check(path, tmp_path, expected=None, **options):
     """Every frame of every clip of a copy store equals its frame in sequential decoding, whatever is asked with it."""
     times, truth = sequential(path) if expected is None else expected
-    pack(path, tmp_path / "store", format="copy", min_length=0, progress=False, processes=1, **options)
+    pack(path, tmp_path / "store", format="copy", min_length=0, keep_still=True, progress=False, processes=1, **options)
     store = Store(tmp_path / "store")
     place = 0
     rng = np.random.default_rng(0)

@@ -19,9 +19,10 @@ from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.pack.process_pool import ProcessPool
 from vito_fast.data.pack.remux import Remuxer, _ticks
-from vito_fast.data.store.description import H264, PackOptions, Report
+from vito_fast.data.store.description import PackOptions, Report
 from vito_fast.data.store.index import Index
-from vito_fast.data.store.media import BadVideo, fitted, presentation_times
+from vito_fast.data.store.media import BadVideo, presentation_times
+from vito_fast.data.store.picture import fitted
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
@@ -196,12 +197,12 @@ def awkward(tmp_path):
 
 
 def test_what_is_left_out_and_why(awkward, tmp_path):
-    report = pack(awkward, tmp_path / "s", **QUIET)
+    report = pack(awkward, tmp_path / "s", strict=True, **QUIET)
     assert {clip[0] for clip in contents(tmp_path / "s")} == {"again.mp4", "line\nbreak-\udcff.mp4"}
     reasons = quarantine(tmp_path / "s")
     assert reasons.keys() == {
         "good.mp4", "in.mp4", "text.mp4", "empty.mp4", "cut.mp4", "damaged.mp4", "no-moov.mp4", "link.mp4", "loop.mp4",
-        "dangling.mp4", "pipe.mp4",
+        "dangling.mp4", "pipe.mp4", "short.mp4", "notes.txt",
     }  # fmt: skip
     assert reasons["good.mp4"] == reasons["in.mp4"] == "same content as another file: again.mp4"
     assert reasons["link.mp4"] == "link leads outside the folder"
@@ -212,12 +213,17 @@ def test_what_is_left_out_and_why(awkward, tmp_path):
         assert "cannot be decoded" in reasons[name]
     assert report.short_shots == 1
     assert report.rejected["same content as another file"] == 2
-    assert sum(report.rejected.values()) == len(reasons)
+    assert reasons["short.mp4"] == "no clip left: 1 shots shorter than the shortest clip"
+    assert reasons["notes.txt"] == "no suffix of a video: .txt"
+    assert report.skipped == {"no suffix of a video: .txt": 1}
+    assert sum(report.rejected.values()) == len(reasons) - 1
+    assert report.found == report.packed + len(reasons) == 2 + len(reasons)
+    assert report.found == sum(len(files) for _, _, files in os.walk(os.fsencode(awkward)))
     assert all("\n" not in line for line in report.lines())
 
 
 def test_damage_is_found_when_copying_too(awkward, tmp_path):
-    pack(awkward, tmp_path / "s", format="copy", **QUIET)
+    pack(awkward, tmp_path / "s", format="copy", strict=True, **QUIET)
     assert "damaged.mp4" in quarantine(tmp_path / "s")
 
 
@@ -420,17 +426,14 @@ def test_hidden_pictures_do_not_move_the_shown_ones():
     assert _ticks([50, 40, 20, 30], [1, 2, 3], 1).tolist() == [16, 20, 30, 40]
 
 
-def test_few_sizes(tmp_path):
-    """h264 stores cut the middle out of odd shapes."""
-    assert [H264.stored_size(256, side)[1] for side in (454, 456, 342, 48)] == [448, 448, 320, 48]
-    for name, width in (("a", 100), ("b", 110), ("c", 126)):
-        write(tmp_path / f"{name}.mp4", pictures(25, 64, width, seed=width))
-    pack(tmp_path, tmp_path / "s", format="h264", progress=False, processes=1)
-    store = Store(tmp_path / "s")
-    assert {(store.index.clip(i).height, store.index.clip(i).width) for i in range(3)} == {(64, 96)}
-    wide = pictures(25, 64, 126, seed=126)[0].astype(float)
-    got = frames(store, 2, [0])[0].astype(float)
-    assert np.abs(got - wide[:, 15:111]).mean() < 8 < np.abs(got - wide[:, :96]).mean()
+@pytest.mark.parametrize("format", ["jpeg", "h264"])
+def test_no_pixel_is_cut_off(format, tmp_path):
+    """Whatever the codec's blocks, the whole frame is stored."""
+    write(tmp_path / "a.mp4", pictures(25, 74, 110))
+    pack(tmp_path, tmp_path / "s", format=format, progress=False, processes=1)
+    truth, got = pictures(25, 74, 110)[0].astype(float), frames(tmp_path / "s", 0, [0])[0].astype(float)
+    assert got.shape == truth.shape
+    assert all(np.abs(got - truth)[edge].mean() < 12 for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]))
 
 
 def test_processes_that_cannot_start(folder, tmp_path, monkeypatch):
@@ -451,7 +454,7 @@ def test_a_size_that_the_encoder_does_not_take(format, width, tmp_path):
     write(tmp_path / "a.mkv", [np.zeros((32, width, 3), np.uint8)] * 2, "ffv1")
     report = pack(tmp_path, tmp_path / "s", format=format, encoder="libx264", **QUIET)
     assert report.videos == 1
-    reason = "encoder libx264 does not open: 16992" if format == "h264" else "no JPEG can be made: 66000"
+    reason = "encoder libx264 does not open: 17000" if format == "h264" else "no JPEG can be made: 66000"
     assert quarantine(tmp_path / "s")["a.mkv"].startswith(f"{reason} x 32 pixels: ")
 
 

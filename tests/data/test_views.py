@@ -80,12 +80,15 @@ def test_views_are_within_one_gray_level(source, rotation, native):
         for file, (y, x, h, w) in zip(files, crop.reshape(-1, 4), strict=True)
     ]
     pipeline = DecodeCropResize(source, 56, 2, len(crop), device=CPU, native=native)
-    mirror = mirrors(flip, np.full(len(crop), rotation))
+    mirrored = np.arange(len(crop)) % 2 > 0
+    mirror = mirrors(flip, np.full(len(crop), rotation), mirrored)
     views = pipeline(files if source == "image" else windows, crop, mirror)
     assert [tuple(v.shape) for v in views] == [(len(crop), 56, 56, 3)] * 2
     for i in range(len(crop)):
         for v in range(2):
-            expected = view(decoded(files[2 * i + v]), tuple(crop[i, v]), bool(flip[i, v]), 56, rotation)
+            expected = view(
+                decoded(files[2 * i + v]), tuple(crop[i, v]), bool(flip[i, v]), 56, rotation, bool(mirrored[i])
+            )
             got = np.rot90(views[v][i].numpy(), -rotation // 90)
             distance = np.abs(got.astype(int) - expected.astype(int))
             assert distance.max() <= 1, (i, v)

@@ -25,23 +25,26 @@ def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> li
 def write(
     path: Path, frames: list[np.ndarray], codec: str = "libx264", *, gop: int = 12, b_frames: int = 0, rate: int = 25,
     times: list[int] | None = None, options: dict[str, str] | None = None, format: str | None = None,
+    pixels: str | None = None, tags: dict[str, object] | None = None, container: dict[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Encodes ``frames``; ``times`` in milliseconds, default evenly by ``rate``."""
+    """Encodes ``frames``; ``times`` in milliseconds, default evenly by ``rate``; ``tags`` are the encoder's fields."""
     height, width = frames[0].shape[:2]
-    with av.open(str(path), "w", format=format) as container:
-        stream = container.add_stream(codec, rate=rate, options={**_DEFAULTS.get(codec, {}), **(options or {})})
+    with av.open(str(path), "w", format=format, options=container or {}) as output:
+        stream = output.add_stream(codec, rate=rate, options={**_DEFAULTS.get(codec, {}), **(options or {})})
         stream.width, stream.height = width, height
-        stream.pix_fmt = _PIXELS.get(codec, "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p")
+        stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p")
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
         stream.codec_context.thread_count = 1
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
     return path
 
 
@@ -79,12 +82,18 @@ def without_rate(source: Path, target: Path) -> Path:
 def rotate(source: Path, target: Path, quarter: int) -> Path:
     """An MP4 whose track is to be shown turned by ``quarter`` times 90 degrees clockwise."""
     cos, sin = (1, 0, -1, 0)[quarter], (0, 1, 0, -1)[quarter]
+    return display(source, target, (cos, sin, -sin, cos))
+
+
+def display(source: Path, target: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """An MP4 whose track has another display matrix: x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = matrix
     data = bytearray(source.read_bytes())
     place = data.index(b"tkhd") + 4
     version = data[place]
     matrix = place + (52 if version else 40)
     one = 1 << 16
-    data[matrix : matrix + 36] = struct.pack(">9i", cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    data[matrix : matrix + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
     target.write_bytes(data)
     return target
 

@@ -1,6 +1,7 @@
 """``vito-fast pack``."""
 
 import logging
+import sys
 from typing import Annotated, Literal
 
 import tyro
@@ -24,10 +25,17 @@ def pack(
     clip_length: float = 10.0,
     min_length: float = 1.0,
     shot_cuts: Annotated[bool, tyro.conf.FlagConversionOff] = True,
+    keep_still: bool = False,
+    strict: bool = False,
+    hdr: Literal["tonemap", "reject"] = "tonemap",
+    deinterlace: bool = False,
+    max_rejected: float = 0.5,
     shard_mib: int = 256,
     shard: str = "1/1",
     processes: int = 0,
     decode_timeout: float = 120.0,
+    io_timeout: float = 60.0,
+    skip_unreadable: bool = False,
     limits: Limits = Limits(),
 ) -> int:
     """Turn a folder of videos into a store. Safe to kill and to repeat.
@@ -43,24 +51,41 @@ def pack(
         clip_length: Seconds after which a shot is split.
         min_length: Seconds. Shorter shots are left out.
         shot_cuts: Whether clips end at shot changes.
+        keep_still: Keep clips in which nothing moves.
+        strict: Reject a file with any damage. Otherwise its good clips are kept.
+        hdr: What becomes of PQ and HLG: tonemap to BT.709, or reject.
+        deinterlace: Deinterlace frames that are flagged as interlaced, in jpeg and h264 stores.
+        max_rejected: Share of rejected videos above which the exit status is 1. The store is written all the same.
         shard_mib: Size in MiB after which a new shard file begins.
         shard: i/n packs the i-th of n shares of the files, for n machines.
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
+        io_timeout: Seconds for which a file that a disk or the network fails to deliver is tried again.
+        skip_unreadable: Reject a file that still fails, instead of ending without the store.
         limits: Wall time, frames, pixels and memory of one file, after which it is rejected.
     """
     from vito_fast.data.pack import pack as pack_videos
 
+    if not 0 <= max_rejected <= 1:
+        raise UserError(f"max_rejected is {max_rejected}, must be within 0 and 1")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vito_fast.data").setLevel(logging.INFO)
     try:
         report = pack_videos(
             src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
-            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib, shard=shard,
-            processes=processes, decode_timeout=decode_timeout, limits=limits,
+            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
+            hdr=hdr, deinterlace=deinterlace, shard_mib=shard_mib, shard=shard, processes=processes,
+            decode_timeout=decode_timeout, io_timeout=io_timeout, skip_unreadable=skip_unreadable, limits=limits,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
     print("\n".join(report.lines()))
     print(f"packed: {dst}" if report.complete else f"packed: shard {shard} of {dst}; the last one completes the store")
+    if (share := report.rejected_share()) > max_rejected:
+        print(
+            f"error: {share:.0%} of the videos are rejected, more than max_rejected = {max_rejected}; "
+            f"see {dst / 'quarantine.jsonl'}",
+            file=sys.stderr,
+        )
+        return 1
     return 0

@@ -15,7 +15,8 @@ from vito_fast.curate.options import AnalyseOptions, digest
 from vito_fast.curate.probe import IMAGES, confined
 from vito_fast.data.pack.clips import GAP, frame_duration
 from vito_fast.data.pack.shots import mark_cuts
-from vito_fast.data.store.media import BadVideo, Source, check_pixels, fitted, gray, presentation_times, rgb, upright
+from vito_fast.data.store.media import BadVideo, Source, check_pixels, presentation_times
+from vito_fast.data.store.picture import fitted, gray, rgb, shown_size
 
 VERSION = 2
 SMALL = 96
@@ -84,7 +85,7 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
     source, tokens = Source(path, options.limits), list[int]()
     clips: list[_Clip] = []
     latest, before = 0.0, None
-    for frame, cut in mark_cuts(_frames(source, tokens, options)):
+    for frame, cut, _ in mark_cuts(_frames(source, tokens, options)):
         gap = abs(frame.seconds - latest) > GAP
         latest = max(latest, frame.seconds) if frame.number and not gap else frame.seconds
         if not clips or cut or gap or frame.seconds - clips[-1].begin >= options.clip_length - 1e-6:
@@ -114,9 +115,9 @@ def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Itera
         tokens.append(token)
         ticks = source.pts[token] if token < len(source.pts) else None
         seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
-        if size is not None and upright(frame) != size:
+        if size is not None and shown_size(frame) != size:
             raise BadVideo(f"frame size changes at frame {number}")
-        size = upright(frame)
+        size = shown_size(frame)
         small = None
         if int(seconds * options.hash_rate) != tick:
             tick = int(seconds * options.hash_rate)
@@ -137,7 +138,7 @@ def _jpeg(picture: np.ndarray) -> bytes:
 
 def square(frame: VideoFrame, side: int) -> np.ndarray:
     """The middle 7 / 8 of a frame, as ImageNet's classifiers are tested; (side, side, 3)."""
-    picture = rgb(frame, fitted(*upright(frame), round(side / 0.875)))
+    picture = rgb(frame, fitted(*shown_size(frame), round(side / 0.875)))
     height, width = picture.shape[:2]
     crop = min(side, height, width)
     y, x = (height - crop) // 2, (width - crop) // 2

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from vito_fast.config import SamplerConfig
-from vito_fast.data.loader.dali import DecodeCropResize
+from vito_fast.data.loader.dali import DecodeCropResize, mirrors
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.index import Read
@@ -202,7 +202,8 @@ def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Cal
     views = numbers.shape[1]
     pipeline = DecodeCropResize(route, size, views, len(requests), device=torch.device("cpu"))
     crop = np.array([[[0, 0, info.height, info.width]] * views for info in infos], np.int32)
-    mirror = np.zeros((len(requests), views, 2), bool)
+    mirrored = (np.array([getattr(info, name) for info in infos]) for name in ("rotation", "mirror"))
+    mirror = mirrors(np.zeros((len(requests), views), np.uint8), *mirrored)
 
     def pictures(row: int, read: Read) -> Frames:
         if read.code != "ok":

@@ -42,7 +42,8 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
     """
     import av
 
-    from vito_fast.data.store.media import for_ffmpeg, rgb
+    from vito_fast.data.store.media import for_ffmpeg
+    from vito_fast.data.store.picture import rgb
 
     if (path / "store.json").is_file():
         return _resized(_store_frames(path, count), size)

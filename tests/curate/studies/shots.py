@@ -29,7 +29,7 @@ from vito_fast.curate import analyse
 from vito_fast.curate.options import AnalyseOptions
 from vito_fast.curate.report import wilson
 from vito_fast.data.demo import wheel_folder
-from vito_fast.data.store.media import fitted, rgb, upright
+from vito_fast.data.store.picture import fitted, rgb, shown_size
 
 SIDES = {32: 0.1, 48: 0.1, 64: 0.1, 90: 0.2, 144: 0.2, 240: 0.2, 360: 0.07, 720: 0.03}
 """Short sides of the videos in pixels, and their shares."""
@@ -86,7 +86,7 @@ def piece(path: Path, first: int, end: int) -> list[Picture]:
             if number >= min(end, first + 300):
                 break
             if number >= first:
-                frames.append(rgb(frame, fitted(*upright(frame), 270), interpolation="AREA"))
+                frames.append(rgb(frame, fitted(*shown_size(frame), 270), interpolation="AREA"))
     return frames
 
 

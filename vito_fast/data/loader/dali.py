@@ -179,19 +179,22 @@ class DecodeCropResize:
         return torch.from_numpy(squares)
 
 
-def mirrors(flip: npt.NDArray[np.uint8], rotation: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def mirrors(
+    flip: npt.NDArray[np.uint8], rotation: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
     """Mirrorings before the rotation that amount to a horizontal flip after it. A quarter turn swaps the two axes.
 
     Args:
         flip: (N, V) whether a view is flipped.
         rotation: (N,) degrees clockwise of each sample's clip.
+        mirror: (N,) whether the clip is mirrored left to right before the rotation.
 
     Returns:
         (N, V, 2) whether to mirror vertically and horizontally.
     """
     sideways = (rotation % 180 != 0)[:, None]
     flipped = flip.astype(bool)
-    return np.stack([flipped & sideways, flipped & ~sideways], -1)
+    return np.stack([flipped & sideways, (flipped & ~sideways) ^ mirror[:, None]], -1)
 
 
 def _reason(error: RuntimeError) -> str:

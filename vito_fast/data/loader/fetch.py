@@ -227,8 +227,9 @@ class Fetcher:
 
     @staticmethod
     def _mirrors(chunk: Chunk, samples: list[_Sample]) -> npt.NDArray[np.bool_]:
-        rotations = [sample.info.rotation for sample in samples if sample.info]
-        return mirrors(chunk.samples.flip[_rows(samples)], np.array(rotations))
+        infos = [sample.info for sample in samples if sample.info]
+        rotations, mirrored = (np.array([getattr(info, name) for info in infos]) for name in ("rotation", "mirror"))
+        return mirrors(chunk.samples.flip[_rows(samples)], rotations, mirrored)
 
     @staticmethod
     def _upright(samples: list[_Sample], views: list[Tensor]) -> list[Tensor]:

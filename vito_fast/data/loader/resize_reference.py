@@ -33,7 +33,12 @@ def _keys(x: npt.NDArray[np.float64], a: float = -0.5) -> npt.NDArray[np.float64
 
 
 def view(
-    picture: npt.NDArray[np.uint8], crop: tuple[int, int, int, int], flip: bool, size: int, rotation: int = 0
+    picture: npt.NDArray[np.uint8],
+    crop: tuple[int, int, int, int],
+    flip: bool,
+    size: int,
+    rotation: int = 0,
+    mirror: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """Make one view. Deterministic.
 
@@ -43,6 +48,7 @@ def view(
         flip: Whether to mirror the upright view horizontally.
         size: Side of the view in pixels.
         rotation: Degrees clockwise from the decoded to the upright frame.
+        mirror: Whether the decoded frame is mirrored left to right before that.
 
     Returns:
         (size, size, 3) uint8, upright.
@@ -55,5 +61,6 @@ def view(
         raise ValueError(f"crop {crop} is not inside a picture of {picture.shape[0]} x {picture.shape[1]}")
     window = picture[y : y + h, x : x + w].astype(np.float64)
     square = np.einsum("ih,hwc,jw->ijc", cubic_weights(h, size), window, cubic_weights(w, size), optimize=True)
-    upright = np.rot90(np.clip(np.rint(square), 0, 255).astype(np.uint8), -rotation // 90)
+    pixels = np.clip(np.rint(square), 0, 255).astype(np.uint8)
+    upright = np.rot90(pixels[:, ::-1] if mirror else pixels, -rotation // 90)
     return upright[:, ::-1] if flip else upright

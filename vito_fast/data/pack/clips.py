@@ -41,6 +41,7 @@ class PackedClip:
     sizes: np.ndarray
     checksums: np.ndarray
     flags: np.ndarray
+    mirror: bool = False
 
 
 @dataclass
@@ -52,6 +53,19 @@ class PackedFile:
     """Frames per second."""
     too_short: int = 0
     """Shots left out because they are shorter than ``min_length``."""
+    still: int = 0
+    """Clips left out because nothing moves in them."""
+    kinds: list[str] = field(default_factory=list)
+    """What is out of the ordinary: see ``picture.kinds``."""
+    lost: int = 0
+    """Frames left out because of damage."""
+    damage: str = ""
+    """What is damaged, if anything."""
+
+    def why_empty(self) -> str:
+        """The reason why no clip is left."""
+        counts = {"shorter than the shortest clip": self.too_short, "in which nothing moves": self.still}
+        return "no clip left: " + ", ".join(f"{count} shots {why}" for why, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
@@ -240,7 +254,7 @@ def _dump(name: str, entry: Entry) -> bytes:
     if isinstance(entry, Rejected):
         body = {"reason": entry.reason}
     else:
-        body = {"rate": entry.rate, "too_short": entry.too_short, "clips": [_plain(clip) for clip in entry.clips]}
+        body = {**vars(entry), "clips": [_plain(clip) for clip in entry.clips]}
     return json.dumps({"file": name, **body}).encode() + b"\n"
 
 
@@ -258,7 +272,8 @@ def _load(line: bytes) -> tuple[str, Entry]:
     body = json.loads(line)
     if "reason" in body:
         return body["file"], Rejected(body["reason"])
-    return body["file"], PackedFile([_clip(values) for values in body["clips"]], body["rate"], body["too_short"])
+    name = body.pop("file")
+    return name, PackedFile(**{**body, "clips": [_clip(values) for values in body["clips"]]})
 
 
 def _clip(values: dict[str, Any]) -> PackedClip:

@@ -1,13 +1,15 @@
 """Re-encoding: a decoded video becomes clips of JPEGs or of H.264 with short groups of pictures."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import av
+import av.filter
 import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
@@ -25,7 +27,10 @@ from vito_fast.data.pack.clips import (
 from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.description import H264, JPEG, Limits, PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
-from vito_fast.data.store.media import BadVideo, Source, fitted, presentation_times, rgb, upright
+from vito_fast.data.store.media import BadVideo, Source, presentation_times
+from vito_fast.data.store.picture import HDR, fitted, rgb, shown_size
+
+T = TypeVar("T")
 
 TICKS = Fraction(1, 720000)
 """Time base of re-encoded clips. A frame of 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 119.88 or 120 fps lasts a
@@ -142,6 +147,9 @@ def choose_encoder() -> tuple[str, str]:
 class _OpenClip:
     encoder: Encoder
     first: int
+    scene: tuple[int, int, int]
+    moved: int = 0
+    """The last frame that differs visibly from those before it."""
     times: list[float] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
 
@@ -151,6 +159,44 @@ class _Frame:
     picture: np.ndarray
     number: int
     seconds: float
+    scene: tuple[int, int, int]
+    """Number of the run of undisturbed packets, height and width. A clip has one."""
+
+
+def deinterlaced(frames: Iterable[tuple[T, VideoFrame, int]]) -> Iterator[tuple[T, VideoFrame, int]]:
+    """Deinterlace the frames that are flagged as interlaced, one for one. The others pass unchanged.
+
+    Args:
+        frames: An item of any type, its frame, and the number of the run of frames that it belongs to.
+    """
+    graph, shape, waiting = None, None, deque[tuple[T, int]]()
+
+    def ready() -> Iterator[tuple[T, VideoFrame, int]]:
+        while graph is not None:
+            try:
+                frame = graph.vpull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            item, run = waiting.popleft()
+            yield item, frame, run
+
+    for item, frame, run in frames:
+        if graph is None or shape != (run, frame.width, frame.height, frame.format.name):
+            if graph is not None:
+                graph.vpush(None)
+                yield from ready()
+            shape = run, frame.width, frame.height, frame.format.name
+            graph = av.filter.Graph()
+            graph.threads = 1
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=TICKS)
+            graph.link_nodes(source, graph.add("bwdif", "send_frame:auto:interlaced"), graph.add("buffersink"))
+            graph.configure()
+        waiting.append((item, run))
+        graph.vpush(frame)
+        yield from ready()
+    if graph is not None:
+        graph.vpush(None)
+        yield from ready()
 
 
 class Transcoder:
@@ -165,7 +211,6 @@ class Transcoder:
         self.result = PackedFile()
         self._ranges: list[tuple[int, int]] = []
         self._clip: _OpenClip | None = None
-        self._size = (0, 0)
         self._tokens: list[int] = []
 
     def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
@@ -173,32 +218,40 @@ class Transcoder:
 
         Args:
             path: The source.
-            heartbeat: Called after each frame.
+            heartbeat: Called for each packet.
 
         Raises:
             BadVideo: The file cannot be packed. The caller then rewinds the shard.
         """
-        source = Source(path, self.limits)
+        salvage = self.spans is None and not self.options.strict
+        source = Source(path, self.limits, salvage, heartbeat)
         if self.spans is not None:
-            return self._run_spans(source, self.spans, heartbeat)
+            return self._run_spans(source, self.spans)
         latest = 0.0
-        for frame, cut in mark_cuts(self._frames(source)):
+        for frame, cut, moved in mark_cuts(self._frames(source)):
             number, seconds = frame.number, frame.seconds
             gap = abs(seconds - latest) > GAP
             latest = max(latest, seconds) if number and not gap else seconds
             new_shot = cut is not None and self.options.shot_cuts
-            if self._clip and (new_shot or gap or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6):
+            if self._clip and (
+                new_shot
+                or gap
+                or frame.scene != self._clip.scene
+                or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6
+            ):
                 self._close(number, source, None if gap else seconds)
             if self._clip is None:
-                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), number)
+                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), number, frame.scene)
             self._clip.payloads += self._clip.encoder.encode(frame.picture)
             self._clip.times.append(seconds)
-            heartbeat()
+            self._clip.moved = moved
         self._close(len(self._tokens), source, None)
         self._set_times(source)
+        self.result.kinds, self.result.lost = sorted(source.kinds), source.lost
+        self.result.damage = source.damage[0] if source.damage else ""
         return self.result
 
-    def _run_spans(self, source: Source, spans: Sequence[Span], heartbeat: Callable[[], None]) -> PackedFile:
+    def _run_spans(self, source: Source, spans: Sequence[Span]) -> PackedFile:
         """Pack the spans of a clip list as they are: no shot is cut, split or left out."""
         remaining = list(reversed(spans))
         for frame, _ in self._frames(source):
@@ -206,11 +259,10 @@ class Transcoder:
                 self._close(frame.number, source, frame.seconds)
                 remaining.pop()
             if remaining and frame.number == remaining[-1].first_frame:
-                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), frame.number)
+                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), frame.number, frame.scene)
             if self._clip:
                 self._clip.payloads += self._clip.encoder.encode(frame.picture)
                 self._clip.times.append(frame.seconds)
-            heartbeat()
         if self._clip and len(self._tokens) == remaining[-1].end_frame:
             self._close(len(self._tokens), source, None)
             remaining.pop()
@@ -224,17 +276,19 @@ class Transcoder:
 
     def _frames(self, source: Source) -> Iterator[tuple[_Frame, VideoFrame]]:
         """Each decoded frame, after its resized picture and its time, which is exact enough to split shots."""
-        for token, frame in source.frames():
-            size = fitted(*upright(frame), self.options.short_side)
+        decoded = (((token, source.aspect), frame, source.run) for token, frame in source.frames())
+        size = None
+        for (token, aspect), frame, run in deinterlaced(decoded) if self.options.deinterlace else decoded:
+            if self.options.hdr == "reject" and frame.color_trc in HDR:
+                raise BadVideo(f"HDR: its transfer function is {HDR[frame.color_trc]}")
+            before, size = size, fitted(*shown_size(frame, aspect), self.options.short_side)
             number = len(self._tokens)
-            if number and size != self._size:
+            if before not in (None, size) and not source.salvage:
                 raise BadVideo(f"frame size changes at frame {number}")
-            self._size = size
             self._tokens.append(token)
             ticks = source.pts[token] if token < len(source.pts) else None
             seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
-            picture = center_crop(rgb(frame, size), self.format.stored_size(*size))
-            yield _Frame(picture, number, seconds), frame
+            yield _Frame(rgb(frame, size), number, seconds, (run, *size)), frame
 
     def _encoder(self, picture: np.ndarray, rate: Fraction) -> Encoder:
         height, width = picture.shape[:2]
@@ -255,6 +309,9 @@ class Transcoder:
         if self.spans is None and too_short(times[0], until, self.options.min_length):
             self.result.too_short += 1
             return
+        if self.spans is None and not self.options.keep_still and clip.moved <= clip.first:
+            self.result.still += 1
+            return
         rest, extradata = clip.encoder.finish()
         payloads = clip.payloads + rest
         if len(payloads) != len(times):
@@ -264,7 +321,7 @@ class Transcoder:
         flags = [packet_flags(codec, extradata, payload) or 0 for payload in payloads]
         if not flags[0] & KEY:
             raise BadVideo("the encoder's first packet is no key")
-        height, width = self.format.stored_size(*self._size)
+        _, height, width = clip.scene
         self.result.clips.append(
             PackedClip(
                 codec=codec, width=width, height=height, rotation=0, shard=self.shard.number,
@@ -281,7 +338,8 @@ class Transcoder:
     def _set_times(self, source: Source) -> np.ndarray:
         """Set exact times, which are known only once the whole file is decoded. Returns the source's own ticks."""
         step = max(1, round(1 / (source.rate * source.time_base)))
-        native = presentation_times([source.pts[token] for token in self._tokens], step)
+        restart = round(GAP / source.time_base) if source.salvage else None
+        native = presentation_times([source.pts[token] for token in self._tokens], step, restart)
         ticks = np.array([round(int(t) * source.time_base / TICKS) for t in native], np.int64)
         for clip, (first, end) in zip(self.result.clips, self._ranges, strict=True):
             clip.pts = _constant_rate(ticks[first:end])
@@ -292,14 +350,6 @@ class Transcoder:
             clip.end = int(max(following, clip.pts[-1] + 1))
         self.result.rate = 1 / frame_duration(ticks * float(TICKS), source.rate)
         return native
-
-
-def center_crop(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The center of (H, W, 3) ``picture``, contiguous, of ``size`` (h, w)."""
-    if picture.shape[:2] == size:
-        return picture
-    y, x = ((whole - part) // 2 for whole, part in zip(picture.shape[:2], size, strict=True))
-    return np.ascontiguousarray(picture[y : y + size[0], x : x + size[1]])
 
 
 def _constant_rate(ticks: np.ndarray) -> np.ndarray:

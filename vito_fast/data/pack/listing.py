@@ -1,5 +1,6 @@
 """The video files of a folder, without leaving it, and each content once."""
 
+import errno
 import hashlib
 import os
 from collections import defaultdict
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vito_fast.data.pack.clips import Span
+from vito_fast.data.store.description import DUPLICATE
 from vito_fast.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
@@ -27,7 +29,9 @@ class Listing:
     videos: list[str]
     rejected: dict[str, str]
     fingerprint: str
-    """Hash of the names and sizes of all files, and of the clip list."""
+    """Hash of the names and sizes of all videos, and of the clip list."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Reasons of the files that are no videos by their suffix, and of the folders that cannot be listed."""
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     """Clips of each file of a clip list, in order. Without one, pack cuts the files itself."""
 
@@ -43,12 +47,12 @@ def list_videos(src: Path) -> Listing:
         src: A folder, searched recursively, or one file.
 
     Raises:
-        UserError: ``src`` does not exist, cannot be read or has no file with a video's suffix.
+        UserError: ``src`` does not exist, a disk fails, or no file has a video's suffix.
     """
     if not src.exists():
         raise UserError(f"no such file or folder: {src}")
     root = src if src.is_dir() else src.parent
-    names = sorted(_walk(src)) if src.is_dir() else [src.name]
+    names, skipped = _walk(src) if src.is_dir() else ([src.name], {})
     if not names:
         raise UserError(f"no video in {src}: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
     inside, rejected, sizes = root.resolve(), {}, {}
@@ -61,14 +65,17 @@ def list_videos(src: Path) -> Listing:
                 rejected[name] = "no regular file"
             else:
                 sizes[name] = real.stat().st_size
-        except (OSError, RuntimeError) as error:
-            rejected[name] = f"cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"
+        except OSError as error:
+            _check_own(src, error, link=(root / name).is_symlink())
+            rejected[name] = f"cannot be read: {error.strerror}"
+        except RuntimeError:
+            rejected[name] = "cannot be read: a loop of links"
     seal = hashlib.sha256(
         "\n".join(f"{name}\t{sizes.get(name, -1)}" for name in names).encode("utf-8", "surrogateescape")
     )
     rejected.update(_duplicates(root, sizes))
     videos = [name for name in names if name not in rejected]
-    return Listing(root, videos, rejected, seal.hexdigest())
+    return Listing(root, videos, rejected, seal.hexdigest(), skipped)
 
 
 def list_clips(root: Path, spans: Mapping[str, Sequence[Span]]) -> Listing:
@@ -95,18 +102,35 @@ def list_clips(root: Path, spans: Mapping[str, Sequence[Span]]) -> Listing:
             raise UserError(f"the clip list names {name!r}, which is no regular file inside {root}")
         line = f"{name}\t{real.stat().st_size}\t{spans[name]}\n"
         seal.update(line.encode("utf-8", "surrogateescape"))
-    return Listing(root, sorted(spans), {}, seal.hexdigest(), {name: tuple(spans[name]) for name in spans})
+    return Listing(root, sorted(spans), {}, seal.hexdigest(), spans={name: tuple(spans[name]) for name in spans})
 
 
-def _walk(src: Path):
+def _check_own(src: Path, error: OSError, link: bool = False) -> None:
+    """Raise UserError for a fault of the disk or network. Permissions, and what a link leads to, are the file's own."""
+    own = error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+    own |= link and error.errno == errno.ENOENT
+    if not own or Path(error.filename or src) == src:
+        raise UserError(f"cannot read {error.filename or src}: {error.strerror}: fix that and repeat the command")
+
+
+def _walk(src: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the videos, sorted, and the reasons why other files and folders are none."""
+    names: list[str] = []
+    skipped: dict[str, str] = {}
+
     def fail(error: OSError) -> None:
-        if Path(error.filename) == src:
-            raise UserError(f"cannot read {src}: {error.strerror}")
+        _check_own(src, error)
+        name = Path(error.filename).relative_to(src).as_posix()
+        skipped[f"{name}/"] = f"folder cannot be read: {error.strerror}"
 
     for folder, _, files in os.walk(src, followlinks=False, onerror=fail):
         for file in files:
-            if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES:
-                yield (Path(folder) / file).relative_to(src).as_posix()
+            name, suffix = (Path(folder) / file).relative_to(src).as_posix(), os.path.splitext(file)[1].lower()
+            if suffix in VIDEO_SUFFIXES:
+                names.append(name)
+            else:
+                skipped[name] = f"no suffix of a video: {suffix or 'none'}"
+    return sorted(names), skipped
 
 
 def _duplicates(root: Path, sizes: dict[str, int]) -> dict[str, str]:
@@ -122,10 +146,11 @@ def _duplicates(root: Path, sizes: dict[str, int]) -> dict[str, str]:
                 with open(root / name, "rb") as file:
                     digest = hashlib.file_digest(file, "blake2b").digest()
             except OSError as error:
+                _check_own(root, error)
                 result[name] = f"cannot be read: {error.strerror}"
                 continue
             if digest in first:
-                result[name] = f"same content as another file: {first[digest]}"
+                result[name] = f"{DUPLICATE}: {first[digest]}"
             else:
                 first[digest] = name
     return result

@@ -24,7 +24,7 @@ from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.pack.clips import Entry, Journal, PackedFile, Rejected, Span
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.listing import Listing, list_clips, list_videos
-from vito_fast.data.pack.process_pool import FileJob, ProcessPool
+from vito_fast.data.pack.process_pool import Faults, FileJob, ProcessPool
 from vito_fast.data.store.description import (
     FORMATS,
     VERSION,
@@ -56,10 +56,16 @@ def pack(
     clip_length: float = 10.0,
     min_length: float = 1.0,
     shot_cuts: bool = True,
+    keep_still: bool = False,
+    strict: bool = False,
+    hdr: str = "tonemap",
+    deinterlace: bool = False,
     shard_mib: int = 256,
     shard: str = "1/1",
     processes: int = 0,
     decode_timeout: float = 120.0,
+    io_timeout: float = 60.0,
+    skip_unreadable: bool = False,
     limits: Limits = Limits(),
     clips: Mapping[str, Sequence[Span]] | None = None,
     progress: bool = True,
@@ -72,13 +78,17 @@ def pack(
     Args:
         src: A folder, searched recursively, or one file.
         dst: The store's folder.
-        format, short_side, quality, crf, gop, clip_length, min_length, shot_cuts, shard_mib: See :class:`PackOptions`.
+        format, short_side, quality, crf, gop, clip_length, min_length, shot_cuts, keep_still, strict, hdr, deinterlace,
+            shard_mib: See :class:`PackOptions`.
         encoder: ``libx264``, ``h264_nvenc`` or ``auto`` (h264). ``auto`` keeps the encoder that the store was begun
             with, else takes h264_nvenc where it works. The logger ``vito_fast.data`` states the choice.
         shard: ``i/n`` packs the i-th of n shares of the files, so that n machines can pack into one folder. The last
             to finish writes the index.
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
+        io_timeout: Seconds for which a file that a disk or the network fails to deliver is tried again.
+        skip_unreadable: Whether a file that still fails is rejected. Otherwise the run ends without the store, and the
+            same command goes on from there.
         limits: Wall time, frames, pixels and memory after which a file is rejected.
         clips: A clip list, spans by file name relative to ``src`` (jpeg and h264). They are packed as they are, in
             place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply.
@@ -88,7 +98,8 @@ def pack(
         The report. ``complete`` is False while other shares are missing.
 
     Raises:
-        UserError: No such folder, no usable video, a full disk, or ``dst`` holds something else.
+        UserError: No such folder, no usable video, a full disk, files that cannot be read now, or ``dst`` holds
+            something else.
         ValueError: An option is out of range.
     """
     store = Path(dst)
@@ -97,13 +108,15 @@ def pack(
         encoder = _choose_encoder(store) if choice else PackOptions.encoder
     options = PackOptions(
         format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
-        clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, shard_mib=shard_mib,
+        clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
+        hdr=hdr, deinterlace=deinterlace, shard_mib=shard_mib,
     )  # fmt: skip
     part, parts = _parse_shard(shard)
     if processes < 0:
         raise ValueError(f"processes is {processes}, must be at least 0 (0 = one per core)")
-    if not 0 < decode_timeout < math.inf:
-        raise ValueError(f"decode_timeout is {decode_timeout}, must be above 0 and finite")
+    for name, value in (("decode_timeout", decode_timeout), ("io_timeout", io_timeout)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, must be above 0 and finite")
     if clips is not None and not options.store_format.codec:
         raise ValueError(f"format is {format!r}: clip lists are encoded, choose jpeg or h264")
     listing = list_videos(Path(src)) if clips is None else list_clips(Path(src), clips)
@@ -117,7 +130,9 @@ def pack(
                 raise UserError(f"another process is packing into {store}; wait for it or stop it")
             _begin_or_check(store / ".pack" / "options.json", {**asdict(options), "parts": parts})
             journal = Journal(store, part, parts)
-            _run(listing, journal, options, processes or len(os.sched_getaffinity(0)), decode_timeout, limits, progress)
+            faults = Faults(listing.root, io_timeout, skip_unreadable)
+            processes = processes or len(os.sched_getaffinity(0))
+            _run(listing, journal, options, processes, decode_timeout, faults, limits, progress)
             return _finish(store, options, listing, parts)
     except OSError as error:
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
@@ -198,6 +213,7 @@ def _run(
     options: PackOptions,
     processes: int,
     decode_timeout: float,
+    faults: Faults,
     limits: Limits,
     progress: bool,
 ) -> None:
@@ -206,7 +222,7 @@ def _run(
         if journal.mine(name) and name not in journal.entries:
             journal.add(name, Rejected(reason))
     todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
-    pool = ProcessPool(journal, options, min(processes, max(1, len(todo))), decode_timeout, limits)
+    pool = ProcessPool(journal, options, min(processes, max(1, len(todo))), decode_timeout, faults, limits)
     pool.run({name: FileJob(str(listing.path(name)), listing.spans.get(name)) for name in todo}, progress)
     if lost := [name for name in todo if name not in journal.entries]:
         raise RuntimeError(f"{len(lost)} files are neither packed nor rejected, {lost[0]!r} for one")
@@ -232,19 +248,20 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     write_index(
         index, tally.records(entries, video_numbers(entries, listing.spans)), format=options.format, shards=sizes
     )
-    lines = [json.dumps({"file": name, "reason": reason}) for name, reason in sorted(tally.rejected.items())]
+    lines = [
+        json.dumps({"file": name, "state": state, "reason": reason})
+        for state, reasons in (("rejected", tally.rejected), ("salvaged", tally.salvaged), ("skipped", listing.skipped))
+        for name, reason in sorted(reasons.items())
+    ]
     with atomic_write(store / "quarantine.jsonl") as partial:
         partial.write_text("".join(line + "\n" for line in lines))
-    report = tally.report(sum(size for _, size in sizes))
+    report = tally.report(sum(size for _, size in sizes), listing.skipped)
     if not report.clips:
         shutil.rmtree(store / ".pack")
         for shard in shards:
             shard.unlink()
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(tally.rejected.items())[:3])
-        raise UserError(
-            f"no usable video in {listing.root}: "
-            + (reasons or f"{report.short_shots} shots, all shorter than {options.min_length} s")
-        )
+        first = "; ".join(f"{name}: {reason}" for name, reason in sorted(tally.rejected.items())[:3])
+        raise UserError(f"no usable video in {listing.root}: {first}")
     report.packets_per_frame = expected_packets(Index(index))
     description = {
         "version": VERSION,
@@ -287,7 +304,9 @@ class _Tally:
         self._shards = shards
         self._report = Report()
         self._rates: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
         self.rejected: dict[str, str] = {}
+        self.salvaged: dict[str, str] = {}
 
     def records(self, entries: Mapping[str, Entry], videos: Mapping[str, int]) -> Iterator[ClipRecord]:
         for name in sorted(entries, key=lambda name: (videos.get(name, -1), name)):
@@ -295,8 +314,17 @@ class _Tally:
             if isinstance(entry, Rejected):
                 self.rejected[name] = entry.reason
                 continue
-            self._rates[f"{entry.rate:.3f}".rstrip("0").rstrip(".")] += 1
             self._report.short_shots += entry.too_short
+            self._report.still_clips += entry.still
+            if not entry.clips:
+                self.rejected[name] = entry.why_empty()
+                continue
+            self._report.packed += 1
+            self._rates[f"{entry.rate:.3f}".rstrip("0").rstrip(".")] += 1
+            self._kinds.update(entry.kinds)
+            if entry.damage:
+                self.salvaged[name] = f"{entry.damage}; {entry.lost} frames left out"
+                self._report.lost_frames += entry.lost
             for clip in entry.clips:
                 self._report.clips += 1
                 self._report.frames += int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
@@ -305,10 +333,14 @@ class _Tally:
                 yield ClipRecord(video=videos[name], source=name, **{**values, "shard": self._shards[clip.shard]})
         self._report.videos = len(set(videos.values()))
 
-    def report(self, size: int) -> Report:
+    def report(self, size: int, skipped: Mapping[str, str]) -> Report:
         self._report.bytes = size
         self._report.frame_rates = dict(self._rates.most_common())
+        self._report.kinds = dict(self._kinds.most_common())
+        self._report.salvaged = len(self.salvaged)
         self._report.rejected = dict(Counter(reason.split(":")[0] for reason in self.rejected.values()).most_common())
+        self._report.skipped = dict(Counter(skipped.values()).most_common())
+        self._report.found = self._report.packed + len(self.rejected) + len(skipped)
         return self._report
 
 

@@ -5,11 +5,12 @@ pictures is decoded from bare packets, planned from its key, as training does. E
 bit. A key that fails is not used. A file that fails without it is rejected.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import av
@@ -32,16 +33,18 @@ from vito_fast.data.store.index import (
     write_index,
 )
 from vito_fast.data.store.media import (
+    Aspects,
     BadVideo,
+    Gate,
     bare_packet,
-    check_pixels,
     claimed_rate,
     decoder_options,
     demuxed,
+    missing_end,
     opened,
     presentation_times,
-    rgb,
 )
+from vito_fast.data.store.picture import HDR, kinds, orientation, rgb
 from vito_fast.data.store.store import BadPackets, Decoder
 
 
@@ -50,12 +53,10 @@ class _Stream:
     """One source: its packets in decoding order and the frames decoded from them."""
 
     codec: str
-    width: int
-    height: int
     extradata: bytes
     time_base: Fraction
     rate: Fraction
-    rotation: int = 0
+    salvage: bool
     pts: list[int | None] = field(default_factory=list)
     flags: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -65,6 +66,10 @@ class _Stream:
     """Packet number of each frame, in the decoder's output order."""
     frame_sums: dict[int, int] = field(default_factory=dict)
     """Checksum of the frame of each packet."""
+    scenes: dict[int, tuple[int | None, int, int, int, bool]] = field(default_factory=dict)
+    """Of the frame of each packet: its run of undisturbed packets, size, rotation and mirror. A clip has one scene."""
+    moved: dict[int, int] = field(default_factory=dict)
+    """Of the frame of each packet: the last frame that differs visibly from those before it."""
     shots: set[int] = field(default_factory=set)
     """Packet numbers of the frames that begin a shot."""
 
@@ -89,41 +94,48 @@ class Remuxer:
         start = self.shard.size
         stream = self._copy(path, heartbeat)
         self._cut(stream)
-        if self.result.clips:
-            self.shard.flush()
-            self._make_exact(stream, heartbeat)
-        else:
+        self.shard.flush()
+        self._make_exact(stream, heartbeat)
+        if not self.result.clips:
             self.shard.rewind(start)
         return self.result
 
     def _copy(self, path: Path, heartbeat: Callable[[], None]) -> _Stream:
-        rotation = _rotation(path)
+        matrix = _display_matrix(path)
         with opened(path) as (container, video):
             context = video.codec_context
             codec, extradata = context.codec.canonical_name, context.extradata or b""
-            time_base = video.time_base or Fraction(1, 90000)
-            stream = _Stream(codec, context.width, context.height, extradata, time_base, claimed_rate(video), rotation)
+            time_base, salvage = video.time_base or Fraction(1, 90000), not self.options.strict
+            stream = _Stream(codec, extradata, time_base, claimed_rate(video), salvage)
             context.thread_count, context.options = 1, decoder_options(codec)
-            detector, cuts = ShotDetector(), list[Cut]()
-            for packet in chain(demuxed(container, video), [None]):
-                if packet is not None and packet.is_corrupt:
-                    raise BadVideo(f"packet {len(stream.pts)} is damaged or cut short")
-                for frame in context.decode(None if packet is None else self._take(stream, packet)):
-                    number = frame.pts
-                    if frame.is_corrupt or number is None or number in stream.frame_sums:
-                        raise BadVideo(f"frame {len(stream.outputs)} is damaged")
-                    check_pixels(frame.width, frame.height, self.limits)
-                    if len(stream.outputs) >= self.limits.frames:
-                        raise BadVideo(f"over a limit: more than {self.limits.frames} frames")
-                    cuts += detector.push(frame)
-                    stream.outputs.append(number)
-                    stream.frame_sums[number] = frame_checksum(frame)
-                    heartbeat()
+            gate, aspects = Gate(context, self.limits, salvage=salvage), Aspects(video)
+            if reason := missing_end(container, video):
+                gate.damage(reason)
+            detector, cuts, found = ShotDetector(), list[Cut](), set[str]()
+            for number, frame, run in gate.frames(demuxed(container, video), partial(self._take, stream)):
+                if self.options.hdr == "reject" and frame.color_trc in HDR:
+                    raise BadVideo(f"HDR: its transfer function is {HDR[frame.color_trc]}")
+                if run is None:
+                    stream.flags[number] |= DISCARD
+                    self.result.lost += 1
+                cuts += detector.push(frame)
+                found |= kinds(frame, aspects.now())
+                stream.outputs.append(number)
+                stream.frame_sums[number] = frame_checksum(frame)
+                stream.scenes[number] = (run, frame.width, frame.height, *matrix)
+                stream.moved[number] = detector.moved
+                heartbeat()
         if self.options.shot_cuts:
             stream.shots = {stream.outputs[cut.frame] for cut in cuts + detector.finish()}
+        rotation, mirror = matrix
+        found |= {name for name, true in (("rotated", rotation), ("mirrored", mirror)) if true}
         expected = sum(not flags & NO_PICTURE for flags in stream.flags)
-        if len(stream.outputs) < max(1, 0.9 * expected):
-            raise BadVideo(f"only {len(stream.outputs)} of {expected} frames can be decoded")
+        if not stream.outputs or len(stream.outputs) == self.result.lost:
+            raise BadVideo(gate.reasons[0] if gate.reasons else "holds no frame")
+        if len(stream.outputs) < 0.9 * expected:
+            gate.damage(f"only {len(stream.outputs)} of {expected} frames can be decoded")
+        self.result.lost += max(0, expected - len(stream.outputs))
+        self.result.kinds, self.result.damage = sorted(found), (gate.reasons or [""])[0]
         return stream
 
     def _take(self, stream: _Stream, packet: av.Packet) -> av.Packet:
@@ -149,7 +161,8 @@ class Remuxer:
         shown = [place for place, number in enumerate(stream.outputs) if not stream.flags[number] & DISCARD]
         if not shown:
             raise BadVideo("its edit list shows no frame")
-        ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step)
+        restart = round(GAP / stream.time_base) if stream.salvage else None
+        ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step, restart)
         tick = float(stream.time_base)
         self.result.rate = 1 / frame_duration(ticks[shown] * tick, stream.rate)
         length = self.options.clip_length / stream.time_base
@@ -162,19 +175,26 @@ class Remuxer:
                 if not gap:
                     end = here
                     long = here - ticks[shown[first]] >= length
-                    if stream.outputs[shown[place]] not in stream.shots and not long:
+                    number, begin = stream.outputs[shown[place]], stream.outputs[shown[first]]
+                    same = stream.scenes[number] == stream.scenes[begin]
+                    if number not in stream.shots and not long and same:
                         continue
             times = ticks[shown[first:place]]
             if end is None:
                 end = int(times[-1]) + round(frame_duration(times * tick, stream.rate) / tick)
-            if not too_short(times[0] * tick, end * tick, self.options.min_length):
-                self.result.clips.append(self._clip(stream, ticks, shown[first:place], end))
-            else:
+            if too_short(times[0] * tick, end * tick, self.options.min_length):
                 self.result.too_short += 1
+            elif not self.options.keep_still and stream.moved[stream.outputs[shown[place - 1]]] <= shown[first]:
+                self.result.still += 1
+            elif (clip := self._clip(stream, ticks, shown[first:place], end)) is not None:
+                self.result.clips.append(clip)
             first = place
 
-    def _clip(self, stream: _Stream, ticks: np.ndarray, places: list[int], end: int) -> PackedClip:
-        """The clip of the frames at ``places`` of the output order: all packets from the last key before them."""
+    def _clip(self, stream: _Stream, ticks: np.ndarray, places: list[int], end: int) -> PackedClip | None:
+        """The clip of the frames at ``places`` of the output order: all packets from the last key before them.
+
+        None if there is no such key and the file is salvaged.
+        """
         flags = np.array(stream.flags, np.uint8)
         pts = np.full(len(flags), ticks[0])
         pts[stream.outputs] = ticks
@@ -185,13 +205,15 @@ class Remuxer:
         keys = np.flatnonzero(flags & KEY > 0)
         keys = keys[(keys <= wanted.min()) & (pts[keys] <= pts[wanted].min())]
         if not len(keys):
-            raise BadVideo("begins with frames that no key comes before")
+            self._lose(stream, len(places), "begins with frames that no key comes before")
+            return None
         part = slice(int(keys[-1]), int(wanted.max()) + 1)
         lead = np.ones(len(flags), bool)
         lead[wanted] = False
         flags[lead & ~hidden] |= DISCARD
+        _, width, height, rotation, mirror = stream.scenes[int(wanted[0])]
         return PackedClip(
-            codec=stream.codec, width=stream.width, height=stream.height, rotation=stream.rotation,
+            codec=stream.codec, width=width, height=height, rotation=rotation, mirror=mirror,
             shard=self.shard.number, time_base=stream.time_base, end=max(end, int(pts[wanted].max()) + 1),
             extradata=stream.extradata, pts=pts[part], offsets=np.array(stream.offsets[part], np.int64),
             sizes=np.array(stream.sizes[part], np.int64), checksums=np.array(stream.checksums[part], np.uint32),
@@ -199,13 +221,27 @@ class Remuxer:
         )  # fmt: skip
 
     def _make_exact(self, stream: _Stream, heartbeat: Callable[[], None]) -> None:
-        """Clear the flags of keys from which a frame decodes differently. BadVideo if that does not help."""
-        for clip in self.result.clips:
+        """Clear the flags of keys from which a frame decodes differently. A clip that this does not help is lost."""
+        clips, self.result.clips = self.result.clips, []
+        for clip in clips:
             bad = self._inexact_keys(stream, clip, heartbeat)
             if bad:  # its first key stays: without it the clip has no start
                 clip.flags[[key for key in bad if key]] &= np.uint8(0xFF & ~(KEY | OPEN))
                 if self._inexact_keys(stream, clip, heartbeat):
-                    raise BadVideo("cannot be decoded exactly from its keys alone: pack it into another format")
+                    frames = int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
+                    reason = "cannot be decoded exactly from its keys alone: pack it into another format"
+                    self._lose(stream, frames, reason)
+                    continue
+            self.result.clips.append(clip)
+        if clips and not self.result.clips:
+            raise BadVideo(self.result.damage)
+
+    def _lose(self, stream: _Stream, frames: int, reason: str) -> None:
+        """Leave out a clip. Raises BadVideo if the file is not to be salvaged."""
+        if not stream.salvage:
+            raise BadVideo(reason)
+        self.result.lost += frames
+        self.result.damage = self.result.damage or reason
 
     def _inexact_keys(self, stream: _Stream, clip: PackedClip, heartbeat: Callable[[], None]) -> list[int]:
         base = stream.offsets.index(int(clip.offsets[0]))
@@ -235,10 +271,10 @@ class Remuxer:
         return bad
 
 
-def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
+def _ticks(pts: list[int | None], shown: list[int], step: int, restart: int | None = None) -> np.ndarray:
     """Times of all frames in output order, strictly increasing. Hidden frames do not move shown ones."""
-    ticks = presentation_times(pts, step)
-    own = presentation_times([pts[place] for place in shown], step)
+    ticks = presentation_times(pts, step, restart)
+    own = presentation_times([pts[place] for place in shown], step, restart)
     if not np.array_equal(ticks[shown], own):  # times out of order: squeeze hidden frames in between
         known, squeezed = dict(zip(shown, own.tolist(), strict=True)), [int(own[0]) - len(pts) - 1]
         for place in range(len(pts)):
@@ -251,15 +287,17 @@ def _ticks(pts: list[int | None], shown: list[int], step: int) -> np.ndarray:
 def frame_checksum(frame: VideoFrame) -> int:
     """Checksum of a frame's samples without the padding of its lines."""
     try:
-        samples = frame.to_ndarray()
-    except ValueError:  # a sample format that PyAV does not lay out as an array
+        samples = np.ascontiguousarray(frame.to_ndarray()).view(np.uint8)
+    except (ValueError, AssertionError):  # a format, or an odd size of one, that PyAV does not lay out as an array
         samples = rgb(frame, turn=False)
-    return checksum(np.ascontiguousarray(samples))
+    return checksum(samples)
 
 
-def _rotation(path: Path) -> int:
-    """Degrees clockwise by which the file's frames are rotated for display."""
+def _display_matrix(path: Path) -> tuple[int, bool]:
+    """How the file's frames are turned for display: see :func:`orientation`. Bare packets do not say it."""
     with opened(path) as (container, video):
-        for frame in container.decode(video):
-            return -round(frame.rotation / 90) * 90 % 360
+        for packet in demuxed(container, video):
+            with contextlib.suppress(av.FFmpegError):  # damage is found when the packets are copied
+                for frame in video.codec_context.decode(packet):
+                    return orientation(frame)
     raise BadVideo("holds no frame")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
-from vito_fast.data.store.media import rgb
+from vito_fast.data.store.picture import rgb
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
@@ -64,7 +64,13 @@ class ShotDetector:
     DIP = 0.8
     """Largest variance of a dissolve's middle, relative to its ends': a mean of two pictures has less contrast."""
 
+    MOVES = 6
+    """Levels by which a cell of a thumbnail changes, at least, if anything moves."""
+
     def __init__(self) -> None:
+        self.moved = 0
+        """The last frame that differs visibly from those before it."""
+        self._still: Floats | None = None
         self._restart(0)
 
     def _restart(self, number: int) -> None:
@@ -110,6 +116,9 @@ class ShotDetector:
             self._restart(number)
         self._size = size
         self._waiting.append(thumbnail(frame))
+        cells = 255 * _cells(self._waiting[-1][None])[0]
+        if self._still is None or np.abs(cells - self._still).max() > self.MOVES:
+            self.moved, self._still = self._count + len(self._waiting) - 1, cells
         if len(self._waiting) == self.CHUNK:
             self._take()
             done += self._settle()
@@ -340,21 +349,25 @@ def _correlation(a: Floats, b: Floats, reach: int = 2) -> float:
     return best
 
 
-def mark_cuts(frames: Iterable[tuple[T, VideoFrame]]) -> Iterator[tuple[T, Cut | None]]:
+def mark_cuts(frames: Iterable[tuple[T, VideoFrame]]) -> Iterator[tuple[T, Cut | None, int]]:
     """Yield each item with the boundary before it, if any, in order, ``ShotDetector.DELAY`` frames late.
 
     Args:
         frames: Items of any type, each with its frame, of one video in presentation order. No frame is kept.
+
+    Yields:
+        The item, the boundary, and the last frame, up to this one, that differs visibly from those before it.
     """
     detector, cuts = ShotDetector(), dict[int, Cut]()
-    pending: deque[T] = deque()
+    pending: deque[tuple[T, int]] = deque()
     number = 0
     for item, frame in frames:
-        pending.append(item)
         cuts.update((cut.frame, cut) for cut in detector.push(frame))
+        pending.append((item, detector.moved))
         if len(pending) > detector.DELAY:
-            yield pending.popleft(), cuts.get(number)
+            item, moved = pending.popleft()
+            yield item, cuts.get(number), moved
             number += 1
     cuts.update((cut.frame, cut) for cut in detector.finish())
-    for place, item in enumerate(pending, number):
-        yield item, cuts.get(place)
+    for place, (item, moved) in enumerate(pending, number):
+        yield item, cuts.get(place), moved

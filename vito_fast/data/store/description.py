@@ -35,15 +35,7 @@ class StoreFormat:
     """Whether each packet is a JPEG file, decoded alone. Otherwise packets belong to a video stream."""
     encoders: tuple[str, ...] = ()
     """FFmpeg's encoders to choose from."""
-    size_multiple: int = 1
-    """Frames are cropped to multiples of this many pixels."""
     gpu_decoder: str = "NVDEC"
-
-    def stored_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels of a frame of ``height`` x ``width`` once stored."""
-        step = self.size_multiple
-        height, width = (side // step * step if side >= 2 * step else side for side in (height, width))
-        return height, width
 
     def route(self, codec: str, hardware_codecs: Collection[str]) -> Route:
         """The pipeline input for a clip of ``codec`` on a device that decodes ``hardware_codecs``."""
@@ -65,7 +57,6 @@ H264 = StoreFormat(
     codec="h264",
     still=False,
     encoders=("libx264", "h264_nvenc"),
-    size_multiple=32,  # NVDEC restarts its decoder at each new frame size, so few sizes should occur
 )
 COPY = StoreFormat(name="copy", summary="packets of the source, not re-encoded", codec=None, still=False)
 
@@ -102,6 +93,14 @@ class PackOptions:
     """Seconds. Shorter shots are left out."""
     shot_cuts: bool = True
     """Whether clips end at shot changes."""
+    keep_still: bool = False
+    """Whether to keep clips in which nothing moves."""
+    strict: bool = False
+    """Whether any damage rejects the whole file. Otherwise its good clips are kept."""
+    hdr: str = "tonemap"
+    """What becomes of PQ and HLG: ``tonemap`` to BT.709, or ``reject``."""
+    deinterlace: bool = False
+    """Whether to deinterlace frames that are flagged as interlaced (jpeg and h264)."""
     shard_mib: int = 256
     """Size in MiB after which a new shard begins."""
 
@@ -115,6 +114,8 @@ class PackOptions:
             "encoder": (self.encoder in H264.encoders, " or ".join(H264.encoders)),
             "clip_length": (0 < self.clip_length < float("inf"), "above 0"),
             "min_length": (0 <= self.min_length <= self.clip_length, "from 0 to clip_length"),
+            "hdr": (self.hdr in ("tonemap", "reject"), "tonemap or reject"),
+            "deinterlace": (not self.deinterlace or self.format in (JPEG.name, H264.name), "False in a copy store"),
             "shard_mib": (1 <= self.shard_mib <= 1 << 20, "1 to 1048576"),
         }
         for name, (valid, rule) in rules.items():
@@ -148,6 +149,10 @@ class Limits:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
 
 
+DUPLICATE = "same content as another file"
+"""The reason, up to its colon, of a file that is packed under another name."""
+
+
 @dataclass
 class Report:
     """Result of packing. Also the ``report`` of ``store.json``."""
@@ -161,8 +166,22 @@ class Report:
     """Videos by frames per second."""
     short_shots: int = 0
     """Shots left out because they are shorter than ``min_length``."""
+    still_clips: int = 0
+    """Clips left out because nothing moves in them."""
+    found: int = 0
+    """Files and unreadable folders under the source: those packed, rejected and skipped."""
+    packed: int = 0
+    """Files with at least one clip."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Files by reason, up to its first colon. ``quarantine.jsonl`` has the full reasons."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Files that are no videos by their suffix, and unreadable folders, by reason."""
+    salvaged: int = 0
+    """Packed files of which a part is damaged and left out."""
+    lost_frames: int = 0
+    """Frames of these parts."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Packed files by what is out of the ordinary about them: see :func:`picture.kinds`."""
     packets_per_frame: float = 0.0
     """Packets decoded per frame used (d/u), as planned for pairs within 2.56 s."""
     complete: bool = True
@@ -178,10 +197,25 @@ class Report:
             f"{self.frames} frames, {self.bytes / 1e6:.1f} MB",
             f"frame rates: {rates}; packets decoded per frame used: {self.packets_per_frame:.2f}",
         ]
+        rejected, skipped = sum(self.rejected.values()), sum(self.skipped.values())
+        if self.found:
+            result.append(f"{self.found} files found: {self.packed} packed, {rejected} rejected, {skipped} skipped")
+        if self.kinds:
+            result.append("among those packed: " + ", ".join(f"{kind}: {n}" for kind, n in self.kinds.items()))
+        if self.salvaged:
+            result.append(f"salvaged: {self.salvaged} damaged files, without {self.lost_frames} frames")
         if self.short_shots:
             result.append(f"left out: {self.short_shots} shots shorter than the shortest clip")
+        if self.still_clips:
+            result.append(f"left out: {self.still_clips} clips in which nothing moves")
         result += [f"rejected {count}: {reason}" for reason, count in self.rejected.items()]
+        result += [f"skipped {count}: {reason}" for reason, count in self.skipped.items()]
         return result
+
+    def rejected_share(self) -> float:
+        """Share of rejected files among all videos. Copies of other files do not count."""
+        rejected = sum(count for reason, count in self.rejected.items() if reason != DUPLICATE)
+        return rejected / max(1, rejected + self.packed)
 
 
 def damaged(path: Path, reason: str) -> UserError:

@@ -68,6 +68,8 @@ class ClipRecord:
     extradata: bytes = b""
     rotation: int = 0
     """Degrees clockwise by which a decoded frame is rotated for display."""
+    mirror: bool = False
+    """Whether it is mirrored left to right before that."""
 
 
 class Packets(NamedTuple):
@@ -101,6 +103,7 @@ class ClipInfo:
     num_packets: int
     constant_rate: bool
     extradata: bytes = field(repr=False)
+    mirror: bool = False
 
 
 class Index:
@@ -299,7 +302,7 @@ def _add(writer: _sampler.IndexWriter, number: int, clip: ClipRecord) -> None:
         extradata=clip.extradata,
         width=clip.width,
         height=clip.height,
-        rotation=clip.rotation,
+        rotation=clip.rotation + 360 * clip.mirror,
         shard=clip.shard,
         time_base=(time_base.numerator, time_base.denominator),
         end=clip.end,

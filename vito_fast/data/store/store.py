@@ -8,6 +8,7 @@ order of the decoder's output.
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +17,12 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from vito_fast.data.store.description import FORMATS, Report, damaged, read_description
 from vito_fast.data.store.index import ClipInfo, Read, Reader, open_index
 from vito_fast.data.store.media import bare_packet, decoder_options
+from vito_fast.data.store.picture import rgb, turned
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
@@ -44,7 +45,6 @@ class Decoder:
     CONTEXTS = 8
 
     def __init__(self) -> None:
-        self._converter = VideoReformatter()
         self._contexts: OrderedDict[tuple[str, int, int, bytes], av.VideoCodecContext] = OrderedDict()
 
     def decode(self, clip: ClipInfo, read: Read, wanted: Iterable[int]) -> list[Picture]:
@@ -62,7 +62,7 @@ class Decoder:
             BadPackets: A frame is damaged or missing.
         """
         numbers = [int(number) for number in wanted]
-        found = self.each(clip, read, set(numbers), self._rgb)
+        found = self.each(clip, read, set(numbers), partial(rgb, turn=False))
         return [found[number] for number in numbers]
 
     def each(self, clip: ClipInfo, read: Read, wanted: set[int], use: Callable[[VideoFrame], T]) -> dict[int, T]:
@@ -92,10 +92,6 @@ class Decoder:
         if missing := wanted - found.keys():
             raise BadPackets(f"packet {min(missing)} decodes to no frame")
         return found
-
-    def _rgb(self, frame: VideoFrame) -> Picture:
-        """``media.rgb`` without rotation, by one converter for all frames and without threads."""
-        return np.asarray(self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
 
     def _context(self, clip: ClipInfo) -> av.VideoCodecContext:
         key = (clip.codec, clip.width, clip.height, clip.extradata)
@@ -231,6 +227,6 @@ def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[i
             pictures += store.decode(decoder, clip, info, read, chunk)
         except BadPackets as error:
             raise OSError(f"{store.path}: clip {clip}: {error}") from None
-    upright = [np.rot90(picture, -info.rotation // 90) for picture in pictures]
+    upright = [turned(picture, info.rotation, info.mirror) for picture in pictures]
     height, width = (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
     return np.stack([upright[place] for place in places]) if upright else np.empty((0, height, width, 3), np.uint8)
