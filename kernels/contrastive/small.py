@@ -120,7 +120,7 @@ def same_label(labels: Tensor, key_labels: Tensor | None, reduction: str) -> Ter
         log_p = torch.log_softmax(s, 1)
         count = same.sum(1, keepdim=True, dtype=s.dtype)
         share = same / count.clamp(min=1)
-        losses = torch.where(same, log_p, 0.0).mul(share).sum(1).neg_()
+        losses = (log_p.fill_diagonal_(0.0) if one_set else log_p).mul(share).sum(1).neg_()
         grad = torch.softmax(s, 1).sub_(share).masked_fill_(count == 0, 0.0)
         if reduction == "mean":
             rows = count.clamp_(max=1).sum().clamp_(min=1)
@@ -198,7 +198,7 @@ def _losses(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms,
     ctx.scale, ctx.reduction = scale.item() if isinstance(scale, Tensor) else scale, reduction
     losses, ctx.ds = terms(torch.mm(x, y.t()).mul_(ctx.scale))
     ctx.factor = 1 / losses.numel() if reduction == "mean" else 1.0
-    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+    return losses if reduction == "none" else losses.sum().mul_(ctx.factor)
 
 
 def _logit_grad(ctx: Any, grad: Tensor) -> Tensor:
