@@ -7,12 +7,14 @@ from .batch_norm.op import batch_norm
 from .contrastive.info_nce import info_nce, similarity_lse
 from .contrastive.losses import (
     CLIPLoss,
+    CrossBatchMemory,
     InfoNCELoss,
     LiTLoss,
     MoCoLoss,
     NTXentLoss,
     SupConLoss,
     lit_loss,
+    matryoshka_loss,
     moco_loss,
 )
 from .contrastive.multi_view import multi_view_info_nce
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionPool",
     "CLIPLoss",
+    "CrossBatchMemory",
     "InfoNCELoss",
     "LiTLoss",
     "MoCoLoss",
@@ -38,6 +41,7 @@ __all__ = [
     "clip_loss",
     "info_nce",
     "lit_loss",
+    "matryoshka_loss",
     "moco_loss",
     "multi_view_info_nce",
     "normalize",

@@ -19,7 +19,7 @@ Photometric augmentation follows ``byol/utils/augmentations.py`` of google-deepm
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "clip_loss",
     "info_nce",
     "lit_loss",
+    "matryoshka_loss",
     "moco_loss",
     "multi_view_info_nce",
     "normalize",
@@ -234,6 +235,19 @@ def topk_accuracy(
         s = s.masked_fill(q_group[:, None] == k_group[None], -math.inf)
     rank = (s > own).sum(1)
     return torch.stack([(rank < n).to(s.dtype).mean() for n in topk])
+
+
+def matryoshka_loss(
+    loss: Callable[..., Tensor],
+    embeddings: Sequence[Tensor],
+    widths: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Kusupati et al. 2022 (arXiv 2205.13147), eq. 1: the loss of each prefix, normalized, summed."""
+    factors = [1.0] * len(widths) if weights is None else weights
+    terms = [w * loss(*(normalize(x[:, :n]) for x in embeddings)) for n, w in zip(widths, factors, strict=True)]
+    return torch.stack(terms).sum(0)
 
 
 def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the wrong value. Only NT-Xent and SupCon normalize their embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from vito_kernels._core.checks import (
     Reduction,
+    autocast_inputs,
     check_flags,
+    check_ids,
     check_integers,
     check_no_grad,
     check_options,
@@ -26,7 +29,7 @@ from vito_kernels._core.checks import (
 from vito_kernels.contrastive.info_nce import against_negatives, info_nce
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.replay import replayed
-from vito_kernels.contrastive.supcon import supcon_loss
+from vito_kernels.contrastive.supcon import supcon_loss, supcon_of_unit
 from vito_kernels.contrastive.two_sided import clip_loss, ntxent
 
 
@@ -75,6 +78,45 @@ def lit_loss(locked: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """
     check_no_grad("locked", locked)
     return clip_loss(locked, y, scale)
+
+
+def matryoshka_loss(
+    loss: Callable[..., Tensor],
+    embeddings: Sequence[Tensor],
+    widths: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Sum of a loss over the first columns of its embeddings (Kusupati et al., arXiv 2205.13147).
+
+    Equivalent: ``sum(w * loss(*[normalize(x[:, :n]) for x in embeddings]) for n, w in zip(widths, weights))``.
+
+    Args:
+        loss: takes as many unit embeddings, such as ``functools.partial(info_nce, temperature=0.1)``.
+        embeddings: (M, D) tensors, not normalized.
+        widths: numbers of columns, each in [1, D].
+        weights: one for each width, by default 1.
+
+    Returns:
+        The sum of what ``loss`` returns.
+
+    Raises:
+        ValueError: no width, a width outside the columns, or another number of weights.
+
+    Prefixes are read where they are. The cost is that of the loss at each width: with halves down from D, twice that at
+    D alone.
+    """
+    check_integers(**{f"widths[{i}]": n for i, n in enumerate(widths)})
+    columns = min((x.shape[-1] for x in embeddings), default=0)
+    if not widths or min(widths) < 1 or max(widths) > columns:
+        raise ValueError(f"widths must hold numbers in [1, {columns}], got {list(widths)}")
+    if weights is not None and len(weights) != len(widths):
+        raise ValueError(f"weights must be as many as widths, got {len(weights)} and {len(widths)}")
+    losses = [loss(*(normalize(x[:, :n]) for x in embeddings)) for n in widths]
+    total = losses[0] if weights is None else losses[0] * weights[0]
+    for i, value in enumerate(losses[1:], 1):
+        total = total + (value if weights is None else value * weights[i])
+    return total
 
 
 def _listed(**options: Any) -> str:
@@ -249,3 +291,69 @@ class SupConLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return _listed(temperature=self.temperature, reduction=self.reduction)
+
+
+class CrossBatchMemory(nn.Module):
+    """SupCon of a batch against itself and the batches before it (Wang et al., arXiv 1912.06798).
+
+    ``forward(z (M, width), labels (M,))``: each normalized row against all others of the batch and of the memory. In
+    training mode the batch then replaces the oldest rows of the memory, which is empty at first and has no gradient.
+
+    Args:
+        width: D.
+        memory_size: rows in the memory, at least those of a batch.
+        temperature, reduction: as for ``supcon_loss``.
+    """
+
+    memory: Tensor
+    memory_labels: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        memory_size: int = 8192,
+        temperature: float | Tensor = 0.1,
+        *,
+        reduction: Reduction = "mean",
+    ):
+        super().__init__()
+        check_integers(width=width, memory_size=memory_size)
+        if width < 1 or memory_size < 1:
+            raise ValueError(f"width and memory_size must be positive, got {width} and {memory_size}")
+        inverse_temperature(temperature)
+        check_reduction(reduction)
+        self.temperature, self.reduction, self.filled, self.oldest = temperature, reduction, 0, 0
+        self.register_buffer("memory", torch.zeros(memory_size, width))
+        self.register_buffer("memory_labels", torch.zeros(memory_size, dtype=torch.long))
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        check_pair(z, self.memory[:1].to(z.dtype) if isinstance(z, Tensor) else z, ("z", "memory"))
+        check_ids("labels", labels, z.shape[0], z)
+        unit = normalize(z)
+        before = self.memory[: self.filled].to(unit.dtype)
+        keys, ids = torch.cat([unit, before]), torch.cat([labels, self.memory_labels[: self.filled].to(labels.dtype)])
+        (q, k), matmul_dtype = autocast_inputs(unit, keys)
+        scale = inverse_temperature(self.temperature)
+        loss, _ = supcon_of_unit(q, k, scale, labels, ids, matmul_dtype, self.reduction, diagonal=0)
+        if self.training:
+            self._remember(unit.detach(), labels)
+        return loss
+
+    @torch.no_grad()
+    def _remember(self, unit: Tensor, labels: Tensor) -> None:
+        rows, size = len(unit), len(self.memory)
+        if rows > size:
+            raise ValueError(f"z has {rows} rows, more than the memory of {size}")
+        places = (self.oldest + torch.arange(rows, device=unit.device)) % size
+        self.memory.index_copy_(0, places, unit.to(self.memory.dtype))
+        self.memory_labels.index_copy_(0, places, labels.long())
+        self.filled, self.oldest = min(self.filled + rows, size), (self.oldest + rows) % size
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"filled": self.filled, "oldest": self.oldest}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.filled, self.oldest = state["filled"], state["oldest"]
+
+    def extra_repr(self) -> str:
+        return _listed(memory=tuple(self.memory.shape), temperature=self.temperature, reduction=self.reduction)
