@@ -146,7 +146,7 @@ def _breakable(name: str) -> str:
 
 
 def _case(record: Record) -> str:
-    rows, styles = [], []
+    rows, styles, graphed = [], [], any("eager_s" in row for row in record["candidates"])
     for row in sorted(record["candidates"], key=lambda row: row.get("median_s", float("inf"))):
         styles.append(row["role"] if row["status"] == "ok" else "absent")
         if row["status"] != "ok":
@@ -159,13 +159,14 @@ def _case(record: Record) -> str:
                 escape(row["name"]) + note,
                 row["role"],
                 seconds_text(row["median_s"]),
+                *([seconds_text(row["eager_s"]) if "eager_s" in row else ""] if graphed else []),
                 f"±{row['spread'] / 2:.0%}",
                 _ratio(row),
                 bytes_text(row["peak_bytes"]) if "peak_bytes" in row else "",
                 f"{row['error']:.1e}" if row.get("error") is not None else "",
             ]
         )
-    header = ["candidate", "role", "median", "spread", "ratio", "peak memory", "error"]
+    header = ["candidate", "role", "median", *(["eager"] if graphed else []), "spread", "ratio", "peak memory", "error"]
     name = escape(record["id"])
     return f'<h3 id="{name}">{name}</h3>{_rates(record)}{table(header, rows, styles, "candidates")}'
 

@@ -96,6 +96,19 @@ def memory(results: Record) -> str:
     return markdown(["N", *names], rows)
 
 
+def eager(results: Record) -> str:
+    """Our time as a CUDA graph and without one, beside the fastest peer without one."""
+    rows = []
+    for record in results["cases"]:
+        ours = ours_of(record)
+        peers = [row for row in record["candidates"] if row["role"] in ("peer", "reference") and "eager_s" in row]
+        if "eager_s" in ours and peers:
+            best = min(peers, key=lambda row: row["eager_s"])
+            named = f"{seconds_text(best['eager_s'])} ({best['name']})"
+            rows.append([f"`{record['id']}`", seconds_text(ours["median_s"]), seconds_text(ours["eager_s"]), named])
+    return markdown(["case", "ours, graph", "ours, eager", "fastest other, eager"], rows)
+
+
 def modes(results: Record) -> str:
     """The training step of ``bench.step_modes``."""
     rows = [
@@ -130,6 +143,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "data": lambda results: suites(results, "sampler", "decode", "loader"),
     "step": lambda results: suites(results, "step"),
     "memory": memory,
+    "eager": eager,
     "modes": modes,
     "counts": counts,
     "machine": machine,

@@ -180,7 +180,8 @@ def test_a_changed_figure_is_noticed(results):
 
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_every_table_can_be_made(results, name):
-    files = dict.fromkeys(("arms", "margins", "settings"), STUDY) | {"modes": "nvidia-h200-steps"}
+    files = dict.fromkeys(("arms", "margins", "settings"), STUDY)
+    files |= {"modes": "nvidia-h200-steps", "eager": "nvidia-h200"}
     source = files.get(name, results["machine"]["name"])
     made = tables.fill(f"<!-- bench:{name} {source} -->\n<!-- /bench -->")
     assert len(made.splitlines()) >= (1 if name == "machine" else 4)  # two marks, a header and its line
@@ -268,3 +269,13 @@ def test_a_ratio_to_python_beside_a_replayed_graph_is_marked(results):
 )
 def test_numbers_as_people_read_them(made, expected):
     assert made == expected
+
+
+def test_eager_times_stand_beside_those_of_graphs():
+    ours = {"name": "vito_kernels", "role": "ours", "median_s": 1e-5, "eager_s": 2e-4}
+    slow, fast = ({"name": name, "role": "peer", "eager_s": time} for name, time in (("a", 3e-4), ("b", 1e-4)))
+    case = {"id": "case[N=1]", "candidates": [ours, slow, fast, {"name": "c", "role": "limit", "eager_s": 1e-6}]}
+    without = {"id": "case[N=2]", "candidates": [{"name": "vito_kernels", "role": "ours", "median_s": 1.0}]}
+    shown = tables.eager({"cases": [case, without]}).splitlines()
+    assert len(shown) == 3
+    assert shown[2] == "| `case[N=1]` | 10 µs | 200 µs | 100 µs (b) |"
