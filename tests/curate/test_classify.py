@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 
-from vito_fast.curate import classify
+from vito_fast.curate import analyse, classify
 from vito_fast.curate.options import ClassifyOptions
 from vito_fast.errors import UserError
 
@@ -83,3 +84,19 @@ def test_a_model_with_weights_of_a_file_gives_its_own_probabilities(tmp_path, na
         wanted = module.eval()((images - classifier._mean) / classifier._std).softmax(-1)
     np.testing.assert_allclose(classifier(frames), wanted.numpy(), rtol=1e-3, atol=1e-6)
     assert classify.fingerprint(options) != classify.fingerprint(ClassifyOptions(name, __file__, "cpu"))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_squares_of_a_clip_see_the_middle_and_both_ends_in_turn(upright):
+    ramp = np.broadcast_to(np.linspace(16, 235, 640).astype(np.uint8)[None, :, None], (360, 640, 3))
+    picture = np.ascontiguousarray(ramp.transpose(1, 0, 2) if upright else ramp)
+    frame = VideoFrame.from_ndarray(picture, format="rgb24")
+    seen = [analyse.square(frame, 224, turn) for turn in range(5)]
+    assert {view.shape for view in seen} == {(224, 224, 3)}
+    spans = [(int(view.min()), int(view.max())) for view in seen]
+    assert spans[0] == spans[4]
+    for (low, high), (share, place) in zip(spans, analyse.VIEWS, strict=False):
+        width = 360 * share
+        left = (640 - width) * place
+        assert low == pytest.approx(16 + 219 * left / 640, abs=4)
+        assert high == pytest.approx(16 + 219 * (left + width) / 640, abs=4)

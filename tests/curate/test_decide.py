@@ -94,6 +94,14 @@ def test_candidates_of_a_file_are_wanted_until_they_are_popped():
     assert (table.find(ids[2]), table.find(ids[0]), table.find(ids[5])) == ([0, 2], [1], [])
 
 
+def test_a_candidate_has_the_reason_of_the_clip_that_came_furthest():
+    """Not that of a rest of three seconds, though 3 is more than no hit."""
+    ledger = Ledger()
+    ledger.decide("a", "x", State("decide", "rejected", "its query is not seen", value=0.0))
+    ledger.decide("a", "y", State("decide", "rejected", "too short", value=3.0))
+    assert [row["reason"] for row in ledger.rows()] == ["its query is not seen"] * 2 + ["too short"]
+
+
 def test_two_states_of_a_candidate_are_refused():
     ledger = Ledger()
     ledger.decide("a", "x", State("decide", "rejected", "flat"))

@@ -18,7 +18,7 @@ from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.media import BadVideo, Source, check_pixels, presentation_times
 from vito_fast.data.store.picture import fitted, gray, rgb, shown_size
 
-VERSION = 2
+VERSION = 3
 SMALL = 96
 """Short side in pixels of the frames that hashes are computed of."""
 JPEG_QUALITY = 92
@@ -51,6 +51,8 @@ SCHEMA = pa.schema(
         ("hashes", pa.list_(pa.list_(HASH))),
     ]
 )
+VIEWS = ((0.875, 0.5), (1.0, 0.1), (1.0, 0.5), (1.0, 0.9))
+"""The squares of a clip's classified frames, in turn: share of the short side, and place along the long one."""
 FLAT = 6.0
 """Contrast in levels below which a frame is flat."""
 
@@ -95,7 +97,8 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
         clip = clips[-1]
         clip.end = frame.number + 1
         if frame.picture and frame.number - clip.first < options.first_frames:
-            clip.frames.append({"frame": frame.number, "jpeg": _jpeg(square(frame.picture, options.frame_size))})
+            picture = square(frame.picture, options.frame_size, len(clip.frames))
+            clip.frames.append({"frame": frame.number, "jpeg": _jpeg(picture)})
         if frame.small is not None:
             clip.hashes.append(_hash(frame.small, frame.seconds))
             if before is not None:
@@ -136,12 +139,14 @@ def _jpeg(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def square(frame: VideoFrame, side: int) -> np.ndarray:
-    """The middle 7 / 8 of a frame, as ImageNet's classifiers are tested; (side, side, 3)."""
-    picture = rgb(frame, fitted(*shown_size(frame), round(side / 0.875)))
+def square(frame: VideoFrame, side: int, turn: int = 0) -> np.ndarray:
+    """A square of a frame, (side, side, 3): the middle 7 / 8, as ImageNet's classifiers are tested, or by ``turn``
+    another of ``VIEWS``, so that a subject beside the middle is seen as well."""
+    share, place = VIEWS[turn % len(VIEWS)]
+    picture = rgb(frame, fitted(*shown_size(frame), round(side / share)))
     height, width = picture.shape[:2]
     crop = min(side, height, width)
-    y, x = (height - crop) // 2, (width - crop) // 2
+    y, x = (round((size - crop) * (place if size == max(height, width) else 0.5)) for size in (height, width))
     square = picture[y : y + crop, x : x + crop]
     if crop == side:
         return np.ascontiguousarray(square)

@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
         ("threshold", pa.float64()),
     ]
 )
+DECIDED = ("too short", "flat", "no class prevails", "its query is not seen", "its query is seen too seldom")
+"""Reasons of step decide; a later one is of a clip that came further."""
 ORDER = ("manifest", "media", "clips", "scores", "decide", "exclude", "dedup", "balance", "pack")
 """Steps in the order of the graph; a candidate's state is that of its clip that came furthest."""
 
@@ -168,9 +170,10 @@ class Ledger:
             for place in places if self._clips[places[0]] else ():
                 yield self._row(place, self._clips[place])
 
-    def _rank(self, row: int) -> tuple[int, int, float]:
-        value = self._value[row]
-        return self._kept[row], self._step[row], 0.0 if math.isnan(value) else value
+    def _rank(self, row: int) -> tuple[int, int, int, float]:
+        value, reason = self._value[row], self._reasons[self._reason[row]]
+        further = DECIDED.index(reason) if reason in DECIDED else len(DECIDED)
+        return self._kept[row], self._step[row], further, 0.0 if math.isnan(value) else value
 
     def _row(self, row: int, clip: str | None) -> dict[str, Any]:
         state = self._state(row)

@@ -42,13 +42,13 @@ def curated(path: Path, folder: Path) -> tuple[float, list[list[int]]]:
 def alone(path: Path, clips: list[list[int]]) -> tuple[float, float]:
     """CPU seconds of decoding the same file; and of that and of classifying the same frames."""
     begin = time.process_time()
-    wanted = {frame for frames in clips for frame in frames}
+    turns = {frame: turn for frames in clips for turn, frame in enumerate(frames)}
     pictures: dict[int, np.ndarray] = {}
     decoding = 0.0
     for number, (_, frame) in enumerate(Source(path).frames()):
-        if number in wanted:
+        if number in turns:
             since = time.process_time()
-            pictures[number] = analyse.square(frame, OPTIONS.frame_size)
+            pictures[number] = analyse.square(frame, OPTIONS.frame_size, turns[number])
             decoding -= time.process_time() - since
     decoding += time.process_time() - begin
     classifier = classify.load(CLASSIFIER)

@@ -117,7 +117,7 @@ def kill_ray(target: str, folder: Path, most: int) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(random.choice(own), signal.SIGKILL)
             kills, finished = kills + 1, now
-        time.sleep(0.01)
+        time.sleep(0.05)
     ray.shutdown()
     cluster.shutdown()
     time.sleep(2)

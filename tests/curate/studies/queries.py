@@ -55,7 +55,7 @@ def main() -> None:
         query, name = entry["query"], f"videos/{number} {entry['query']}.mp4"
         shown, zoom = picture(args.stamps / entry["path"], rng), rng.uniform(0.0002, 0.001)
         if not (args.out / name).exists():
-            film(args.out / name, shown, 10 * RATE + 1, zoom=zoom)
+            film(args.out / name, shown, 10 * RATE, zoom=zoom)
         others = [n for n in range(1000) if n not in taxonomy().resolve(query).classes]
         rows.append((name, query, "true"))
         rows += [(name, taxonomy().classes[n].wnid, "false") for n in rng.permutation(others)[: args.false]]
