@@ -50,6 +50,11 @@ uint64_t checked_clip(int64_t clip, const Index& index) {
   return static_cast<uint64_t>(clip);
 }
 
+Index::Clip whole_clip(const Index& index, int64_t clip) {
+  index.check_whole();
+  return index.clip(checked_clip(clip, index));
+}
+
 // Text with a file's name in it, which need not be UTF-8, as Python writes such names.
 py::object file_name(std::string_view text) {
   return py::reinterpret_steal<py::object>(
@@ -73,7 +78,7 @@ void bind_index(py::module_& m) {
                              })
       .def("clip",
            [](const Index& self, int64_t number) {
-             const Index::Clip clip = self.clip(checked_clip(number, self));
+             const Index::Clip clip = whole_clip(self, number);
              const Record& r = clip.record();
              py::dict out;
              out["video"] = r.video;
@@ -95,14 +100,14 @@ void bind_index(py::module_& m) {
            })
       .def("times",
            [](const Index& self, int64_t number) {
-             const Index::Clip clip = self.clip(checked_clip(number, self));
+             const Index::Clip clip = whole_clip(self, number);
              Array<double> out(clip.record().num_frames);
              for (uint32_t k = 0; k < clip.record().num_frames; ++k)
                out.mutable_at(k) = seconds(clip.record(), clip.pts(k));
              return out;
            })
       .def("packets", [](const Index& self, int64_t number) {
-        const Index::Clip clip = self.clip(checked_clip(number, self));
+        const Index::Clip clip = whole_clip(self, number);
         const uint32_t n = clip.record().num_packets, frames = clip.record().num_frames;
         Array<int64_t> offsets(n), sizes(n), pts(n);
         Array<uint32_t> checksums(n);
@@ -315,7 +320,7 @@ void bind_reader(py::module_& m) {
         check_length(frames, frames.size(), "frames");
         const std::vector<uint32_t> wanted = checked_frames(frames);
         return plan_arrays(
-            plan_packets(index.clip(checked_clip(clip, index)), wanted.data(), wanted.size(), single_stream));
+            plan_packets(whole_clip(index, clip), wanted.data(), wanted.size(), single_stream));
       },
       py::arg("index"), py::arg("clip"), py::arg("frames").noconvert(), py::arg("single_stream"));
 

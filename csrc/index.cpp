@@ -54,9 +54,10 @@ Index::Index(std::string path) : path_(std::move(path)) {
     if (mapping == MAP_FAILED) error = errno;
     else data_ = static_cast<const unsigned char*>(mapping);
   }
-  close(fd);
+  if (error || !regular) close(fd);
   if (error) throw std::system_error(error, std::generic_category(), path_);
   if (!regular) corrupt("it is no regular file");
+  fd_ = fd;
   try {
     read_header();
     read_shards();
@@ -64,11 +65,21 @@ Index::Index(std::string path) : path_(std::move(path)) {
     good_blocks_.reset(new std::atomic<uint64_t>[header_.num_clips / 64 + 1]());
   } catch (...) {
     if (data_) munmap(const_cast<unsigned char*>(data_), size_);
+    close(fd_);
     throw;
   }
 }
 
-Index::~Index() { munmap(const_cast<unsigned char*>(data_), size_); }
+Index::~Index() {
+  munmap(const_cast<unsigned char*>(data_), size_);
+  close(fd_);
+}
+
+void Index::check_whole() const {
+  struct stat status {};
+  if (fstat(fd_, &status) || static_cast<uint64_t>(status.st_size) < size_)
+    corrupt("it was cut short while it was open");
+}
 
 void Index::corrupt(const std::string& what) const {
   throw std::invalid_argument(path_ + " is damaged: " + what + "; delete the store and pack again");

@@ -120,6 +120,9 @@ class Index {
   uint64_t num_packets() const { return header_.num_packets; }
   const std::vector<Shard>& shards() const { return shards_; }
 
+  // Throws std::invalid_argument if the file was cut short since: to touch the lost pages would kill the process.
+  void check_whole() const;
+
   // All below throw std::out_of_range for a number that the index does not have and std::invalid_argument for
   // corruption. Thread-safe.
   Record record(uint64_t clip) const;
@@ -156,6 +159,7 @@ class Index {
   const char* defect(const Record& record, uint64_t clip) const;
 
   std::string path_;
+  int fd_ = -1;
   const unsigned char* data_ = nullptr;
   uint64_t size_ = 0;
   Header header_{};

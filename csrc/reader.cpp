@@ -183,6 +183,7 @@ void Reader::read_one(uint64_t number, const uint32_t* frames, size_t views, boo
 
 std::vector<ReadResult> Reader::read(const uint64_t* clips, const uint32_t* frames, size_t batch, size_t views,
                                      bool miniclip, bool single_stream) {
+  index_.check_whole();
   std::vector<ReadResult> results(batch);
   std::vector<std::exception_ptr> errors(batch);  // the caller's mistakes
   pool_.run(batch, [&](size_t i) {

@@ -73,6 +73,7 @@ void Sampler::clips(const int64_t* numbers, const uint32_t* attempts, size_t bat
 }
 
 void Sampler::sample(const int64_t* numbers, const uint32_t* attempts, size_t batch, const SampleArrays& out) const {
+  index_.check_whole();
   clips(numbers, attempts, batch, out.clip);
   // Records lie anywhere in memory. Asked for in groups, the waits for them overlap.
   constexpr size_t kGroup = 16;

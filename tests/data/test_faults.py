@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import struct
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,6 @@ from PIL import Image
 from test_loader import SMALL, equal, expected_views, loader
 from videos import pictures, write
 
-from vito_fast.data.loader.batch import LoaderSpec
 from vito_fast.data.loader.fetch import Fetcher
 from vito_fast.data.loader.resize_reference import view
 from vito_fast.data.loader.sampler import Sampler
@@ -75,11 +76,17 @@ def rewrite(store: Path, change) -> None:
     write_index(store / "index.bin", records, format=index.format, shards=[("shard-new.bin", len(whole))])
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """A store that is opened before its shards are damaged."""
+    monkeypatch.setattr("vito_fast.data.store.store.check_shards", lambda store, index: None)
+
+
 def check_replaced(store: Path, bad: set[int], code: str | None, epochs: int = 2, **options) -> None:
     """Bad clips never appear, every view is the right one, and all is counted; twice with the same result."""
     runs = []
     for threads in (1, 2):
-        with loader(store, 3, threads=threads, max_bad_share=1.0, augment=False, **options) as data:
+        with loader(store, 3, threads=threads, max_bad_share=1.0, io_timeout=0.1, augment=False, **options) as data:
             runs.append([batch for _ in range(epochs) for batch in data])
             stats = data.stats
             assert {failure.clip for failure in stats.last_failures} == bad
@@ -133,7 +140,7 @@ def test_one_corrupt_packet_spoils_only_those_who_need_it(store):
         assert set(data.stats.reasons) <= {"checksum"}
 
 
-def test_truncated_shard(store):
+def test_truncated_shard(store, unchecked):
     index, clip = Index(store / "index.bin"), 2
     packets, mine = index.packets(clip), index.clip(clip).shard
     os.truncate(store / index.shards[mine][0], int(packets.offsets[0]) + 5)
@@ -169,16 +176,69 @@ def two_shards(store: Path, clips: set[int]) -> Path:
     return store / "other.bin"
 
 
-def test_vanished_shard(store):
+def test_vanished_shard(store, unchecked):
     two_shards(store, {0, 3}).unlink()
     check_replaced(store, {0, 3}, "missing")
 
 
-def test_unreadable_shard(store):
+def test_unreadable_shard(store, unchecked):
     shard = two_shards(store, {1})
     shard.unlink()
     shard.mkdir()  # opens, and cannot be read: not even by root
     check_replaced(store, {1}, None)
+
+
+def test_a_damaged_shard_is_found_when_the_store_is_opened(store):
+    shard = two_shards(store, {0, 3})
+    whole = shard.read_bytes()
+    for content, reason in ((whole[:-1], f"it has {len(whole) - 1} bytes, not {len(whole)}"), (None, "it is missing")):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        for opening in (Store, loader):
+            with pytest.raises(UserError, match=f"other.bin is damaged: {reason}; delete the store"):
+                opening(store)
+
+
+def test_a_shard_that_is_away_for_a_while(store, caplog):
+    """The batches wait for it, and are those of an undisturbed run."""
+    shard = two_shards(store, {0, 3})
+    with loader(store, 2, augment=False) as undisturbed:
+        expected = [batch for _ in range(2) for batch in undisturbed]
+    with loader(store, 2, augment=False, max_bad_share=0, io_timeout=60) as data:
+        shard.rename(store / "away")
+        back = threading.Timer(1.0, lambda: (store / "away").rename(shard))
+        back.start()
+        with caplog.at_level(logging.WARNING, "vito_fast.data"):
+            got = [batch for _ in range(2) for batch in data]
+        back.join()
+        assert data.stats.failures == 0
+    assert all(equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert any("cannot be reached: trying again for 60 s" in message for message in caplog.messages)
+
+
+def test_a_waiting_loader_can_be_closed(store, unchecked):
+    for path in store.glob("shard-*.bin"):
+        path.unlink()
+    start = time.monotonic()
+    with loader(store, 1, augment=False, io_timeout=3600) as data:
+        batch = data._begin(0)
+        time.sleep(0.3)
+        assert not any(future.done() for future in batch._futures), "it waits"
+    assert time.monotonic() - start < 60
+
+
+def test_an_index_that_is_cut_short_while_it_is_open(store):
+    """An error, not a bus error."""
+    with loader(store, 2, augment=False, max_bad_share=1.0) as data:
+        next(data)
+        os.truncate(store / "index.bin", 200)
+        with pytest.raises(UserError, match=r"index\.bin is damaged: it was cut short while it was open"):
+            list(batch for _ in range(10) for batch in data)
+        with pytest.raises(ValueError, match="it was cut short while it was open"):
+            data.store.index.clip(0)
+    with pytest.raises(UserError, match=r"index\.bin is damaged"):
+        Store(store)
 
 
 def test_a_shard_that_vanishes_while_running(store):
@@ -373,8 +433,8 @@ def vp9(tmp_path_factory):
 def through_dali(path: Path, codecs: set[str]) -> tuple[dict[int, list[np.ndarray]], list]:
     """Views of one chunk whose clips of ``codecs`` DALI decodes, as on a GPU, by row; and the chunk's counters."""
     store = Store(path)
-    spec = LoaderSpec(store, Sampler(store.index, SMALL, 0), torch.device("cpu"), torch.float32, False, 1, len(store))
-    fetcher = Fetcher(store, spec.sampler, len(store), device=spec.device, hardware_codecs=codecs)
+    sampler = Sampler(store.index, SMALL, 0)
+    fetcher = Fetcher(store, sampler, len(store), device=torch.device("cpu"), hardware_codecs=codecs)
     views: dict[int, list[np.ndarray]] = {}
 
     def put(rows, squares, params):

@@ -1,5 +1,6 @@
 """Batches: what is in them, that they are the same whatever makes them, and that nothing is left running."""
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -128,28 +129,28 @@ def test_an_epoch_visits_clips_once_and_epochs_differ(stores):
 def test_resuming_goes_on_where_it_was(stores):
     with loader(stores / "jpeg", 2) as data:
         batches = [batch for _ in range(2) for batch in data]
-        assert data.state_dict() == {"step": len(batches)}
+        assert data.state_dict()["sample"] == 2 * len(data.store)
     for delivered in (1, len(data) - 1, len(data), len(data) + 1):
         with loader(stores / "jpeg", 2) as other:
-            other.load_state_dict({"step": delivered})
+            other.seek(delivered)
             rest = list(other)
             assert len(rest) == len(data) - delivered % len(data)
             assert all(equal(a, b) for a, b in zip(batches[delivered:], rest, strict=False))
             assert equal(other.batch(0), batches[0])
-            assert other.state_dict() == {"step": delivered + len(rest)}
+            assert other.step == delivered + len(rest)
 
 
 def test_the_position_counts_what_was_delivered_only(stores):
     with loader(stores / "jpeg", 1, prefetch=4) as data:
         for count, _ in enumerate(data, 1):
-            assert data.state_dict() == {"step": count}
+            assert data.step == count
             if count == 2:
                 break
         assert len(list(data)) == len(data) - 2
         data.set_epoch(1)
-        assert data.state_dict() == {"step": len(data)}
+        assert data.step == len(data)
         data.set_epoch(0)
-        assert data.state_dict() == {"step": 0}
+        assert data.step == 0
 
 
 def test_a_stale_iterator_says_so(stores):
@@ -230,8 +231,97 @@ def test_too_few_clips(stores):
 
 
 def test_a_state_that_is_none(stores):
-    with pytest.raises(ValueError, match="must be"):
-        loader(stores / "jpeg").load_state_dict({"steps": 1})
+    data = loader(stores / "jpeg")
+    for state in ({"step": 1}, {**data.state_dict(), "sample": -1}, {**data.state_dict(), "more": 1}):
+        with pytest.raises(ValueError, match="must be a state_dict: sample, batch, seed, store"):
+            data.load_state_dict(state)
+    with pytest.raises(ValueError, match="step is -1"):
+        data.seek(-1)
+
+
+def test_a_state_continues_with_another_batch_or_is_refused(stores):
+    """After samples 0 to 3 of an epoch: whatever the batch and the ranks, sample 4 is next."""
+    with loader(stores / "jpeg", 2, seed=3) as data:
+        before = next(data), next(data)
+        state = data.state_dict()
+        after = next(data)
+    assert state == {"sample": 4, "batch": 2, "seed": 3, "store": data.store.digest}
+    assert state["sample"] == before[1]["sample"][-1] + 1
+    for batch, world in ((1, 1), (2, 1), (4, 1), (1, 2)):
+        if batch * world > len(data.store) - 4:
+            continue
+        parts = []
+        for rank in range(world):
+            with loader(stores / "jpeg", batch, seed=3, rank=rank, world_size=world) as other:
+                other.load_state_dict(state)
+                parts.append(next(other)["clip"])
+        assert torch.equal(torch.cat(parts)[:1], after["clip"][:1])
+    for options, message in (
+        ({"batch_size": 3}, "a global batch of 3 does not begin there: choose one that divides 4"),
+        ({"batch_size": 2, "seed": 4}, "state is of seed 3, this loader is of seed 4"),
+    ):
+        with loader(stores / "jpeg", **{"seed": 3, **options}) as other, pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    with loader(stores / "h264", 2, seed=3) as other, pytest.raises(ValueError, match="this loader is of store"):
+        other.load_state_dict(state)
+
+
+def test_a_pickled_loader_goes_on(stores):
+    with loader(stores / "jpeg", 1, seed=1) as data:
+        next(data)
+        with pickle.loads(pickle.dumps(data)) as copy:
+            assert copy.state_dict() == data.state_dict()
+            assert equal(next(copy), next(data))
+
+
+class Asked(torch.utils.data.Dataset):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, step):
+        return self.loader.batch(step)["clip"]
+
+
+@pytest.mark.parametrize(("method", "used"), [("fork", False), ("fork", True), ("spawn", True)])
+def test_a_loader_in_other_processes(method, used, stores):
+    """Forked after use it raises, and does not hang. Otherwise it works."""
+    with loader(stores / "jpeg", 2) as data:
+        expected = [data.batch(step)["clip"] for step in range(2)]
+        if not used:
+            data.close()
+            data = loader(stores / "jpeg", 2)
+        elif method == "spawn":
+            next(data)
+        workers = torch.utils.data.DataLoader(
+            Asked(data), batch_size=None, num_workers=1, multiprocessing_context=method, timeout=120
+        )
+        if method == "fork" and used:
+            with pytest.raises(RuntimeError, match="used before its process was forked"):
+                list(workers)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(workers, expected, strict=True))
+        data.close()
+
+
+def test_batches_take_turns_in_few_blocks_of_memory(stores):
+    """A block is used again once its batch is gone, and never before."""
+    with loader(stores / "jpeg", 1, prefetch=1) as data:
+        places = set()
+        for _ in range(4):
+            for batch in data:
+                places.add(batch["views"][0].untyped_storage().data_ptr())
+                del batch
+        assert len(places) <= 4
+        kept = [batch for _ in range(2) for batch in data]
+        views = [batch["views"][1] for batch in kept]
+        copies = [view.clone() for view in views]
+        assert len({view.untyped_storage().data_ptr() for view in views}) == len(views)
+        del kept
+        list(data)
+        assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
 
 
 def running():
@@ -251,6 +341,11 @@ def test_no_thread_outlives_its_loader(stores):
     next(abandoned)
     del data, abandoned, iterator
     assert not running()
+    used_by_next = loader(stores / "jpeg", 1)
+    next(used_by_next)
+    assert running()
+    del used_by_next
+    assert not running(), "at once, without the garbage collector"
 
 
 def test_torch_keeps_its_threads(stores):

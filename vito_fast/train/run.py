@@ -238,7 +238,7 @@ def open_run(
         if checkpoint is not None:
             trainer.load(checkpoint)
         start, total = trainer.step_count, trainer.schedule.total_steps
-        loader.load_state_dict({"step": start})
+        loader.seek(start)
         last = total if max_steps is None else min(total, max_steps)
         run = Run(
             config, world, folder, loader, trainer, last, None, None, frames, held_out, changes, baselines=baselines

@@ -1,7 +1,10 @@
 """One batch: its chunks on a pool of threads, its views in one block of memory."""
 
+import math
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -16,6 +19,7 @@ from torch import Tensor
 
 import vito_kernels
 from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
+from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.description import NVDEC_CODECS
 from vito_fast.data.store.store import Store
@@ -41,9 +45,10 @@ class ThreadPool(Generic[Tools]):
     Args:
         count: Number of threads.
         make_tools: Called in each thread before its first task. The tasks of the thread receive the result.
+        interrupt: Called before the threads end. It wakes tasks that sleep.
     """
 
-    def __init__(self, count: int, make_tools: Callable[[], Tools]):
+    def __init__(self, count: int, make_tools: Callable[[], Tools], interrupt: Callable[[], None] = lambda: None):
         self._tasks: _Tasks = SimpleQueue()
         ready = threading.Barrier(count + 1)
         threads = [
@@ -55,7 +60,7 @@ class ThreadPool(Generic[Tools]):
             thread.start()
         ready.wait()
         torch.set_num_threads(torch_threads)  # a worker's own call also sets the default of new threads
-        self._finalizer = weakref.finalize(self, _stop, self._tasks, threads)
+        self._finalizer = weakref.finalize(self, _stop, self._tasks, threads, interrupt, os.getpid())
 
     def submit(self, task: Callable[[Tools], Result]) -> "Future[Result]":
         """Queue ``task``, called with the tools of the thread that runs it."""
@@ -85,7 +90,10 @@ def _work(tasks: _Tasks, make_tools: Callable[[], Any], ready: threading.Barrier
         del entry, future, task  # hold no batch while idle
 
 
-def _stop(tasks: _Tasks, threads: list[threading.Thread]) -> None:
+def _stop(tasks: _Tasks, threads: list[threading.Thread], interrupt: Callable[[], None], owner: int) -> None:
+    if os.getpid() != owner:  # in a forked process there are no threads, and the queue may be locked for ever
+        return
+    interrupt()
     try:
         while (entry := tasks.get_nowait()) is not None:
             entry[0].cancel()
@@ -96,6 +104,31 @@ def _stop(tasks: _Tasks, threads: list[threading.Thread]) -> None:
     for thread in threads:
         if thread is not threading.current_thread():  # the garbage collector may run in any thread
             thread.join()
+
+
+class Buffers:
+    """Host memory of batches. A block is used again once no tensor of its batch is left.
+
+    Fresh blocks of this size, freed by other threads, would leave the heap in pieces that grow without end.
+
+    Args:
+        shape, dtype: Of the tensors.
+        keep: Most free blocks.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, keep: int):
+        self._shape, self._dtype = shape, dtype
+        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=keep)
+
+    def take(self) -> Tensor:
+        """A tensor, not initialized."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(math.prod(self._shape) * self._dtype.itemsize, np.uint8)
+        loan = block[:]  # tensors of the batch, and they alone, hold this object
+        weakref.finalize(loan, self._free.append, block).atexit = False
+        return torch.from_numpy(loan).view(self._dtype).view(self._shape)
 
 
 def nvdec_codecs(device: torch.device) -> frozenset[str]:
@@ -118,6 +151,8 @@ class LoaderSpec:
     augment: bool
     threads: int
     batch_size: int
+    prefetch: int
+    outage: Outage
 
     @property
     def on_gpu(self) -> bool:
@@ -131,12 +166,18 @@ class LoaderSpec:
     def max_chunk(self) -> int:
         return min(GPU_CHUNK if self.on_gpu else CPU_CHUNK, -(-self.batch_size // self.workers))
 
+    @cached_property
+    def buffers(self) -> Buffers:
+        config = self.sampler.config
+        shape = (config.views, self.batch_size, config.size, config.size, 3)
+        return Buffers(shape, self.dtype if self.augment else torch.uint8, self.prefetch + 2)
+
     def fetcher(self) -> Fetcher:
         """Make the tools of one worker."""
         threads = max(1, self.threads // self.workers)
         return Fetcher(
             self.store, self.sampler, self.max_chunk,
-            device=self.device, threads=threads, hardware_codecs=nvdec_codecs(self.device),
+            device=self.device, threads=threads, hardware_codecs=nvdec_codecs(self.device), outage=self.outage,
         )  # fmt: skip
 
     def bucketed(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -216,10 +257,11 @@ class Batch:
         self.spec, self.numbers = spec, numbers
         config = spec.sampler.config
         self._workers_augment = spec.augment and not spec.on_gpu
-        self._views = torch.empty(
-            (config.views, len(numbers), config.size, config.size, 3),
-            dtype=spec.dtype if self._workers_augment else torch.uint8, device=spec.device,
-        )  # fmt: skip
+        if spec.on_gpu:
+            shape = (config.views, len(numbers), config.size, config.size, 3)
+            self._views = torch.empty(shape, dtype=torch.uint8, device=spec.device)
+        else:
+            self._views = spec.buffers.take()
         self._ready = None
         if spec.on_gpu:  # kernels launched before may still read this memory
             self._ready = torch.cuda.Event()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vito_fast.data.loader.dali import DecodeCropResize, DecodeError, mirrors
+from vito_fast.data.loader.outage import UNREACHABLE, Outage
 from vito_fast.data.loader.sampler import Sampler, Samples, empty_samples
 from vito_fast.data.store.description import Route
 from vito_fast.data.store.index import ClipInfo, Read
@@ -86,6 +87,7 @@ class Fetcher:
         device: Device of the views.
         threads: DALI's own threads.
         hardware_codecs: Codecs that DALI decodes, from mini-clips. Video of any other is decoded in software.
+        outage: Waits for shards that cannot be reached.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class Fetcher:
         device: torch.device,
         threads: int = 1,
         hardware_codecs: Iterable[str] = (),
+        outage: Outage = Outage(0),
     ):
         self.store, self.sampler, self.max_chunk, self.device, self.threads = store, sampler, max_chunk, device, threads
-        self.hardware_codecs = frozenset(hardware_codecs)
+        self.hardware_codecs, self._outage = frozenset(hardware_codecs), outage
         self._decoder = Decoder()
         self._pipelines: dict[Route, DecodeCropResize] = {}
 
@@ -156,6 +159,17 @@ class Fetcher:
         with chunk.timed("read_seconds"):
             clips, frames = chunk.samples.clip[rows], chunk.samples.frame[rows]
             reads = self.store.reader.read(clips, frames, miniclip=miniclip, single_stream=False)
+            attempt = 0
+            while failed := [row for row, read in enumerate(reads) if read.code in UNREACHABLE]:
+                if not self._outage.wait({_shard(samples[row]) for row in failed}, attempt):
+                    break
+                attempt += 1
+                again = self.store.reader.read(clips[failed], frames[failed], miniclip=miniclip, single_stream=False)
+                for row, read in zip(failed, again, strict=True):
+                    reads[row] = read
+            self._outage.over(
+                {_shard(sample) for sample, read in zip(samples, reads, strict=True) if read.code == "ok"}
+            )
         for sample, clip, read in zip(samples, clips, reads, strict=True):
             if read.code != "ok":
                 self._fail(chunk, sample, int(clip), read.code, read.error)
@@ -246,6 +260,11 @@ class Fetcher:
         source = sample.info.source if sample.info and code != "index" else ""
         chunk.failures.append(Failure(sample.number, sample.attempt, clip, source, code, reason))
         sample.attempt, sample.failed = sample.attempt + 1, True
+
+
+def _shard(sample: _Sample) -> int:
+    assert sample.info is not None
+    return sample.info.shard
 
 
 def _rows(samples: list[_Sample]) -> npt.NDArray[np.int64]:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
+from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
@@ -53,12 +54,16 @@ class ClipLoader:
         threads: Workers. 0 or None: one per core that this process may use.
         prefetch: Batches prepared ahead of the one in use. Bounds the memory.
         max_bad_share: Share of failed samples (of at least 1000) above which iteration raises UserError.
+        io_timeout: Seconds for which a shard that cannot be reached is tried again, with growing pauses, before its
+            samples fail.
 
     Raises:
         UserError: The store cannot be used, or has fewer clips than a global batch.
         ValueError: A number is out of range.
 
-    Its threads end with :meth:`close`, with the loader, or with the interpreter.
+    Its threads end with :meth:`close`, with the loader, or with the interpreter. It can be pickled: the copy opens the
+    store again and stands at the same step. A loader that was used raises RuntimeError in a forked process, which has
+    none of its threads.
     """
 
     def __init__(
@@ -76,7 +81,9 @@ class ClipLoader:
         threads: int | None = 0,
         prefetch: int = 2,
         max_bad_share: float = 0.05,
+        io_timeout: float = 60.0,
     ):
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         threads = threads or 0
         for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0), ("threads", threads, 0)):
             if value < least:
@@ -85,6 +92,8 @@ class ClipLoader:
             raise ValueError(f"rank is {rank}, must be from 0 to world_size - 1 = {world_size - 1}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {max_bad_share}, must be within 0 and 1")
+        if not io_timeout >= 0:
+            raise ValueError(f"io_timeout is {io_timeout}, must be at least 0")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, must be a floating-point one")
         threads = threads or len(os.sched_getaffinity(0))
@@ -94,7 +103,8 @@ class ClipLoader:
         self.stats = LoaderStats()
         self._step = 0
         self._iteration = 0  # number of the current iterator; older ones are stale
-        self._own: Iterator[dict[str, Any]] | None = None  # the iterator of next(loader)
+        self._end: int | None = None  # the step at which the epoch of next(loader) ends
+        self._user = 0  # number of the process that started the threads
         self._ahead: deque[Batch] = deque()  # batches of steps self._step, self._step + 1, ...
         if len(self) == 0:
             raise UserError(
@@ -109,6 +119,8 @@ class ClipLoader:
             augment=augment,
             threads=threads,
             batch_size=batch_size,
+            prefetch=prefetch,
+            outage=Outage(io_timeout),
         )
         self._pool: ThreadPool[Any] | None = None
 
@@ -126,15 +138,49 @@ class ClipLoader:
         """The epoch of the next batch."""
         return self._step // len(self)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position. Batches that were prepared but not delivered do not count."""
-        return {"step": self._step}
+    @property
+    def global_batch(self) -> int:
+        """Samples per batch on all ranks together."""
+        return self.batch_size * self.world_size
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to the position of a ``state_dict``. Raises ValueError for anything else."""
-        step = state.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"state is {state!r}, must be {{'step': batches delivered}}")
+    def state_dict(self) -> dict[str, int | str]:
+        """The position: the number of the next global sample, the global batch, the seed and the store.
+
+        Batches that were prepared but not delivered do not count.
+        """
+        epoch, batch = divmod(self._step, len(self))
+        sample = epoch * len(self.store) + batch * self.global_batch
+        seed, store = self._spec.sampler.seed, self.store.digest
+        return {"sample": sample, "batch": self.global_batch, "seed": seed, "store": store}
+
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+        """Go to the position of a ``state_dict``, of any number of ranks.
+
+        Another global batch continues at the same sample.
+
+        Raises:
+            ValueError: The state is of another seed or store, its sample is within a batch of this loader, or it is
+                none.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys() or not isinstance(sample := state["sample"], int) or sample < 0:
+            raise ValueError(f"state is {dict(state)!r}, must be a state_dict: {', '.join(own)}")
+        for name in ("seed", "store"):
+            if state[name] != own[name]:
+                raise ValueError(f"state is of {name} {state[name]}, this loader is of {name} {own[name]}")
+        epoch, place = divmod(sample, len(self.store))
+        batch, within = divmod(place, self.global_batch)
+        if within:
+            raise ValueError(
+                f"state is at sample {place} of an epoch, in batches of {state['batch']}; a global batch of "
+                f"{self.global_batch} does not begin there: choose one that divides {place}"
+            )
+        self.seek(epoch * len(self) + batch)
+
+    def seek(self, step: int) -> None:
+        """Go to a step: the number of batches delivered before. Raises ValueError if it is negative."""
+        if step < 0:
+            raise ValueError(f"step is {step}, must be at least 0")
         self._drop_ahead()
         self._step = step
 
@@ -143,7 +189,7 @@ class ClipLoader:
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}, must be at least 0")
         if epoch != self.epoch:
-            self.load_state_dict({"step": epoch * len(self)})
+            self.seek(epoch * len(self))
 
     def numbers(self, step: int) -> npt.NDArray[np.int64]:
         """Global sample numbers, (B,) int64, of this rank's batch ``step``."""
@@ -156,17 +202,17 @@ class ClipLoader:
 
         One iterator at a time: an older one raises RuntimeError once a newer one was made or the position was set.
         """
-        self._iteration, self._own = self._iteration + 1, None
+        self._iteration, self._end = self._iteration + 1, None
         return self._batches(self._iteration)
 
     def __next__(self) -> dict[str, Any]:
         """The next batch, as DALI's iterators: StopIteration at an epoch's end, and then the next epoch's first."""
-        self._own = self._own or iter(self)
-        try:
-            return next(self._own)
-        except StopIteration:
-            self._own = None
-            raise
+        if self._end is None:
+            self._iteration, self._end = self._iteration + 1, (self.epoch + 1) * len(self)
+        if self._step >= self._end:
+            self._end = None
+            raise StopIteration
+        return self._next()
 
     def reset(self) -> None:
         """Go to the start of the next epoch, unless at the start of one, as DALI's iterators."""
@@ -174,23 +220,26 @@ class ClipLoader:
             self.set_epoch(self.epoch + 1)
 
     def _batches(self, iteration: int) -> Iterator[dict[str, Any]]:
-        for step in range(self._step, (self.epoch + 1) * len(self)):
+        for _ in range(self._step, (self.epoch + 1) * len(self)):
             if iteration != self._iteration:
                 raise RuntimeError("this iterator is stale: its loader was iterated again or moved")
-            while len(self._ahead) <= self.prefetch:  # also past the epoch's end, so that the next one begins at once
-                self._ahead.append(self._begin(step + len(self._ahead)))
-            try:
-                batch = self._deliver(self._ahead.popleft())
-            except BaseException:
-                self._drop_ahead()  # these would follow a step that was not delivered
-                raise
-            self._step = step + 1
-            yield batch
-            del batch  # keep no reference: memory holds prefetch batches and the one in use
+            yield self._next()  # no name holds it: memory holds prefetch batches and the one in use
+
+    def _next(self) -> dict[str, Any]:
+        """Deliver the batch of this step and go to the next one."""
+        while len(self._ahead) <= self.prefetch:  # also past the epoch's end, so that the next one begins at once
+            self._ahead.append(self._begin(self._step + len(self._ahead)))
+        try:
+            batch = self._deliver(self._ahead.popleft())
+        except BaseException:
+            self._drop_ahead()  # these would follow a step that was not delivered
+            raise
+        self._step += 1
+        return batch
 
     def _drop_ahead(self) -> None:
         """Drop the prepared batches. All iterators become stale."""
-        self._iteration, self._own = self._iteration + 1, None
+        self._iteration, self._end = self._iteration + 1, None
         for batch in self._ahead:
             batch.cancel()
         self._ahead.clear()
@@ -201,7 +250,14 @@ class ClipLoader:
 
     def _begin(self, step: int) -> Batch:
         if self._pool is None:
-            self._pool = ThreadPool(self._spec.workers, self._spec.fetcher)
+            self._user = os.getpid()
+            self._spec.outage.open()
+            self._pool = ThreadPool(self._spec.workers, self._spec.fetcher, self._spec.outage.close)
+        if self._user != os.getpid():
+            raise RuntimeError(
+                "this loader was used before its process was forked, and its threads are not here: make the loader in "
+                "the worker, or start workers by spawn"
+            )
         budget = self.max_bad_share * max(MIN_SAMPLES, self.stats.samples + self.batch_size)
         return Batch(self._spec, self._pool, self.numbers(step), budget)
 
@@ -237,11 +293,21 @@ class ClipLoader:
             self._pool.close()
             self._pool = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._arguments, self._step)
+
     def __enter__(self) -> "ClipLoader":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _restored(arguments: dict[str, Any], step: int) -> ClipLoader:
+    """A loader from its pickle."""
+    loader = ClipLoader(**arguments)
+    loader.seek(step)
+    return loader
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -31,12 +31,12 @@ from vito_fast.data.store.description import (
     Limits,
     PackOptions,
     Report,
-    damaged,
     parse_options,
     read_description,
     read_json,
 )
 from vito_fast.data.store.index import DISCARD, NO_PICTURE, ClipRecord, Index, open_index, plan_packets, write_index
+from vito_fast.data.store.store import check_shards
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock, sync_folder
 
@@ -198,12 +198,7 @@ def _check_finished(store: Path, options: PackOptions, listing: Listing) -> Repo
         raise UserError(
             f"{store} is a finished store of other files than those now in {listing.root}: pack into a new folder"
         )
-    for name, size in open_index(store).shards:
-        path = store / name
-        if not path.is_file():
-            raise damaged(path, "it is missing")
-        if path.stat().st_size != size:
-            raise damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
+    check_shards(store, open_index(store))
     return Report(**described["report"])
 
 

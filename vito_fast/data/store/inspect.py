@@ -102,7 +102,7 @@ def inspect_store(
     for name, value, least in (("pictures", pictures, 1), ("threads", threads, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}, must be at least {least}")
-    opened = Store(store, threads=1)
+    opened = Store(store, threads=1, check=False)
     if sheet is not None:
         if Path(sheet).suffix.lower() != ".png":
             raise UserError(f"the contact sheet must be a .png, got {sheet}")

@@ -5,9 +5,12 @@ pts, and each frame is identified by the number that comes out. So the delivered
 order of the decoder's output.
 """
 
+import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -19,8 +22,8 @@ import numpy.typing as npt
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from vito_fast.data.store.description import FORMATS, Report, damaged, read_description
-from vito_fast.data.store.index import ClipInfo, Read, Reader, open_index
+from vito_fast.data.store.description import FORMATS, PackOptions, Report, damaged, read_description
+from vito_fast.data.store.index import ClipInfo, Index, Read, Reader, open_index
 from vito_fast.data.store.media import bare_packet, decoder_options
 from vito_fast.data.store.picture import rgb, turned
 
@@ -136,24 +139,37 @@ def decode_jpeg(clip: ClipInfo, data: Picture) -> Picture:
     return picture
 
 
+def check_shards(store: Path, index: Index) -> None:
+    """Raise UserError if a shard is missing or not of its size."""
+    for name, size in index.shards:
+        path = store / name
+        if not path.exists():
+            raise damaged(path, "it is missing")
+        if (found := path.stat().st_size) != size:
+            raise damaged(path, f"it has {found} bytes, not {size}")
+
+
 class Store:
     """A store opened for reading. Thread-safe.
 
     Args:
         path: Folder written by ``vito-fast pack``.
         threads: Threads that read from the shards.
+        check: Whether every shard must be there, of its size.
 
     Raises:
         UserError: The store is unfinished, damaged or of another version.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 4):
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 4, check: bool = True):
         self.path = Path(path)
         self.description = read_description(self.path)
         self.index = open_index(self.path)
         if self.index.format not in FORMATS:
             raise damaged(self.path / "index.bin", f"its format is {self.index.format!r}")
         self.format = FORMATS[self.index.format]
+        if check:
+            check_shards(self.path, self.index)
         self.reader = Reader(self.index, self.path, threads=threads)
 
     def __len__(self) -> int:
@@ -172,6 +188,13 @@ class Store:
         """
         options = {name: value for name, value in self.description["options"].items() if name != "shard_mib"}
         return {"sources": self.description["sources"], **options}
+
+    @property
+    def digest(self) -> str:
+        """Hash of ``identity``. An option of its default value counts as one that an older store does not have."""
+        defaults = asdict(PackOptions())
+        parts = {key: value for key, value in self.identity.items() if key == "format" or value != defaults.get(key)}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: Numbers) -> list[Picture]:
         """Decode in software.
