@@ -27,6 +27,7 @@ from vito_kernels.contrastive.device_functions import (
     dot_rows,
     load_rows,
     plan_tiles,
+    probability,
     store_sums,
     zero_sums,
 )
@@ -57,15 +58,6 @@ tl.constexpr, Y_SOFTMAX: tl.constexpr):  # fmt: skip
 
 
 @jit
-def _share(over, SIGMOID: tl.constexpr):
-    """A probability, of a logit over its log-sum-exp or over the opposite of an offset."""
-    if SIGMOID:
-        return 1.0 / (1.0 + tl.exp2(-over))
-    else:
-        return tl.exp2(over)
-
-
-@jit
 def _similarity_lse_bwd_step(
     t, x, accs, y, y_tail, scale2, own, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, x_label,
     y_label, x_term, y_term, M, N, y_stride, diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr,
@@ -81,11 +73,11 @@ def _similarity_lse_bwd_step(
         s = apply_mask(s, own, other, M, N, x_group, y_group, positive, diagonal, GROUPS, DIAGONAL, POSITIVES, True)
     if Y_SOFTMAX:
         lse2 = tl.load(y_lse2 + other, mask=other < N, other=0.0)
-        weights = _share(s - lse2[None], SIGMOID) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
+        weights = probability(s - lse2[None], SIGMOID) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
         if X_SOFTMAX:
-            weights += _share(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
+            weights += probability(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
     else:
-        weights = _share(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
+        weights = probability(s - x_lse2[:, None], SIGMOID) * x_weight[:, None]
     if POSITIVE_TERM:
         weights += _positive_weights(
             own, other, M, N, x_label, y_label, x_term, y_term, diagonal, DIAGONAL, X_SOFTMAX, Y_SOFTMAX
@@ -164,8 +156,8 @@ def launch_lse_backward(
     if gain is not None:
         x_softmax, y_softmax = (s and SoftmaxGrad(s.lse2, s.weight * gain) for s in (x_softmax, y_softmax))
         positive_term = positive_term and replace(positive_term, weight=positive_term.weight * gain)
-    if positive_term is None and not sigmoid and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
-        total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask)[None]
+    if positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
+        total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask, sigmoid)[None]
     else:
         total = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid)
     return total if gain is None else total.div_(gain)

@@ -221,6 +221,15 @@ def softplus2(x):
 
 
 @jit
+def probability(over, SIGMOID: tl.constexpr):
+    """Of a logit over its log-sum-exp, or with SIGMOID over the opposite of its offset; in units of log 2."""
+    if SIGMOID:
+        return 1.0 / (1.0 + tl.exp2(-over))
+    else:
+        return tl.exp2(over)
+
+
+@jit
 def sigmoid(x):
     e = tl.exp(-tl.abs(x))  # cannot overflow
     return tl.where(x > 0.0, 1.0, e) / (1.0 + e)

@@ -92,9 +92,7 @@ def _similarity_lse_fwd_step(
     total = totals[0]
     if KIND == "sigmoid":
         terms = softplus2(s)
-        p = tl.exp2(s - terms)
-        if not CLEAN:
-            p = tl.where(s == -float("inf"), 0.0, p)
+        p = tl.exp2(s - terms)  # none where masked
         more = (totals[1] + row_sums(p, LANES),)
     elif KIND == "rank":
         p = s
@@ -303,6 +301,9 @@ def launch_sums(
     "rank": how many logits are above ``offset`` (M,); the second is unused.
     """
     M, N, D, (left, right) = q.shape[0], k.shape[0], q.shape[1], matrices(q, k)
+    if kind == "sigmoid" and large_dim.supports("mean" if compute_mean else "lse", D, q.dtype):
+        sums, shares, mean = large_dim.sigmoids(left.tensor, right.tensor, scale, offset, mask, gather=compute_mean)
+        return sums, shares, mean[None]
     tile = lse_tile("fixed", D, q.dtype, mask, compute_mean, kind)
     split_keys, splits = _split(cdiv(M, tile.block_m), N, [tile], q)
     first, second = scale.new_empty(splits, M), scale.new_empty(splits, M)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import cdiv, interpreting, jit, num_sms, on_device
-from vito_kernels.contrastive.device_functions import apply_mask, product
+from vito_kernels.contrastive.device_functions import apply_mask, probability, product, softplus2
 from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import family
 
@@ -50,15 +50,15 @@ def _place(M, N, TILE: tl.constexpr):
 
 @jit
 def large_dim_weights_kernel(
-    x, y, scale, weights, row_sums, column_sums, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, M, N,
-    D, begin, end, first, last, x_stride, y_stride, w_stride, diagonal, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    RAGGED: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
-    X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, HEADROOM: tl.constexpr, STORE: tl.constexpr, COLUMNS:
-    tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, y, scale, offset, weights, row_sums, column_sums, shares, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group,
+    positive, M, N, D, begin, end, first, last, x_stride, y_stride, w_stride, diagonal, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, HEADROOM: tl.constexpr,
+    STORE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """weights of the rows ``begin .. end`` of x for the rows ``first .. last`` of y; without roles, their exponentials
-    relative to the fixed shift, with sums by row and column.
+    relative to the fixed shift, with sums by row and column. With SIGMOID they are sigmoids of the logits plus
+    ``offset``, with sums by row of their log2(1 + 2^s) and of themselves (``shares``).
     """
     row_tile, strip_tile = _place(end - begin, last - first, TILE)
     own = begin + row_tile * TILE + tl.arange(0, TILE)
@@ -81,15 +81,22 @@ def large_dim_weights_kernel(
         w = tl.zeros((TILE, TILE), tl.float32)
         if X_SOFTMAX:
             top = tl.load(x_lse2 + own, mask=own < M, other=0.0)
-            w += tl.exp2(s - top[:, None]) * tl.load(x_weight + own, mask=own < M, other=0.0)[:, None]
+            w += probability(s - top[:, None], SIGMOID) * tl.load(x_weight + own, mask=own < M, other=0.0)[:, None]
         if Y_SOFTMAX:
             top = tl.load(y_lse2 + other, mask=other < N, other=0.0)
-            w += tl.exp2(s - top[None]) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
+            w += probability(s - top[None], SIGMOID) * tl.load(y_weight + other, mask=other < N, other=0.0)[None]
     else:
-        w = tl.exp2(s - (tl.abs(scale2) - HEADROOM))
-        w = tl.where((own < M)[:, None], w, 0.0)
         sums = row_sums + tl.cast(strip_tile, tl.int64) * M
-        tl.store(sums + own, tl.sum(w, 1), mask=own < M)
+        if SIGMOID:
+            s += tl.load(offset) * 1.4426950408889634
+            terms = softplus2(s)
+            w = tl.exp2(s - terms)
+            tl.store(shares + tl.cast(strip_tile, tl.int64) * M + own, tl.sum(w, 1), mask=own < M)
+        else:
+            w = tl.exp2(s - (tl.abs(scale2) - HEADROOM))
+            w = tl.where((own < M)[:, None], w, 0.0)
+            terms = w
+        tl.store(sums + own, tl.sum(terms, 1), mask=own < M)
         if COLUMNS:
             sums = column_sums + tl.cast(row_tile, tl.int64) * N
             tl.store(sums + other, tl.sum(w, 0), mask=other < N)
@@ -153,7 +160,16 @@ def exponentials(
     P is relative to |scale| log2(e) - ``headroom``. The second is empty without ``columns``, the third without
     ``gather``.
     """
-    return _run(x, y, scale, mask, headroom, None, None, gather, columns)
+    sums, column_sums, out, _ = _run(x, y, scale, mask, headroom, None, None, gather, columns)
+    return sums, column_sums, out
+
+
+def sigmoids(
+    x: Tensor, y: Tensor, scale: Tensor, offset: Tensor, mask: Mask, *, gather: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums (parts, M) of log2(1 + 2^s), of p = 1 / (1 + 2^-s), and p @ y (M, D) or (0, D)), s with ``offset`` ()."""
+    sums, _, out, shares = _run(x, y, scale, mask, 0.0, None, None, gather, False, offset)
+    return sums, shares, out
 
 
 def gradient(
@@ -163,9 +179,10 @@ def gradient(
     x_softmax: SoftmaxGrad | None,
     y_softmax: SoftmaxGrad | None,
     mask: Mask,
+    sigmoid: bool = False,
 ) -> Tensor:
     """``W @ y`` (M, D) of :mod:`.backward`. The queries of ``mask`` are the rows of y."""
-    return _run(x, y, scale, mask.transposed(), 0.0, x_softmax, y_softmax, True, False)[2]
+    return _run(x, y, scale, mask.transposed(), 0.0, x_softmax, y_softmax, True, False, sigmoid=sigmoid)[2]
 
 
 def _run(
@@ -178,7 +195,9 @@ def _run(
     y_softmax: SoftmaxGrad | None,
     gather: bool,
     columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    offset: Tensor | None = None,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (M, D), N = x.shape, y.shape[0]
     tile, depth, precision = _sizes()
     keys = cdiv(N, tile) * tile
@@ -190,7 +209,9 @@ def _run(
     summed = not (x_softmax or y_softmax)
     row_sums = scale.new_empty(strip // tile if summed else 0, M)
     column_sums = scale.new_empty(cdiv(height, tile) if columns else 0, N)
+    shares = scale.new_empty(strip // tile if offset is not None else 0, M)
     row_total = scale.new_zeros(1, M if summed and strip < N else 0)  # if it takes several strips
+    share_total = scale.new_zeros(1, M if offset is not None and strip < N else 0)
     column_total = scale.new_zeros(1, N if columns and height < M else 0)
     weights = x.new_empty(height, strip if gather else 0)
     out = scale.new_empty(cdiv(strip, split_keys), M if gather else 0, D)
@@ -199,13 +220,13 @@ def _run(
             end, last = min(begin + height, M), min(first + strip, N)
             rows = cdiv(end - begin, tile)
             large_dim_weights_kernel[(rows * cdiv(last - first, tile),)](
-                x, y, scale, weights, row_sums, column_sums, x_softmax and x_softmax.lse2,
+                x, y, scale, offset, weights, row_sums, column_sums, shares, x_softmax and x_softmax.lse2,
                 x_softmax and x_softmax.weight, y_softmax and y_softmax.lse2, y_softmax and y_softmax.weight,
                 mask.q_group, mask.k_group, mask.positive, M, N, D, begin, end, first, last, x.stride(0), y.stride(0),
                 strip, mask.diagonal or 0, tile, depth, D % depth > 0, STAGES, GROUPS=mask.q_group is not None,
                 DIAGONAL=mask.diagonal_width, POSITIVES=mask.num_positives, X_SOFTMAX=x_softmax is not None,
                 Y_SOFTMAX=y_softmax is not None, HEADROOM=headroom, STORE=gather, COLUMNS=columns,
-                PRECISION=precision, num_warps=WARPS, num_stages=STAGES,
+                PRECISION=precision, SIGMOID=sigmoid or offset is not None, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
             if gather:
                 large_dim_weighted_sum_kernel[(rows * cdiv(D, tile), out.shape[0])](
@@ -214,8 +235,11 @@ def _run(
                 )  # fmt: skip
             if row_total.numel():
                 row_total[0, begin:end] += row_sums[: cdiv(last - first, tile), begin:end].sum(0)
+            if share_total.numel():
+                share_total[0, begin:end] += shares[: cdiv(last - first, tile), begin:end].sum(0)
             if column_total.numel() and last == N:
                 column_total[0] += column_sums[:rows].sum(0)
     row_sums = row_total if row_total.numel() else row_sums
     column_sums = column_total if column_total.numel() else column_sums
-    return row_sums, column_sums, out[0] if out.shape[0] == 1 else out.sum(0)
+    shares = share_total if share_total.numel() else shares
+    return row_sums, column_sums, out[0] if out.shape[0] == 1 else out.sum(0), shares

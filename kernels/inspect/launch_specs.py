@@ -135,6 +135,8 @@ def other_sums_spec(kind: str, width: int, dtype: torch.dtype, device: str = "me
             forward.launch_sums(kind.split()[0], x, x, _scale(device), offset, mask, with_mean)
 
     def flops() -> float:
+        if kind.startswith("sigmoid") and large_dim.supports("mean" if with_mean else "lse", width, dtype):
+            return (2.0 + 2.0 * with_mean) * rows * rows * width
         tile = forward.lse_tile("fixed", width, dtype, mask, with_mean, kind.split()[0])
         launches = len(output_chunks(width, tile)) if with_mean else 1
         return (2.0 * launches + 2.0 * with_mean) * products(dtype, width) * rows * rows * width
@@ -244,7 +246,7 @@ def gradient_spec(
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
-        if layout != "supcon" and name != "sigmoid gradient" and large_dim.supports("gradient", width, dtype):
+        if layout != "supcon" and large_dim.supports("gradient", width, dtype):
             return 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if two_sided else "gradient one", width, dtype)
         return (2.0 * len(output_chunks(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contrastive_cases import LAYOUTS, assert_at_most_twice_torch, embeddings, layout, with_gradients
 
-from vito_kernels import clip_loss, info_nce, ntxent, reference, similarity_lse, supcon_loss
+from vito_kernels import clip_loss, info_nce, ntxent, reference, siglip_loss, similarity_lse, supcon_loss
 from vito_kernels.contrastive import large_dim, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow that the kernels detect
@@ -18,13 +18,13 @@ class Counted:
     def __init__(self, run):
         self.run, self.calls, self.tiles = run, 0, 2
 
-    def __call__(self, x, *rest):
+    def __call__(self, x, *rest, **how):
         self.calls += 1
         with pytest.MonkeyPatch.context() as patch:
             height = 2 * large_dim._sizes()[0]
             patch.setattr(large_dim, "STRIP_ROWS", height)
             patch.setattr(large_dim, "STRIP_BYTES", 2 * min(height, len(x)) * self.tiles * large_dim._sizes()[0])
-            return self.run(x, *rest)
+            return self.run(x, *rest, **how)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,7 @@ def test_losses_of_two_sides(device, width, dtype, count, scale):
     for ours, plain in (
         (lambda a, b: clip_loss(a, b, scale), lambda a, b: reference.clip_loss(a, b, scale)),
         (lambda a, b: ntxent(a, b, 1 / scale), lambda a, b: reference.ntxent(a, b, 1 / scale)),
+        (lambda a, b: siglip_loss(a, b, scale, -2.0), lambda a, b: reference.siglip_loss(a, b, scale, -2.0)),
         (lambda a, b: supcon_loss(a + b, labels), lambda a, b: reference.supcon_loss(a + b, labels)),
     ):
         assert_at_most_twice_torch(ours, plain, [x, y], floor=16)
