@@ -17,6 +17,7 @@ COMMANDS = {
     "init": ("vito_fast.cli.init", "init", "propose a configuration for some videos and this machine"),
     "pack": ("vito_fast.cli.pack", "pack", "turn a folder of videos into a store"),
     "inspect-store": ("vito_fast.cli.store", "inspect_store", "verify a store and describe it"),
+    "store": ("vito_fast.cli.store", "store", "append, merge and subset stores, and describe one"),
     "train": ("vito_fast.cli.train", "Train", "pretrain an encoder: vito-fast train CONFIG [--section.field VALUE]"),
     "lr-find": ("vito_fast.cli.train", "LrFind", "find a learning rate: vito-fast lr-find CONFIG [--steps N]"),
     "export": ("vito_fast.cli.export", "export", "write a run's encoder for torchvision or timm"),

@@ -1,11 +1,13 @@
-"""``vito-fast inspect-store`` and ``vito-fast bench-data``."""
+"""``vito-fast inspect-store``, ``vito-fast store`` and ``vito-fast bench-data``."""
 
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vito_fast.cli.overrides import Place
+from vito_fast.cli.overrides import Place, parse
 from vito_fast.errors import UserError
 
 
@@ -38,6 +40,96 @@ def inspect_store(
             f"{len(found.damaged)} of {found.clips} clips of {store} are damaged; delete the store and pack again"
         )
     return 0
+
+
+def append(src: Place, store: Place, processes: int = 0) -> int:
+    """Pack the videos that a store does not have yet, by name, and add them to it. Safe to kill and to repeat.
+
+    Args:
+        src: A folder of videos, such as the one that the store was packed from.
+        store: The store to grow. Its options are used.
+        processes: Worker processes, 0 = one per core.
+    """
+    from vito_fast.data.pack.edit import append
+
+    return _told(append(src, store, processes=processes).lines(), store)
+
+
+def merge(dst: Place, stores: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> int:
+    """Make one store of several of equal options. Clips that several have are taken once.
+
+    Args:
+        dst: The new store.
+        stores: The stores, whose shards are linked.
+    """
+    from vito_fast.data.pack.edit import merge
+
+    return _told(merge(dst, stores).lines(), dst)
+
+
+def subset(
+    store: Place,
+    dst: Place,
+    sources: tuple[str, ...] = ("*",),
+    min_seconds: float = 0.0,
+    min_side: int = 1,
+    clips: Path | None = None,
+) -> int:
+    """Copy some clips of a store into a new one.
+
+    Args:
+        store: The store.
+        dst: The new store.
+        sources: Patterns, as of a shell, one of which a clip's source must match.
+        min_seconds: Seconds of the shortest clip.
+        min_side: Pixels of the shortest short side.
+        clips: A file of clip numbers, one a line. By default all clips.
+    """
+    from vito_fast.data.pack.edit import subset
+
+    try:
+        numbers = [int(line) for line in clips.read_text().split()] if clips else None
+        report = subset(store, dst, sources=sources, min_seconds=min_seconds, min_side=min_side, clips=numbers)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{clips}: {error}") from None
+    return _told(report.lines(), dst)
+
+
+def stats(store: Place, table: Path | None = None) -> int:
+    """Describe a store: what was packed, what was left out and why.
+
+    Args:
+        store: The store.
+        table: A CSV to write, with a row for each source.
+    """
+    from vito_fast.data.pack.edit import write_table
+    from vito_fast.data.store.store import Store
+
+    report = write_table(store, table) if table else Store(store).report
+    return _told(report.lines(), table or store)
+
+
+def _told(lines: Sequence[str], made: Path) -> int:
+    print("\n".join([*lines, f"store: {made}"]))
+    return 0
+
+
+STORE: dict[str, Callable[..., int]] = {"append": append, "merge": merge, "subset": subset, "stats": stats}
+
+
+def store(words: Sequence[str]) -> int:
+    """``vito-fast store COMMAND ...``."""
+    if not words or words[0] not in STORE:
+        if words and words[0] not in ("-h", "--help"):
+            raise UserError(f"unknown command 'store {words[0]}': choose {', '.join(STORE)}")
+        for name, function in STORE.items():
+            with contextlib.suppress(SystemExit):
+                parse(function, ["--help"], f"vito-fast store {name}")
+        return 0
+    return int(parse(STORE[words[0]], words[1:], f"vito-fast store {words[0]}"))
+
+
+store.takes_words = True  # type: ignore[attr-defined]
 
 
 def bench_data(

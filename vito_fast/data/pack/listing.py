@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,11 +40,12 @@ class Listing:
         return self.root / os.fsdecode(os.fsencode(name))
 
 
-def list_videos(src: Path) -> Listing:
+def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
     """List the videos under ``src``, found by suffix. Rejects links that lead outside, and duplicates.
 
     Args:
         src: A folder, searched recursively, or one file.
+        known: Names to pass over.
 
     Raises:
         UserError: ``src`` does not exist, a disk fails, or no file has a video's suffix.
@@ -53,6 +54,8 @@ def list_videos(src: Path) -> Listing:
         raise UserError(f"no such file or folder: {src}")
     root = src if src.is_dir() else src.parent
     names, skipped = _walk(src) if src.is_dir() else ([src.name], {})
+    if known and not (names := [name for name in names if name not in known]):
+        raise UserError(f"no new video in {src}: all are known")
     if not names:
         raise UserError(f"no video in {src}: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
     inside, rejected, sizes = root.resolve(), {}, {}

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def pack(
     skip_unreadable: bool = False,
     limits: Limits = Limits(),
     clips: Mapping[str, Sequence[Span]] | None = None,
+    known: Collection[str] = (),
     progress: bool = True,
 ) -> Report:
     """Pack every video under ``src`` into the store ``dst``.
@@ -92,6 +93,7 @@ def pack(
         limits: Wall time, frames, pixels and memory after which a file is rejected.
         clips: A clip list, spans by file name relative to ``src`` (jpeg and h264). They are packed as they are, in
             place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply.
+        known: Names of files, relative to ``src``, to pass over.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -119,7 +121,7 @@ def pack(
             raise ValueError(f"{name} is {value}, must be above 0 and finite")
     if clips is not None and not options.store_format.codec:
         raise ValueError(f"format is {format!r}: clip lists are encoded, choose jpeg or h264")
-    listing = list_videos(Path(src)) if clips is None else list_clips(Path(src), clips)
+    listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips)
     if (store / "index.bin").exists():
         return _check_finished(store, options, listing)
     try:
@@ -322,8 +324,9 @@ class _Tally:
                 self._report.lost_frames += entry.lost
             for clip in entry.clips:
                 self._report.clips += 1
-                self._report.frames += int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
-                self._report.hours += float((clip.end - clip.pts.min()) * clip.time_base) / 3600
+                shown = clip.flags & (DISCARD | NO_PICTURE) == 0
+                self._report.frames += int(np.count_nonzero(shown))
+                self._report.hours += float((clip.end - clip.pts[shown].min()) * clip.time_base) / 3600
                 values = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
                 yield ClipRecord(video=videos[name], source=name, **{**values, "shard": self._shards[clip.shard]})
         self._report.videos = len(set(videos.values()))

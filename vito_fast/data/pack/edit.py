@@ -1,0 +1,320 @@
+"""Stores made of stores: ``vito-fast store append | merge | subset``.
+
+Clips are never encoded again. They are ordered as packing all their files at once would order them.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vito_fast.data.pack.clips import ShardWriter
+from vito_fast.data.pack.pack import expected_packets, pack
+from vito_fast.data.store.description import VERSION, Limits, Report
+from vito_fast.data.store.index import ClipInfo, ClipRecord, Index, write_index
+from vito_fast.data.store.store import Store
+from vito_fast.errors import UserError
+from vito_fast.files import atomic_write, check_outside_stores, file_lock, sync_folder
+
+Clip = tuple[int, int]
+"""Number of a store, and of a clip in it."""
+
+
+def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]]) -> Report:
+    """Make one store of several. Their shards are linked, or copied to another file system.
+
+    A clip that several stores have, by source, start and checksums, is taken once.
+
+    Args:
+        dst: Folder of the new store. It must not exist.
+        stores: Folders of at least two stores of equal options.
+
+    Returns:
+        The report of the new store: the sum of theirs.
+
+    Raises:
+        UserError: A store cannot be read, options differ, or ``dst`` exists.
+    """
+    parts = [Store(path) for path in stores]
+    if len(parts) < 2:
+        raise UserError(f"merge needs at least two stores, got {len(parts)}")
+    _check_options(parts)
+    with _new_store(Path(dst)) as folder:
+        shards: list[tuple[str, int]] = []
+        for part in parts:
+            for name, size in part.index.shards:
+                shards.append((f"shard-{len(shards):05d}.bin", size))
+                _link(part.path / name, folder / shards[-1][0])
+        return _finish(folder, parts, _ordered(parts), shards)
+
+
+def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, processes: int = 0, progress: bool = True,
+           limits: Limits = Limits()) -> Report:  # fmt: skip
+    """Pack the videos under ``src`` that a store does not have yet, by name, and add them to it.
+
+    Safe to kill and to repeat. Whoever reads the store goes on with the clips that it had.
+
+    Args:
+        src: A folder, such as the one that the store was packed from.
+        store: The store. Its options are used.
+        processes, progress, limits: As of :func:`pack`.
+
+    Returns:
+        The report of the whole store.
+
+    Raises:
+        UserError: No new video, or one of the folders cannot be used.
+    """
+    old = Store(store)
+    known = {old.index.clip(clip).source for clip in range(len(old))}
+    lines = (old.path / "quarantine.jsonl").read_text().splitlines()
+    known |= {entry["file"] for entry in map(json.loads, lines) if entry.get("state") != "skipped"}
+    work = old.path / ".append"
+    work.mkdir(exist_ok=True)
+    with file_lock(work / "lock") as held:
+        if not held:
+            raise UserError(f"another process is appending to {old.path}; wait for it or stop it")
+        options = old.description["options"]
+        pack(src, work / "store", processes=processes, progress=progress, limits=limits, known=known, **options)
+        new = Store(work / "store")
+        used = {name for name, _ in old.index.shards}
+        for path in old.path.glob("shard-*.bin"):  # of an append that was killed
+            if path.name not in used:
+                path.unlink()
+        shards, free = list(old.index.shards), 0
+        for name, size in new.index.shards:
+            while f"shard-{free:05d}.bin" in used:
+                free += 1
+            shards.append((f"shard-{free:05d}.bin", size))
+            used.add(shards[-1][0])
+            os.link(new.path / name, old.path / shards[-1][0])
+        sync_folder(old.path)
+        report = _finish(old.path, [old, new], _ordered([old, new]), shards)
+        shutil.rmtree(work)
+    return report
+
+
+def subset(
+    store: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    sources: Sequence[str] = ("*",),
+    min_seconds: float = 0.0,
+    min_side: int = 1,
+    clips: Sequence[int] | None = None,
+) -> Report:
+    """Copy some clips of a store into a new one.
+
+    Args:
+        store: The store.
+        dst: Folder of the new store. It must not exist.
+        sources: Patterns, as of a shell, one of which a clip's source must match.
+        min_seconds: Shortest clip.
+        min_side: Shortest short side of a frame in pixels.
+        clips: Numbers of clips. None: all.
+
+    Returns:
+        The report of the new store.
+
+    Raises:
+        UserError: No clip is left, a clip is damaged, or ``dst`` exists.
+        IndexError: No such clip.
+    """
+    whole = Store(store)
+
+    def wanted(info: ClipInfo) -> bool:
+        return (
+            info.end - info.start >= min_seconds
+            and min(info.width, info.height) >= min_side
+            and any(fnmatchcase(info.source, pattern) for pattern in sources)
+        )
+
+    numbers = sorted(set(range(len(whole)) if clips is None else clips))
+    chosen = [number for number in numbers if wanted(whole.index.clip(number))]
+    if not chosen:
+        raise UserError(f"no clip of {store} is left: loosen the filters")
+    size = int(whole.description["options"]["shard_mib"]) << 20
+    with _new_store(Path(dst)) as folder:
+        moved, shards = _copied(whole, chosen, folder, size)
+        order = _ordered([whole], chosen)
+        return _finish(folder, [whole], order, shards, moved)
+
+
+def write_table(store: str | os.PathLike[str], path: Path) -> Report:
+    """Write a CSV with a row for each source of a store: clips, frames, seconds, rate, size, codec, turn and bytes.
+
+    Returns:
+        The store's report.
+    """
+    check_outside_stores(path)
+    opened = Store(store)
+    rows: dict[str, dict[str, Any]] = {}
+    for clip in range(len(opened)):
+        info = opened.index.clip(clip)
+        row = rows.setdefault(info.source, {"source": info.source, "clips": 0, "frames": 0, "seconds": 0.0, "bytes": 0})
+        row["clips"] += 1
+        row["frames"] += info.num_frames
+        row["seconds"] += info.end - info.start
+        row["bytes"] += int(opened.index.packets(clip).sizes.sum())
+        row |= {"width": info.width, "height": info.height, "codec": info.codec}
+        row |= {"rotation": info.rotation, "mirror": int(info.mirror), "video": info.video}
+    with atomic_write(path) as partial, open(partial, "w", newline="", errors="surrogateescape") as file:
+        fields = ["source", "video", "clips", "frames", "seconds", "rate", "width", "height", "codec", "rotation",
+                  "mirror", "bytes"]  # fmt: skip
+        table = csv.DictWriter(file, fields)
+        table.writeheader()
+        for row in rows.values():
+            rate, seconds = row["frames"] / row["seconds"], round(row["seconds"], 3)
+            table.writerow({**row, "rate": round(rate, 3), "seconds": seconds})
+    return opened.report
+
+
+class _new_store:
+    """The folder in which a new store is made. It gets its name once it is complete."""
+
+    def __init__(self, dst: Path):
+        self._dst, self._partial = dst, dst.with_name(f".{dst.name}.partial")
+
+    def __enter__(self) -> Path:
+        if self._dst.exists():
+            raise UserError(f"{self._dst} exists: choose a new folder")
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._partial.rename(self._dst)
+            sync_folder(self._dst.parent)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _check_options(parts: Sequence[Store]) -> None:
+    first = parts[0].description["options"]
+    for part in parts[1:]:
+        for name, value in part.description["options"].items():
+            if name != "shard_mib" and value != first[name]:
+                raise UserError(f"{part.path} has {name}={value}, {parts[0].path} has {first[name]}: pack one again")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _ordered(parts: Sequence[Store], chosen: Sequence[int] | None = None) -> list[Clip]:
+    """Clips in the order of packing: by video, whose name is that of its first source, then by source and time."""
+    clips: list[tuple[str, int, int, str, int]] = []
+    first: dict[tuple[int, int], str] = {}
+    seen: set[bytes] = set()
+    for number, part in enumerate(parts):
+        for clip in chosen if chosen is not None else range(len(part)):
+            info = part.index.clip(clip)
+            identity = f"{info.source}\n{info.start}\n".encode("utf-8", "surrogateescape")
+            digest = hashlib.sha256(identity + part.index.packets(clip).checksums.tobytes()).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+            video = number, info.video
+            first[video] = min(first.get(video, info.source), info.source)
+            clips.append(("", *video, info.source, clip))
+    ordered = sorted((first[number, video], number, video, source, clip) for _, number, video, source, clip in clips)
+    return [(number, clip) for _, number, _, _, clip in ordered]
+
+
+def _copied(
+    whole: Store, chosen: Sequence[int], folder: Path, size: int
+) -> tuple[dict[int, tuple[int, np.ndarray]], list[tuple[str, int]]]:
+    """Copy the packets of clips to new shards. Returns the shard and offsets of each clip, and the shards."""
+    moved: dict[int, tuple[int, np.ndarray]] = {}
+    shards: list[tuple[str, int]] = []
+    writer: ShardWriter | None = None
+    for clip in chosen:
+        if writer is None or writer.size >= size:
+            if writer is not None:
+                writer.close()
+            writer = ShardWriter(folder / f"shard-{len(shards):05d}.bin", len(shards))
+            shards.append((writer.path.name, 0))
+        packets, info = whole.index.packets(clip), whole.index.clip(clip)
+        with open(whole.path / whole.index.shards[info.shard][0], "rb") as file:
+            offsets = []
+            for offset, length in zip(packets.offsets.tolist(), packets.sizes.tolist(), strict=True):
+                file.seek(offset)
+                offsets.append(writer.append(file.read(length)))
+        moved[clip] = len(shards) - 1, np.array(offsets, np.int64)
+        shards[-1] = writer.path.name, writer.size
+    if writer is not None:
+        writer.close()
+    return moved, shards
+
+
+def _finish(
+    folder: Path,
+    parts: Sequence[Store],
+    order: Sequence[Clip],
+    shards: Sequence[tuple[str, int]],
+    moved: dict[int, tuple[int, np.ndarray]] | None = None,
+) -> Report:
+    """Write quarantine, index and description, each atomically."""
+    report = Report()
+    sources: set[str] = set()
+    videos: dict[tuple[int, int], int] = {}
+    base = np.cumsum([0, *(len(part.index.shards) for part in parts)])
+
+    def records() -> Iterator[ClipRecord]:
+        for number, clip in order:
+            info, packets = parts[number].index.clip(clip), parts[number].index.packets(clip)
+            video = videos.setdefault((number, info.video), len(videos))
+            shard, offsets = moved[clip] if moved else (int(base[number]) + info.shard, packets.offsets)
+            sources.add(info.source)
+            report.frames += info.num_frames
+            report.hours += (info.end - info.start) / 3600
+            yield ClipRecord(
+                video=video, source=info.source, codec=info.codec, width=info.width, height=info.height, shard=shard,
+                time_base=info.time_base, pts=packets.pts, offsets=offsets, sizes=packets.sizes,
+                checksums=packets.checksums, flags=packets.flags, end=round(info.end / info.time_base),
+                extradata=info.extradata, rotation=info.rotation, mirror=info.mirror,
+            )  # fmt: skip
+
+    draft = folder / ".index.bin"
+    report.clips = write_index(draft, records(), format=parts[0].index.format, shards=shards)
+    report.videos, report.packed, report.bytes = len(videos), len(sources), sum(size for _, size in shards)
+    report.packets_per_frame = expected_packets(Index(draft))
+    quarantine = ""
+    if not moved:
+        _add_up(report, [part.report for part in parts])
+        quarantine = "".join((part.path / "quarantine.jsonl").read_text() for part in parts)
+    report.found = report.packed + sum(report.rejected.values()) + sum(report.skipped.values())
+    seals = sorted(part.description["sources"] for part in parts) + sorted(sources)
+    seal = hashlib.sha256("\n".join(seals).encode("utf-8", "surrogateescape")).hexdigest()
+    description = {
+        "version": VERSION, "options": parts[0].description["options"], "sources": seal, "report": asdict(report),
+    }  # fmt: skip
+    with atomic_write(folder / "quarantine.jsonl") as partial:
+        partial.write_text(quarantine)
+    os.replace(draft, folder / "index.bin")
+    with atomic_write(folder / "store.json") as partial:
+        partial.write_text(json.dumps(description, indent=1))
+    sync_folder(folder)
+    return report
+
+
+def _add_up(report: Report, parts: Sequence[Report]) -> None:
+    """Add the counts that the index does not tell."""
+    for name in ("short_shots", "still_clips", "salvaged", "lost_frames"):
+        setattr(report, name, sum(getattr(part, name) for part in parts))
+    for name in ("frame_rates", "rejected", "skipped", "kinds"):
+        total: Counter[str] = sum((Counter(getattr(part, name)) for part in parts), Counter())
+        setattr(report, name, dict(total.most_common()))
