@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import vito_kernels
+from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
+from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.description import NVDEC_CODECS
@@ -144,15 +146,22 @@ def nvdec_codecs(device: torch.device) -> frozenset[str]:
 class LoaderSpec:
     """Everything that the batches of one loader have in common."""
 
-    store: Store
-    sampler: Sampler
+    stores: tuple[Store, ...]
+    samplers: tuple[Sampler, ...]
+    """One for each store. They differ in their seeds alone."""
+    mixture: Mixture | None
+    """Of several stores."""
     device: torch.device
     dtype: torch.dtype
     augment: bool
     threads: int
     batch_size: int
     prefetch: int
-    outage: Outage
+    outages: tuple[Outage, ...]
+
+    @property
+    def config(self) -> SamplerConfig:
+        return self.samplers[0].config
 
     @property
     def on_gpu(self) -> bool:
@@ -168,26 +177,36 @@ class LoaderSpec:
 
     @cached_property
     def buffers(self) -> Buffers:
-        config = self.sampler.config
+        config = self.config
         shape = (config.views, self.batch_size, config.size, config.size, 3)
         return Buffers(shape, self.dtype if self.augment else torch.uint8, self.prefetch + 2)
 
-    def fetcher(self) -> Fetcher:
-        """Make the tools of one worker."""
-        threads = max(1, self.threads // self.workers)
-        return Fetcher(
-            self.store, self.sampler, self.max_chunk,
-            device=self.device, threads=threads, hardware_codecs=nvdec_codecs(self.device), outage=self.outage,
-        )  # fmt: skip
+    @cached_property
+    def first_videos(self) -> npt.NDArray[np.int64]:
+        """By how much the video numbers of each store are raised, so that no two stores share one."""
+        lasts = [store.index.clip(store.index.num_clips - 1).video + 1 for store in self.stores[:-1]]
+        return np.cumsum([0, *lasts], dtype=np.int64)
 
-    def bucketed(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def fetchers(self) -> list[Fetcher]:
+        """Make the tools of one worker, for each store."""
+        threads = max(1, self.threads // self.workers)
+        return [
+            Fetcher(
+                store, sampler, self.max_chunk,
+                device=self.device, threads=threads, hardware_codecs=nvdec_codecs(self.device), outage=outage,
+            )
+            for store, sampler, outage in zip(self.stores, self.samplers, self.outages, strict=True)
+        ]  # fmt: skip
+
+    def bucketed(self, source: int, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Places of ``numbers`` such that clips of one codec and size are neighbors: decoders then rarely restart."""
-        if self.store.format.still:
+        store = self.stores[source]
+        if store.format.still:
             return np.arange(len(numbers))
         keys = []
-        for clip in self.sampler.clips(numbers):
+        for clip in self.samplers[source].clips(numbers):
             try:
-                info = self.store.index.clip(int(clip))
+                info = store.index.clip(int(clip))
                 keys.append((info.codec, info.width, info.height))
             except ValueError:  # a corrupt entry; the fetcher reports it
                 keys.append(("", 0, 0))
@@ -253,9 +272,11 @@ class Batch:
         budget: Number of failures after which a chunk gives up.
     """
 
-    def __init__(self, spec: LoaderSpec, pool: ThreadPool[Fetcher], numbers: npt.NDArray[np.int64], budget: float):
+    def __init__(
+        self, spec: LoaderSpec, pool: ThreadPool[list[Fetcher]], numbers: npt.NDArray[np.int64], budget: float
+    ):
         self.spec, self.numbers = spec, numbers
-        config = spec.sampler.config
+        config = spec.config
         self._workers_augment = spec.augment and not spec.on_gpu
         if spec.on_gpu:
             shape = (config.views, len(numbers), config.size, config.size, 3)
@@ -266,13 +287,26 @@ class Batch:
         if spec.on_gpu:  # kernels launched before may still read this memory
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(spec.device))
-        places = spec.bucketed(numbers)
-        self._places = np.split(places, range(spec.max_chunk, len(places), spec.max_chunk))
-        self._futures: list[Future[Chunk]] = [
-            pool.submit(partial(self._fetch, places=chunk, budget=budget)) for chunk in self._places
-        ]
+        self.sources, self._own = np.zeros_like(numbers), numbers
+        if spec.mixture:
+            self.sources, self._own = spec.mixture.assign(numbers)
+        self._places: list[npt.NDArray[np.int64]] = []
+        self._futures: list[Future[Chunk]] = []
+        for source in np.unique(self.sources):
+            places = np.flatnonzero(self.sources == source)
+            places = places[spec.bucketed(int(source), self._own[places])]
+            for chunk in np.split(places, range(spec.max_chunk, len(places), spec.max_chunk)):
+                self._places.append(chunk)
+                self._futures.append(pool.submit(partial(self._fetch, places=chunk, budget=budget)))
 
-    def _fetch(self, fetcher: Fetcher, places: npt.NDArray[np.int64], budget: float) -> Chunk:
+    def _fetch(self, fetchers: list[Fetcher], places: npt.NDArray[np.int64], budget: float) -> Chunk:
+        source = int(self.sources[places[0]])
+        fetcher, first_video = fetchers[source], self.spec.first_videos[source]
+        chunk = self._fetch_from(fetcher, places, budget)
+        chunk.samples.video[:] += first_video
+        return chunk
+
+    def _fetch_from(self, fetcher: Fetcher, places: npt.NDArray[np.int64], budget: float) -> Chunk:
         def put(rows: npt.NDArray[np.int64], views: list[Tensor], params: npt.NDArray[np.float32]) -> None:
             where = torch.from_numpy(places[rows])
             for view, (target, squares) in enumerate(zip(self._views, views, strict=True)):
@@ -283,7 +317,7 @@ class Batch:
                 target.index_copy_(0, where.to(target.device), squares)
 
         if self._ready is None:
-            return fetcher.fetch(self.numbers[places], put, budget)
+            return fetcher.fetch(self._own[places], put, budget)
         with torch.cuda.device(self.spec.device), torch.cuda.stream(torch.cuda.Stream()) as _:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._ready)
@@ -292,7 +326,7 @@ class Batch:
                 put(rows, views, params)
                 stream.synchronize()  # frees DALI's memory, and completes the chunk for whoever waits for it
 
-            return fetcher.fetch(self.numbers[places], put_and_wait, budget)
+            return fetcher.fetch(self._own[places], put_and_wait, budget)
 
     def wait(self) -> list[Chunk]:
         """Wait for all chunks."""
@@ -318,6 +352,8 @@ class Batch:
                 flat = vito_kernels.photometric(views.flatten(0, 1), table, dtype=self.spec.dtype)
                 views = flat.permute(0, 2, 3, 1).unflatten(0, views.shape[:2])
             views = views.permute(0, 1, 4, 2, 3)
+        if self.spec.mixture:
+            samples["store"] = self.sources
         return {
             "views": tuple(views.unbind()),
             **{name: torch.from_numpy(values) for name, values in samples.items()},

@@ -4,7 +4,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
+from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler
 from vito_fast.data.store.store import Store
@@ -20,6 +22,8 @@ from vito_fast.errors import UserError
 
 log = logging.getLogger("vito_fast.data")
 
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of several stores."""
 MIN_SAMPLES = 1000
 """The share of failures is taken over at least this many samples."""
 
@@ -40,11 +44,13 @@ class ClipLoader:
     - ``views``: V tensors (B, 3, S, S) channels_last of ``dtype``, normalized. With ``augment=False``: (B, S, S, 3)
       uint8, cropped and flipped only.
     - ``clip``, ``video``, ``sample``: (B,) int64.
+    - ``store``: (B,) int64, if there are several: the number of the sample's store, whose clip ``clip`` is.
     - ``frame``: (B, V) int32, frame numbers of the clip in presentation order.
     - ``time``: (B, V) float64, timestamps in the source in seconds.
 
     Args:
-        store: The store's folder.
+        store: The store's folder, or several folders with their weights. Of all samples each then has its share. A
+            sample remains a pure function of (seed, number), and an epoch has as many samples as all stores have clips.
         batch_size: Samples per batch **on this rank**.
         seed, rank, world_size: See above.
         sampler: Distribution of the samples. None: the method's.
@@ -68,7 +74,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        store: str | os.PathLike[str],
+        store: str | os.PathLike[str] | Mapping[str, float],
         batch_size: int,
         *,
         seed: int = 0,
@@ -97,7 +103,12 @@ class ClipLoader:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, must be a floating-point one")
         threads = threads or len(os.sched_getaffinity(0))
-        self.store = Store(store, threads=max(4, threads))
+        weights = dict(store) if isinstance(store, Mapping) else {store: 1.0}
+        if not weights:
+            raise ValueError("store is an empty mapping, must name a store")
+        self.stores = tuple(Store(path, threads=max(4, threads)) for path in weights)
+        self.store = self.stores[0]
+        self.num_clips = sum(len(each) for each in self.stores)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.prefetch, self.max_bad_share = prefetch, max_bad_share
         self.stats = LoaderStats()
@@ -108,25 +119,29 @@ class ClipLoader:
         self._ahead: deque[Batch] = deque()  # batches of steps self._step, self._step + 1, ...
         if len(self) == 0:
             raise UserError(
-                f"{store} has {len(self.store)} clips, fewer than one batch of {batch_size} x {world_size}: "
+                f"{store} has {self.num_clips} clips, fewer than one batch of {batch_size} x {world_size}: "
                 "lower batch_size or pack more videos"
             )
         self._spec = LoaderSpec(
-            store=self.store,
-            sampler=Sampler(self.store.index, sampler, seed),
+            stores=self.stores,
+            samplers=tuple(
+                Sampler(each.index, sampler, (seed + number * SEED_STEP) % 2**64)
+                for number, each in enumerate(self.stores)
+            ),
+            mixture=Mixture(list(weights.values()), seed) if isinstance(store, Mapping) else None,
             device=_with_index(torch.device(device)),
             dtype=dtype,
             augment=augment,
             threads=threads,
             batch_size=batch_size,
             prefetch=prefetch,
-            outage=Outage(io_timeout),
+            outages=tuple(Outage(io_timeout) for _ in self.stores),
         )
         self._pool: ThreadPool[Any] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return len(self.store) // (self.batch_size * self.world_size)
+        return self.num_clips // (self.batch_size * self.world_size)
 
     @property
     def step(self) -> int:
@@ -149,9 +164,12 @@ class ClipLoader:
         Batches that were prepared but not delivered do not count.
         """
         epoch, batch = divmod(self._step, len(self))
-        sample = epoch * len(self.store) + batch * self.global_batch
-        seed, store = self._spec.sampler.seed, self.store.digest
-        return {"sample": sample, "batch": self.global_batch, "seed": seed, "store": store}
+        sample = epoch * self.num_clips + batch * self.global_batch
+        store = self.store.digest
+        if mixture := self._spec.mixture:
+            parts = zip(self.stores, mixture.counts.tolist(), strict=True)
+            store = ",".join(f"{each.digest}:{count}" for each, count in parts)
+        return {"sample": sample, "batch": self.global_batch, "seed": self._spec.samplers[0].seed, "store": store}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Go to the position of a ``state_dict``, of any number of ranks.
@@ -168,7 +186,7 @@ class ClipLoader:
         for name in ("seed", "store"):
             if state[name] != own[name]:
                 raise ValueError(f"state is of {name} {state[name]}, this loader is of {name} {own[name]}")
-        epoch, place = divmod(sample, len(self.store))
+        epoch, place = divmod(sample, self.num_clips)
         batch, within = divmod(place, self.global_batch)
         if within:
             raise ValueError(
@@ -194,7 +212,7 @@ class ClipLoader:
     def numbers(self, step: int) -> npt.NDArray[np.int64]:
         """Global sample numbers, (B,) int64, of this rank's batch ``step``."""
         epoch, batch = divmod(step, len(self))
-        first = epoch * len(self.store) + (batch * self.world_size + self.rank) * self.batch_size
+        first = epoch * self.num_clips + (batch * self.world_size + self.rank) * self.batch_size
         return np.arange(first, first + self.batch_size, dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -251,8 +269,9 @@ class ClipLoader:
     def _begin(self, step: int) -> Batch:
         if self._pool is None:
             self._user = os.getpid()
-            self._spec.outage.open()
-            self._pool = ThreadPool(self._spec.workers, self._spec.fetcher, self._spec.outage.close)
+            for outage in self._spec.outages:
+                outage.open()
+            self._pool = ThreadPool(self._spec.workers, self._spec.fetchers, partial(_close, self._spec.outages))
         if self._user != os.getpid():
             raise RuntimeError(
                 "this loader was used before its process was forked, and its threads are not here: make the loader in "
@@ -278,11 +297,11 @@ class ClipLoader:
                 )  # fmt: skip
         allowed = self.max_bad_share * max(MIN_SAMPLES, self.stats.samples)
         if self.stats.failures > allowed or any(chunk.gave_up for chunk in chunks):
-            last = self.stats.last_failures[-1]
+            last, paths = self.stats.last_failures[-1], ", ".join(str(each.path) for each in self.stores)
             raise UserError(
-                f"{self.stats.failures} failures in {self.stats.samples} samples of {self.store.path}, more than "
+                f"{self.stats.failures} failures in {self.stats.samples} samples of {paths}, more than "
                 f"max_bad_share = {self.max_bad_share} allows; the last: clip {last.clip} ({last.source}): "
-                f"{last.code}: {last.reason}; see `vito-fast inspect-store {self.store.path}`"
+                f"{last.code}: {last.reason}; see `vito-fast inspect-store {paths}`"
             )
         return batch.finish(chunks)
 
@@ -301,6 +320,11 @@ class ClipLoader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _close(outages: Iterable[Outage]) -> None:
+    for outage in outages:
+        outage.close()
 
 
 def _restored(arguments: dict[str, Any], step: int) -> ClipLoader:
