@@ -1,6 +1,7 @@
 """Replayed calls give what the calls themselves give, bit by bit, whatever came before.
 
-``REPLAY_SEQUENCES=1000 TRITON_INTERPRET=1 pytest tests/kernels/test_replay_kernel.py -k another`` searches longer.
+``REPLAY_SEQUENCES=1000 TRITON_INTERPRET=1 pytest --timeout=0 -k another tests/kernels/test_replay_kernel.py`` searches
+longer.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def results(name: str, call: tuple) -> list[torch.Tensor | None]:
     with torch.set_grad_enabled(grad_mode), context:
         loss = LOSSES[name](q, k, temperature)
     leaves = [x for x in (q, k) if x.requires_grad]
-    if not loss.requires_grad:
-        return [loss]
+    if not loss.requires_grad or not leaves:
+        return [loss.detach()]
     upstream = torch.linspace(0.5, 2.0, max(1, loss.numel()), device=DEVICE).reshape(loss.shape)
     found = torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
     return [loss.detach(), *found]
