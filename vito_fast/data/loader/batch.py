@@ -22,7 +22,7 @@ from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.fetch import Chunk, Failure, Fetcher
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
-from vito_fast.data.loader.sampler import Sampler
+from vito_fast.data.loader.sampler import Sampler, SequenceSampler
 from vito_fast.data.store.description import NVDEC_CODECS
 from vito_fast.data.store.store import Store
 
@@ -177,8 +177,8 @@ class LoaderSpec:
 
     @cached_property
     def buffers(self) -> Buffers:
-        config = self.config
-        shape = (config.views, self.batch_size, config.size, config.size, 3)
+        size = self.config.size
+        shape = (self.samplers[0].views, self.batch_size, size, size, 3)
         return Buffers(shape, self.dtype if self.augment else torch.uint8, self.prefetch + 2)
 
     @cached_property
@@ -276,10 +276,9 @@ class Batch:
         self, spec: LoaderSpec, pool: ThreadPool[list[Fetcher]], numbers: npt.NDArray[np.int64], budget: float
     ):
         self.spec, self.numbers = spec, numbers
-        config = spec.config
         self._workers_augment = spec.augment and not spec.on_gpu
         if spec.on_gpu:
-            shape = (config.views, len(numbers), config.size, config.size, 3)
+            shape = (spec.samplers[0].views, len(numbers), spec.config.size, spec.config.size, 3)
             self._views = torch.empty(shape, dtype=torch.uint8, device=spec.device)
         else:
             self._views = spec.buffers.take()
@@ -354,8 +353,9 @@ class Batch:
             views = views.permute(0, 1, 4, 2, 3)
         if self.spec.mixture:
             samples["store"] = self.sources
+        sequence = isinstance(self.spec.samplers[0], SequenceSampler)
         return {
-            "views": tuple(views.unbind()),
+            **({"sequence": views.transpose(0, 1)} if sequence else {"views": tuple(views.unbind())}),
             **{name: torch.from_numpy(values) for name, values in samples.items()},
             "sample": torch.from_numpy(self.numbers),
         }

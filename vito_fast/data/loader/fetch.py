@@ -114,7 +114,7 @@ class Fetcher:
             put: Receives the views.
             budget: Number of failures after which to give up. One sample that fails with every clip ends it too.
         """
-        chunk = Chunk(empty_samples(len(numbers), self.sampler.config.views))
+        chunk = Chunk(empty_samples(len(numbers), self.sampler.views))
         todo = [_Sample(row, int(number)) for row, number in enumerate(numbers)]
         while todo and not chunk.gave_up:
             for route, samples in self._by_route(self._draw(chunk, todo)).items():
@@ -235,7 +235,7 @@ class Fetcher:
         if route not in self._pipelines:
             config = self.sampler.config
             self._pipelines[route] = DecodeCropResize(
-                route, config.size, config.views, self.max_chunk, device=self.device, threads=self.threads
+                route, config.size, self.sampler.views, self.max_chunk, device=self.device, threads=self.threads
             )
         return self._pipelines[route]
 

@@ -16,7 +16,7 @@ from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
-from vito_fast.data.loader.sampler import Sampler
+from vito_fast.data.loader.sampler import Sampler, SequenceSampler
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
@@ -54,6 +54,10 @@ class ClipLoader:
         batch_size: Samples per batch **on this rank**.
         seed, rank, world_size: See above.
         sampler: Distribution of the samples. None: the method's.
+        frames: T. A sample is then T frames of its clip, ``stride`` apart, with one crop, flip and color of all. The
+            batch has ``sequence`` (B, T, 3, S, S) in place of ``views``, and ``frame`` and ``time`` are (B, T). In a
+            clip that is too short, the last frame repeats. None: the views of the method.
+        stride: Distance of neighbors in frames of the clip.
         augment: Whether to augment color, blur and normalize.
         device: Device of the views, ``cpu`` or ``cuda``. A GPU decodes JPEG by nvJPEG and video by NVDEC.
         dtype: Floating-point type of the views.
@@ -81,6 +85,8 @@ class ClipLoader:
         rank: int = 0,
         world_size: int = 1,
         sampler: SamplerConfig | None = None,
+        frames: int | None = None,
+        stride: int = 1,
         augment: bool = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -98,6 +104,8 @@ class ClipLoader:
             raise ValueError(f"rank is {rank}, must be from 0 to world_size - 1 = {world_size - 1}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {max_bad_share}, must be within 0 and 1")
+        if frames is None and stride != 1:
+            raise ValueError(f"stride is {stride}, but frames is None: say how many frames a sample has")
         if not io_timeout >= 0:
             raise ValueError(f"io_timeout is {io_timeout}, must be at least 0")
         if not dtype.is_floating_point:
@@ -122,10 +130,11 @@ class ClipLoader:
                 f"{store} has {self.num_clips} clips, fewer than one batch of {batch_size} x {world_size}: "
                 "lower batch_size or pack more videos"
             )
+        make_sampler = Sampler if frames is None else partial(SequenceSampler, frames=frames, stride=stride)
         self._spec = LoaderSpec(
             stores=self.stores,
             samplers=tuple(
-                Sampler(each.index, sampler, (seed + number * SEED_STEP) % 2**64)
+                make_sampler(each.index, sampler, (seed + number * SEED_STEP) % 2**64)
                 for number, each in enumerate(self.stores)
             ),
             mixture=Mixture(list(weights.values()), seed) if isinstance(store, Mapping) else None,

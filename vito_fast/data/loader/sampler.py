@@ -8,6 +8,7 @@ the data is one integer. Random bits come from Philox4x32-10, the order of an ep
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,11 @@ class Sampler:
         self.seed = seed
         self._native = _sampler.Sampler(index.native, _native_config(self.config), seed)
 
+    @property
+    def views(self) -> int:
+        """Frames of a sample."""
+        return self.config.views
+
     def sample(self, numbers: npt.ArrayLike, attempt: npt.ArrayLike = 0) -> Samples:
         """Draw samples.
 
@@ -88,6 +94,42 @@ class Sampler:
     def clips(self, numbers: npt.ArrayLike, attempt: npt.ArrayLike = 0) -> npt.NDArray[np.int64]:
         """Only the clips of :meth:`sample`, (B,). Does not read the index."""
         return self._native.clips(*_arguments(numbers, attempt))
+
+
+class SequenceSampler(Sampler):
+    """Draws frames at even distances, with one crop, flip and color of all frames of a sample.
+
+    The first frame is that of a sampler of one view, or earlier, so that the sequence fits its clip. In a clip that is
+    too short, the last frame repeats.
+
+    Args:
+        index, config, seed: As of :class:`Sampler`. ``config.views`` is ignored.
+        frames: T, frames of a sample.
+        stride: Distance of neighbors in frames.
+
+    Raises:
+        ValueError: ``frames`` or ``stride`` is below 1, or as of :class:`Sampler`.
+    """
+
+    def __init__(self, index: Index, config: SamplerConfig | None, seed: int, frames: int, stride: int):
+        for name, value in (("frames", frames), ("stride", stride)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        super().__init__(index, replace(config or SamplerConfig(), views=1), seed)
+        self._index, self._steps = index, np.arange(frames, dtype=np.int64) * stride
+
+    @property
+    def views(self) -> int:
+        return len(self._steps)
+
+    def sample(self, numbers: npt.ArrayLike, attempt: npt.ArrayLike = 0) -> Samples:
+        drawn = super().sample(numbers, attempt)
+        lasts = np.array([self._index.clip(int(clip)).num_frames - 1 for clip in drawn.clip])[:, None]
+        first = np.clip(drawn.frame, 0, np.maximum(lasts - self._steps[-1], 0))
+        frame = np.minimum(first + self._steps, lasts).astype(np.int32)
+        time = np.stack([self._index.times(int(clip))[row] for clip, row in zip(drawn.clip, frame, strict=True)])
+        each = {name: getattr(drawn, name).repeat(self.views, axis=1) for name in ("crop", "flip", "params")}
+        return Samples(clip=drawn.clip, video=drawn.video, frame=frame, time=time, **each)
 
 
 def _arguments(numbers: npt.ArrayLike, attempt: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
