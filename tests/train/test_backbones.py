@@ -1,13 +1,23 @@
-"""Whole runs with backbones of other families: evaluated, stopped, resumed, drawn."""
+"""Whole runs with backbones of other families: evaluated, killed, resumed, drawn, exported."""
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms import v2
 
+from vito_fast.cli.main import main
 from vito_fast.config import OptimizerConfig
+from vito_fast.config_files import save_config
 from vito_fast.train import probe
+from vito_fast.train.attention_maps import load_online
 from vito_fast.train.checkpoint import find
 from vito_fast.train.distributed import World
 from vito_fast.train.loop import train
@@ -16,7 +26,6 @@ from vito_fast.train.trainer import Trainer
 
 FAMILIES = {
     "ViT": "timm:test_vit3",
-    "ConvNeXt": "timm:test_convnext",
     "EfficientNet": "timm:test_efficientnet",
     "MobileNet": "torchvision:mobilenet_v3_small",
 }
@@ -26,15 +35,59 @@ def using(config, **model):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_of_each_family_is_evaluated_drawn_and_resumed(config, family, tmp_path, capsys):
-    config = using(config, backbone=FAMILIES[family])
-    for stop in (3, None):
-        assert train(config, resume=True, max_steps=stop)["step"] == stop or 4
-    assert "warning: no" not in capsys.readouterr().out
-    run = tmp_path / "runs" / "r"
-    assert {p.name for p in (run / "attention").iterdir()} == {f"step-0000000{step}.png" for step in (2, 3, 4)}
-    assert [row["step"] for row in read_rows(run / "evaluations.jsonl")] == [0, 2, 3, 4]
+KILLED = """
+import os, signal, sys
+from vito_fast.config_files import load_config
+from vito_fast.train import Callback, train
+
+class Kill(Callback):
+    def step_end(self, run, step, row):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        train(load_config(path), callbacks=[Kill()])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+"""
+
+
+def test_a_run_of_each_family_is_evaluated_killed_resumed_and_exported(config, tmp_path, capfd):
+    """From the first step to the features of a file, which are those of the network that was trained."""
+    changes = {"checkpoint_every": 1, "keep_last": 9}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+    runs = [dataclasses.replace(using(config, backbone=kind), name=name) for name, kind in FAMILIES.items()]
+    paths = [tmp_path / f"{run.name}.yaml" for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        save_config(run, path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, *map(str, paths)], check=True, timeout=300, env=environment)
+    (tmp_path / "images").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "images" / "a.png")
+    for run in runs:
+        folder = tmp_path / "runs" / run.name
+        assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2]
+        assert train(run, resume=True)["step"] == 4
+        assert {p.name for p in (folder / "attention").iterdir()} == {f"step-0000000{step}.png" for step in (2, 4)}
+        assert [row["step"] for row in read_rows(folder / "evaluations.jsonl")] == [0, 2, 4]
+        found = []
+        for encoder in (folder, tmp_path / f"{run.name}.safetensors"):
+            if encoder.suffix:
+                assert main(["export", str(folder), str(encoder.with_suffix(""))]) == 0
+            assert main(["features", str(encoder), str(tmp_path / "images"), str(tmp_path / "f.safetensors")]) == 0
+            found.append(load_file(tmp_path / "f.safetensors")["features"])
+        x = v2.CenterCrop(32)(v2.Resize(37)(torch.from_numpy(picture).permute(2, 0, 1))).float() / 255
+        x = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(x)
+        with torch.no_grad():
+            trained = load_online(find(folder)).backbone(x[None])[-1].mean((2, 3))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], trained)
+    said = capfd.readouterr().out
+    assert said.count("continues after step") == len(runs)
+    assert "warning: no" not in said
 
 
 def test_a_network_of_one_shape_is_drawn_by_frames_of_that_shape(config, tmp_path, monkeypatch):

@@ -94,7 +94,6 @@ def test_a_network_of_one_library_is_not_exported_for_the_other(tmp_path):
 
 
 UNTRAINED = {
-    "resnet18": [],
     "timm:test_resnet": [],
     "timm:test_vit": ["norm.weight", "norm.bias"],
     "timm:test_efficientnet": ["conv_head.weight", "bn2.weight", "bn2.bias"],

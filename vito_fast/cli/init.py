@@ -48,7 +48,7 @@ def init(
     config, seconds = propose.measure(config, place)
     kind = "clips of a store" if footage.packed else "clips, if packed in 10 s"
     lines = [
-        f"{videos}: {footage.videos} videos, {footage.hours:.1f} h, {footage.clips} {kind}",
+        f"{videos}: {footage.videos} videos, {propose.duration(footage.hours * 3600)}, {footage.clips} {kind}",
         *reasons,
         *propose.costs(config, footage, seconds),
     ]

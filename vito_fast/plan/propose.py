@@ -179,12 +179,17 @@ def measure(config: Config, device: torch.device) -> tuple[Config, float]:
     raise UserError(f"two clips of {config.sampler.size} px do not fit in the memory of {device}: lower sampler.size")
 
 
+def duration(seconds: float) -> str:
+    """In hours, or in minutes below one hour."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
+
+
 def costs(config: Config, footage: Footage, seconds: float) -> list[str]:
     """Time, disk and memory in words, and warnings where they are short."""
     steps = round(config.schedule.epochs * footage.clips / config.train.batch_size)
     rate = config.train.batch_size / seconds
     lines = [
-        f"time: about {steps * seconds / 3600:.1f} h for {steps} steps of {seconds:.2g} s ({rate:.1f} clips/s), as "
+        f"time: about {duration(steps * seconds)} for {steps} steps of {seconds:.2g} s ({rate:.1f} clips/s), as "
         "measured here on noise, without decoding",
         f"disk: {footage.store_bytes / 2**30:.1f} GiB {'of the store' if footage.packed else 'for a jpeg store'}",
     ]

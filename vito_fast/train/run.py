@@ -363,7 +363,7 @@ def _print_summary(summary: dict[str, Any], stopped_by: str | None) -> None:
         )
         for name, baseline in (("raw pixels", scores["pixels"]), ("a color histogram", scores["histogram"])):
             if not stopped_by and baseline > scores["trained"]:
-                print(f"warning: {name} retrieves better than the encoder: train longer, or on more varied videos")
+                print(f"warning: the encoder retrieves worse than {name}: train longer, or on more varied videos")
     first, last, uniform = (summary[k] for k in ("first_loss", "last_loss", "log_negatives_plus_1"))
     if None not in (first, last):
         print(f"loss: first {first:.4f}, last {last:.4f}" + (f"; log(negatives + 1) {uniform:.4f}" if uniform else ""))
