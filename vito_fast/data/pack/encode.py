@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import av
 import av.filter
@@ -28,7 +28,7 @@ from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.description import H264, JPEG, Limits, PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
 from vito_fast.data.store.media import BadVideo, Source, presentation_times
-from vito_fast.data.store.picture import HDR, fitted, rgb, shown_size
+from vito_fast.data.store.picture import HDR, fitted, scaled, shown_size
 
 T = TypeVar("T")
 
@@ -46,8 +46,11 @@ class EncoderMissing(Exception):
 class Encoder(Protocol):
     """Encodes the frames of one clip."""
 
-    def encode(self, picture: np.ndarray) -> list[bytes]:
-        """Take one frame, (H, W, 3) uint8 RGB, and return the packets that are ready."""
+    pixels: Literal["rgb24", "yuv420p"]
+    """Format of the frames that it takes."""
+
+    def encode(self, picture: VideoFrame) -> list[bytes]:
+        """Take one frame and return the packets that are ready."""
 
     def finish(self) -> tuple[list[bytes], bytes]:
         """Return the remaining packets and the codec's extradata."""
@@ -56,15 +59,17 @@ class Encoder(Protocol):
 class JpegEncoder:
     """Encodes every frame as a JPEG: 4:2:0, BT.601 in full range, as JFIF defines."""
 
+    pixels: Literal["rgb24", "yuv420p"] = "rgb24"
+
     def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
         self._quality = options.quality
 
-    def encode(self, picture: np.ndarray) -> list[bytes]:
+    def encode(self, picture: VideoFrame) -> list[bytes]:
         buffer = io.BytesIO()
         try:
-            Image.fromarray(picture).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+            Image.fromarray(picture.to_ndarray()).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
         except OSError as error:
-            raise BadVideo(f"no JPEG can be made: {picture.shape[1]} x {picture.shape[0]} pixels: {error}") from None
+            raise BadVideo(f"no JPEG can be made: {picture.width} x {picture.height} pixels: {error}") from None
         return [buffer.getvalue()]
 
     def finish(self) -> tuple[list[bytes], bytes]:
@@ -79,6 +84,8 @@ class H264Encoder:
         EncoderMissing: FFmpeg has no such encoder.
     """
 
+    pixels: Literal["rgb24", "yuv420p"] = "yuv420p"
+
     def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
         try:
             context = av.CodecContext.create(options.encoder, "w")
@@ -92,11 +99,10 @@ class H264Encoder:
         self._context, self._count = context, 0
         context.open()
 
-    def encode(self, picture: np.ndarray) -> list[bytes]:
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-        frame.pts, frame.pict_type = self._count, 0
+    def encode(self, picture: VideoFrame) -> list[bytes]:
+        picture.pts, picture.pict_type = self._count, 0
         self._count += 1
-        return [bytes(packet) for packet in self._context.encode(frame)]
+        return [bytes(packet) for packet in self._context.encode(picture)]
 
     def finish(self) -> tuple[list[bytes], bytes]:
         rest = [bytes(packet) for packet in self._context.encode(None)]
@@ -107,15 +113,15 @@ def _x264_options(options: PackOptions, pixels: int) -> dict[str, str]:
     keys = f"keyint={options.gop}:min-keyint={options.gop}:scenecut=0:open-gop=0:bframes=0:repeat-headers=1"
     if pixels < 64 * 64:  # with mbtree, x264 encodes equal frames of a few macroblocks differently from run to run
         keys += ":mbtree=0"
-    return {"crf": str(options.crf), "preset": "fast", "x264-params": keys}
+    return {"crf": str(options.crf), "preset": "fast", "a53cc": "0", "x264-params": keys}
 
 
 def _nvenc_options(options: PackOptions, pixels: int) -> dict[str, str]:
-    return {"rc": "vbr", "cq": str(options.crf), "no-scenecut": "1", "forced-idr": "1", "preset": "p5"}
+    return {"rc": "vbr", "cq": str(options.crf), "a53cc": "0", "no-scenecut": "1", "forced-idr": "1", "preset": "p5"}
 
 
 ENCODER_OPTIONS = dict(zip(H264.encoders, (_x264_options, _nvenc_options), strict=True))
-ENCODERS: dict[str, Callable[[PackOptions, int, int, Fraction], Encoder]] = {
+ENCODERS: dict[str, type[JpegEncoder] | type[H264Encoder]] = {
     JPEG.name: JpegEncoder,
     H264.name: H264Encoder,
 }
@@ -156,7 +162,7 @@ class _OpenClip:
 
 @dataclass
 class _Frame:
-    picture: np.ndarray
+    picture: VideoFrame
     number: int
     seconds: float
     scene: tuple[int, int, int]
@@ -275,7 +281,7 @@ class Transcoder:
         return self.result
 
     def _frames(self, source: Source) -> Iterator[tuple[_Frame, VideoFrame]]:
-        """Each decoded frame, after its resized picture and its time, which is exact enough to split shots."""
+        """Each resized frame with its time, which is exact enough to split shots, and once more for the detector."""
         decoded = (((token, source.aspect), frame, source.run) for token, frame in source.frames())
         size = None
         for (token, aspect), frame, run in deinterlaced(decoded) if self.options.deinterlace else decoded:
@@ -288,10 +294,11 @@ class Transcoder:
             self._tokens.append(token)
             ticks = source.pts[token] if token < len(source.pts) else None
             seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
-            yield _Frame(rgb(frame, size), number, seconds, (run, *size)), frame
+            picture = scaled(frame, size, format=ENCODERS[self.format.name].pixels)
+            yield _Frame(picture, number, seconds, (run, *size)), picture
 
-    def _encoder(self, picture: np.ndarray, rate: Fraction) -> Encoder:
-        height, width = picture.shape[:2]
+    def _encoder(self, picture: VideoFrame, rate: Fraction) -> Encoder:
+        height, width = picture.height, picture.width
         try:
             return ENCODERS[self.format.name](self.options, height, width, rate)
         except av.FFmpegError as error:

@@ -5,7 +5,7 @@ import math
 import struct
 import threading
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from av.video.reformatter import VideoReformatter
 Pixels = npt.NDArray[np.uint8]
 
 BT709, UNSPECIFIED, BT2020 = 1, 2, 9
+BT601, LIMITED = 5, 1
+"""swscale's number of a color matrix, and FFmpeg's of a range."""
 """FFmpeg's numbers of a color matrix."""
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer functions of high dynamic range, by FFmpeg's number."""
@@ -100,10 +102,15 @@ def _scaler(*key: object) -> VideoReformatter:
     return cache[name]
 
 
-def rgb(
-    frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True, interpolation: str = "BICUBIC"
-) -> Pixels:
-    """Convert a frame to RGB by its own color matrix, HDR tone-mapped to BT.709.
+def scaled(
+    frame: VideoFrame,
+    size: tuple[int, int] | None = None,
+    *,
+    turn: bool = True,
+    format: Literal["rgb24", "yuv420p"] = "rgb24",
+    interpolation: str = "BICUBIC",
+) -> VideoFrame:
+    """Scale a frame, and convert it by its own color matrix, HDR tone-mapped to BT.709.
 
     A frame without a color matrix is read as BT.601, as swscale does, or as BT.709 if it is large: see
     :func:`untagged_hd`.
@@ -112,10 +119,8 @@ def rgb(
         frame: A decoded frame.
         size: Height and width of the result.
         turn: Whether to turn the frame upright.
+        format: Of the result; ``yuv420p`` is BT.601 in limited range.
         interpolation: Of swscale. BICUBIC filters before it shrinks; AREA is cheaper.
-
-    Returns:
-        (H, W, 3) uint8, contiguous.
     """
     rotation, mirror = orientation(frame) if turn else (0, False)
     height, width = size or (None, None)
@@ -123,14 +128,33 @@ def rgb(
         height, width = width, height
     hdr = frame.color_trc in HDR
     matrix = BT2020 if hdr and frame.colorspace == UNSPECIFIED else BT709 if untagged_hd(frame) else None
-    scaler = _scaler(height, width, interpolation)
-    array: Any = scaler.reformat(
-        frame, width, height, "rgb48le" if hdr else "rgb24",
-        src_colorspace=matrix, interpolation=interpolation, threads=1,
-    ).to_ndarray()  # fmt: skip
+    direct = not (rotation or mirror or hdr)
+    to = format if direct else "rgb48le" if hdr else "rgb24"
+    result = _converted(frame, width, height, to, matrix, interpolation)
+    if direct:
+        return result
+    array: Any = result.to_ndarray()
     if hdr:
         array = _tone_mapped(array, frame.color_trc, frame.color_primaries)
-    return turned(array, rotation, mirror)
+    result = VideoFrame.from_ndarray(turned(array, rotation, mirror), format="rgb24")
+    return result if format == "rgb24" else _converted(result, None, None, format, None, interpolation)
+
+
+def _converted(
+    frame: VideoFrame, width: int | None, height: int | None, format: str, matrix: int | None, interpolation: str
+) -> VideoFrame:
+    scaler = _scaler(frame.format.name, frame.width, frame.height, height, width, format, interpolation)
+    to = {"dst_colorspace": BT601, "dst_color_range": LIMITED} if format == "yuv420p" else {}
+    return scaler.reformat(
+        frame, width, height, format, src_colorspace=matrix, interpolation=interpolation, threads=1, **to
+    )
+
+
+def rgb(
+    frame: VideoFrame, size: tuple[int, int] | None = None, *, turn: bool = True, interpolation: str = "BICUBIC"
+) -> Pixels:
+    """The pixels of :func:`scaled`, (H, W, 3) uint8 RGB, contiguous."""
+    return np.ascontiguousarray(scaled(frame, size, turn=turn, interpolation=interpolation).to_ndarray())
 
 
 WHITE, PEAK, KNEE = 203.0, 1000.0, 0.75
