@@ -178,12 +178,15 @@ def label_forward(
     ids, key_ids = label.long(), key_label.long()
     ordered = key_ids.sort().values
     first, past = (torch.searchsorted(ordered, ids, right=right) for right in (False, True))
-    wide, keys = q.double(), k.double()
+    wide = q.double()
+    keys = wide if one_set else k.double()
     sums = torch.zeros_like(keys).index_put_((torch.searchsorted(ordered, key_ids),), keys, accumulate=True)
-    total, count = (wide * sums[first.clamp(max=len(k) - 1)]).sum(1), past - first
+    count, others = past - first, sums[first.clamp(max=len(k) - 1)]
+    del sums
     if mask.diagonal is not None:  # the query is a key, and none of its own positives
-        total -= (wide * keys[mask.diagonal : mask.diagonal + len(q)]).sum(1)
+        others.sub_(keys[mask.diagonal : mask.diagonal + len(q)])
         count = count - 1
+    total = others.mul_(wide).sum(1)
     distances = LOG2E * (total * scale - count * scale.abs())
     return lse2, lse_residual, distances.masked_fill_(count == 0, 0)[None].to(scale.dtype), count[None].to(scale.dtype)
 
@@ -348,8 +351,9 @@ def _add_positive_term(
 ) -> None:
     rows, columns = term.label[own], term.other_label[other]
     if rows.min() <= columns.max() and columns.min() <= rows.max():
-        weight = term.weight[own, None] * gain
-        both = (rows[:, None] == columns) * (weight + term.weight[other] * gain if one_set else weight)
+        weight = term.weight[own, None]
+        both = torch.add(weight, term.weight[other]) if one_set else weight.expand(tile.shape).contiguous()
+        both.mul_(gain).masked_fill_(rows[:, None] != columns, 0)
         if mask.diagonal is not None:
             _diagonal(both, own.start + mask.diagonal - other.start).zero_()
         tile.add_(both)
