@@ -78,5 +78,7 @@ class LrFind:
         found = find_rate(self.config, self.steps, self.low, self.high, told)
         lowest = found.losses[found.rates.index(found.lowest)]
         print(f"lowest loss {lowest:.4f} at {found.lowest:.2g}, steepest fall at {found.steepest:.2g}")
+        if found.lowest >= found.rates[-1] / 2:
+            print("the loss still falls at the highest rates: a larger --high shows where it ends")
         print(f"propose: --optimizer.base-lr {found.steepest:.2g}  (now {self.config.optimizer.base_lr:g})")
         return 0

@@ -30,7 +30,7 @@ class Sweep:
     losses: tuple[float, ...]
     """Smoothed."""
     steepest: float
-    """The rate at which the loss falls fastest, by decade of the rate."""
+    """The rate around which the loss falls most, within a decade of the rate."""
     lowest: float
     """The rate of the lowest loss."""
 
@@ -87,5 +87,7 @@ def judge(rates: list[float], losses: list[float]) -> Sweep:
         raise UserError(
             f"the loss falls at no rate in {len(losses)} steps: take more --steps, another range, or larger batches"
         )
-    slopes = np.gradient(np.array(losses[: bottom + 1]), np.log10(rates[: bottom + 1]))
-    return Sweep(tuple(rates), tuple(losses), rates[first + int(np.argmin(slopes[first:]))], rates[bottom])
+    decades = np.log10(rates[first:])
+    after, before = (np.interp(decades + side, decades, losses[first:]) for side in (0.5, -0.5))
+    steepest = first + int(np.argmin((after - before)[: bottom - first + 1]))
+    return Sweep(tuple(rates), tuple(losses), rates[steepest], rates[bottom])

@@ -265,7 +265,7 @@ class Progress:
 
     def update(self, step: int, row: dict[str, Any] | None) -> None:
         """After each step; ``row`` where one was logged."""
-        note = f"loss {row['loss']:.3f}  {row['pairs_per_s']:.0f} pairs/s  wait {row['data_wait']:.0%}" if row else None
+        note = f"loss {row['loss']:.3f}  {row['pairs_per_s']:.3g} pairs/s  wait {row['data_wait']:.0%}" if row else None
         if self.live:
             self.bar.update(self.task, completed=step)
             if note:
