@@ -189,7 +189,7 @@ def find_matches(
 
 
 def _span(clips: npt.NDArray[np.int32], clip: int) -> tuple[int, int]:
-    first, last = np.searchsorted(clips, [clip, clip + 1])
+    first, last = np.searchsorted(clips, np.array([clip, clip + 1], clips.dtype))  # of one dtype, or clips is copied
     return int(first), int(last)
 
 
