@@ -123,8 +123,8 @@ def similarity_lse_bwd_kernel(
                 x_label, y_label, x_term, y_term, M, N, y_stride, diagonal, D, W, TAIL, FIRST, LAST, TILE, CHUNKS, True,
                 GROUPS, DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, TMA, PRECISION, SIGMOID,
             )  # fmt: skip
-    # As in the forward pass; in SupCon's exact products hoisted addresses spill 8 bytes on sm_100.
-    HOISTED: tl.constexpr = MASKED and not (POSITIVE_TERM and D > 512 and PRECISION == "ieee")
+    # As in the forward pass; of wide embeddings under SupCon, hoisted addresses spill on sm_80 and sm_100.
+    HOISTED: tl.constexpr = MASKED and not (POSITIVE_TERM and D > 256)
     for i in tl.range(0, crossing + last - full, num_stages=STAGES if MASKED else 1, disable_licm=not HOISTED):
         t = tl.where(i < crossing, crossed + i, full)
         accs = _similarity_lse_bwd_step(
