@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import av
 import av.filter
@@ -28,7 +28,7 @@ from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.description import H264, JPEG, Limits, PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
 from vito_fast.data.store.media import BadVideo, Source, presentation_times
-from vito_fast.data.store.picture import HDR, fitted, scaled, shown_size
+from vito_fast.data.store.picture import HDR, PixelFormat, fitted, rgb, scaled, shown_size
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class EncoderMissing(Exception):
 class Encoder(Protocol):
     """Encodes the frames of one clip."""
 
-    pixels: Literal["rgb24", "yuv420p"]
+    pixels: PixelFormat
     """Format of the frames that it takes."""
 
     def encode(self, picture: VideoFrame) -> list[bytes]:
@@ -59,7 +59,7 @@ class Encoder(Protocol):
 class JpegEncoder:
     """Encodes every frame as a JPEG: 4:2:0, BT.601 in full range, as JFIF defines."""
 
-    pixels: Literal["rgb24", "yuv420p"] = "rgb24"
+    pixels: PixelFormat = "yuvj420p"
 
     def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
         self._quality = options.quality
@@ -67,7 +67,7 @@ class JpegEncoder:
     def encode(self, picture: VideoFrame) -> list[bytes]:
         buffer = io.BytesIO()
         try:
-            Image.fromarray(picture.to_ndarray()).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
+            Image.fromarray(rgb(picture, turn=False)).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
         except OSError as error:
             raise BadVideo(f"no JPEG can be made: {picture.width} x {picture.height} pixels: {error}") from None
         return [buffer.getvalue()]
@@ -84,7 +84,7 @@ class H264Encoder:
         EncoderMissing: FFmpeg has no such encoder.
     """
 
-    pixels: Literal["rgb24", "yuv420p"] = "yuv420p"
+    pixels: PixelFormat = "yuv420p"
 
     def __init__(self, options: PackOptions, height: int, width: int, rate: Fraction):
         try:

@@ -16,8 +16,9 @@ from av.video.reformatter import VideoReformatter
 Pixels = npt.NDArray[np.uint8]
 
 BT709, UNSPECIFIED, BT2020 = 1, 2, 9
-BT601, LIMITED = 5, 1
-"""swscale's number of a color matrix, and FFmpeg's of a range."""
+BT601, RANGES = 5, {"yuv420p": 1, "yuvj420p": 2}
+"""swscale's number of a color matrix, and FFmpeg's of the range: limited or full."""
+PixelFormat = Literal["rgb24", "yuv420p", "yuvj420p"]
 """FFmpeg's numbers of a color matrix."""
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer functions of high dynamic range, by FFmpeg's number."""
@@ -107,7 +108,7 @@ def scaled(
     size: tuple[int, int] | None = None,
     *,
     turn: bool = True,
-    format: Literal["rgb24", "yuv420p"] = "rgb24",
+    format: PixelFormat = "rgb24",
     interpolation: str = "BICUBIC",
 ) -> VideoFrame:
     """Scale a frame, and convert it by its own color matrix, HDR tone-mapped to BT.709.
@@ -119,7 +120,8 @@ def scaled(
         frame: A decoded frame.
         size: Height and width of the result.
         turn: Whether to turn the frame upright.
-        format: Of the result; ``yuv420p`` is BT.601 in limited range.
+        format: Of the result; the YUV ones are BT.601. A frame that is turned or tone-mapped remains RGB instead of
+            becoming ``yuvj420p``.
         interpolation: Of swscale. BICUBIC filters before it shrinks; AREA is cheaper.
     """
     rotation, mirror = orientation(frame) if turn else (0, False)
@@ -137,14 +139,14 @@ def scaled(
     if hdr:
         array = _tone_mapped(array, frame.color_trc, frame.color_primaries)
     result = VideoFrame.from_ndarray(turned(array, rotation, mirror), format="rgb24")
-    return result if format == "rgb24" else _converted(result, None, None, format, None, interpolation)
+    return _converted(result, None, None, format, None, interpolation) if format == "yuv420p" else result
 
 
 def _converted(
     frame: VideoFrame, width: int | None, height: int | None, format: str, matrix: int | None, interpolation: str
 ) -> VideoFrame:
     scaler = _scaler(frame.format.name, frame.width, frame.height, height, width, format, interpolation)
-    to = {"dst_colorspace": BT601, "dst_color_range": LIMITED} if format == "yuv420p" else {}
+    to = {"dst_colorspace": BT601, "dst_color_range": RANGES[format]} if format in RANGES else {}
     return scaler.reformat(
         frame, width, height, format, src_colorspace=matrix, interpolation=interpolation, threads=1, **to
     )
