@@ -39,6 +39,7 @@ from vito_fast.data.pack import pack
 from vito_fast.data.pack.clips import Span
 from vito_fast.data.pack.listing import VIDEO_SUFFIXES
 from vito_fast.data.store.index import Index
+from vito_fast.data.store.labels import write_labels
 from vito_fast.data.store.media import BadVideo
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock
@@ -348,8 +349,7 @@ class Run:
             })  # fmt: skip
         if any(next(rest, None) for rest in order.values()):
             raise RuntimeError(f"{store} lacks clips of its list")
-        with atomic_write(store / "labels.parquet") as partial:
-            pq.write_table(pa.Table.from_pylist(found), partial, compression="zstd")
+        write_labels(store, found)
 
 
 def _group(order: list[str], number: int, group: Membership) -> dict[str, Any]:

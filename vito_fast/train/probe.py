@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
+from vito_fast.data.store.labels import NO_LABEL, read_labels
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.model.backbones import build_backbone
@@ -116,6 +117,7 @@ def draw(config: Config, clips: int) -> Frames:
         sampler=evaluation_sampler(config.sampler.size),
         threads=threads,
         max_bad_share=bad,
+        labels=False,
     ) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)
@@ -136,34 +138,19 @@ def labels(store: Store, clips: list[int]) -> Tensor | None:
     """The class of each of ``clips``, (M,) int64 from 0: of ``labels.parquet`` in a curated store, else the folder of
     its video when it was packed.
 
-    None if all were in one folder, or one of them in none.
+    None if all are of one class, or one of them of none.
 
     Raises:
         UserError: ``labels.parquet`` cannot be read, or has another number of clips than the store.
     """
-    if (path := store.path / "labels.parquet").exists():
-        named: list[Any] = _curated(path, len(store))
-        named = [named[clip] for clip in clips]
+    if (curated := read_labels(store.path, len(store))) is not None:
+        named: list[Any] = curated.label[clips].tolist()
     else:
         named = [Path(store.index.clip(clip).source).parent.name for clip in clips]
     classes = sorted(set(named))
-    return torch.tensor([classes.index(name) for name in named]) if len(classes) > 1 and "" not in classes else None
-
-
-def _curated(path: Path, clips: int) -> list[Any]:
-    """The column ``label`` of a store's ``labels.parquet``, a row a clip."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise UserError(f"the classes in {path} need pyarrow: pip install 'vito-fast[curate]'") from None
-    try:
-        found: list[Any] = read_table(path, columns=["label"])["label"].to_pylist()
-    except (ArrowException, OSError, KeyError) as error:
-        raise UserError(f"cannot read the classes in {path}: {' '.join(str(error).split())}") from None
-    if len(found) != clips:
-        raise UserError(f"{path} has {len(found)} rows, the store has {clips} clips: it is of another store")
-    return found
+    if len(classes) < 2 or classes[0] in ("", NO_LABEL):
+        return None
+    return torch.tensor([classes.index(name) for name in named])
 
 
 def _shown(config: Config) -> Pixels | None:

@@ -272,6 +272,7 @@ def make_loader(config: Config, world: World) -> ClipLoader:
         threads=threads,
         prefetch=config.data.prefetch,
         max_bad_share=config.data.max_bad_share,
+        labels=False,
     )
 
 

@@ -24,6 +24,7 @@ from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler, SequenceSampler
 from vito_fast.data.store.description import NVDEC_CODECS
+from vito_fast.data.store.labels import NO_LABEL, Labels
 from vito_fast.data.store.store import Store
 
 Tools = TypeVar("Tools")
@@ -158,6 +159,8 @@ class LoaderSpec:
     batch_size: int
     prefetch: int
     outages: tuple[Outage, ...]
+    labels: tuple[Labels | None, ...]
+    """Of each store."""
 
     @property
     def config(self) -> SamplerConfig:
@@ -186,6 +189,19 @@ class LoaderSpec:
         """By how much the video numbers of each store are raised, so that no two stores share one."""
         lasts = [store.index.clip(store.index.num_clips - 1).video + 1 for store in self.stores[:-1]]
         return np.cumsum([0, *lasts], dtype=np.int64)
+
+    def labels_of(self, sources: npt.NDArray[np.int64], clips: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """``label`` and ``id`` of clips of ``sources``, nothing if no store has labels."""
+        if not any(self.labels):
+            return {}
+        label, ids = np.full(len(clips), NO_LABEL), [""] * len(clips)
+        for source, own in enumerate(self.labels):
+            rows = np.flatnonzero(sources == source)
+            if own:
+                label[rows] = own.label[clips[rows]]
+                for row, name in zip(rows.tolist(), own.ids(clips[rows]), strict=True):
+                    ids[row] = name
+        return {"label": torch.from_numpy(label), "id": ids}
 
     def fetchers(self) -> list[Fetcher]:
         """Make the tools of one worker, for each store."""
@@ -357,5 +373,6 @@ class Batch:
         return {
             **({"sequence": views.transpose(0, 1)} if sequence else {"views": tuple(views.unbind())}),
             **{name: torch.from_numpy(values) for name, values in samples.items()},
+            **self.spec.labels_of(self.sources, samples["clip"]),
             "sample": torch.from_numpy(self.numbers),
         }

@@ -17,6 +17,7 @@ from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPo
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler, SequenceSampler
+from vito_fast.data.store.labels import read_labels
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
@@ -45,6 +46,9 @@ class ClipLoader:
       uint8, cropped and flipped only.
     - ``clip``, ``video``, ``sample``: (B,) int64.
     - ``store``: (B,) int64, if there are several: the number of the sample's store, whose clip ``clip`` is.
+    - ``label``: (B,) int64, classes by ``labels.parquet`` of the store, -1 where a clip has none. It is left out, as
+      ``id`` is, if no store has the file.
+    - ``id``: list of B clip names by that file, "" where a clip has none.
     - ``frame``: (B, V) int32, frame numbers of the clip in presentation order.
     - ``time``: (B, V) float64, timestamps in the source in seconds.
 
@@ -66,9 +70,10 @@ class ClipLoader:
         max_bad_share: Share of failed samples (of at least 1000) above which iteration raises UserError.
         io_timeout: Seconds for which a shard that cannot be reached is tried again, with growing pauses, before its
             samples fail.
+        labels: Whether to read ``labels.parquet``, which needs pyarrow.
 
     Raises:
-        UserError: The store cannot be used, or has fewer clips than a global batch.
+        UserError: The store or its labels cannot be used, or it has fewer clips than a global batch.
         ValueError: A number is out of range.
 
     Its threads end with :meth:`close`, with the loader, or with the interpreter. It can be pickled: the copy opens the
@@ -94,6 +99,7 @@ class ClipLoader:
         prefetch: int = 2,
         max_bad_share: float = 0.05,
         io_timeout: float = 60.0,
+        labels: bool = True,
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         threads = threads or 0
@@ -145,6 +151,7 @@ class ClipLoader:
             batch_size=batch_size,
             prefetch=prefetch,
             outages=tuple(Outage(io_timeout) for _ in self.stores),
+            labels=tuple(read_labels(each.path, len(each)) if labels else None for each in self.stores),
         )
         self._pool: ThreadPool[Any] | None = None
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vito_fast.data.store.labels import NO_LABEL
+
 GAP = 2.0
 """Seconds between two frames that end a clip: the recording was interrupted, or a timestamp is wrong."""
 
@@ -80,6 +82,14 @@ class Span:
     end_frame: int
     start: int
     group: str = ""
+
+
+@dataclass(frozen=True)
+class LabeledSpan(Span):
+    """A clip whose ``label`` (-1 is none) and ``id`` go to the store's ``labels.parquet``."""
+
+    label: int = NO_LABEL
+    id: str = ""
 
 
 class ShardWriter:

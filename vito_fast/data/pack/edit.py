@@ -19,6 +19,7 @@ import numpy as np
 
 from vito_fast.data.pack.clips import ShardWriter
 from vito_fast.data.pack.pack import expected_packets, pack
+from vito_fast.data.store import labels
 from vito_fast.data.store.description import VERSION, Limits, Report
 from vito_fast.data.store.index import ClipInfo, ClipRecord, Index, write_index
 from vito_fast.data.store.store import Store
@@ -48,6 +49,7 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
     if len(parts) < 2:
         raise UserError(f"merge needs at least two stores, got {len(parts)}")
     _check_options(parts)
+    parts.sort(key=lambda part: labels.count_labels(part.path) == 0)  # of common clips, those with labels are taken
     with _new_store(Path(dst)) as folder:
         shards: list[tuple[str, int]] = []
         for part in parts:
@@ -83,6 +85,9 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
     with file_lock(work / "lock") as held:
         if not held:
             raise UserError(f"another process is appending to {old.path}; wait for it or stop it")
+        table, kept = old.path / labels.FILE, work / labels.FILE
+        if kept.exists() and labels.count_labels(work) == len(old):  # killed before the new index
+            os.replace(kept, table)
         options = old.description["options"]
         pack(src, work / "store", processes=processes, progress=progress, limits=limits, known=known, **options)
         new = Store(work / "store")
@@ -97,6 +102,9 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
             shards.append((f"shard-{free:05d}.bin", size))
             used.add(shards[-1][0])
             os.link(new.path / name, old.path / shards[-1][0])
+        if table.exists():
+            kept.unlink(missing_ok=True)
+            os.link(table, kept)
         sync_folder(old.path)
         report = _finish(old.path, [old, new], _ordered([old, new]), shards)
         shutil.rmtree(work)
@@ -267,7 +275,7 @@ def _finish(
     shards: Sequence[tuple[str, int]],
     moved: dict[int, tuple[int, np.ndarray]] | None = None,
 ) -> Report:
-    """Write quarantine, index and description, each atomically."""
+    """Write quarantine, labels, index and description, each atomically."""
     report = Report()
     sources: set[str] = set()
     videos: dict[tuple[int, int], int] = {}
@@ -304,6 +312,10 @@ def _finish(
     }  # fmt: skip
     with atomic_write(folder / "quarantine.jsonl") as partial:
         partial.write_text(quarantine)
+    numbers = [videos[number, parts[number].index.clip(clip).video] for number, clip in order]
+    table = labels.combine_labels([(part.path, len(part)) for part in parts], order, numbers)
+    if table is not None:
+        labels.write_labels(folder, table)
     os.replace(draft, folder / "index.bin")
     with atomic_write(folder / "store.json") as partial:
         partial.write_text(json.dumps(description, indent=1))

@@ -21,7 +21,7 @@ import numpy as np
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.pack.clips import Entry, Journal, PackedFile, Rejected, Span
+from vito_fast.data.pack.clips import Entry, Journal, LabeledSpan, PackedFile, Rejected, Span
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.listing import Listing, list_clips, list_videos
 from vito_fast.data.pack.process_pool import Faults, FileJob, ProcessPool
@@ -36,6 +36,7 @@ from vito_fast.data.store.description import (
     read_json,
 )
 from vito_fast.data.store.index import DISCARD, NO_PICTURE, ClipRecord, Index, open_index, plan_packets, write_index
+from vito_fast.data.store.labels import NO_LABEL, write_labels
 from vito_fast.data.store.store import check_shards
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock, sync_folder
@@ -92,7 +93,8 @@ def pack(
             same command goes on from there.
         limits: Wall time, frames, pixels and memory after which a file is rejected.
         clips: A clip list, spans by file name relative to ``src`` (jpeg and h264). They are packed as they are, in
-            place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply.
+            place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply. The labels and ids of
+            :class:`LabeledSpan` go to ``labels.parquet``.
         known: Names of files, relative to ``src``, to pass over.
         progress: Whether to draw a progress bar.
 
@@ -268,10 +270,25 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     }
     with atomic_write(store / "store.json") as partial:
         partial.write_text(json.dumps(description, indent=1))
+    _write_labels(store, Index(index), listing.spans)
     os.replace(index, store / "index.bin")
     sync_folder(store)
     shutil.rmtree(store / ".pack")
     return report
+
+
+def _write_labels(store: Path, index: Index, spans: Mapping[str, Sequence[Span]]) -> None:
+    """``labels.parquet``, if the clip list has labels. A packed file has all clips of its list, in order."""
+    if not any(isinstance(span, LabeledSpan) for own in spans.values() for span in own):
+        return
+    order, rows = {name: iter(own) for name, own in spans.items()}, []
+    for clip in range(len(index)):
+        info = index.clip(clip)
+        span, row = next(order[info.source]), {"clip": clip, "clip_id": "", "label": NO_LABEL}
+        if isinstance(span, LabeledSpan):
+            row |= {"clip_id": span.id, "label": span.label}
+        rows.append({**row, "video": info.video, "path": info.source})
+    write_labels(store, rows)
 
 
 def video_numbers(entries: Mapping[str, Entry], spans: Mapping[str, Sequence[Span]]) -> dict[str, int]:
