@@ -87,9 +87,9 @@ class SamplerConfig:
     """Area of a small crop as a share of its view, uniform (ours)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("views", 1), ("small_crops", 0), ("small_size", 1)):
+        for name, smallest in (("size", 1), ("views", 1), ("small_crops", 0), ("small_size", 1)):
             value = getattr(self, name)
-            self._check(name, isinstance(value, int) and value >= least, f"an integer of at least {least}")
+            self._check(name, isinstance(value, int) and value >= smallest, f"an integer of at least {smallest}")
         self._check("views", self.views <= MAX_VIEWS, f"at most {MAX_VIEWS}")
         self._check("crop_fit", self.crop_fit in ("clip", "retry"), "clip or retry")
         for name in ("frame_window", "brightness"):
