@@ -24,6 +24,9 @@ class DataConfig:
 
     store: str = "data/demo/store"
     """Directory written by ``vito-fast pack`` (ours)."""
+    mix: tuple[str, ...] = ()
+    """Further stores, each as ``PATH=WEIGHT``, for a run on several; ``store`` has weight 1, and evaluations during the
+    run are on it (ours)."""
     threads: int = 0
     """Decoding threads of each process; 0 = the usable cores, divided among the ranks of this machine (ours)."""
     prefetch: int = 2
@@ -38,6 +41,22 @@ class DataConfig:
         _require(0 <= self.threads <= 1024, "data.threads", self.threads, "0 to 1024")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+        weights = self.weights.values()
+        valid = len(weights) == len(self.mix) + 1 and all(0 < weight < math.inf for weight in weights)
+        _require(valid, "data.mix", self.mix, "stores as PATH=WEIGHT, each once, with weights above 0")
+        least = min(weights) / sum(weights)
+        _require(least >= 2e-4, "data.mix", self.mix, "weights that give each store at least 0.0002 of the samples")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each store by its path, NaN where it is no number."""
+        found = {self.store: 1.0}
+        for path, _, weight in (entry.rpartition("=") for entry in self.mix):
+            try:
+                found[path] = float(weight) if path else math.nan
+            except ValueError:
+                found[path] = math.nan
+        return found
 
 
 @dataclass(frozen=True)

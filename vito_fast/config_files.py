@@ -222,7 +222,7 @@ _TYPE_NAMES = {float: "a finite number", int: "a whole number", bool: "true or f
 
 
 def _length(args: tuple[Any, ...]) -> str:
-    return "numbers" if Ellipsis in args else f"{len(args)} numbers"
+    return "texts" if args[0] is str else "numbers" if Ellipsis in args else f"{len(args)} numbers"
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def find_rate(config: Config, steps: int, low: float, high: float, told: Callabl
         if world.size > 1:
             raise UserError(f"the finder runs on one process, and this launcher started {world.size}")
         loader = make_loader(config, world)
-        trainer = Trainer(config, world, config.steps_per_epoch(len(loader.store)))
+        trainer = Trainer(config, world, config.steps_per_epoch(loader.num_clips))
         rates = np.geomspace(low, high, steps).tolist()
         scale = config.train.batch_size / 256
         trainer.schedule.learning_rate = lambda step: rates[step] * scale  # type: ignore[method-assign]

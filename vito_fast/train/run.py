@@ -116,14 +116,15 @@ class Run:
     def opening_line(self) -> str:
         """The run in a line: data, steps, learning rate and place."""
         config, world, schedule = self.config, self.world, self.trainer.schedule
-        size, device = config.train.batch_size, "the CPU"
+        size, device, steps = config.train.batch_size, "the CPU", self.last - self.trainer.step_count
         if world.device.type == "cuda":
             device = torch.cuda.get_device_name(world.device)
         place = device if world.size == 1 else f"{world.size} ranks, {size // world.size} each, on {device}"
+        stores = f" in {len(self.loader.stores)} stores" if config.data.mix else ""
         compiled = "; the first step compiles, which takes minutes" if config.train.compile else ""
         return (
-            f"{self.folder}: {len(self.loader.store)} clips, {self.last - self.trainer.step_count} steps of {size} on "
-            f"{place}; learning rate {schedule.peak:.3g} after {schedule.warmup_steps} steps of warm-up{compiled}"
+            f"{self.folder}: {self.loader.num_clips} clips{stores}, {steps} steps of {size} on {place}; learning rate "
+            f"{schedule.peak:.3g} after {schedule.warmup_steps} steps of warm-up{compiled}"
         )
 
     def retrieval(self) -> dict[int, float]:
@@ -180,7 +181,7 @@ class Run:
         return {
             "config": to_mapping(self.config),
             "loader": self.loader.state_dict(),
-            "clips": len(self.loader.store),
+            "clips": self.loader.num_clips,
             "store": self.loader.store.identity,
             "ranks": self.world.size,
             "baselines": self.baselines,
@@ -211,7 +212,7 @@ def open_run(
     folder = Path(config.train.runs) / config.name
     loader = make_loader(config, world)
     _check_negatives(config, loader)
-    trainer = Trainer(config, world, config.steps_per_epoch(len(loader.store)))
+    trainer = Trainer(config, world, config.steps_per_epoch(loader.num_clips))
     with sole_writer(folder, world):
         checkpoint = _open_folder(folder, resume)
         changes: list[dict[str, Any]] = []
@@ -261,7 +262,7 @@ def make_loader(config: Config, world: World) -> ClipLoader:
     clips = config.train.clips(world.size)
     threads = config.data.threads or max(1, usable_cores() // world.local_size)
     return ClipLoader(
-        config.data.store,
+        config.data.weights if config.data.mix else config.data.store,
         clips,
         seed=config.seed,
         rank=world.rank,
@@ -280,7 +281,7 @@ def _check_negatives(config: Config, loader: ClipLoader) -> None:
     """UserError where no clip has a negative: the loss would be 0 from the start."""
     index = loader.store.index
     first, last = index.clip(0), index.clip(index.num_clips - 1)  # videos are numbered in the clips' order
-    if config.loss.name == "contrastive" and first.video == last.video:
+    if config.loss.name == "contrastive" and first.video == last.video and not config.data.mix:
         raise UserError(
             f"all {index.num_clips} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
             "loss takes negatives from other videos: pack more videos, or train with --loss.name byol, which needs none"
@@ -339,15 +340,21 @@ def _check_same_run(
         was, now = to_mapping(before), to_mapping(config)
         both = {name: [mapping[name.split(".")[0]][name.split(".")[1]] for mapping in (was, now)] for name in different}
         changes.append({"step": checkpoint.value("step"), "fields": both})
-    if (clips := checkpoint.value("clips")) != len(loader.store):
+    if (clips := checkpoint.value("clips")) != loader.num_clips:
         raise UserError(
-            f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {len(loader.store)}"
+            f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {loader.num_clips}"
         )
     packed, here = checkpoint.state.get("store", {}), loader.store.identity  # older checkpoints may lack it
     if different := [name for name, value in packed.items() if value != here.get(name)]:
         raise UserError(
             f"{checkpoint.path} was made on another store than {config.data.store}, packed with other "
             f"{', '.join(different)}: resume on the same"
+        )
+    mixed = before.data.mix or config.data.mix
+    if mixed and checkpoint.value("loader")["store"] != loader.state_dict()["store"]:
+        given, made = (" ".join(each.data.mix) or "none" for each in (config, before))
+        raise UserError(
+            f"{checkpoint.path} was made on other stores or weights than data.mix {given}: resume with {made}"
         )
     return changes
 
