@@ -74,8 +74,9 @@ def autograd_op(op: Any, setup_context: Callable[..., None], backward: Callable[
 
 def refuse_batched(name: str, *tensors: torch.Tensor) -> None:
     """Refuses a batch of gradients, of autograd's own vmap."""
-    if any(map(is_legacy_batchedtensor, tensors)):
-        _refuse_vmap(name)
+    for x in tensors:
+        if is_legacy_batchedtensor(x):
+            _refuse_vmap(name)
 
 
 def _refuse_vmap(name: str, *_: Any) -> None:

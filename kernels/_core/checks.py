@@ -145,6 +145,8 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
 
 def check_scale(scale: float, like: Tensor, name: str = "scale") -> float:
     """A number that is finite in the dtype of sums over embeddings ``like``."""
+    if type(scale) is float and -1e38 < scale < 1e38:
+        return scale
     if not is_number(scale):
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(scale).__name__}")
     scale, dtype = float(scale), torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -166,6 +168,8 @@ def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
     The value of a CPU tensor is checked in eager code. Elsewhere the host does not read it, and the loss is NaN if it
     is not positive.
     """
+    if type(temperature) is float and MIN_TEMPERATURE <= temperature < math.inf:
+        return 1 / temperature
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature must be a number or one element, got shape {tuple(temperature.shape)}")
@@ -261,6 +265,9 @@ def check_options(
     decoupled: bool = False,
 ) -> None:
     """Options of InfoNCE, each in its range and only in combinations with a meaning."""
+    floats = type(label_smoothing) is type(hard_negatives) is type(debias) is float
+    if floats and decoupled is False and label_smoothing == hard_negatives == debias == 0:
+        return
     options = {"label_smoothing": label_smoothing, "debias": debias, "hard_negatives": hard_negatives}
     for name, value in options.items():
         if not is_number(value):

@@ -310,7 +310,8 @@ def info_nce(
 
     Cost and determinism as for ``similarity_lse``.
     """
-    check_pair(q, k)
+    if not (few := small.is_small(q, k, positive, q_group, k_group)):
+        check_pair(q, k)
     check_groups(q_group, k_group, q, k)
     if negatives is not None:
         check_paired(q, k, ("q", "k"))
@@ -327,7 +328,7 @@ def info_nce(
     plain = not (hard_negatives or debias or label_smoothing or decoupled) and (
         columns is None or columns.shape[1] == 1
     )
-    if plain and small.is_small(q.shape[0], k.shape[0], q, k, columns, *groups):
+    if plain and few:
         if columns is not None:
             check_positive_range(columns, len(k))
         terms = small.rows(None if q_group is None or k_group is None else (q_group, k_group), columns)
@@ -368,8 +369,8 @@ def against_negatives(
 ) -> Tensor:
     """InfoNCE of q (M, D) whose positives are the rows of k (M, D), against negatives (N, D) or (M, N, D)."""
     shared = negatives.dim() == 2
-    rows = len(q) + negatives.shape[0] if shared else 0
-    if shared and not decoupled and small.is_small(len(q), rows, q, k, negatives):
+    logits = len(q) * (len(q) + len(negatives))
+    if shared and not decoupled and logits <= small.MOST_LOGITS and small.is_small(q, k, negatives):
         return small.pairs(q, torch.cat([k, negatives]), scale, small.key_before_queue, reduction)
     (q, k, negatives), matmul_dtype = autocast_inputs(q, k, negatives)
     factor = scale_tensor(scale, q)

@@ -183,7 +183,7 @@ def multi_view_info_nce(
     scale = inverse_temperature(temperature)
     views, clips = len(queries), queries.shape[1]
     sides = queries.flatten(0, 1), keys.flatten(0, 1)
-    if reduction != "none" and small.is_small(len(sides[0]), len(sides[1]), queries, keys, q_group, k_group):
+    if reduction != "none" and small.is_small(*sides, q_group, k_group):
         groups = None if q_group is None or k_group is None else (q_group, k_group)
         weight = 1 / clips if reduction == "sum" else 1 / (clips * views * (views - 1))
         return small.pairs(*sides, scale, small.all_views(views, positive_offset, groups, weight), "sum")

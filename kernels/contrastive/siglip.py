@@ -265,11 +265,12 @@ def siglip_loss(
     Costs 2 M M D flops without gradient, 4 M M D with that of x, and 4 M M D more for that of y. Autocast and
     determinism as for ``similarity_lse``. Across ranks: ``vito_kernels.distributed.global_siglip_loss``.
     """
-    check_paired(x, y, ("x", "y"))
+    if not (few := small.is_small(x, y) and len(x) == len(y)):
+        check_paired(x, y, ("x", "y"))
     check_reduction(reduction)
     if not isinstance(bias, Tensor):
         bias = check_scale(bias, x, "bias")
-    if not isinstance(bias, Tensor) and small.is_small(len(x), len(y), x, y):
+    if few and not isinstance(bias, Tensor):
         return small.pairs(x, y, scale, small.all_pairs(bias), reduction)
     (x, y), matmul_dtype = autocast_inputs(x, y)
     factor, shift = scale_tensor(scale, x), scale_tensor(bias, x)

@@ -2,7 +2,7 @@
 
     s    = scale * x @ y.T                                          (M, N), masked
     p    = s.softmax(1);  rest = p without the positive, summed     1 - p of the positive, without cancellation
-    loss = softplus(log(rest) - s.log_softmax(1) of the positive)
+    loss = log1p(rest / p of the positive)                          softplus of the logarithms where p is too small
     ds   = p, and -rest at the positive
 
 Up to ``MOST_LOGITS`` the tiles of :mod:`.cpu` cost more Python than arithmetic. float32, bfloat16 and float16 are
@@ -20,53 +20,68 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vito_kernels._core.autograd import PLAIN, once, refuse_batched, softplus
-from vito_kernels._core.checks import check_finite, check_reduction, check_scale, scale_tensor
+from vito_kernels._core.checks import FLOATS, check_finite, check_reduction, check_scale, scale_tensor
 from vito_kernels.contrastive import gpu
 
 MOST_LOGITS = 1 << 16
 MIN_LENGTH = 1e-12  # of an embedding that is normalized
 
-Terms = Callable[[Tensor], tuple[Tensor, Tensor]]  # of logits (M, N), which it may write over: losses, their gradient
+# Of logits (M, N), which it may write over: losses, their gradient. A loss beyond the logarithm of the largest float is
+# inf unless ``far``.
+Terms = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
-def is_small(rows: int, columns: int, *tensors: Tensor | None) -> bool:
-    """Whether these tensors take this way: few logits, plain eager code, a CPU without autocast."""
-    if rows * columns > MOST_LOGITS or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+def is_small(x: Tensor, y: Tensor, *others: Tensor | None) -> bool:
+    """Whether x (M, D) and y (N, D) pass ``check_pair`` and take this way: few logits, plain eager code, a CPU.
+
+    ``others`` are on that CPU too.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+    if type(x) not in PLAIN or type(y) not in PLAIN or not (x.is_cpu and y.is_cpu) or gpu.use_triton(x):
         return False
-    for x in tensors:
-        if x is not None and (type(x) not in PLAIN or not x.is_cpu or gpu.use_triton(x)):
+    (dtype, shape), other = (x.dtype, x.shape), y.shape
+    if dtype != y.dtype or dtype not in FLOATS or not len(shape) == len(other) == 2 or shape[1] != other[1]:
+        return False
+    if not 0 < shape[0] * other[0] <= MOST_LOGITS or not shape[1] or not x.layout == y.layout == torch.strided:
+        return False
+    for z in others:
+        if z is not None and (type(z) not in PLAIN or not z.is_cpu):
             return False
-    return torch._C._get_tracing_state() is None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+        return False
+    return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
 
 
 # ---- logits to losses
 
 
-def _diagonal(s: Tensor) -> Tensor:
-    return s.diagonal()
-
-
-def one_positive(s: Tensor, dim: int = 1, place: Callable[[Tensor], Tensor] = _diagonal) -> tuple[Tensor, Tensor]:
+def one_positive(
+    s: Tensor, far: bool = False, dim: int = 1, place: Callable[[Tensor], Tensor] = Tensor.diagonal
+) -> tuple[Tensor, Tensor]:
     """Losses of the rows (dim 1) or columns (0) of s (M, N), and their gradient by s.
 
     ``place`` is a view of a matrix that holds the positives, of a shape that the losses take too.
     """
-    log_p, p = torch.log_softmax(s, dim), torch.softmax(s, dim)
+    p = torch.softmax(s, dim)
     own = place(p)
+    inverse = own.reciprocal()
     own.zero_()
     rest = p.sum(dim)
-    if place is not _diagonal:
+    if own.dim() == 2:
         rest = rest.view(own.shape)
     torch.neg(rest, out=own)
-    return softplus(rest.log_().sub_(place(log_p))), p
+    if far:
+        return softplus(rest.log_().sub_(place(torch.log_softmax(s, dim)))), p
+    return rest.mul_(inverse).log1p_(), p
 
 
 def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
     """InfoNCE: the positive of row i is key i, or ``index[i]`` (M, 1). Keys of the query's group are no negatives."""
+    if groups is None and index is None:
+        return one_positive
 
-    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
         if groups is not None:
             masked = groups[0][:, None] == groups[1]
             if index is None:
@@ -75,7 +90,7 @@ def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
                 masked.scatter_(1, index, False)
             s.masked_fill_(masked, -math.inf)
         if index is None:
-            return one_positive(s)
+            return one_positive(s, far)
         log_p, p = torch.log_softmax(s, 1), torch.softmax(s, 1).scatter_(1, index, 0.0)
         rest = p.sum(1, keepdim=True)
         losses = softplus(rest.log().sub_(log_p.gather(1, index)))[:, 0]
@@ -84,47 +99,54 @@ def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
     return terms
 
 
-def key_before_queue(s: Tensor) -> tuple[Tensor, Tensor]:
+def key_before_queue(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
     """MoCo: the first M keys are the queries' own, and no one else's."""
     block = s[:, : s.shape[0]]
     own = block.diagonal().clone()
     block.fill_(-math.inf)
     block.diagonal().copy_(own)
-    return one_positive(s)
+    return one_positive(s, far)
 
 
-def rows_and_columns(s: Tensor) -> tuple[Tensor, Tensor]:
+def rows_and_columns(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
     """CLIP, the losses of all rows and then of all columns."""
-    columns, column_grad = one_positive(s, 0)
-    losses, grad = one_positive(s)
+    columns, column_grad = one_positive(s, far, 0)
+    losses, grad = one_positive(s, far)
     return torch.cat([losses, columns]), grad.add_(column_grad)
 
 
-def two_views(s: Tensor) -> tuple[Tensor, Tensor]:
+def two_views(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
     """NT-Xent: the first half of the rows are the first views."""
     half = s.shape[0] // 2
-    s.fill_diagonal_(-math.inf)
-    losses, grad = one_positive(s, 1, lambda x: x.as_strided((2, half), (2 * half * half - half, 2 * half + 1), half))
+    s.diagonal().fill_(-math.inf)
+    losses, grad = one_positive(
+        s, far, 1, lambda x: x.as_strided((2, half), (2 * half * half - half, 2 * half + 1), half)
+    )
     return losses.flatten(), grad
 
 
 def same_label(labels: Tensor, key_labels: Tensor | None, reduction: str) -> Terms:
-    """SupCon of one set, or against keys; with "mean", losses that sum to the mean over rows that have a positive."""
+    """SupCon of one set, or against keys; with "mean", losses whose mean is that of the rows that have a positive."""
     one_set = key_labels is None
 
-    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
-        same = labels[:, None] == (labels if key_labels is None else key_labels)
+    def terms(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
+        same = labels.unsqueeze(1) == (labels if key_labels is None else key_labels)
         if one_set:
-            s.fill_diagonal_(-math.inf)
-            same.fill_diagonal_(False)
-        log_p = torch.log_softmax(s, 1)
+            s.diagonal().fill_(-math.inf)
+            same.diagonal().zero_()
+        log_p, grad = torch.log_softmax(s, 1), torch.softmax(s, 1)
         count = same.sum(1, keepdim=True, dtype=s.dtype)
-        share = same / count.clamp(min=1)
-        losses = (log_p.fill_diagonal_(0.0) if one_set else log_p).mul(share).sum(1).neg_()
-        grad = torch.softmax(s, 1).sub_(share).masked_fill_(count == 0, 0.0)
-        if reduction == "mean":
-            rows = count.clamp_(max=1).sum().clamp_(min=1)
-            return losses.div_(rows), grad.div_(rows)
+        lonely = count.min().item() == 0
+        share = same / (count.clamp(min=1) if lonely else count)
+        if one_set:
+            log_p.diagonal().zero_()
+        losses = log_p.mul_(share).sum(1).neg_()
+        grad.sub_(share)
+        if lonely:
+            grad.masked_fill_(count == 0, 0.0)
+            if reduction == "mean":
+                factor = len(s) / max(1, count.count_nonzero().item())
+                return losses.mul_(factor), grad.mul_(factor)
         return losses, grad
 
     return terms
@@ -133,7 +155,7 @@ def same_label(labels: Tensor, key_labels: Tensor | None, reduction: str) -> Ter
 def all_pairs(bias: float) -> Terms:
     """SigLIP: the sigmoid of every logit, pairs on the diagonal."""
 
-    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
         own = s.add_(bias).diagonal()
         own.neg_()
         losses, grad = softplus(s).sum(1), s.sigmoid_()
@@ -146,7 +168,7 @@ def all_pairs(bias: float) -> Terms:
 def all_views(views: int, offset: int, groups: tuple[Tensor, Tensor] | None, weight: float) -> Terms:
     """InfoNCE of each view's rows over each other view's columns, times ``weight``; losses (views, views, M)."""
 
-    def terms(s: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
         rows = s.shape[0] // views
         grid = s.view(views, rows, views, -1)
         if groups is not None:
@@ -195,16 +217,25 @@ def _product(x: Tensor, y: Tensor, factor: float) -> Tensor:
 
 
 def _losses(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
-    ctx.scale, ctx.reduction = scale.item() if isinstance(scale, Tensor) else scale, reduction
-    losses, ctx.ds = terms(torch.mm(x, y.t()).mul_(ctx.scale))
-    ctx.factor = 1 / losses.numel() if reduction == "mean" else 1.0
-    return losses if reduction == "none" else losses.sum().mul_(ctx.factor)
+    scale = scale.item() if isinstance(scale, Tensor) else scale
+    y = y.t()
+    losses, ds = terms(torch.mm(x, y).mul_(scale), False)
+    total = losses.sum().item()
+    if total == math.inf:
+        losses, ds = terms(torch.mm(x, y).mul_(scale), True)
+        total = losses.sum().item()
+    factor = 1 / losses.numel() if reduction == "mean" else 1.0
+    ctx.found = ds, scale, factor
+    if reduction == "none":
+        return losses
+    return torch.scalar_tensor(total * factor, dtype=losses.dtype, device=losses.device)
 
 
-def _logit_grad(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient by the logits, but for ``ctx.factor``."""
+def _logit_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, float, float]:
+    """The gradient by the logits is the product of the first two; the third is the scale."""
     refuse_batched("loss", grad)
-    return ctx.ds * (grad[:, None] if ctx.reduction == "none" else grad)
+    ds, scale, factor = ctx.found
+    return (ds, grad.item() * factor, scale) if grad.dim() == 0 else (ds * grad[:, None], factor, scale)
 
 
 class _Pairs(torch.autograd.Function):
@@ -218,14 +249,18 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, y), (need_x, need_y, need_scale) = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        ds, factor = _logit_grad(ctx, grad), ctx.scale * ctx.factor
-        dx = dy = dscale = None
+        ds, factor, scale = _logit_grad(ctx, grad)
+        dtype, dx, dy, dscale = x.dtype, None, None, None
+        if ds.dtype != dtype:
+            x, y = x.float(), y.float()
         if need_scale:
-            dscale = (_product(ds, _wide(y), ctx.factor) * x).sum()
+            dscale = (_product(ds, y, factor) * x).sum()
         if need_x:
-            dx = _as(_product(ds, _wide(y), factor), x.dtype)
+            dx = _product(ds, y, factor * scale)
         if need_y:
-            dy = _as(_product(ds.t(), _wide(x), factor), y.dtype)
+            dy = _product(ds.t(), x, factor * scale)
+        if ds.dtype != dtype:
+            dx, dy = (None if grad is None else grad.to(dtype) for grad in (dx, dy))
         return dx, dy, dscale, None, None
 
 
@@ -243,10 +278,10 @@ class _UnitSet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (unit, length, *_), ds = ctx.saved_tensors, _logit_grad(ctx, grad)
-        du = _product(ds + ds.t(), unit, ctx.scale * ctx.factor)
+        (unit, length, *_), (ds, factor, scale) = ctx.saved_tensors, _logit_grad(ctx, grad)
+        du = _product(ds + ds.t(), unit, factor * scale)
         along = (du * unit).sum(1, keepdim=True)
-        dscale = along.sum() / (2 * ctx.scale) if ctx.needs_input_grad[0] else None
+        dscale = along.sum() / (2 * scale) if ctx.needs_input_grad[0] else None
         along.masked_fill_(length == MIN_LENGTH, 0)
         dz = du.addcmul_(unit, along, value=-1).div_(length)
         parts = dz.chunk(len(ctx.dtypes))

@@ -304,7 +304,9 @@ def supcon_loss(
     difference as exact as float32, in 16 bits too. Costs 2 M M D flops forward and 4 M M D backward; of two sets
     2 M N D forward, and 4 M N D for each side that requires grad. Autocast and determinism as for ``similarity_lse``.
     """
-    check_pair(z, z if keys is None else keys, ("z", "keys"))
+    others = z if keys is None else keys
+    if not (few := small.is_small(z, others, labels, key_labels)):
+        check_pair(z, others, ("z", "keys"))
     check_ids("labels", labels, z.shape[0], z)
     check_reduction(reduction)
     if (keys is None) != (key_labels is None):
@@ -313,11 +315,11 @@ def supcon_loss(
     if keys is not None and key_labels is not None:
         check_ids("key_labels", key_labels, keys.shape[0], z)
     scale = inverse_temperature(temperature)
-    if small.is_small(len(z), len(z if keys is None else keys), z, labels, keys, key_labels):
-        terms, how = small.same_label(labels, key_labels, reduction), "none" if reduction == "none" else "sum"
+    if few:
+        terms = small.same_label(labels, key_labels, reduction)
         if keys is None:
-            return small.unit_set((z,), scale, terms, how)
-        return small.pairs(normalize(z), normalize(keys), scale, terms, how)
+            return small.unit_set((z,), scale, terms, reduction)
+        return small.pairs(normalize(z), normalize(keys), scale, terms, reduction)
     sides, matmul_dtype = autocast_inputs(*(normalize(x) for x in (z, keys) if x is not None))
     return supcon_of_unit(
         sides[0], sides[1] if keys is not None else None, scale, labels, key_labels, matmul_dtype, reduction

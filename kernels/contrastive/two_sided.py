@@ -240,9 +240,9 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     Costs 2 M M D flops forward and 8 M M D backward; the CPU, which caches the first logits, at most 6 backward.
     Autocast and determinism as for ``similarity_lse``.
     """
-    check_paired(x, y, ("x", "y"))
-    if small.is_small(x.shape[0], y.shape[0], x, y):
+    if small.is_small(x, y) and len(x) == len(y):
         return small.pairs(x, y, scale, small.rows_and_columns, "mean")
+    check_paired(x, y, ("x", "y"))
     rows, columns, pairs, row_residual, column_residual = two_sided_lse(x, y, scale)
     return softplus_loss(rows, row_residual, pairs, columns, column_residual, reduction="mean")
 
@@ -298,10 +298,10 @@ def ntxent_of_scale(
     z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: Reduction = "mean", decoupled: bool = False
 ) -> Tensor:
     """``ntxent`` at an inverse temperature, of any sign."""
-    check_paired(z1, z2, ("z1", "z2"))
-    rows = 2 * z1.shape[0]
-    if not decoupled and small.is_small(rows, rows, z1, z2):
+    few = not decoupled and small.is_small(z1, z2) and len(z1) == len(z2)
+    if few and 4 * len(z1) ** 2 <= small.MOST_LOGITS:
         return small.unit_set((z1, z2), scale, small.two_views, reduction)
+    check_paired(z1, z2, ("z1", "z2"))
     (z,), matmul_dtype = autocast_inputs(unit_views(z1, z2))
     factor = scale_tensor(scale, z)
     lse2, logits, lse_residual, _ = apply_self_lse(z, factor, matmul_dtype, needs_grad(z, factor))

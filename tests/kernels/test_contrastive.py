@@ -436,3 +436,16 @@ vito_kernels.info_nce(q.requires_grad_(), k).backward()
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     script = "import sys, vito_kernels; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("gap", [60.0, 86.0, 88.5, 95.0, 103.0, 2000.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_positive_whose_probability_underflows_has_its_loss(gap, reduction):
+    q, k = torch.eye(4), torch.eye(4).roll(1, 0)
+    k[0] = q[0]  # of two keys alike
+    s = gap * q.double() @ k.double().T
+    rows, columns = (torch.nn.functional.cross_entropy(x, torch.arange(4), reduction=reduction) for x in (s, s.T))
+    found = info_nce(q, k, temperature=1 / gap, reduction=reduction)
+    torch.testing.assert_close(found.double(), rows, rtol=1e-6, atol=0.0)
+    if reduction == "mean":
+        torch.testing.assert_close(clip_loss(q, k, gap).double(), (rows + columns) / 2, rtol=1e-6, atol=0.0)
