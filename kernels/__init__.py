@@ -19,9 +19,9 @@ from .contrastive.losses import (
 )
 from .contrastive.multi_view import multi_view_info_nce
 from .contrastive.normalize import normalize
-from .contrastive.rank import topk_accuracy
 from .contrastive.siglip import siglip_loss
 from .contrastive.supcon import supcon_loss
+from .contrastive.topk import topk_accuracy
 from .contrastive.two_sided import clip_loss, ntxent
 from .photometric.op import photometric
 

@@ -17,13 +17,13 @@ from vito_kernels.inspect.compiled import StandInLauncher
 if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
 # Functions of the same names hide these modules.
-attention_pool, info_nce, softplus_loss, normalize, supcon, per_query, siglip, rank = (
+attention_pool, info_nce, softplus_loss, normalize, supcon, per_query, siglip, topk = (
     importlib.import_module(f"vito_kernels.{name}")
     for name in (
         "attention_pool",
         *(
             f"contrastive.{name}"
-            for name in ("info_nce", "softplus_loss", "normalize", "supcon", "per_query", "siglip", "rank")
+            for name in ("info_nce", "softplus_loss", "normalize", "supcon", "per_query", "siglip", "topk")
         ),
     )
 )
@@ -109,7 +109,7 @@ def test_sums_over_all_pairs(width):
         for asked in ASKED:
             call(siglip.siglip_backward_op, loss, *given, *saved, *asked, True, reduction, None)
     for positive in (None, empty(ROWS, 1, dtype=torch.int64)):
-        call(rank.positive_rank_op, x, x, scale, group, group, positive, None)
+        call(topk.positive_rank_op, x, x, scale, group, group, positive, None)
     q, negatives = empty(7, width, dtype=torch.bfloat16), empty(7, 50, width, dtype=torch.bfloat16)
     saved = call(per_query.per_query_lse_op, q, negatives, scale, True)
     for asked in ASKED:
