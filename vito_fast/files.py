@@ -74,26 +74,31 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, timeout: float = 0.0) -> Iterator[bool]:
-    """Hold an exclusive lock on a file. The system releases it however the process ends.
+def file_lock(path: Path, timeout: float | None = 0.0, *, shared: bool = False) -> Iterator[bool]:
+    """Hold a lock on a file. The system releases it however the process ends.
 
     Args:
         path: Lock file. Created if missing.
-        timeout: Seconds to wait for another holder.
+        timeout: Seconds to wait for another holder. None: as long as it takes.
+        shared: Whether others may hold it too, if they share it.
 
     Yields:
         Whether the lock is held. True on a file system without locks.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(path, "ab") as file:
+        if timeout is None:
+            yield _try_lock(file, kind)
+            return
         deadline = time.monotonic() + timeout
-        while not (held := _try_lock(file)) and time.monotonic() < deadline:
+        while not (held := _try_lock(file, kind | fcntl.LOCK_NB)) and time.monotonic() < deadline:
             time.sleep(0.1)
         yield held
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def _try_lock(file: IO[bytes], kind: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind)
     except BlockingIOError:
         return False
     except OSError as error:

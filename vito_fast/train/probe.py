@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vito_fast.config import Config, SamplerConfig, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
-from vito_fast.data.store.labels import NO_LABEL, read_labels
+from vito_fast.data.store.labels import NO_LABEL
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.model.backbones import build_backbone
@@ -143,7 +143,7 @@ def labels(store: Store, clips: list[int]) -> Tensor | None:
     Raises:
         UserError: ``labels.parquet`` cannot be read, or has another number of clips than the store.
     """
-    if (curated := read_labels(store.path, len(store))) is not None:
+    if (curated := store.labels()) is not None:
         named: list[Any] = curated.label[clips].tolist()
     else:
         named = [Path(store.index.clip(clip).source).parent.name for clip in clips]

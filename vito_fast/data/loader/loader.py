@@ -17,7 +17,6 @@ from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPo
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler, SequenceSampler
-from vito_fast.data.store.labels import read_labels
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
@@ -53,7 +52,7 @@ class ClipLoader:
     - ``time``: (B, V) float64, timestamps in the source in seconds.
 
     Args:
-        store: The store's folder, or several folders with their weights. Of all samples each then has its share. A
+        store: The store's folder or address, or several with their weights. Of all samples each then has its share. A
             sample remains a pure function of (seed, number), and an epoch has as many samples as all stores have clips.
         batch_size: Samples per batch **on this rank**.
         seed, rank, world_size: See above.
@@ -71,6 +70,7 @@ class ClipLoader:
         io_timeout: Seconds for which a shard that cannot be reached is tried again, with growing pauses, before its
             samples fail.
         labels: Whether to read ``labels.parquet``, which needs pyarrow.
+        cache, cache_gib: Of remote stores, as of :class:`Store`.
 
     Raises:
         UserError: The store or its labels cannot be used, or it has fewer clips than a global batch.
@@ -100,6 +100,8 @@ class ClipLoader:
         max_bad_share: float = 0.05,
         io_timeout: float = 60.0,
         labels: bool = True,
+        cache: str | os.PathLike[str] = "",
+        cache_gib: float | None = None,
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         threads = threads or 0
@@ -120,7 +122,7 @@ class ClipLoader:
         weights = dict(store) if isinstance(store, Mapping) else {store: 1.0}
         if not weights:
             raise ValueError("store is an empty mapping, must name a store")
-        self.stores = tuple(Store(path, threads=max(4, threads)) for path in weights)
+        self.stores = tuple(Store(path, threads=max(4, threads), cache=cache, cache_gib=cache_gib) for path in weights)
         self.store = self.stores[0]
         self.num_clips = sum(len(each) for each in self.stores)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -151,7 +153,7 @@ class ClipLoader:
             batch_size=batch_size,
             prefetch=prefetch,
             outages=tuple(Outage(io_timeout) for _ in self.stores),
-            labels=tuple(read_labels(each.path, len(each)) if labels else None for each in self.stores),
+            labels=tuple(each.labels() if labels else None for each in self.stores),
         )
         self._pool: ThreadPool[Any] | None = None
 
@@ -313,7 +315,7 @@ class ClipLoader:
                 )  # fmt: skip
         allowed = self.max_bad_share * max(MIN_SAMPLES, self.stats.samples)
         if self.stats.failures > allowed or any(chunk.gave_up for chunk in chunks):
-            last, paths = self.stats.last_failures[-1], ", ".join(str(each.path) for each in self.stores)
+            last, paths = self.stats.last_failures[-1], ", ".join(each.name for each in self.stores)
             raise UserError(
                 f"{self.stats.failures} failures in {self.stats.samples} samples of {paths}, more than "
                 f"max_bad_share = {self.max_bad_share} allows; the last: clip {last.clip} ({last.source}): "

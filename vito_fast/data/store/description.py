@@ -218,7 +218,7 @@ class Report:
         return rejected / max(1, rejected + self.packed)
 
 
-def damaged(path: Path, reason: str) -> UserError:
+def damaged(path: Path | str, reason: str) -> UserError:
     """The error for a file of a store that is not as packing left it. The index raises the same for itself."""
     return UserError(f"{path} is damaged: {reason}; delete the store and pack again")
 

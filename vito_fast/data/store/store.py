@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from io import BytesIO
@@ -24,8 +25,12 @@ from PIL import Image
 
 from vito_fast.data.store.description import FORMATS, PackOptions, Report, damaged, read_description
 from vito_fast.data.store.index import ClipInfo, Index, Read, Reader, open_index
+from vito_fast.data.store.labels import Labels, read_labels
 from vito_fast.data.store.media import bare_packet, decoder_options
 from vito_fast.data.store.picture import rgb, turned
+from vito_fast.data.store.remote import is_remote
+from vito_fast.data.store.remote_store import RemoteReader, RemoteStore
+from vito_fast.errors import UserError
 
 T = TypeVar("T")
 Picture = npt.NDArray[np.uint8]
@@ -153,24 +158,61 @@ class Store:
     """A store opened for reading. Thread-safe.
 
     Args:
-        path: Folder written by ``vito-fast pack``.
+        path: Folder written by ``vito-fast pack``, or the address of one, as ``s3://bucket/store``. Remote stores are
+            read by a cache on this machine, which all processes and stores share.
         threads: Threads that read from the shards.
         check: Whether every shard must be there, of its size.
+        cache: Folder of the cache. "" is ``$VITO_FAST_CACHE``, else ``vito-fast`` in the user's cache folder.
+        cache_gib: GiB that the cache may take on the disk. None is ``$VITO_FAST_CACHE_GIB``, else 50.
+
+    Attributes:
+        name: ``path``, for messages.
+        path: Folder of the store's small files, in the cache for a remote store.
+        remote: Of a remote store, else None.
 
     Raises:
-        UserError: The store is unfinished, damaged or of another version.
+        UserError: The store is unfinished, damaged or of another version, or cannot be reached.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 4, check: bool = True):
-        self.path = Path(path)
-        self.description = read_description(self.path)
-        self.index = open_index(self.path)
-        if self.index.format not in FORMATS:
-            raise damaged(self.path / "index.bin", f"its format is {self.index.format!r}")
-        self.format = FORMATS[self.index.format]
-        if check:
-            check_shards(self.path, self.index)
-        self.reader = Reader(self.index, self.path, threads=threads)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 4,
+        check: bool = True,
+        cache: str | os.PathLike[str] = "",
+        cache_gib: float | None = None,
+    ):
+        self.remote = RemoteStore(path, cache, cache_gib) if is_remote(path) else None
+        self.path = self.remote.folder if self.remote else Path(path)
+        self.name = self.remote.name if self.remote else str(path)
+        with self._named():
+            self.description = read_description(self.path)
+            self.index = open_index(self.path)
+            if self.index.format not in FORMATS:
+                raise damaged(self.path / "index.bin", f"its format is {self.index.format!r}")
+            self.format = FORMATS[self.index.format]
+        self.reader: Reader
+        if self.remote:
+            self.remote.bind(self.index, check=check)
+            self.reader = RemoteReader(self.index, self.remote, threads=threads)
+        else:
+            if check:
+                check_shards(self.path, self.index)
+            self.reader = Reader(self.index, self.path, threads=threads)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the store by its address in messages."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error).replace(str(self.path), self.name)) from None
+
+    def labels(self) -> Labels | None:
+        """Classes and ids of the clips, None if the store has none. Raises UserError as :func:`.labels.read_labels`."""
+        with self._named():
+            return read_labels(self.path, len(self))
 
     def __len__(self) -> int:
         return self.index.num_clips
@@ -245,11 +287,11 @@ def frames(store: Store | str | os.PathLike[str], clip: int, numbers: Sequence[i
             continue
         (read,) = store.reader.read([clip], chunk[None], single_stream=False)
         if read.code != "ok":
-            raise OSError(f"{store.path}: {read.error}")
+            raise OSError(f"{store.name}: {read.error}")
         try:
             pictures += store.decode(decoder, clip, info, read, chunk)
         except BadPackets as error:
-            raise OSError(f"{store.path}: clip {clip}: {error}") from None
+            raise OSError(f"{store.name}: clip {clip}: {error}") from None
     upright = [turned(picture, info.rotation, info.mirror) for picture in pictures]
     height, width = (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
     return np.stack([upright[place] for place in places]) if upright else np.empty((0, height, width, 3), np.uint8)
