@@ -176,10 +176,12 @@ void bind_sampler(py::module_& m) {
   m.attr("PARAMS") = py::tuple(py::cast(std::vector<std::string>{VITO_PARAMS(VITO_NAME)}));
 #undef VITO_NAME
   py::class_<Sampler>(m, "Sampler")
-      .def(py::init([](const Index& index, const py::dict& config, uint64_t seed) {
-             return std::make_unique<Sampler>(index, sampler_config(config), seed);
+      .def(py::init([](const Index& index, const py::dict& config, uint64_t seed, const Array<int64_t>& chosen) {
+             return std::make_unique<Sampler>(index, sampler_config(config), seed,
+                                              std::vector<int64_t>(chosen.data(), chosen.data() + chosen.size()));
            }),
-           py::arg("index"), py::arg("config"), py::arg("seed"), py::keep_alive<1, 2>())
+           py::arg("index"), py::arg("config"), py::arg("seed"), py::arg("chosen").noconvert(), py::keep_alive<1, 2>())
+      .def_property_readonly("num_clips", &Sampler::num_clips)
       .def("sample",
            [](const Sampler& self, const Array<int64_t>& numbers, const Array<uint32_t>& attempts) {
              const int64_t* n = check_numbers(numbers);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "feistel.hpp"
 
@@ -43,17 +45,20 @@ void center_crop(int32_t height, int32_t width, Range aspect, int32_t* out) {
 
 }  // namespace
 
-Sampler::Sampler(const Index& index, const SamplerConfig& config, uint64_t seed)
-    : index_(index), config_(config), seed_(seed) {
+Sampler::Sampler(const Index& index, const SamplerConfig& config, uint64_t seed, std::vector<int64_t> chosen)
+    : index_(index), config_(config), seed_(seed), chosen_(std::move(chosen)) {
   if (index.num_clips() == 0) throw std::invalid_argument("index " + index.path() + " has no clips to sample");
   if (index.num_clips() > kMaxShuffle)
     throw std::invalid_argument("index " + index.path() + " has more than 2^40 clips");
+  for (const int64_t clip : chosen_)
+    if (clip < 0 || static_cast<uint64_t>(clip) >= index.num_clips())
+      throw std::invalid_argument("index " + index.path() + " has no clip " + std::to_string(clip));
 }
 
-// Sample n is position n % N of epoch n / N. Attempt a > 0 looks at another position of the same epoch, such that the
+// Sample n is position n % N of epoch n / N, of N clips to draw. Attempt a > 0 looks at another position of the same epoch, such that the
 // attempts 0 .. N - 1 of one sample visit every clip once.
 void Sampler::clips(const int64_t* numbers, const uint32_t* attempts, size_t batch, int64_t* out) const {
-  const uint64_t size = index_.num_clips();
+  const uint64_t size = num_clips();
   uint64_t epoch = 0;
   Feistel shuffle(size, seed_, epoch);
   for (size_t i = 0; i < batch; ++i) {
@@ -68,7 +73,8 @@ void Sampler::clips(const int64_t* numbers, const uint32_t* attempts, size_t bat
       const uint64_t shift = (uint64_t{bits[0]} << 32 | bits[1]) % (size - 1);
       position = (position + 1 + (shift + attempts[i] - 1) % (size - 1)) % size;
     }
-    out[i] = static_cast<int64_t>(shuffle(position));
+    const uint64_t place = shuffle(position);
+    out[i] = chosen_.empty() ? static_cast<int64_t>(place) : chosen_[place];
   }
 }
 

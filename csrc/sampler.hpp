@@ -50,14 +50,16 @@ struct SampleArrays {
 
 class Sampler {
  public:
-  // The index must outlive the sampler. Throws std::invalid_argument for an empty index.
-  Sampler(const Index& index, const SamplerConfig& config, uint64_t seed);
+  // The index must outlive the sampler. Of a nonempty `chosen`, only these clips are drawn. Throws std::invalid_argument
+  // for an empty index and for a clip that it does not have.
+  Sampler(const Index& index, const SamplerConfig& config, uint64_t seed, std::vector<int64_t> chosen = {});
 
   // Samples `numbers` (each >= 0), with one attempt each. Throws std::invalid_argument for a corrupt index.
   void sample(const int64_t* numbers, const uint32_t* attempts, size_t batch, const SampleArrays& out) const;
   void clips(const int64_t* numbers, const uint32_t* attempts, size_t batch, int64_t* out) const;
 
   uint32_t views() const { return config_.views; }
+  uint64_t num_clips() const { return chosen_.empty() ? index_.num_clips() : chosen_.size(); }
 
  private:
   void times(uint64_t n, uint32_t attempt, uint64_t clip, const Record& record, int32_t* frame, double* time) const;
@@ -67,6 +69,7 @@ class Sampler {
   const Index& index_;
   SamplerConfig config_;
   uint64_t seed_;
+  std::vector<int64_t> chosen_;
 };
 
 }  // namespace vito

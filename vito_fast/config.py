@@ -9,13 +9,54 @@ Provenance words in the field docstrings:
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from vito_fast.errors import UserError
 
 MAX_VIEWS = 4
 """Views of a clip at most."""
+
+
+@dataclass(frozen=True)
+class ClipFilter:
+    """Which clips of a store to take: those that pass every field. One entry of a field is enough to pass it."""
+
+    labels: tuple[str, ...] = ()
+    """Class names or label numbers."""
+    groups: tuple[str, ...] = ()
+    """Names of groups."""
+    sources: tuple[str, ...] = ()
+    """Patterns of the source's name, as of a shell."""
+    min_seconds: float = 0.0
+    """Seconds of the shortest clip."""
+    min_side: int = 0
+    """Pixels of the shortest short side."""
+    min_rate: float = 0.0
+    """Frames per second of the slowest clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_seconds", "min_side", "min_rate"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+
+    @classmethod
+    def parse(cls, entries: Iterable[str]) -> "ClipFilter":
+        """The filter of entries as ``labels=cat`` or ``min_seconds=2``. Raises ValueError for one without sense."""
+        found: dict[str, Any] = {}
+        for entry in entries:
+            name, _, text = entry.partition("=")
+            default = getattr(cls, name) if name in {each.name for each in fields(cls)} else None
+            if default is None or not text:
+                raise ValueError(f"{entry!r} is no FIELD=VALUE of {', '.join(each.name for each in fields(cls))}")
+            if isinstance(default, tuple):
+                found[name] = (*found.get(name, ()), text)
+                continue
+            try:
+                found[name] = type(default)(text)
+            except ValueError:
+                raise ValueError(f"{entry!r} has no number") from None
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -27,6 +68,9 @@ class DataConfig:
     mix: tuple[str, ...] = ()
     """Further stores, each as ``PATH=WEIGHT``, for a run on several; ``store`` has weight 1, and evaluations during the
     run are on it (ours)."""
+    where: tuple[str, ...] = ()
+    """Filters of the clips of every store, as ``labels=cat labels=dog sources=sports/* min_seconds=2 min_side=224
+    min_rate=24``; a clip passes all fields, and one entry of each; empty = all clips (ours)."""
     threads: int = 0
     """Decoding threads of each process; 0 = the usable cores, divided among the ranks of this machine (ours)."""
     prefetch: int = 2
@@ -44,6 +88,10 @@ class DataConfig:
         weights = self.weights.values()
         valid = len(weights) == len(self.mix) + 1 and all(0 < weight < math.inf for weight in weights)
         _require(valid, "data.mix", self.mix, "stores as PATH=WEIGHT, each once, with weights above 0")
+        try:
+            ClipFilter.parse(self.where)
+        except ValueError as error:
+            raise ValueError(f"data.where: {error}") from None
         least = min(weights) / sum(weights)
         _require(least >= 2e-4, "data.mix", self.mix, "weights that give each store at least 0.0002 of the samples")
 

@@ -9,6 +9,7 @@ import pytest
 from test_pack import contents
 
 from vito_fast.cli.main import main
+from vito_fast.config import ClipFilter
 from vito_fast.data.pack.edit import append, merge, subset
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.inspect import inspect_store
@@ -72,7 +73,7 @@ def test_what_several_stores_have_is_taken_once(stores, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_subset_holds_the_wanted_clips_alone(format, stores, tmp_path):
-    report = subset(stores / format, tmp_path / "s", sources=["v*.mp4"], min_seconds=1.0)
+    report = subset(stores / format, tmp_path / "s", where=ClipFilter(sources=("v*.mp4",), min_seconds=1.0))
     every = contents(stores / format)
     wanted = [clip for clip in every if clip[0].startswith("v")]
     assert [clip[:1] + clip[2:] for clip in whole(tmp_path / "s")] == [clip[:1] + clip[2:] for clip in wanted]
@@ -91,7 +92,7 @@ def test_what_cannot_be_done_leaves_nothing_behind(stores, tmp_path):
     with pytest.raises(UserError, match=r"h264 has format=h264, .*jpeg has jpeg"):
         merge(tmp_path / "s", [stores / "jpeg", stores / "h264"])
     with pytest.raises(UserError, match=r"no clip of .* is left"):
-        subset(stores / "jpeg", tmp_path / "s", min_side=1000)
+        subset(stores / "jpeg", tmp_path / "s", where=ClipFilter(min_side=1000))
     with pytest.raises(IndexError):
         subset(stores / "jpeg", tmp_path / "s", clips=[99])
     assert list(tmp_path.iterdir()) == []

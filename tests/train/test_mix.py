@@ -1,4 +1,4 @@
-"""A run on several stores: its configuration, its samples and exact resume."""
+"""A run on several or filtered stores: its configuration, its samples and exact resume."""
 
 import dataclasses
 from pathlib import Path
@@ -50,6 +50,19 @@ def test_a_mixed_run_resumes_exactly_and_with_its_weights_alone(config, other, c
         train(mixed(config, "parts", f"{other}=0.25"), resume=True)
     with pytest.raises(UserError, match="made on 7 clips, the store"):
         train(mixed(config, "parts"), resume=True)
+
+
+def test_a_filtered_run_resumes_with_its_filter_alone(config, capsys):
+    def where(*entries):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, where=entries))
+
+    train(where("sources=[0-3].mp4"), max_steps=2)
+    assert ": 4 clips, " in capsys.readouterr().out
+    for entries, words in (((), "sources=.*: resume"), (("sources=[0-4].mp4",), "with data.where sources=")):
+        with pytest.raises(UserError, match=words):
+            train(where(*entries), resume=True)
+    train(where("sources=[0-3].mp4"), resume=True, max_steps=3)
+    assert "continues after step 2" in capsys.readouterr().out
 
 
 def test_the_loader_takes_the_weights(config, other):

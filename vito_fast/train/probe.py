@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vito_fast.config import Config, SamplerConfig, TrainConfig
+from vito_fast.config import ClipFilter, Config, SamplerConfig, TrainConfig
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.store.labels import NO_LABEL
 from vito_fast.data.store.store import Store
@@ -118,6 +118,7 @@ def draw(config: Config, clips: int) -> Frames:
         threads=threads,
         max_bad_share=bad,
         labels=False,
+        where=ClipFilter.parse(config.data.where),
     ) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vito_fast import __version__
-from vito_fast.config import Config
+from vito_fast.config import ClipFilter, Config
 from vito_fast.config_files import changeable, method_differences, save_config, to_mapping
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.errors import UserError
@@ -228,7 +228,7 @@ def open_run(
         online, frames, held_out = trainer.model.online, None, None
         if world.main:
             with going_on("retrieval"):
-                frames = probe.draw(config, len(loader.store))
+                frames = probe.draw(config, len(loader.chosen[0]))
             if frames and (baselines.get("clips") != frames.clips or "histogram" not in baselines):
                 with going_on("baselines of retrieval"):  # of a new run, or of other clips
                     baselines |= probe.baselines(online.backbone, frames, config, world.device)
@@ -274,16 +274,17 @@ def make_loader(config: Config, world: World) -> ClipLoader:
         prefetch=config.data.prefetch,
         max_bad_share=config.data.max_bad_share,
         labels=False,
+        where=ClipFilter.parse(config.data.where),
     )
 
 
 def _check_negatives(config: Config, loader: ClipLoader) -> None:
     """UserError where no clip has a negative: the loss would be 0 from the start."""
-    index = loader.store.index
-    first, last = index.clip(0), index.clip(index.num_clips - 1)  # videos are numbered in the clips' order
+    chosen = loader.chosen[0]
+    first, last = (loader.store.index.clip(int(clip)) for clip in chosen[[0, -1]])  # videos are numbered in their order
     if config.loss.name == "contrastive" and first.video == last.video and not config.data.mix:
         raise UserError(
-            f"all {index.num_clips} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
+            f"all {len(chosen)} clips of {config.data.store} are of one video, {first.source}, and the contrastive "
             "loss takes negatives from other videos: pack more videos, or train with --loss.name byol, which needs none"
         )
 
@@ -340,6 +341,10 @@ def _check_same_run(
         was, now = to_mapping(before), to_mapping(config)
         both = {name: [mapping[name.split(".")[0]][name.split(".")[1]] for mapping in (was, now)] for name in different}
         changes.append({"step": checkpoint.value("step"), "fields": both})
+    if before.data.where != config.data.where:
+        raise UserError(
+            f"{checkpoint.path} was made with data.where {' '.join(before.data.where) or 'empty'}: resume with the same"
+        )
     if (clips := checkpoint.value("clips")) != loader.num_clips:
         raise UserError(
             f"{checkpoint.path} was made on {clips} clips, the store {config.data.store} has {loader.num_clips}"
@@ -350,8 +355,8 @@ def _check_same_run(
             f"{checkpoint.path} was made on another store than {config.data.store}, packed with other "
             f"{', '.join(different)}: resume on the same"
         )
-    mixed = before.data.mix or config.data.mix
-    if mixed and checkpoint.value("loader")["store"] != loader.state_dict()["store"]:
+    parts = before.data.mix or config.data.mix or config.data.where
+    if parts and checkpoint.value("loader")["store"] != loader.state_dict()["store"]:
         given, made = (" ".join(each.data.mix) or "none" for each in (config, before))
         raise UserError(
             f"{checkpoint.path} was made on other stores or weights than data.mix {given}: resume with {made}"

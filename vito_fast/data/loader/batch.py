@@ -160,7 +160,7 @@ class LoaderSpec:
     prefetch: int
     outages: tuple[Outage, ...]
     labels: tuple[Labels | None, ...]
-    """Of each store."""
+    """Of each store, or none if they are not read."""
 
     @property
     def config(self) -> SamplerConfig:
@@ -191,17 +191,18 @@ class LoaderSpec:
         return np.cumsum([0, *lasts], dtype=np.int64)
 
     def labels_of(self, sources: npt.NDArray[np.int64], clips: npt.NDArray[np.int64]) -> dict[str, Any]:
-        """``label`` and ``id`` of clips of ``sources``, nothing if no store has labels."""
+        """``label``, ``id`` and ``group`` of clips of ``sources``, without those that no store has."""
         if not any(self.labels):
             return {}
-        label, ids = np.full(len(clips), NO_LABEL), [""] * len(clips)
+        label, ids, groups = np.full(len(clips), NO_LABEL), [""] * len(clips), [""] * len(clips)
         for source, own in enumerate(self.labels):
             rows = np.flatnonzero(sources == source)
             if own:
                 label[rows] = own.label[clips[rows]]
-                for row, name in zip(rows.tolist(), own.ids(clips[rows]), strict=True):
-                    ids[row] = name
-        return {"label": torch.from_numpy(label), "id": ids}
+                for row, name, group in zip(rows.tolist(), own.ids(clips[rows]), own.groups(clips[rows]), strict=True):
+                    ids[row], groups[row] = name, group
+        grouped = any(own.grouped for own in self.labels if own)
+        return {"label": torch.from_numpy(label), "id": ids, **({"group": groups} if grouped else {})}
 
     def fetchers(self) -> list[Fetcher]:
         """Make the tools of one worker, for each store."""

@@ -121,7 +121,7 @@ class Fetcher:
                 self._make(chunk, route, self._read(chunk, samples, miniclip=route == "video"), put)
             todo = [sample for sample in todo if sample.failed]
             attempts = max((sample.attempt for sample in todo), default=0)
-            chunk.gave_up = len(chunk.failures) > budget or attempts >= len(self.store)
+            chunk.gave_up = len(chunk.failures) > budget or attempts >= self.sampler.num_clips
         return chunk
 
     def _draw(self, chunk: Chunk, samples: list[_Sample]) -> list[_Sample]:

@@ -1,5 +1,6 @@
 """``ClipLoader``: batches of augmented views from a store, equal on every run and for every number of ranks."""
 
+import hashlib
 import logging
 import os
 import time
@@ -12,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vito_fast.config import SamplerConfig
+from vito_fast.config import ClipFilter, SamplerConfig
 from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
 from vito_fast.data.loader.sampler import Sampler, SequenceSampler
+from vito_fast.data.store.labels import share_numbers
+from vito_fast.data.store.selection import select
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
@@ -46,8 +49,9 @@ class ClipLoader:
     - ``clip``, ``video``, ``sample``: (B,) int64.
     - ``store``: (B,) int64, if there are several: the number of the sample's store, whose clip ``clip`` is.
     - ``label``: (B,) int64, classes by ``labels.parquet`` of the store, -1 where a clip has none. It is left out, as
-      ``id`` is, if no store has the file.
+      ``id`` is, if no store has the file. Classes of one name have one number in all stores, that of the first.
     - ``id``: list of B clip names by that file, "" where a clip has none.
+    - ``group``: list of B names of groups, "" where a clip has none. It is left out if no store has groups.
     - ``frame``: (B, V) int32, frame numbers of the clip in presentation order.
     - ``time``: (B, V) float64, timestamps in the source in seconds.
 
@@ -71,14 +75,22 @@ class ClipLoader:
             samples fail.
         labels: Whether to read ``labels.parquet``, which needs pyarrow.
         cache, cache_gib: Of remote stores, as of :class:`Store`.
+        where: Filter of the clips of every store. The loader then is as of a store of these clips alone, except that
+            ``clip`` and ``video`` are numbers in the whole store.
 
     Raises:
-        UserError: The store or its labels cannot be used, or it has fewer clips than a global batch.
+        UserError: The store or its labels cannot be used, no clip of it passes the filter, or fewer clips are left than
+            a global batch has.
         ValueError: A number is out of range.
 
     Its threads end with :meth:`close`, with the loader, or with the interpreter. It can be pickled: the copy opens the
     store again and stands at the same step. A loader that was used raises RuntimeError in a forked process, which has
     none of its threads.
+
+    Attributes:
+        stores: The opened stores.
+        chosen: Of each store, the numbers of the clips that pass the filter, ascending, int64.
+        num_clips: Clips in all, which are the samples of an epoch.
     """
 
     def __init__(
@@ -102,6 +114,7 @@ class ClipLoader:
         labels: bool = True,
         cache: str | os.PathLike[str] = "",
         cache_gib: float | None = None,
+        where: ClipFilter = ClipFilter(),
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         threads = threads or 0
@@ -124,7 +137,8 @@ class ClipLoader:
             raise ValueError("store is an empty mapping, must name a store")
         self.stores = tuple(Store(path, threads=max(4, threads), cache=cache, cache_gib=cache_gib) for path in weights)
         self.store = self.stores[0]
-        self.num_clips = sum(len(each) for each in self.stores)
+        self.chosen = tuple(select(each, where) for each in self.stores)
+        self.num_clips = sum(map(len, self.chosen))
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.prefetch, self.max_bad_share = prefetch, max_bad_share
         self.stats = LoaderStats()
@@ -132,6 +146,8 @@ class ClipLoader:
         self._iteration = 0  # number of the current iterator; older ones are stale
         self._end: int | None = None  # the step at which the epoch of next(loader) ends
         self._user = 0  # number of the process that started the threads
+        pairs = list(zip(self.stores, self.chosen, strict=True))
+        self._digests = [each.digest + _digest(clips) * (len(clips) < len(each)) for each, clips in pairs]
         self._ahead: deque[Batch] = deque()  # batches of steps self._step, self._step + 1, ...
         if len(self) == 0:
             raise UserError(
@@ -142,8 +158,10 @@ class ClipLoader:
         self._spec = LoaderSpec(
             stores=self.stores,
             samplers=tuple(
-                make_sampler(each.index, sampler, (seed + number * SEED_STEP) % 2**64)
-                for number, each in enumerate(self.stores)
+                make_sampler(
+                    each.index, sampler, (seed + number * SEED_STEP) % 2**64, clips if len(clips) < len(each) else None
+                )
+                for number, (each, clips) in enumerate(pairs)
             ),
             mixture=Mixture(list(weights.values()), seed) if isinstance(store, Mapping) else None,
             device=_with_index(torch.device(device)),
@@ -153,7 +171,7 @@ class ClipLoader:
             batch_size=batch_size,
             prefetch=prefetch,
             outages=tuple(Outage(io_timeout) for _ in self.stores),
-            labels=tuple(each.labels() if labels else None for each in self.stores),
+            labels=share_numbers([(each.name, each.labels()) for each in self.stores]) if labels else (),
         )
         self._pool: ThreadPool[Any] | None = None
 
@@ -177,16 +195,16 @@ class ClipLoader:
         return self.batch_size * self.world_size
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position: the number of the next global sample, the global batch, the seed and the store.
+        """The position: the number of the next global sample, the global batch, the seed, and store and chosen clips.
 
         Batches that were prepared but not delivered do not count.
         """
         epoch, batch = divmod(self._step, len(self))
         sample = epoch * self.num_clips + batch * self.global_batch
-        store = self.store.digest
+        store = self._digests[0]
         if mixture := self._spec.mixture:
-            parts = zip(self.stores, mixture.counts.tolist(), strict=True)
-            store = ",".join(f"{each.digest}:{count}" for each, count in parts)
+            parts = zip(self._digests, mixture.counts.tolist(), strict=True)
+            store = ",".join(f"{digest}:{count}" for digest, count in parts)
         return {"sample": sample, "batch": self.global_batch, "seed": self._spec.samplers[0].seed, "store": store}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
@@ -343,6 +361,10 @@ class ClipLoader:
 def _close(outages: Iterable[Outage]) -> None:
     for outage in outages:
         outage.close()
+
+
+def _digest(clips: npt.NDArray[np.int64]) -> str:
+    return "/" + hashlib.sha256(clips.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _restored(arguments: dict[str, Any], step: int) -> ClipLoader:

@@ -61,17 +61,28 @@ class Sampler:
         index: The store's index.
         config: Distribution of the samples. None: the method's.
         seed: 0 to 2^64 - 1.
+        chosen: Numbers of the clips to draw, at least one. None: all.
 
     Raises:
-        ValueError: The index is empty or the seed out of range.
+        ValueError: The index or ``chosen`` is empty, or a number is out of range.
     """
 
-    def __init__(self, index: Index, config: SamplerConfig | None = None, seed: int = 0):
+    def __init__(
+        self, index: Index, config: SamplerConfig | None = None, seed: int = 0, chosen: npt.ArrayLike | None = None
+    ):
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, must be within 0 and 2^64 - 1")
         self.config = config or SamplerConfig()
         self.seed = seed
-        self._native = _sampler.Sampler(index.native, _native_config(self.config), seed)
+        clips = exact_array([] if chosen is None else chosen, "int64", "chosen")
+        if chosen is not None and not clips.size:
+            raise ValueError("chosen is empty, must have a clip")
+        self._native = _sampler.Sampler(index.native, _native_config(self.config), seed, clips)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips to draw, and samples of an epoch."""
+        return self._native.num_clips
 
     @property
     def views(self) -> int:
@@ -103,7 +114,7 @@ class SequenceSampler(Sampler):
     too short, the last frame repeats.
 
     Args:
-        index, config, seed: As of :class:`Sampler`. ``config.views`` is ignored.
+        index, config, seed, chosen: As of :class:`Sampler`. ``config.views`` is ignored.
         frames: T, frames of a sample.
         stride: Distance of neighbors in frames.
 
@@ -111,11 +122,20 @@ class SequenceSampler(Sampler):
         ValueError: ``frames`` or ``stride`` is below 1, or as of :class:`Sampler`.
     """
 
-    def __init__(self, index: Index, config: SamplerConfig | None, seed: int, frames: int, stride: int):
+    def __init__(
+        self,
+        index: Index,
+        config: SamplerConfig | None,
+        seed: int,
+        chosen: npt.ArrayLike | None = None,
+        *,
+        frames: int,
+        stride: int,
+    ):
         for name, value in (("frames", frames), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
-        super().__init__(index, replace(config or SamplerConfig(), views=1), seed)
+        super().__init__(index, replace(config or SamplerConfig(), views=1), seed, chosen)
         self._index, self._steps = index, np.arange(frames, dtype=np.int64) * stride
 
     @property
