@@ -11,9 +11,10 @@ import pytest
 from test_loader import SMALL, loader
 from videos import pictures, write
 
+from vito_fast.config import ClipFilter
 from vito_fast.data.loader.loader import ClipLoader
 from vito_fast.data.pack import edit
-from vito_fast.data.pack.clips import LabeledSpan, Span
+from vito_fast.data.pack.clips import Span
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
@@ -84,7 +85,7 @@ def test_labels_travel_along(labeled, folder, stores, tmp_path):
     chosen = edit.subset(path, tmp_path / "sub", clips=[5, 1, 3])
     assert chosen.clips == 3
     some = check(tmp_path / "sub", expected)
-    edit.subset(stores / "jpeg", tmp_path / "other", sources=["v*"])
+    edit.subset(stores / "jpeg", tmp_path / "other", where=ClipFilter(sources=("v*",)))
     edit.merge(tmp_path / "merged", [tmp_path / "other", tmp_path / "sub"])
     mine = {name: expected[name] for name in some}
     assert check(tmp_path / "merged", mine) > some
@@ -94,7 +95,7 @@ def test_labels_travel_along(labeled, folder, stores, tmp_path):
 
 def test_a_killed_append_leaves_the_labels(labeled, tmp_path, folder, monkeypatch):
     path, expected = labeled
-    edit.subset(path, tmp_path / "sub", sources=["v*"])
+    edit.subset(path, tmp_path / "sub", where=ClipFilter(sources=("v*",)))
     mine = {name: number for name, number in expected.items() if name.startswith("v")}
 
     def killed(folder, table):
@@ -118,8 +119,8 @@ def test_the_labels_of_a_clip_list(format, tmp_path):
         write(tmp_path / "videos" / f"{name}.mp4", pictures(40, seed=ord(name)))
     tick = 12800 // 25
     clips = {
-        "a.mp4": [LabeledSpan(3, 12, 3 * tick, label=7, id="first"), Span(12, 20, 12 * tick)],
-        "b.mp4": [LabeledSpan(0, 10, 0, label=4), LabeledSpan(20, 30, 20 * tick, id="last")],
+        "a.mp4": [Span(3, 12, 3 * tick, label=7, id="first"), Span(12, 20, 12 * tick)],
+        "b.mp4": [Span(0, 10, 0, label=4), Span(20, 30, 20 * tick, id="last")],
     }
     options = {"format": format, "progress": False, "processes": 1, "short_side": 48}
     pack(tmp_path / "videos", tmp_path / "s", clips=clips, **options)
@@ -127,7 +128,7 @@ def test_the_labels_of_a_clip_list(format, tmp_path):
         batch = data.batch(0)
         rows = sorted(zip(*(batch[name] for name in ("clip", "label", "id")), strict=True))
     assert [(int(number), name) for _, number, name in rows] == [(7, "first"), (-1, ""), (4, ""), (-1, "last")]
-    clips["b.mp4"][0] = LabeledSpan(0, 10, 0, label=5)
+    clips["b.mp4"][0] = Span(0, 10, 0, label=5)
     with pytest.raises(UserError, match="other files"):
         pack(tmp_path / "videos", tmp_path / "s", clips=clips, **options)
 
@@ -141,11 +142,11 @@ def test_labels_that_cannot_be_used(labeled, stores, tmp_path):
         with pytest.raises(UserError, match=words):
             loader(path)
     pq.write_table(pa.table({"label": ["cat"] * rows}), path / "labels.parquet")
-    with pytest.raises(UserError, match=r"cannot read the classes in .*labels\.parquet"):
+    with pytest.raises(UserError, match=r"cannot read .*labels\.parquet"):
         loader(path)
     label(path, 0)
     other = Path(shutil.copytree(stores / "jpeg", tmp_path / "other"))
-    pq.write_table(pa.table({"label": ["cat"] * rows}), other / "labels.parquet")
+    pq.write_table(pa.table({"label": [0] * rows, "title": [1] * rows}), other / "labels.parquet")
     with pytest.raises(UserError, match=r"columns of .* differ"):
         edit.merge(tmp_path / "m", [path, other])
     assert not (tmp_path / "m").exists()

@@ -106,7 +106,7 @@ def test_classes_of_a_curated_store(store, tmp_path):
     with pytest.raises(UserError, match=r"labels\.parquet has 2 rows, the store has 6 clips"):
         read(curated, 32)
     (curated / "labels.parquet").write_bytes(b"no table")
-    with pytest.raises(UserError, match=r"cannot read the classes in .*labels\.parquet"):
+    with pytest.raises(UserError, match=r"cannot read .*labels\.parquet"):
         read(curated, 32)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -32,6 +33,7 @@ def pack(
     max_rejected: float = 0.5,
     shard_mib: int = 256,
     shard: str = "1/1",
+    clips: Path | None = None,
     processes: int = 0,
     decode_timeout: float = 120.0,
     io_timeout: float = 60.0,
@@ -58,6 +60,7 @@ def pack(
         max_rejected: Share of rejected videos above which the exit status is 1. The store is written all the same.
         shard_mib: Size in MiB after which a new shard file begins.
         shard: i/n packs the i-th of n shares of the files, for n machines.
+        clips: A clip list, CSV or Parquet: its rows are packed in place of shots, with their labels (docs/data.md).
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
         io_timeout: Seconds for which a file that a disk or the network fails to deliver is tried again.
@@ -65,6 +68,7 @@ def pack(
         limits: Wall time, frames, pixels and memory of one file, after which it is rejected.
     """
     from vito_fast.data.pack import pack as pack_videos
+    from vito_fast.data.pack.clip_list import read_clip_list
 
     if not 0 <= max_rejected <= 1:
         raise UserError(f"max_rejected is {max_rejected}, must be within 0 and 1")
@@ -76,6 +80,7 @@ def pack(
             clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
             hdr=hdr, deinterlace=deinterlace, shard_mib=shard_mib, shard=shard, processes=processes,
             decode_timeout=decode_timeout, io_timeout=io_timeout, skip_unreadable=skip_unreadable, limits=limits,
+            clips=read_clip_list(clips) if clips else None,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -310,10 +310,11 @@ class Run:
         spans: dict[str, list[tuple[Span, str]]] = {}
         for clip in ledger.kept:
             values = kept[clip]
-            span = Span(values.first_frame, values.end_frame, values.start, groups.get(clip, ""))
+            span = Span(values.first_frame, values.end_frame, values.start, group=groups.get(clip, ""))
             spans.setdefault(values.path, []).append((span, clip))
-        for own in spans.values():
+        for path, own in spans.items():
             own.sort(key=lambda pair: pair[0].first_frame)
+            spans[path] = [(dataclasses.replace(span, line=n), clip) for n, (span, clip) in enumerate(own, 1)]
         store, seal = self.out / "store", self.out / "store.key"
         key = digest(self.format, sorted((name, [asdict(span) for span, _ in own]) for name, own in spans.items()))
         if store.exists() and (not seal.exists() or seal.read_text() != key):
@@ -328,9 +329,11 @@ class Run:
         )  # fmt: skip
         for line in (store / "quarantine.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            for _, clip in spans.pop(entry["file"]):
+            if entry["state"] == "rejected":
+                _, clip = spans[entry["file"]][entry["line"] - 1]
                 ledger.drop(clip, "pack", entry["reason"], None, None)
-        self._label(store, ledger, spans)
+        packed = {path: [pair for pair in own if pair[1] in ledger.kept] for path, own in spans.items()}
+        self._label(store, ledger, packed)
 
     def _label(self, store: Path, ledger: Ledger, spans: Mapping[str, list[tuple[Span, str]]]) -> None:
         """``labels.parquet``: a row a clip of the store, in its order."""

@@ -7,9 +7,10 @@ of JSON per source file. A run that continues truncates the shards to the record
 import base64
 import dataclasses
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -59,37 +60,96 @@ class PackedFile:
     """Clips left out because nothing moves in them."""
     kinds: list[str] = field(default_factory=list)
     """What is out of the ordinary: see ``picture.kinds``."""
+    traits: list[str] = field(default_factory=list)
+    """Of its first frame: see ``picture.traits``."""
     lost: int = 0
     """Frames left out because of damage."""
     damage: str = ""
     """What is damaged, if anything."""
+    rows: list[int] = field(default_factory=list)
+    """Of a clip list: the row of each clip, by its place among those of the file."""
+    refused: list[tuple[int, str]] = field(default_factory=list)
+    """Of a clip list: rows without a clip, by their places, and the reasons."""
 
     def why_empty(self) -> str:
         """The reason why no clip is left."""
+        if self.refused:
+            return self.refused[0][1]
         counts = {"shorter than the shortest clip": self.too_short, "in which nothing moves": self.still}
         return "no clip left: " + ", ".join(f"{count} shots {why}" for why, count in counts.items() if count)
 
 
-@dataclass(frozen=True)
-class Span:
-    """One clip of a clip list: frames [``first_frame``, ``end_frame``) of its file in presentation order.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a row of a clip list says about its clips, for ``labels.parquet``."""
 
-    ``start`` is the first frame's time in ticks of the file. Clips of one ``group`` ("" is none) become one video of
-    the store, which training never contrasts.
+    label: int = NO_LABEL
+    class_name: str = ""
+    """Name of the label."""
+    id: str = ""
+    group: str = ""
+    """Clips of one group become one video of the store, which training never contrasts."""
+    line: int = 0
+    """Number of its line in the list, 0 for none."""
+
+
+@dataclass(frozen=True)
+class Span(Row):
+    """Frames [``first_frame``, ``end_frame``) of a file in presentation order.
+
+    ``start`` is the first frame's time in ticks of the file, by which a file is known to be the listed one.
     """
 
     first_frame: int
     end_frame: int
     start: int
-    group: str = ""
+
+    def begun(self, number: int, seconds: float) -> bool:
+        """Whether frame ``number``, so many seconds after the first one, is the first one of the clip or later."""
+        return number >= self.first_frame
+
+    def ended(self, number: int, seconds: float) -> bool:
+        """Whether it comes after the clip."""
+        return number >= self.end_frame
+
+    def missing(self, number: int, seconds: float) -> str:
+        """The reason why a file that ends there lacks the clip."""
+        return f"the clip ends after the file: it has {number} frames, the clip list has {self.end_frame}"
+
+    def fits(self, tick: int) -> bool:
+        """Whether the clip's first frame may be at ``tick``."""
+        return tick == self.start
 
 
 @dataclass(frozen=True)
-class LabeledSpan(Span):
-    """A clip whose ``label`` (-1 is none) and ``id`` go to the store's ``labels.parquet``."""
+class TimeSpan(Row):
+    """The frames of a file that are shown from ``start`` to ``end`` seconds after its first frame.
 
-    label: int = NO_LABEL
-    id: str = ""
+    Without either, the file is packed as one that is not in a list: cut into shots, and split.
+    """
+
+    start: float = -math.inf
+    end: float = math.inf
+
+    @property
+    def whole(self) -> bool:
+        return self.start == -self.end == -math.inf
+
+    def begun(self, number: int, seconds: float) -> bool:
+        return seconds >= self.start - CLOCK / 2
+
+    def ended(self, number: int, seconds: float) -> bool:
+        return seconds >= self.end - CLOCK / 2
+
+    def missing(self, number: int, seconds: float) -> str:
+        return f"no frame in the clip: none from {self.start:g} s to {self.end:g} s, with frames up to {seconds:.3f} s"
+
+    def fits(self, tick: int) -> bool:
+        return True
+
+
+Clips = Mapping[str, Sequence[Span | TimeSpan]]
+"""A clip list: the clips of each file, by its name."""
 
 
 class ShardWriter:

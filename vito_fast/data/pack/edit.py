@@ -3,7 +3,6 @@
 Clips are never encoded again. They are ordered as packing all their files at once would order them.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -11,23 +10,25 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from vito_fast.config import ClipFilter
 from vito_fast.data.pack.clips import ShardWriter
-from vito_fast.data.pack.pack import expected_packets, pack
+from vito_fast.data.pack.pack import expected_packets, joined, pack
 from vito_fast.data.store import labels
 from vito_fast.data.store.description import VERSION, Limits, Report
-from vito_fast.data.store.index import ClipInfo, ClipRecord, Index, write_index
+from vito_fast.data.store.index import ClipRecord, Index, write_index
+from vito_fast.data.store.selection import select
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
-from vito_fast.files import atomic_write, check_outside_stores, file_lock, sync_folder
+from vito_fast.files import atomic_write, file_lock, sync_folder
 
-Clip = tuple[int, int]
-"""Number of a store, and of a clip in it."""
+Video = tuple[int, int]
+"""Number of a store, and of a video in it."""
+Clip = tuple[int, int, Video]
+"""Number of a store, and of a clip in it, and the video that it becomes part of."""
 
 
 def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]]) -> Report:
@@ -115,9 +116,7 @@ def subset(
     store: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    sources: Sequence[str] = ("*",),
-    min_seconds: float = 0.0,
-    min_side: int = 1,
+    where: ClipFilter = ClipFilter(),
     clips: Sequence[int] | None = None,
 ) -> Report:
     """Copy some clips of a store into a new one.
@@ -125,9 +124,7 @@ def subset(
     Args:
         store: The store.
         dst: Folder of the new store. It must not exist.
-        sources: Patterns, as of a shell, one of which a clip's source must match.
-        min_seconds: Shortest clip.
-        min_side: Shortest short side of a frame in pixels.
+        where: Filter of its clips.
         clips: Numbers of clips. None: all.
 
     Returns:
@@ -138,16 +135,11 @@ def subset(
         IndexError: No such clip.
     """
     whole = Store(store)
-
-    def wanted(info: ClipInfo) -> bool:
-        return (
-            info.end - info.start >= min_seconds
-            and min(info.width, info.height) >= min_side
-            and any(fnmatchcase(info.source, pattern) for pattern in sources)
-        )
-
-    numbers = sorted(set(range(len(whole)) if clips is None else clips))
-    chosen = [number for number in numbers if wanted(whole.index.clip(number))]
+    for clip in clips or ():
+        if not 0 <= clip < len(whole):
+            raise IndexError(f"clip {clip} of {len(whole)}")
+    passed = select(whole, where)
+    chosen = (passed if clips is None else np.intersect1d(passed, clips)).tolist()
     if not chosen:
         raise UserError(f"no clip of {store} is left: loosen the filters")
     size = int(whole.description["options"]["shard_mib"]) << 20
@@ -155,35 +147,6 @@ def subset(
         moved, shards = _copied(whole, chosen, folder, size)
         order = _ordered([whole], chosen)
         return _finish(folder, [whole], order, shards, moved)
-
-
-def write_table(store: str | os.PathLike[str], path: Path) -> Report:
-    """Write a CSV with a row for each source of a store: clips, frames, seconds, rate, size, codec, turn and bytes.
-
-    Returns:
-        The store's report.
-    """
-    check_outside_stores(path)
-    opened = Store(store)
-    rows: dict[str, dict[str, Any]] = {}
-    for clip in range(len(opened)):
-        info = opened.index.clip(clip)
-        row = rows.setdefault(info.source, {"source": info.source, "clips": 0, "frames": 0, "seconds": 0.0, "bytes": 0})
-        row["clips"] += 1
-        row["frames"] += info.num_frames
-        row["seconds"] += info.end - info.start
-        row["bytes"] += int(opened.index.packets(clip).sizes.sum())
-        row |= {"width": info.width, "height": info.height, "codec": info.codec}
-        row |= {"rotation": info.rotation, "mirror": int(info.mirror), "video": info.video}
-    with atomic_write(path) as partial, open(partial, "w", newline="", errors="surrogateescape") as file:
-        fields = ["source", "video", "clips", "frames", "seconds", "rate", "width", "height", "codec", "rotation",
-                  "mirror", "bytes"]  # fmt: skip
-        table = csv.DictWriter(file, fields)
-        table.writeheader()
-        for row in rows.values():
-            rate, seconds = row["frames"] / row["seconds"], round(row["seconds"], 3)
-            table.writerow({**row, "rate": round(rate, 3), "seconds": seconds})
-    return opened.report
 
 
 class _new_store:
@@ -224,9 +187,10 @@ def _link(source: Path, target: Path) -> None:
 
 def _ordered(parts: Sequence[Store], chosen: Sequence[int] | None = None) -> list[Clip]:
     """Clips in the order of packing: by video, whose name is that of its first source, then by source and time."""
-    clips: list[tuple[str, int, int, str, int]] = []
-    first: dict[tuple[int, int], str] = {}
+    clips: list[tuple[Video, str, int, int]] = []
+    first: dict[Video, str] = {}
     seen: set[bytes] = set()
+    joins = _joins(parts)
     for number, part in enumerate(parts):
         for clip in chosen if chosen is not None else range(len(part)):
             info = part.index.clip(clip)
@@ -235,11 +199,23 @@ def _ordered(parts: Sequence[Store], chosen: Sequence[int] | None = None) -> lis
             if digest in seen:
                 continue
             seen.add(digest)
-            video = number, info.video
+            video = joins.get((number, info.video), (number, info.video))
             first[video] = min(first.get(video, info.source), info.source)
-            clips.append(("", *video, info.source, clip))
-    ordered = sorted((first[number, video], number, video, source, clip) for _, number, video, source, clip in clips)
-    return [(number, clip) for _, number, _, _, clip in ordered]
+            clips.append((video, info.source, number, clip))
+    clips.sort(key=lambda item: (first[item[0]], *item))
+    return [(number, clip, video) for video, _, number, clip in clips]
+
+
+def _joins(parts: Sequence[Store]) -> dict[Video, Video]:
+    """The first of the videos that share a group with each one. Empty without groups."""
+    groups: dict[Video, set[str]] = {}
+    for number, part in enumerate(parts):
+        own = labels.read_labels(part.path, len(part))
+        if own is not None and own.grouped:
+            for clip, group in enumerate(own.groups(np.arange(len(part)))):
+                known = groups.setdefault((number, part.index.clip(clip).video), set())
+                known.update({group} - {""})
+    return joined(groups)
 
 
 def _copied(
@@ -278,13 +254,13 @@ def _finish(
     """Write quarantine, labels, index and description, each atomically."""
     report = Report()
     sources: set[str] = set()
-    videos: dict[tuple[int, int], int] = {}
+    videos: dict[Video, int] = {}
     base = np.cumsum([0, *(len(part.index.shards) for part in parts)])
 
     def records() -> Iterator[ClipRecord]:
-        for number, clip in order:
+        for number, clip, joint in order:
             info, packets = parts[number].index.clip(clip), parts[number].index.packets(clip)
-            video = videos.setdefault((number, info.video), len(videos))
+            video = videos.setdefault(joint, len(videos))
             shard, offsets = moved[clip] if moved else (int(base[number]) + info.shard, packets.offsets)
             sources.add(info.source)
             report.frames += info.num_frames
@@ -303,6 +279,8 @@ def _finish(
     quarantine = ""
     if not moved:
         _add_up(report, [part.report for part in parts])
+        if any(part.report.listed for part in parts):
+            report.listed, report.packed = True, sum(part.report.packed for part in parts)
         quarantine = "".join((part.path / "quarantine.jsonl").read_text() for part in parts)
     report.found = report.packed + sum(report.rejected.values()) + sum(report.skipped.values())
     seals = sorted(part.description["sources"] for part in parts) + sorted(sources)
@@ -312,8 +290,8 @@ def _finish(
     }  # fmt: skip
     with atomic_write(folder / "quarantine.jsonl") as partial:
         partial.write_text(quarantine)
-    numbers = [videos[number, parts[number].index.clip(clip).video] for number, clip in order]
-    table = labels.combine_labels([(part.path, len(part)) for part in parts], order, numbers)
+    rows, numbers = [(number, clip) for number, clip, _ in order], [videos[video] for *_, video in order]
+    table = labels.combine_labels([(part.path, len(part)) for part in parts], rows, numbers)
     if table is not None:
         labels.write_labels(folder, table)
     os.replace(draft, folder / "index.bin")
@@ -327,6 +305,6 @@ def _add_up(report: Report, parts: Sequence[Report]) -> None:
     """Add the counts that the index does not tell."""
     for name in ("short_shots", "still_clips", "salvaged", "lost_frames"):
         setattr(report, name, sum(getattr(part, name) for part in parts))
-    for name in ("frame_rates", "rejected", "skipped", "kinds"):
+    for name in ("frame_rates", "rejected", "skipped", "kinds", "traits"):
         total: Counter[str] = sum((Counter(getattr(part, name)) for part in parts), Counter())
         setattr(report, name, dict(total.most_common()))

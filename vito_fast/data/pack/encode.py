@@ -1,6 +1,7 @@
 """Re-encoding: a decoded video becomes clips of JPEGs or of H.264 with short groups of pictures."""
 
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from vito_fast.data.pack.clips import (
     PackedFile,
     ShardWriter,
     Span,
+    TimeSpan,
     frame_duration,
     too_short,
 )
@@ -209,7 +211,11 @@ class Transcoder:
     """Encodes the frames of one source, in presentation order, into clips appended to a shard."""
 
     def __init__(
-        self, options: PackOptions, shard: ShardWriter, limits: Limits = Limits(), spans: Sequence[Span] | None = None
+        self,
+        options: PackOptions,
+        shard: ShardWriter,
+        limits: Limits = Limits(),
+        spans: Sequence[Span | TimeSpan] | None = None,
     ):
         self.options, self.shard, self.limits = options, shard, limits
         self.spans = spans
@@ -229,10 +235,17 @@ class Transcoder:
         Raises:
             BadVideo: The file cannot be packed. The caller then rewinds the shard.
         """
-        salvage = self.spans is None and not self.options.strict
-        source = Source(path, self.limits, salvage, heartbeat)
-        if self.spans is not None:
-            return self._run_spans(source, self.spans)
+        source = Source(path, self.limits, not self.options.strict, heartbeat)
+        if self.spans is None:
+            self._run_shots(source)
+        else:
+            self._run_spans(source, self.spans)
+        self.result.kinds, self.result.traits, self.result.lost = sorted(source.kinds), source.traits, source.lost
+        self.result.damage = source.damage[0] if source.damage else ""
+        return self.result
+
+    def _run_shots(self, source: Source) -> None:
+        """Cut the file into clips."""
         latest = 0.0
         for frame, cut, moved in mark_cuts(self._frames(source)):
             number, seconds = frame.number, frame.seconds
@@ -245,40 +258,56 @@ class Transcoder:
                 or frame.scene != self._clip.scene
                 or seconds - self._clip.times[0] >= self.options.clip_length - 1e-6
             ):
-                self._close(number, source, None if gap else seconds)
+                self._close(self._clip, number, source, None if gap else seconds)
+                self._clip = None
             if self._clip is None:
                 self._clip = _OpenClip(self._encoder(frame.picture, source.rate), number, frame.scene)
             self._clip.payloads += self._clip.encoder.encode(frame.picture)
             self._clip.times.append(seconds)
             self._clip.moved = moved
-        self._close(len(self._tokens), source, None)
+        if self._clip:
+            self._close(self._clip, len(self._tokens), source, None)
         self._set_times(source)
-        self.result.kinds, self.result.lost = sorted(source.kinds), source.lost
-        self.result.damage = source.damage[0] if source.damage else ""
-        return self.result
 
-    def _run_spans(self, source: Source, spans: Sequence[Span]) -> PackedFile:
-        """Pack the spans of a clip list as they are: no shot is cut, split or left out."""
-        remaining = list(reversed(spans))
+    def _run_spans(self, source: Source, spans: Sequence[Span | TimeSpan]) -> None:
+        """Pack the spans of a clip list as they are: no shot is cut, split or left out. Spans may overlap."""
+        waiting, clips, zero, seconds = list(reversed(range(len(spans)))), dict[int, _OpenClip](), 0.0, 0.0
+        refused = self.result.refused
         for frame, _ in self._frames(source):
-            if self._clip and frame.number == remaining[-1].end_frame:
-                self._close(frame.number, source, frame.seconds)
-                remaining.pop()
-            if remaining and frame.number == remaining[-1].first_frame:
-                self._clip = _OpenClip(self._encoder(frame.picture, source.rate), frame.number, frame.scene)
-            if self._clip:
-                self._clip.payloads += self._clip.encoder.encode(frame.picture)
-                self._clip.times.append(frame.seconds)
-        if self._clip and len(self._tokens) == remaining[-1].end_frame:
-            self._close(len(self._tokens), source, None)
-            remaining.pop()
-        if remaining:
-            raise BadVideo(f"has {len(self._tokens)} frames, the clip list has {remaining[0].end_frame}")
-        native = self._set_times(source)
-        for span in spans:
-            if int(native[span.first_frame]) != span.start:
-                raise BadVideo(f"frame {span.first_frame} is at tick {native[span.first_frame]}, not {span.start}")
-        return self.result
+            number, zero = frame.number, zero if frame.number else frame.seconds
+            seconds = frame.seconds - zero
+            for row in [row for row in clips if spans[row].ended(number, seconds)]:
+                self._close(clips.pop(row), number, source, frame.seconds, row)
+            while waiting and spans[waiting[-1]].begun(number, seconds):
+                row = waiting.pop()
+                if spans[row].ended(number, seconds):
+                    refused.append((row, spans[row].missing(number, seconds)))
+                else:
+                    clips[row] = _OpenClip(self._encoder(frame.picture, source.rate), number, frame.scene)
+            for row, clip in list(clips.items()):
+                if frame.scene != clip.scene:
+                    refused.append((row, f"damage or another frame size in the clip: at frame {number}"))
+                    del clips[row]
+                    continue
+                clip.payloads += clip.encoder.encode(frame.picture)
+                clip.times.append(frame.seconds)
+        count = len(self._tokens)
+        for row, clip in clips.items():
+            if spans[row].ended(count, math.inf):
+                self._close(clip, count, source, None, row)
+            else:
+                waiting.append(row)
+        refused += [(row, spans[row].missing(count, seconds)) for row in waiting]
+        native, made = self._set_times(source), zip(self.result.rows, self.result.clips, self._ranges, strict=True)
+        self.result.rows, self.result.clips = [], []
+        for row, packed, (first, _) in sorted(made, key=lambda item: item[0]):
+            if spans[row].fits(int(native[first])):
+                self.result.rows.append(row)
+                self.result.clips.append(packed)
+            else:
+                reason = f"not the listed file: frame {first} is at tick {native[first]}, not {spans[row].start}"
+                refused.append((row, reason))
+        refused.sort()
 
     def _frames(self, source: Source) -> Iterator[tuple[_Frame, VideoFrame]]:
         """Each resized frame with its time, which is exact enough to split shots, and once more for the detector."""
@@ -306,11 +335,8 @@ class Transcoder:
             name = self.options.encoder
             raise BadVideo(f"encoder {name} does not open: {width} x {height} pixels: {error.strerror}") from None
 
-    def _close(self, end: int, source: Source, following: float | None) -> None:
-        """Finish the open clip. ``following``: the next frame's time, None at the end or before a gap."""
-        clip, self._clip = self._clip, None
-        if clip is None:
-            return
+    def _close(self, clip: _OpenClip, end: int, source: Source, following: float | None, row: int = 0) -> None:
+        """Finish a clip of ``row``. ``following``: the next frame's time, None at the end or before a gap."""
         times = np.sort(clip.times)
         until = times[-1] + frame_duration(times, source.rate) if following is None else max(following, times[-1])
         if self.spans is None and too_short(times[0], until, self.options.min_length):
@@ -341,6 +367,8 @@ class Transcoder:
             )
         )  # fmt: skip
         self._ranges.append((clip.first, end))
+        if self.spans is not None:
+            self.result.rows.append(row)
 
     def _set_times(self, source: Source) -> np.ndarray:
         """Set exact times, which are known only once the whole file is decoded. Returns the source's own ticks."""

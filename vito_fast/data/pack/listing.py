@@ -3,12 +3,13 @@
 import errno
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vito_fast.data.pack.clips import Span
+from vito_fast.data.pack.clips import Clips, Span, TimeSpan
 from vito_fast.data.store.description import DUPLICATE
 from vito_fast.errors import UserError
 
@@ -32,8 +33,13 @@ class Listing:
     """Hash of the names and sizes of all videos, and of the clip list."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reasons of the files that are no videos by their suffix, and of the folders that cannot be listed."""
-    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
-    """Clips of each file of a clip list, in order. Without one, pack cuts the files itself."""
+    rows: Clips = field(default_factory=dict)
+    """Clips of each file of a clip list, in order. Files that are not in it are cut into clips."""
+
+    def spans(self, name: str) -> Sequence[Span | TimeSpan] | None:
+        """The clips to make of a file, None if it is to be cut."""
+        rows = self.rows.get(name)
+        return None if not rows or (isinstance(rows[0], TimeSpan) and rows[0].whole) else rows
 
     def path(self, name: str) -> Path:
         """The path of a file."""
@@ -81,31 +87,45 @@ def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
     return Listing(root, videos, rejected, seal.hexdigest(), skipped)
 
 
-def list_clips(root: Path, spans: Mapping[str, Sequence[Span]]) -> Listing:
-    """The files of a clip list, named relative to ``root``.
+def list_clips(root: Path, clips: Clips) -> Listing:
+    """The files of a clip list, named relative to ``root``. Rejects those that are missing or outside ``root``.
 
     Raises:
-        ValueError: The clips of a file overlap, are empty or out of order.
-        UserError: A file is missing, no regular one or outside ``root``.
+        ValueError: Spans of frames overlap, are empty or out of order.
+        UserError: The list or ``root`` is empty, or a disk fails.
     """
-    if not spans:
+    if not clips:
         raise UserError("the clip list is empty")
-    inside, seal = root.resolve(), hashlib.sha256()
-    for name in sorted(spans):
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root}")
+    inside, seal, rejected = root.resolve(), hashlib.sha256(), dict[str, str]()
+    for name in sorted(clips):
         end = 0
-        for span in spans[name]:
-            if not end <= span.first_frame < span.end_frame:
-                raise ValueError(f"clips of {name} overlap or are out of order at frame {span.first_frame}")
-            end = span.end_frame
+        for span in clips[name]:
+            if isinstance(span, Span):
+                if not end <= span.first_frame < span.end_frame:
+                    raise ValueError(f"clips of {name} overlap or are out of order at frame {span.first_frame}")
+                end = span.end_frame
+        size = -1
         try:
-            real = (root / name).resolve(strict=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"the clip list names {name!r}, which cannot be read: {error}") from None
-        if not real.is_relative_to(inside) or not real.is_file():
-            raise UserError(f"the clip list names {name!r}, which is no regular file inside {root}")
-        line = f"{name}\t{real.stat().st_size}\t{spans[name]}\n"
-        seal.update(line.encode("utf-8", "surrogateescape"))
-    return Listing(root, sorted(spans), {}, seal.hexdigest(), spans={name: tuple(spans[name]) for name in spans})
+            real = (root / name).resolve()
+            if not real.is_relative_to(inside):
+                rejected[name] = "outside the source folder"
+            elif not stat.S_ISREG((status := real.stat()).st_mode):
+                rejected[name] = "no regular file"
+            else:
+                size = status.st_size
+        except FileNotFoundError:
+            rejected[name] = "no such file"
+        except OSError as error:
+            _check_own(root, error)
+            rejected[name] = f"cannot be read: {error.strerror}"
+        except (RuntimeError, ValueError) as error:
+            rejected[name] = f"cannot be read: {error}"
+        seal.update(f"{name}\t{size}\t{clips[name]}\n".encode("utf-8", "surrogateescape"))
+    videos = [name for name in sorted(clips) if name not in rejected]
+    rows: Clips = {name: tuple(sorted(own, key=lambda span: span.start)) for name, own in clips.items()}
+    return Listing(root, videos, rejected, seal.hexdigest(), rows=rows)
 
 
 def _check_own(src: Path, error: OSError, link: bool = False) -> None:

@@ -12,16 +12,17 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vito_fast.config import SamplerConfig
 from vito_fast.data.loader.sampler import Sampler
-from vito_fast.data.pack.clips import Entry, Journal, LabeledSpan, PackedFile, Rejected, Span
+from vito_fast.data.pack.clips import Clips, Entry, Journal, PackedFile, Rejected, Row, Span
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.listing import Listing, list_clips, list_videos
 from vito_fast.data.pack.process_pool import Faults, FileJob, ProcessPool
@@ -42,6 +43,8 @@ from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock, sync_folder
 
 log = logging.getLogger("vito_fast.data")
+
+Key = TypeVar("Key", str, tuple[int, int])
 
 
 def pack(
@@ -68,7 +71,7 @@ def pack(
     io_timeout: float = 60.0,
     skip_unreadable: bool = False,
     limits: Limits = Limits(),
-    clips: Mapping[str, Sequence[Span]] | None = None,
+    clips: Clips | None = None,
     known: Collection[str] = (),
     progress: bool = True,
 ) -> Report:
@@ -92,9 +95,10 @@ def pack(
         skip_unreadable: Whether a file that still fails is rejected. Otherwise the run ends without the store, and the
             same command goes on from there.
         limits: Wall time, frames, pixels and memory after which a file is rejected.
-        clips: A clip list, spans by file name relative to ``src`` (jpeg and h264). They are packed as they are, in
-            place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply. The labels and ids of
-            :class:`LabeledSpan` go to ``labels.parquet``.
+        clips: A clip list: spans by file name relative to ``src``, as :func:`read_clip_list` reads them. They are
+            packed as they are, in place of shots; ``clip_length``, ``min_length`` and ``shot_cuts`` do not apply. A
+            ``copy`` store takes those of :class:`TimeSpan`. Labels, ids and groups go to ``labels.parquet``. The report
+            counts rows of the list.
         known: Names of files, relative to ``src``, to pass over.
         progress: Whether to draw a progress bar.
 
@@ -121,8 +125,9 @@ def pack(
     for name, value in (("decode_timeout", decode_timeout), ("io_timeout", io_timeout)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, must be above 0 and finite")
-    if clips is not None and not options.store_format.codec:
-        raise ValueError(f"format is {format!r}: clip lists are encoded, choose jpeg or h264")
+    exact = any(isinstance(span, Span) for rows in (clips or {}).values() for span in rows)
+    if exact and not options.store_format.codec:
+        raise ValueError(f"format is {format!r}: lists of frames are encoded, choose jpeg or h264")
     listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips)
     if (store / "index.bin").exists():
         return _check_finished(store, options, listing)
@@ -222,7 +227,7 @@ def _run(
             journal.add(name, Rejected(reason))
     todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
     pool = ProcessPool(journal, options, min(processes, max(1, len(todo))), decode_timeout, faults, limits)
-    pool.run({name: FileJob(str(listing.path(name)), listing.spans.get(name)) for name in todo}, progress)
+    pool.run({name: FileJob(str(listing.path(name)), listing.spans(name)) for name in todo}, progress)
     if lost := [name for name in todo if name not in journal.entries]:
         raise RuntimeError(f"{len(lost)} files are neither packed nor rejected, {lost[0]!r} for one")
     journal.mark_done()
@@ -241,25 +246,19 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     if entries is None:
         return Report(complete=False)
     shards = sorted(store.glob("shard-*.bin"))
-    tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)})
+    tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)}, listing.rows)
     index = store / ".pack" / "index.bin"
     sizes = [(path.name, path.stat().st_size) for path in shards]
-    write_index(
-        index, tally.records(entries, video_numbers(entries, listing.spans)), format=options.format, shards=sizes
-    )
-    lines = [
-        json.dumps({"file": name, "state": state, "reason": reason})
-        for state, reasons in (("rejected", tally.rejected), ("salvaged", tally.salvaged), ("skipped", listing.skipped))
-        for name, reason in sorted(reasons.items())
-    ]
+    records = tally.records(entries, video_numbers(entries, listing.rows))
+    write_index(index, records, format=options.format, shards=sizes)
     with atomic_write(store / "quarantine.jsonl") as partial:
-        partial.write_text("".join(line + "\n" for line in lines))
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in tally.quarantine(listing.skipped)))
     report = tally.report(sum(size for _, size in sizes), listing.skipped)
     if not report.clips:
         shutil.rmtree(store / ".pack")
         for shard in shards:
             shard.unlink()
-        first = "; ".join(f"{name}: {reason}" for name, reason in sorted(tally.rejected.items())[:3])
+        first = "; ".join(f"{name}: {reason}" for (name, _), reason in sorted(tally.rejected.items())[:3])
         raise UserError(f"no usable video in {listing.root}: {first}")
     report.packets_per_frame = expected_packets(Index(index))
     description = {
@@ -270,76 +269,88 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     }
     with atomic_write(store / "store.json") as partial:
         partial.write_text(json.dumps(description, indent=1))
-    _write_labels(store, Index(index), listing.spans)
+    if tally.labels:
+        write_labels(store, tally.labels)
     os.replace(index, store / "index.bin")
     sync_folder(store)
     shutil.rmtree(store / ".pack")
     return report
 
 
-def _write_labels(store: Path, index: Index, spans: Mapping[str, Sequence[Span]]) -> None:
-    """``labels.parquet``, if the clip list has labels. A packed file has all clips of its list, in order."""
-    if not any(isinstance(span, LabeledSpan) for own in spans.values() for span in own):
-        return
-    order, rows = {name: iter(own) for name, own in spans.items()}, []
-    for clip in range(len(index)):
-        info = index.clip(clip)
-        span, row = next(order[info.source]), {"clip": clip, "clip_id": "", "label": NO_LABEL}
-        if isinstance(span, LabeledSpan):
-            row |= {"clip_id": span.id, "label": span.label}
-        rows.append({**row, "video": info.video, "path": info.source})
-    write_labels(store, rows)
+def joined(groups: Mapping[Key, Collection[str]]) -> dict[Key, Key]:
+    """The least of the keys that share a group with each key, directly or over others.
 
+    Args:
+        groups: The groups of each key, in ascending order of the keys.
+    """
+    root = {key: key for key in groups}
 
-def video_numbers(entries: Mapping[str, Entry], spans: Mapping[str, Sequence[Span]]) -> dict[str, int]:
-    """The store's video of each packed file. Files that share a group are one video, directly or over others."""
-    root: dict[str, str] = {}
+    def find(key: Key) -> Key:
+        while root[key] != key:
+            key = root[key]
+        return key
 
-    def find(name: str) -> str:
-        while root.setdefault(name, name) != name:
-            name = root[name]
-        return name
-
-    packed = [name for name in sorted(entries) if isinstance(entry := entries[name], PackedFile) and entry.clips]
-    first: dict[str, str] = {}
-    for name in packed:
-        find(name)
-        for group in {span.group for span in spans.get(name, ()) if span.group}:
-            pair = find(name), find(first.setdefault(group, name))
+    first: dict[str, Key] = {}
+    for key, own in groups.items():
+        for group in own:
+            pair = find(key), find(first.setdefault(group, key))
             root[max(pair)] = min(pair)
+    return {key: find(key) for key in groups}
+
+
+def video_numbers(entries: Mapping[str, Entry], rows: Clips) -> dict[str, int]:
+    """The store's video of each packed file. Files that share a group are one video, directly or over others."""
+    packed = [name for name in sorted(entries) if isinstance(entry := entries[name], PackedFile) and entry.clips]
+    first = joined({name: {row.group for row in rows.get(name, ()) if row.group} for name in packed})
     numbers: dict[str, int] = {}
-    return {name: numbers.setdefault(find(name), len(numbers)) for name in packed}
+    return {name: numbers.setdefault(first[name], len(numbers)) for name in packed}
+
+
+LABELS = ("clip", "clip_id", "label", "class", "group", "video", "path")
+"""Columns of ``labels.parquet`` as pack writes it."""
 
 
 class _Tally:
-    """Converts the journal's entries to index records, one at a time, and sums up the report."""
+    """Converts the journal's entries to index records, one at a time, and sums up labels, quarantine and report."""
 
-    def __init__(self, shards: dict[int, int]):
-        self._shards = shards
-        self._report = Report()
+    def __init__(self, shards: dict[int, int], rows: Clips):
+        self._shards, self._rows = shards, rows
+        self._report = Report(listed=bool(rows))
         self._rates: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
-        self.rejected: dict[str, str] = {}
+        self._traits: Counter[str] = Counter()
+        self.rejected: dict[tuple[str, int], str] = {}
+        """Reasons, by file and row of it."""
         self.salvaged: dict[str, str] = {}
+        self._labels: dict[str, list[Any]] = {name: [] for name in LABELS}
+
+    @property
+    def labels(self) -> dict[str, list[Any]] | None:
+        """Columns of ``labels.parquet``, None if no row has a label, an id or a group."""
+        known = any(row.label != NO_LABEL or row.id or row.group for rows in self._rows.values() for row in rows)
+        return self._labels if known else None
 
     def records(self, entries: Mapping[str, Entry], videos: Mapping[str, int]) -> Iterator[ClipRecord]:
         for name in sorted(entries, key=lambda name: (videos.get(name, -1), name)):
-            entry = entries[name]
+            entry, rows = entries[name], self._rows.get(name, (Row(),))
             if isinstance(entry, Rejected):
-                self.rejected[name] = entry.reason
+                self.rejected.update({(name, place): entry.reason for place in range(len(rows))})
                 continue
             self._report.short_shots += entry.too_short
             self._report.still_clips += entry.still
+            self.rejected.update({(name, place): reason for place, reason in entry.refused})
             if not entry.clips:
-                self.rejected[name] = entry.why_empty()
+                self.rejected.setdefault((name, 0), entry.why_empty())
                 continue
-            self._report.packed += 1
+            self._report.packed += len(rows) - len(entry.refused)
             self._rates[f"{entry.rate:.3f}".rstrip("0").rstrip(".")] += 1
             self._kinds.update(entry.kinds)
+            self._traits.update(entry.traits)
             if entry.damage:
                 self.salvaged[name] = f"{entry.damage}; {entry.lost} frames left out"
                 self._report.lost_frames += entry.lost
-            for clip in entry.clips:
+            for clip, place in zip(entry.clips, entry.rows or repeat(0), strict=False):
+                self._label(rows[place], videos[name], name)
                 self._report.clips += 1
                 shown = clip.flags & (DISCARD | NO_PICTURE) == 0
                 self._report.frames += int(np.count_nonzero(shown))
@@ -348,10 +359,26 @@ class _Tally:
                 yield ClipRecord(video=videos[name], source=name, **{**values, "shard": self._shards[clip.shard]})
         self._report.videos = len(set(videos.values()))
 
+    def _label(self, row: Row, video: int, name: str) -> None:
+        values = (self._report.clips, row.id, row.label, row.class_name or None, row.group, video, name)
+        for column, value in zip(self._labels.values(), values, strict=True):
+            column.append(value)
+
+    def quarantine(self, skipped: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Entries of ``quarantine.jsonl``."""
+        for (name, place), reason in sorted(self.rejected.items()):
+            rows = self._rows.get(name, ())
+            line = {"line": rows[place].line} if rows and rows[place].line else {}
+            yield {"file": name, **line, "state": "rejected", "reason": reason}
+        for state, reasons in (("salvaged", self.salvaged), ("skipped", skipped)):
+            for name, reason in sorted(reasons.items()):
+                yield {"file": name, "state": state, "reason": reason}
+
     def report(self, size: int, skipped: Mapping[str, str]) -> Report:
         self._report.bytes = size
         self._report.frame_rates = dict(self._rates.most_common())
         self._report.kinds = dict(self._kinds.most_common())
+        self._report.traits = dict(self._traits.most_common(100))
         self._report.salvaged = len(self.salvaged)
         self._report.rejected = dict(Counter(reason.split(":")[0] for reason in self.rejected.values()).most_common())
         self._report.skipped = dict(Counter(skipped.values()).most_common())

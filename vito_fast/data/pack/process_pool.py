@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vito_fast.data.pack.clips import Journal, Rejected, ShardWriter, Span
+from vito_fast.data.pack.clips import Journal, Rejected, ShardWriter, Span, TimeSpan
 from vito_fast.data.pack.encode import EncoderMissing, Transcoder
 from vito_fast.data.pack.remux import Remuxer
 from vito_fast.data.store.description import Limits, PackOptions
@@ -38,7 +38,7 @@ class FileJob:
     """One file to pack; all of it, or the spans of a clip list."""
 
     path: str
-    spans: tuple[Span, ...] | None = None
+    spans: Sequence[Span | TimeSpan] | None = None
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def _pack_one(
         if options.store_format.codec:
             result = Transcoder(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
         else:
-            result = Remuxer(options, shard, limits).run(Path(job.path), heartbeat)
+            result = Remuxer(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
         shard.flush()
         return "done", result
     except BadVideo as error:

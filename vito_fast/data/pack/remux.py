@@ -7,7 +7,7 @@ bit. A key that fails is not used. A file that fails without it is rejected.
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -17,7 +17,17 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from vito_fast.data.pack.clips import GAP, PackedClip, PackedFile, ShardWriter, frame_duration, too_short
+from vito_fast.data.pack.clips import (
+    CLOCK,
+    GAP,
+    PackedClip,
+    PackedFile,
+    ShardWriter,
+    Span,
+    TimeSpan,
+    frame_duration,
+    too_short,
+)
 from vito_fast.data.pack.shots import Cut, ShotDetector
 from vito_fast.data.store.description import Limits, PackOptions
 from vito_fast.data.store.index import (
@@ -44,7 +54,7 @@ from vito_fast.data.store.media import (
     opened,
     presentation_times,
 )
-from vito_fast.data.store.picture import HDR, kinds, orientation, rgb
+from vito_fast.data.store.picture import HDR, kinds, orientation, rgb, traits
 from vito_fast.data.store.store import BadPackets, Decoder
 
 
@@ -77,8 +87,14 @@ class _Stream:
 class Remuxer:
     """Copies the packets of one source to a shard and indexes them as clips."""
 
-    def __init__(self, options: PackOptions, shard: ShardWriter, limits: Limits = Limits()):
-        self.options, self.shard, self.limits = options, shard, limits
+    def __init__(
+        self,
+        options: PackOptions,
+        shard: ShardWriter,
+        limits: Limits = Limits(),
+        spans: Sequence[Span | TimeSpan] | None = None,
+    ):
+        self.options, self.shard, self.limits, self.spans = options, shard, limits, spans
         self.result = PackedFile()
 
     def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
@@ -120,6 +136,7 @@ class Remuxer:
                     self.result.lost += 1
                 cuts += detector.push(frame)
                 found |= kinds(frame, aspects.now())
+                self.result.traits = self.result.traits or traits(frame, aspects.now(), *matrix)
                 stream.outputs.append(number)
                 stream.frame_sums[number] = frame_checksum(frame)
                 stream.scenes[number] = (run, frame.width, frame.height, *matrix)
@@ -165,6 +182,9 @@ class Remuxer:
         ticks = _ticks([stream.pts[number] for number in stream.outputs], shown, step, restart)
         tick = float(stream.time_base)
         self.result.rate = 1 / frame_duration(ticks[shown] * tick, stream.rate)
+        if self.spans is not None:
+            self._cut_spans(stream, ticks, np.array(shown), self.spans)
+            return
         length = self.options.clip_length / stream.time_base
         first = 0
         for place in range(1, len(shown) + 1):
@@ -189,6 +209,31 @@ class Remuxer:
             elif (clip := self._clip(stream, ticks, shown[first:place], end)) is not None:
                 self.result.clips.append(clip)
             first = place
+
+    def _cut_spans(
+        self, stream: _Stream, ticks: np.ndarray, shown: np.ndarray, spans: Sequence[Span | TimeSpan]
+    ) -> None:
+        """Make the clips of a clip list."""
+        tick = float(stream.time_base)
+        seconds = (ticks[shown] - ticks[shown[0]]) * tick
+        for row, span in enumerate(spans):
+            assert isinstance(span, TimeSpan)
+            first, last = np.searchsorted(seconds, [span.start - CLOCK / 2, span.end - CLOCK / 2]).tolist()
+            places = shown[first:last].tolist()
+            if not places:
+                self.result.refused.append((row, span.missing(len(shown), seconds[-1])))
+                continue
+            if len({stream.scenes[stream.outputs[place]] for place in places}) > 1:
+                self.result.refused.append((row, "damage or another frame size in the clip"))
+                continue
+            end = int(ticks[places[-1]]) + round(frame_duration(ticks[places] * tick, stream.rate) / tick)
+            if last < len(shown) and seconds[last] - seconds[last - 1] <= GAP:
+                end = int(ticks[shown[last]])
+            if (clip := self._clip(stream, ticks, places, end)) is None:
+                self.result.refused.append((row, self.result.damage))
+                continue
+            self.result.clips.append(clip)
+            self.result.rows.append(row)
 
     def _clip(self, stream: _Stream, ticks: np.ndarray, places: list[int], end: int) -> PackedClip | None:
         """The clip of the frames at ``places`` of the output order: all packets from the last key before them.
@@ -223,7 +268,8 @@ class Remuxer:
     def _make_exact(self, stream: _Stream, heartbeat: Callable[[], None]) -> None:
         """Clear the flags of keys from which a frame decodes differently. A clip that this does not help is lost."""
         clips, self.result.clips = self.result.clips, []
-        for clip in clips:
+        rows, self.result.rows = self.result.rows, []
+        for place, clip in enumerate(clips):
             bad = self._inexact_keys(stream, clip, heartbeat)
             if bad:  # its first key stays: without it the clip has no start
                 clip.flags[[key for key in bad if key]] &= np.uint8(0xFF & ~(KEY | OPEN))
@@ -231,8 +277,11 @@ class Remuxer:
                     frames = int(np.count_nonzero(clip.flags & (DISCARD | NO_PICTURE) == 0))
                     reason = "cannot be decoded exactly from its keys alone: pack it into another format"
                     self._lose(stream, frames, reason)
+                    if rows:
+                        self.result.refused.append((rows[place], reason))
                     continue
             self.result.clips.append(clip)
+            self.result.rows += rows[place : place + 1]
         if clips and not self.result.clips:
             raise BadVideo(self.result.damage)
 

@@ -168,6 +168,8 @@ class Report:
     """Shots left out because they are shorter than ``min_length``."""
     still_clips: int = 0
     """Clips left out because nothing moves in them."""
+    listed: bool = False
+    """Whether a clip list was packed. Its rows are then counted in place of files."""
     found: int = 0
     """Files and unreadable folders under the source: those packed, rejected and skipped."""
     packed: int = 0
@@ -182,6 +184,9 @@ class Report:
     """Frames of these parts."""
     kinds: dict[str, int] = field(default_factory=dict)
     """Packed files by what is out of the ordinary about them: see :func:`picture.kinds`."""
+    traits: dict[str, int] = field(default_factory=dict)
+    """Packed files by color, shape of a pixel, scan and orientation, the 100 most frequent: see
+    :func:`picture.traits`."""
     packets_per_frame: float = 0.0
     """Packets decoded per frame used (d/u), as planned for pairs within 2.56 s."""
     complete: bool = True
@@ -199,7 +204,8 @@ class Report:
         ]
         rejected, skipped = sum(self.rejected.values()), sum(self.skipped.values())
         if self.found:
-            result.append(f"{self.found} files found: {self.packed} packed, {rejected} rejected, {skipped} skipped")
+            what = "rows of the clip list" if self.listed else "files found"
+            result.append(f"{self.found} {what}: {self.packed} packed, {rejected} rejected, {skipped} skipped")
         if self.kinds:
             result.append("among those packed: " + ", ".join(f"{kind}: {n}" for kind, n in self.kinds.items()))
         if self.salvaged:

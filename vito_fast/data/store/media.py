@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from vito_fast.data.store.description import H264, Limits
 from vito_fast.data.store.index import DISPOSABLE, KEY, packet_flags
-from vito_fast.data.store.picture import SQUARE, kinds
+from vito_fast.data.store.picture import SQUARE, kinds, orientation, traits
 
 PLAYLISTS = frozenset(["concat", "dash", "hls", "image2", "imf", "sdp"])
 """FFmpeg's formats of files that refer to other files, possibly outside the source folder."""
@@ -360,6 +360,8 @@ class Source:
     """What was passed over."""
     kinds: set[str] = field(default_factory=set)
     """What is out of the ordinary: see :func:`kinds`."""
+    traits: list[str] = field(default_factory=list)
+    """Of the first frame: see :func:`traits`."""
 
     def frames(self) -> Iterator[tuple[int, VideoFrame]]:
         """Decode the file.
@@ -392,6 +394,7 @@ class Source:
                 count += 1
                 self.run, self.aspect = run, aspects.now()
                 self.kinds |= kinds(frame, self.aspect)
+                self.traits = self.traits or traits(frame, self.aspect, *orientation(frame))
                 yield token, frame
         shown = len(self.pts) - sum(self.discard)
         self.lost = max(0, shown - count)

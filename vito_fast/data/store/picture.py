@@ -89,6 +89,22 @@ def kinds(frame: VideoFrame, aspect: Fraction) -> set[str]:
     return {name for name, true in found.items() if true}
 
 
+MATRICES = {0: "RGB", 1: "BT.709", 2: "untagged", 5: "BT.601", 6: "BT.601", 9: "BT.2020", 10: "BT.2020"}
+"""Names of color matrices, by FFmpeg's number."""
+
+
+def traits(frame: VideoFrame, aspect: Fraction, rotation: int, mirror: bool) -> list[str]:
+    """Color, shape of a pixel, scan and orientation of a frame, each as ``KIND: VALUE``, for statistics of a store."""
+    matrix = "RGB" if frame.format.is_rgb else MATRICES.get(frame.colorspace, "another matrix")
+    transfer = f" {HDR[frame.color_trc]}" if frame.color_trc in HDR else ""
+    return [
+        f"color: {matrix}{transfer}",
+        f"pixel: {aspect.numerator}:{aspect.denominator}",
+        f"scan: {'interlaced' if frame.interlaced_frame else 'progressive'}",
+        f"orientation: {rotation} degrees{' mirrored' if mirror else ''}",
+    ]
+
+
 _scalers = threading.local()
 
 
