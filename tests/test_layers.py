@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = ["config", "config_files", "errors", "files", "machine", "native"]
+GROUND = ["config", "config_files", "errors", "files", "machine", "native", "page"]
 BELOW = {
     "kernels": [],
     "vito_fast/data": GROUND,

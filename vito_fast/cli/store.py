@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from vito_fast.cli.overrides import Place, parse
+from vito_fast.config import ClipFilter
 from vito_fast.errors import UserError
 
 
@@ -70,9 +71,7 @@ def merge(dst: Place, stores: Annotated[tuple[Path, ...], tyro.conf.Positional])
 def subset(
     store: Place,
     dst: Place,
-    sources: tuple[str, ...] = ("*",),
-    min_seconds: float = 0.0,
-    min_side: int = 1,
+    where: Annotated[ClipFilter, tyro.conf.arg(name="")] = ClipFilter(),
     clips: Path | None = None,
 ) -> int:
     """Copy some clips of a store into a new one.
@@ -80,33 +79,35 @@ def subset(
     Args:
         store: The store.
         dst: The new store.
-        sources: Patterns, as of a shell, one of which a clip's source must match.
-        min_seconds: Seconds of the shortest clip.
-        min_side: Pixels of the shortest short side.
+        where: Filters. A clip passes all options, and one value of each.
         clips: A file of clip numbers, one a line. By default all clips.
     """
     from vito_fast.data.pack.edit import subset
 
     try:
         numbers = [int(line) for line in clips.read_text().split()] if clips else None
-        report = subset(store, dst, sources=sources, min_seconds=min_seconds, min_side=min_side, clips=numbers)
+        report = subset(store, dst, where=where, clips=numbers)
     except (ValueError, IndexError) as error:
         raise UserError(f"{clips}: {error}") from None
     return _told(report.lines(), dst)
 
 
-def stats(store: Place, table: Path | None = None) -> int:
+def stats(store: Place, table: Path | None = None, page: Path | None = None) -> int:
     """Describe a store: what was packed, what was left out and why.
 
     Args:
         store: The store.
         table: A CSV to write, with a row for each source.
+        page: An HTML page to write, with plots of sources, clips, labels and files left out.
     """
-    from vito_fast.data.pack.edit import write_table
+    from vito_fast.data.store.stats import write_page, write_table
     from vito_fast.data.store.store import Store
 
-    report = write_table(store, table) if table else Store(store).report
-    return _told(report.lines(), table or store)
+    opened = Store(store, check=False)
+    for path, write in ((table, write_table), (page, write_page)):
+        if path is not None:
+            write(opened, path)
+    return _told(opened.report.lines(), page or table or store)
 
 
 def _told(lines: Sequence[str], made: Path) -> int:

@@ -4,7 +4,6 @@ Every text of the data is escaped, and every picture is a JPEG of this program's
 """
 
 import base64
-import html
 import json
 import math
 import random
@@ -15,17 +14,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from vito_fast import page
 from vito_fast.curate.decide import ORDER
 from vito_fast.curate.taxonomy import taxonomy
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
+from vito_fast.page import esc
 
 THUMBNAILS = 24
 """Pictures of each gallery."""
 REVIEW = 30
 """Kept clips in the random sample for review."""
-
-STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(out: Path) -> Path:
@@ -34,18 +33,10 @@ def write_report(out: Path) -> Path:
         raise UserError(f"{out} is no finished curation: run `vito-fast curate SRC {out}`")
     summary = json.loads((out / "summary.json").read_text())
     decisions = pq.read_table(out / "decisions.parquet").to_pylist()
-    page = "".join(_page(out, summary, decisions))
+    text = "".join(_page(out, summary, decisions))
     with atomic_write(out / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
     return out / "report.html"
-
-
-def esc(value: object) -> str:
-    """Text for HTML; control characters are shown as escapes."""
-    text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(value)
-    )
-    return html.escape(text.encode("utf-8", "backslashreplace").decode(), quote=True)
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -63,12 +54,7 @@ def _page(out: Path, summary: dict[str, Any], decisions: list[dict[str, Any]]) -
     clips = [row for row in decisions if row["clip_id"] is not None]
     kept = sum(row["verdict"] == "kept" for row in whole)
     low, high = wilson(kept, len(whole))
-    yield (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Curation report</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        f"style-src 'unsafe-inline'\"><style>{STYLE.read_text()}</style></head><body><h1>Curation report</h1>"
-    )
+    yield page.head("Curation report")
     yield (
         f"<p>{len(whole)} candidates, {summary['files']} files. {kept} candidates are kept "
         f"({_percent(kept, len(whole))}; 95 % interval {low:.1%} to {high:.1%}). "
@@ -84,36 +70,11 @@ def _page(out: Path, summary: dict[str, Any], decisions: list[dict[str, Any]]) -
     yield _groups(out, pictures)
     yield _review(clips, pictures)
     yield _costs(summary)
-    yield "</body></html>\n"
+    yield page.END
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0 %"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    def cells(row: Sequence[object], tag: str) -> str:
-        kinds = [' class="n"' if place in numbers else "" for place in range(len(row))]
-        return "".join(f"<{tag}{kind}>{esc(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
-
-
-def _bars(rows: Sequence[tuple[str, float, float | None]], label: str) -> str:
-    """Horizontal bars; the outline is the target."""
-    most = max((max(value, want or 0) for _, value, want in rows), default=0) or 1
-    parts = []
-    for place, (name, value, want) in enumerate(rows):
-        y = place * 22
-        parts.append(f'<text x="0" y="{y + 15}">{esc(name[:24])}</text>')
-        parts.append(f'<rect class="bar" x="160" y="{y + 3}" width="{200 * value / most:.1f}" height="15" rx="2"/>')
-        if want is not None:
-            parts.append(f'<rect class="want" x="160" y="{y + 3}" width="{200 * want / most:.1f}" height="15"/>')
-        shown = f"{value:g}" + (f" of {want:g}" if want is not None else "")
-        parts.append(f'<text x="{166 + 200 * max(value, want or 0) / most:.1f}" y="{y + 15}">{esc(shown)}</text>')
-    head = f'<svg viewBox="0 0 440 {22 * len(rows) + 4}" role="img" aria-label="{esc(label)}">'
-    return f'<div class="wide">{head}{"".join(parts)}</svg></div>'
 
 
 def _funnel(whole: list[dict[str, Any]]) -> str:
@@ -122,7 +83,7 @@ def _funnel(whole: list[dict[str, Any]]) -> str:
     for step in ORDER:
         left -= lost[step]
         rows.append((f"after {step}", float(left), None))
-    return f"<h2>Funnel</h2>{_bars(rows, 'candidates left after each step')}"
+    return f"<h2>Funnel</h2>{page.bars(rows, 'candidates left after each step')}"
 
 
 def _reasons(whole: list[dict[str, Any]]) -> str:
@@ -131,7 +92,7 @@ def _reasons(whole: list[dict[str, Any]]) -> str:
     )
     order = sorted(counts.items(), key=lambda pair: (ORDER.index(pair[0][0]), -pair[1]))
     rows = [(step, reason, count, _percent(count, len(whole))) for (step, reason), count in order]
-    return f"<h2>Rejected, by step and reason</h2>{_table(('step', 'reason', 'candidates', 'share'), rows, (2, 3))}"
+    return f"<h2>Rejected, by step and reason</h2>{page.table(('step', 'reason', 'candidates', 'share'), rows, (2, 3))}"
 
 
 def _classes(summary: dict[str, Any]) -> str:
@@ -145,9 +106,11 @@ def _classes(summary: dict[str, Any]) -> str:
     return (
         "<h2>Classes against the target</h2>"
         f"<p>Total-variation distance to the target: {summary['distance']:.3f}. The least that the available clips "
-        f"allow is {summary['optimum']:.3f}. The outline is the target.</p>{_bars(rows, 'clips of each class')}{more}"
+        f"allow is {summary['optimum']:.3f}. The outline is the target.</p>"
+        + page.bars(rows, "clips of each class")
+        + more
         + (
-            f"<h3>Shortfalls</h3>{_table(('class', 'available', 'wanted', 'kept'), short[:60], (1, 2, 3))}"
+            f"<h3>Shortfalls</h3>{page.table(('class', 'available', 'wanted', 'kept'), short[:60], (1, 2, 3))}"
             if short
             else ""
         )
@@ -161,7 +124,7 @@ def _resolutions(out: Path) -> str:
         counts[row["query"] or "(none)", row["resolution"], len(row["class_ids"]), row["nearest"]] += 1
     rows = [(query, kind, size, near, count) for (query, kind, size, near), count in counts.most_common(60)]
     head = ("query", "resolution", "classes", "nearest names", "candidates")
-    return f"<h2>Queries</h2>{_table(head, rows, (2, 4))}"
+    return f"<h2>Queries</h2>{page.table(head, rows, (2, 4))}"
 
 
 def _scores(clips: list[dict[str, Any]]) -> str:
@@ -171,25 +134,8 @@ def _scores(clips: list[dict[str, Any]]) -> str:
         values = [row["value"] for row in clips if row["reason"] == reason and row["value"] is not None]
         if not values:
             continue
-        top = max(1.0, *values)
-        bins = Counter(min(19, int(20 * value / top)) for value in values)
-        most = max(bins.values())
-        bars = "".join(
-            f'<rect class="bar" x="{32 * n + 4}" y="{100 - 90 * bins[n] / most:.1f}" width="26" '
-            f'height="{90 * bins[n] / most:.1f}"/>'
-            for n in range(20)
-        )
         threshold = next((row["threshold"] for row in clips if row["reason"] == reason and row["threshold"]), None)
-        mark = (
-            f'<line class="mark" x1="{640 * threshold / top:.1f}" x2="{640 * threshold / top:.1f}" y1="5" y2="100"/>'
-            if threshold is not None and threshold <= top
-            else ""
-        )
-        found.append(
-            f'<h3>{esc(title)}</h3><div class="wide">'
-            f'<svg viewBox="0 0 650 120" role="img" aria-label="{esc(title)}">{bars}{mark}'
-            f'<text x="0" y="116">0</text><text x="610" y="116">{top:g}</text></svg></div>'
-        )
+        found.append(f"<h3>{esc(title)}</h3>{page.histogram(values, title, top=max(1.0, *values), mark=threshold)}")
     return f"<h2>Scores</h2>{''.join(found)}" if found else ""
 
 
@@ -276,7 +222,7 @@ def _review(clips: list[dict[str, Any]], pictures: _Pictures) -> str:
         (wrong, *(f"{bound:.1%}" for bound in wilson(len(sample) - wrong, len(sample))))
         for wrong in range(min(4, len(sample) + 1))
     ]
-    table = _table(("wrong labels you see", "precision at least", "at most"), rows, (0, 1, 2))
+    table = page.table(("wrong labels you see", "precision at least", "at most"), rows, (0, 1, 2))
     return (
         f"<h2>Random sample for review</h2><p>{len(sample)} of {len(kept)} kept clips. Count the wrong labels; "
         f'the table gives the 95 % Wilson interval of the precision.</p>{table}<div class="grid">{figures}</div>'
@@ -289,4 +235,4 @@ def _costs(summary: dict[str, Any]) -> str:
         for step, cost in summary["costs"].items()
     ]
     head = ("step", "computed", "reused", "CPU seconds", "wall seconds")
-    return f"<h2>Cost of the last run</h2>{_table(head, rows, (1, 2, 3, 4))}"
+    return f"<h2>Cost of the last run</h2>{page.table(head, rows, (1, 2, 3, 4))}"
