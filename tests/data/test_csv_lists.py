@@ -129,7 +129,7 @@ def test_a_row_in_a_damaged_part_is_rejected_alone(videos, tmp_path):
         ("path,start\na.mp4,1\n,2\n", "line 3, column path: is empty"),
         ("path\na.mp4\na.mp4\n", "line 3, column path: names 'a.mp4' again"),
         ("path,start\na.mp4,1,2\n", "line 2 has more fields than the header"),
-        ("path,label\na.mp4,-2\n", "line 2, column label: -2 is not within"),
+        ("path,label\na.mp4,-2\n", "column label: -2 is not within"),
         ('path\n"a.mp4\n', "line 1 cannot be read"),
     ],
 )

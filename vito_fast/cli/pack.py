@@ -43,7 +43,7 @@ def pack(
     """Turn a folder of videos into a store. Safe to kill and to repeat.
 
     Args:
-        src: A folder of videos, searched through, or one video.
+        src: A folder of videos and tar archives of them, searched through, or one of either.
         dst: The store to write.
         short_side: Short side of a frame in pixels. Smaller videos keep their size.
         quality: JPEG quality, 1 to 100.

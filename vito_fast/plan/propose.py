@@ -68,19 +68,18 @@ def look(source: Path) -> Footage:
         return Footage(str(source), videos, hours, len(store), min(map(min, sides)), len(sides), size, True)
     import av
 
-    from vito_fast.data.store.media import for_ffmpeg
+    from vito_fast.data.store.media import BadVideo, opened
 
     listing = list_videos(source)
     paths = [listing.path(name) for name in listing.videos]
     seconds, clips, frames, shapes, read = 0.0, 0, 0.0, set(), 0
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
         try:
-            with av.open(for_ffmpeg(path)) as container:
-                stream = container.streams.video[0]
+            with opened(path) as (container, stream):
                 length = float(container.duration or 0) / av.time_base
                 shapes.add((stream.width, stream.height))
                 frames += length * float(stream.average_rate or 25)
-        except (av.FFmpegError, OSError, IndexError):
+        except BadVideo:
             continue
         read, seconds, clips = read + 1, seconds + length, clips + max(1, math.ceil(length / CLIP_SECONDS))
     if not read:

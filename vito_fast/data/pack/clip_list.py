@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vito_fast.errors import UserError
 
 NAMES = {"source": "path", "clip_id": "id"}
 """Other names of columns."""
-COLUMNS = ("path", "start", "end", "first_frame", "end_frame", "label", "class", "id", "group")
+COLUMNS = ("path", "start", "end", "first_frame", "end_frame", "label", "class", "id", "group", "text")
 
 
 def read_clip_list(path: Path) -> Clips:
@@ -27,7 +27,7 @@ def read_clip_list(path: Path) -> Clips:
               row has neither is packed as one that is not in a list.
             - ``label``: a number, or a name. Names get the numbers from 0 on in their sorted order.
             - ``class``: the name of a label that is a number.
-            - ``id``, or ``clip_id``, and ``group``: texts. Clips of one group become one video.
+            - ``id``, or ``clip_id``, ``group`` and ``text``: texts. Clips of one group become one video.
             - ``first_frame``, ``end_frame``, in place of ``end``: frames of the file, as curation writes them. Then
               ``start`` is the first frame's time in ticks.
 
@@ -45,16 +45,14 @@ def read_clip_list(path: Path) -> Clips:
     known = lines[0][1].keys()
     if "path" not in known:
         raise UserError(f"{path} has no column path or source: its header is {', '.join(known)}")
-    numbers = _numbers(path, lines)
+    try:
+        numbers = _numbers(row.get("label", "") for _, row in lines)
+    except ValueError as error:
+        raise UserError(f"{path}, column label: {error}") from None
     clips: dict[str, list[Span | TimeSpan]] = {}
     for line, row in lines:
         values = _Values(path, line, row)
-        label = row.get("label", "")
-        about: dict[str, Any] = {
-            "label": numbers[label] if label else NO_LABEL,
-            "class_name": row.get("class", "") or ("" if _integer(label) else label),
-            "id": row.get("id", ""), "group": row.get("group", ""), "line": line,
-        }  # fmt: skip
+        about = {**_row(row, numbers), "line": line}
         if not row["path"]:
             raise values.error("path", "is empty")
         own = clips.setdefault(row["path"], [])
@@ -94,15 +92,35 @@ class _Values:
         return int(text)
 
 
-def _numbers(path: Path, lines: list[tuple[int, dict[str, str]]]) -> dict[str, int]:
-    """The number of each label."""
-    labels = {row["label"]: line for line, row in reversed(lines) if row.get("label")}
-    if not all(map(_integer, labels)):
-        return {name: number for number, name in enumerate(sorted(labels))}
-    for label, line in labels.items():
+def rows_of_archives(about: Mapping[str, Mapping[str, str]]) -> Clips:
+    """The rows of videos of which an archive says something, by their names.
+
+    Raises:
+        UserError: A label makes no sense.
+    """
+    try:
+        numbers = _numbers(texts.get("label", "") for texts in about.values())
+    except ValueError as error:
+        raise UserError(f"the labels in the archives: {error}") from None
+    return {name: [TimeSpan(**_row(texts, numbers))] for name, texts in about.items()}
+
+
+def _row(texts: Mapping[str, str], numbers: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    """The fields of :class:`Row`."""
+    number, name = numbers.get(texts.get("label", ""), (NO_LABEL, ""))
+    known = {field: texts.get(field, "") for field in ("id", "group", "text")}
+    return {"label": number, "class_name": texts.get("class") or name, **known}
+
+
+def _numbers(labels: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Number and name of each label. ValueError for a number that is no label."""
+    found = set(labels) - {""}
+    if not all(map(_integer, found)):
+        return {name: (number, name) for number, name in enumerate(sorted(found))}
+    for label in found:
         if not NO_LABEL <= int(label) < 2**63:
-            raise UserError(f"{path}: line {line}, column label: {label} is not within -1 and 2^63 - 1")
-    return {label: int(label) for label in labels}
+            raise ValueError(f"{label} is not within -1 and 2^63 - 1")
+    return {label: (int(label), "") for label in found}
 
 
 def _integer(text: str) -> bool:

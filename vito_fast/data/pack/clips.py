@@ -89,6 +89,8 @@ class Row:
     id: str = ""
     group: str = ""
     """Clips of one group become one video of the store, which training never contrasts."""
+    text: str = ""
+    """A text about it, such as a caption."""
     line: int = 0
     """Number of its line in the list, 0 for none."""
 

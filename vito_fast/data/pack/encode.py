@@ -29,7 +29,7 @@ from vito_fast.data.pack.clips import (
 from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.description import H264, JPEG, Limits, PackOptions
 from vito_fast.data.store.index import KEY, checksum, packet_flags
-from vito_fast.data.store.media import BadVideo, Source, presentation_times
+from vito_fast.data.store.media import BadVideo, Member, Source, presentation_times
 from vito_fast.data.store.picture import HDR, PixelFormat, fitted, rgb, scaled, shown_size
 
 T = TypeVar("T")
@@ -225,7 +225,7 @@ class Transcoder:
         self._clip: _OpenClip | None = None
         self._tokens: list[int] = []
 
-    def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
+    def run(self, path: Path | Member, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
         """Pack one file.
 
         Args:

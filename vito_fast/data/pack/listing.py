@@ -6,11 +6,14 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vito_fast.data.pack.clip_list import rows_of_archives
 from vito_fast.data.pack.clips import Clips, Span, TimeSpan
+from vito_fast.data.pack.tars import Archives
 from vito_fast.data.store.description import DUPLICATE
+from vito_fast.data.store.media import Member, SourceFile
 from vito_fast.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
@@ -20,6 +23,8 @@ VIDEO_SUFFIXES = frozenset(
     ]
 )  # fmt: skip
 """Suffixes by which video files are found."""
+ARCHIVE = ".tar"
+"""Suffix of archives, whose members are taken as files."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,23 @@ class Listing:
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reasons of the files that are no videos by their suffix, and of the folders that cannot be listed."""
     rows: Clips = field(default_factory=dict)
-    """Clips of each file of a clip list, in order. Files that are not in it are cut into clips."""
+    """Clips of each file of a clip list, in order, and what an archive says about its videos."""
+    from_list: bool = False
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Places of the videos that are in archives."""
 
     def spans(self, name: str) -> Sequence[Span | TimeSpan] | None:
         """The clips to make of a file, None if it is to be cut."""
         rows = self.rows.get(name)
         return None if not rows or (isinstance(rows[0], TimeSpan) and rows[0].whole) else rows
 
-    def path(self, name: str) -> Path:
-        """The path of a file."""
-        return self.root / os.fsdecode(os.fsencode(name))
+    def path(self, name: str) -> Path | Member:
+        """The place of a file."""
+        return self.members.get(name) or self.root / os.fsdecode(os.fsencode(name))
 
 
 def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
-    """List the videos under ``src``, found by suffix. Rejects links that lead outside, and duplicates.
+    """List the videos under ``src``, also in tar archives, by suffix. Rejects duplicates, and links that lead outside.
 
     Args:
         src: A folder, searched recursively, or one file.
@@ -59,19 +67,17 @@ def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
     if not src.exists():
         raise UserError(f"no such file or folder: {src}")
     root = src if src.is_dir() else src.parent
-    names, skipped = _walk(src) if src.is_dir() else ([src.name], {})
-    if known and not (names := [name for name in names if name not in known]):
-        raise UserError(f"no new video in {src}: all are known")
-    if not names:
-        raise UserError(f"no video in {src}: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
-    inside, rejected, sizes = root.resolve(), {}, {}
-    for name in names:
+    found, skipped = _walk(src) if src.is_dir() else ([src.name], {})
+    inside, rejected, sizes, archives = root.resolve(), dict[str, str](), dict[str, int](), Archives(VIDEO_SUFFIXES)
+    for name in found:
         try:
             real = (root / name).resolve(strict=True)
             if src.is_dir() and not real.is_relative_to(inside):
                 rejected[name] = "link leads outside the folder"
             elif not real.is_file():
                 rejected[name] = "no regular file"
+            elif name.lower().endswith(ARCHIVE):
+                archives.read(root, name)
             else:
                 sizes[name] = real.stat().st_size
         except OSError as error:
@@ -79,12 +85,23 @@ def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
             rejected[name] = f"cannot be read: {error.strerror}"
         except RuntimeError:
             rejected[name] = "cannot be read: a loop of links"
-    seal = hashlib.sha256(
-        "\n".join(f"{name}\t{sizes.get(name, -1)}" for name in names).encode("utf-8", "surrogateescape")
-    )
-    rejected.update(_duplicates(root, sizes))
-    videos = [name for name in names if name not in rejected]
-    return Listing(root, videos, rejected, seal.hexdigest(), skipped)
+    skipped |= archives.skipped
+    rejected |= archives.rejected
+    sizes |= {name: member.size for name, member in archives.videos.items()}
+    names = sorted({name for name in sizes.keys() | rejected.keys() if name not in known})
+    if not names:
+        if known:
+            raise UserError(f"no new video in {src}: all are known")
+        raise UserError(f"no video in {src}: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
+    rows = rows_of_archives(archives.about)
+    seal = hashlib.sha256()
+    for name in names:
+        seal.update(f"{name}\t{sizes.get(name, -1)}{rows.get(name, '')}\n".encode("utf-8", "surrogateescape"))
+    rejected = {name: reason for name, reason in rejected.items() if name in names}
+    listing = Listing(root, names, rejected, seal.hexdigest(), skipped, rows, members=archives.videos)
+    duplicates = _duplicates(listing, {name: size for name, size in sizes.items() if name not in known})
+    rejected |= duplicates
+    return replace(listing, videos=[name for name in names if name not in rejected])
 
 
 def list_clips(root: Path, clips: Clips) -> Listing:
@@ -115,7 +132,7 @@ def list_clips(root: Path, clips: Clips) -> Listing:
                 rejected[name] = "no regular file"
             else:
                 size = status.st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             rejected[name] = "no such file"
         except OSError as error:
             _check_own(root, error)
@@ -125,7 +142,7 @@ def list_clips(root: Path, clips: Clips) -> Listing:
         seal.update(f"{name}\t{size}\t{clips[name]}\n".encode("utf-8", "surrogateescape"))
     videos = [name for name in sorted(clips) if name not in rejected]
     rows: Clips = {name: tuple(sorted(own, key=lambda span: span.start)) for name, own in clips.items()}
-    return Listing(root, videos, rejected, seal.hexdigest(), rows=rows)
+    return Listing(root, videos, rejected, seal.hexdigest(), rows=rows, from_list=True)
 
 
 def _check_own(src: Path, error: OSError, link: bool = False) -> None:
@@ -149,14 +166,14 @@ def _walk(src: Path) -> tuple[list[str], dict[str, str]]:
     for folder, _, files in os.walk(src, followlinks=False, onerror=fail):
         for file in files:
             name, suffix = (Path(folder) / file).relative_to(src).as_posix(), os.path.splitext(file)[1].lower()
-            if suffix in VIDEO_SUFFIXES:
+            if suffix in VIDEO_SUFFIXES or suffix == ARCHIVE:
                 names.append(name)
             else:
                 skipped[name] = f"no suffix of a video: {suffix or 'none'}"
     return sorted(names), skipped
 
 
-def _duplicates(root: Path, sizes: dict[str, int]) -> dict[str, str]:
+def _duplicates(listing: Listing, sizes: dict[str, int]) -> dict[str, str]:
     """All but the first file of each content, with the reason. Only files of equal size are read."""
     groups: dict[int, list[str]] = defaultdict(list)
     for name, size in sizes.items():
@@ -164,12 +181,12 @@ def _duplicates(root: Path, sizes: dict[str, int]) -> dict[str, str]:
     result: dict[str, str] = {}
     for names in groups.values():
         first: dict[bytes, str] = {}
-        for name in names if len(names) > 1 else []:
+        for name in sorted(names) if len(names) > 1 else []:
             try:
-                with open(root / name, "rb") as file:
+                with SourceFile(listing.path(name)) as file:
                     digest = hashlib.file_digest(file, "blake2b").digest()
             except OSError as error:
-                _check_own(root, error)
+                _check_own(listing.root, error)
                 result[name] = f"cannot be read: {error.strerror}"
                 continue
             if digest in first:

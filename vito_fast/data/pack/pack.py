@@ -37,7 +37,7 @@ from vito_fast.data.store.description import (
     read_json,
 )
 from vito_fast.data.store.index import DISCARD, NO_PICTURE, ClipRecord, Index, open_index, plan_packets, write_index
-from vito_fast.data.store.labels import NO_LABEL, write_labels
+from vito_fast.data.store.labels import NO_LABEL, need_pyarrow, write_labels
 from vito_fast.data.store.store import check_shards
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock, sync_folder
@@ -131,6 +131,8 @@ def pack(
     listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips)
     if (store / "index.bin").exists():
         return _check_finished(store, options, listing)
+    if listing.rows:
+        need_pyarrow(store / "labels.parquet")
     try:
         _check_folder(store)
         (store / ".pack").mkdir(parents=True, exist_ok=True)
@@ -227,7 +229,7 @@ def _run(
             journal.add(name, Rejected(reason))
     todo = [name for name in listing.videos if journal.mine(name) and name not in journal.entries]
     pool = ProcessPool(journal, options, min(processes, max(1, len(todo))), decode_timeout, faults, limits)
-    pool.run({name: FileJob(str(listing.path(name)), listing.spans(name)) for name in todo}, progress)
+    pool.run({name: FileJob(listing.path(name), listing.spans(name)) for name in todo}, progress)
     if lost := [name for name in todo if name not in journal.entries]:
         raise RuntimeError(f"{len(lost)} files are neither packed nor rejected, {lost[0]!r} for one")
     journal.mark_done()
@@ -246,7 +248,7 @@ def _finish(store: Path, options: PackOptions, listing: Listing, parts: int) -> 
     if entries is None:
         return Report(complete=False)
     shards = sorted(store.glob("shard-*.bin"))
-    tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)}, listing.rows)
+    tally = _Tally({int(path.stem.split("-")[1]): place for place, path in enumerate(shards)}, listing)
     index = store / ".pack" / "index.bin"
     sizes = [(path.name, path.stat().st_size) for path in shards]
     records = tally.records(entries, video_numbers(entries, listing.rows))
@@ -306,16 +308,16 @@ def video_numbers(entries: Mapping[str, Entry], rows: Clips) -> dict[str, int]:
     return {name: numbers.setdefault(first[name], len(numbers)) for name in packed}
 
 
-LABELS = ("clip", "clip_id", "label", "class", "group", "video", "path")
+LABELS = ("clip", "clip_id", "label", "class", "group", "text", "video", "path")
 """Columns of ``labels.parquet`` as pack writes it."""
 
 
 class _Tally:
     """Converts the journal's entries to index records, one at a time, and sums up labels, quarantine and report."""
 
-    def __init__(self, shards: dict[int, int], rows: Clips):
-        self._shards, self._rows = shards, rows
-        self._report = Report(listed=bool(rows))
+    def __init__(self, shards: dict[int, int], listing: Listing):
+        self._shards, self._rows = shards, listing.rows
+        self._report = Report(listed=listing.from_list)
         self._rates: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
         self._traits: Counter[str] = Counter()
@@ -326,9 +328,9 @@ class _Tally:
 
     @property
     def labels(self) -> dict[str, list[Any]] | None:
-        """Columns of ``labels.parquet``, None if no row has a label, an id or a group."""
-        known = any(row.label != NO_LABEL or row.id or row.group for rows in self._rows.values() for row in rows)
-        return self._labels if known else None
+        """Columns of ``labels.parquet``, None if no row says anything."""
+        rows = (row for own in self._rows.values() for row in own)
+        return self._labels if any(row.label != NO_LABEL or row.id or row.group or row.text for row in rows) else None
 
     def records(self, entries: Mapping[str, Entry], videos: Mapping[str, int]) -> Iterator[ClipRecord]:
         for name in sorted(entries, key=lambda name: (videos.get(name, -1), name)):
@@ -360,7 +362,7 @@ class _Tally:
         self._report.videos = len(set(videos.values()))
 
     def _label(self, row: Row, video: int, name: str) -> None:
-        values = (self._report.clips, row.id, row.label, row.class_name or None, row.group, video, name)
+        values = (self._report.clips, row.id, row.label, row.class_name or None, row.group, row.text, video, name)
         for column, value in zip(self._labels.values(), values, strict=True):
             column.append(value)
 

@@ -29,7 +29,7 @@ from vito_fast.data.pack.clips import Journal, Rejected, ShardWriter, Span, Time
 from vito_fast.data.pack.encode import EncoderMissing, Transcoder
 from vito_fast.data.pack.remux import Remuxer
 from vito_fast.data.store.description import Limits, PackOptions
-from vito_fast.data.store.media import BadVideo, Unreadable
+from vito_fast.data.store.media import BadVideo, Member, Unreadable
 from vito_fast.errors import UserError
 
 
@@ -37,7 +37,7 @@ from vito_fast.errors import UserError
 class FileJob:
     """One file to pack; all of it, or the spans of a clip list."""
 
-    path: str
+    path: Path | Member
     spans: Sequence[Span | TimeSpan] | None = None
 
 
@@ -329,9 +329,9 @@ def _pack_one(
     start = shard.size
     try:
         if options.store_format.codec:
-            result = Transcoder(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
+            result = Transcoder(options, shard, limits, job.spans).run(job.path, heartbeat)
         else:
-            result = Remuxer(options, shard, limits, job.spans).run(Path(job.path), heartbeat)
+            result = Remuxer(options, shard, limits, job.spans).run(job.path, heartbeat)
         shard.flush()
         return "done", result
     except BadVideo as error:

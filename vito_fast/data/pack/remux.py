@@ -46,6 +46,7 @@ from vito_fast.data.store.media import (
     Aspects,
     BadVideo,
     Gate,
+    Member,
     bare_packet,
     claimed_rate,
     decoder_options,
@@ -97,7 +98,7 @@ class Remuxer:
         self.options, self.shard, self.limits, self.spans = options, shard, limits, spans
         self.result = PackedFile()
 
-    def run(self, path: Path, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
+    def run(self, path: Path | Member, heartbeat: Callable[[], None] = lambda: None) -> PackedFile:
         """Pack one file.
 
         Args:
@@ -116,7 +117,7 @@ class Remuxer:
             self.shard.rewind(start)
         return self.result
 
-    def _copy(self, path: Path, heartbeat: Callable[[], None]) -> _Stream:
+    def _copy(self, path: Path | Member, heartbeat: Callable[[], None]) -> _Stream:
         matrix = _display_matrix(path)
         with opened(path) as (container, video):
             context = video.codec_context
@@ -342,7 +343,7 @@ def frame_checksum(frame: VideoFrame) -> int:
     return checksum(samples)
 
 
-def _display_matrix(path: Path) -> tuple[int, bool]:
+def _display_matrix(path: Path | Member) -> tuple[int, bool]:
     """How the file's frames are turned for display: see :func:`orientation`. Bare packets do not say it."""
     with opened(path) as (container, video):
         for packet in demuxed(container, video):

@@ -135,7 +135,7 @@ def read_labels(store: Path, clips: int) -> Labels | None:
     """
     if not (path := store / FILE).exists():
         return None
-    pa = _pyarrow(path)
+    pa = need_pyarrow(path)
     try:
         return Labels(_table(path, clips, ["label", "class", "clip_id", "group"]))
     except (pa.ArrowException, KeyError) as error:
@@ -155,7 +155,7 @@ def count_labels(store: Path) -> int:
     """Rows of a store's ``labels.parquet``, 0 where it has none. Raises UserError if it cannot be read."""
     if not (path := store / FILE).exists():
         return 0
-    pa = _pyarrow(path)
+    pa = need_pyarrow(path)
     from pyarrow.parquet import read_metadata
 
     try:
@@ -181,7 +181,7 @@ def combine_labels(parts: Sequence[tuple[Path, int]], order: Sequence[tuple[int,
     """
     if not (labeled := [folder / FILE for folder, _ in parts if (folder / FILE).exists()]):
         return None
-    pa = _pyarrow(labeled[0])
+    pa = need_pyarrow(labeled[0])
     empty = [pa.table({"clip": pa.array(range(clips), pa.int64())}) for _, clips in parts]
     tables = [
         _table(folder / FILE, clips) if (folder / FILE).exists() else none
@@ -219,7 +219,7 @@ def write_labels(store: Path, columns: Any) -> None:
         store: Its folder.
         columns: A pyarrow table, a list of rows as dicts, or lists by the columns' names.
     """
-    pa = _pyarrow(store / FILE)
+    pa = need_pyarrow(store / FILE)
     from pyarrow import parquet
 
     table = pa.Table.from_pylist(columns) if isinstance(columns, list) else pa.table(columns)
@@ -227,7 +227,8 @@ def write_labels(store: Path, columns: Any) -> None:
         parquet.write_table(table, partial, compression="zstd")
 
 
-def _pyarrow(path: Path) -> Any:
+def need_pyarrow(path: Path) -> Any:
+    """The module pyarrow. Raises UserError, with the file that needs it, if it is not installed."""
     try:
         import pyarrow
     except ImportError:
@@ -237,7 +238,7 @@ def _pyarrow(path: Path) -> Any:
 
 def read_table(path: Path, columns: list[str] | None = None) -> Any:
     """A Parquet file as a pyarrow table. Raises UserError if it cannot be read."""
-    pa = _pyarrow(path)
+    pa = need_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
     try:

@@ -7,6 +7,7 @@ packet's pts. So a frame is tied to its packet even if the file's own timestamps
 import contextlib
 import errno
 import io
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -47,21 +48,53 @@ class Unreadable(BadVideo):
     """The system failed to read a file: a fault of a disk or of the network, not of the file."""
 
 
-class _File(io.FileIO):
-    """A file that remembers a failed read: FFmpeg takes some failures for the file's end."""
+@dataclass(frozen=True)
+class Member:
+    """A file within another, as in a tar archive: ``size`` bytes from ``offset``."""
+
+    path: Path
+    offset: int
+    size: int
+    suffix: str
+
+
+class SourceFile(io.FileIO):
+    """A file, or a member of one, that remembers a failed read: FFmpeg takes some failures for the file's end."""
 
     fault: OSError | None = None
 
+    def __init__(self, path: Path | Member):
+        super().__init__(path.path if isinstance(path, Member) else path)
+        self._start = path.offset if isinstance(path, Member) else 0
+        self._size = path.size if isinstance(path, Member) else None
+        super().seek(self._start)
+
     def read(self, size: int | None = -1, /) -> bytes:
+        size = -1 if size is None else size
+        if self._size is not None:
+            left = max(0, self._size - self.tell())
+            size = min(size, left) if size >= 0 else left
         try:
-            return super().read(-1 if size is None else size)
+            return super().read(size)
         except OSError as error:
             self.fault = error
             raise
 
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def tell(self) -> int:
+        return super().tell() - self._start
+
     def seek(self, place: int, whence: int = 0, /) -> int:
+        if whence == os.SEEK_SET:
+            place += self._start
+        elif whence == os.SEEK_END and self._size is not None:
+            place, whence = place + self._start + self._size, os.SEEK_SET
         try:
-            return super().seek(place, whence)
+            return super().seek(place, whence) - self._start
         except OSError as error:
             if error.errno == errno.EINVAL:  # before the file's begin
                 return -1
@@ -76,7 +109,7 @@ def unreadable(error: OSError) -> BadVideo:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: Path | Member) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file.
 
     Yields:
@@ -87,7 +120,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         BadVideo: FFmpeg reports an error, also inside the ``with`` block.
     """
     try:
-        file = _File(path)
+        file = SourceFile(path)
     except OSError as error:
         raise unreadable(error) from None
     with file:
@@ -335,7 +368,7 @@ class Source:
     entry per packet, in decoding order.
     """
 
-    path: Path
+    path: Path | Member
     limits: Limits = field(default_factory=Limits)
     salvage: bool = False
     """Whether to pass over damage. Otherwise it raises BadVideo."""
