@@ -92,6 +92,20 @@ def subset(
     return _told(report.lines(), dst)
 
 
+def export(store: Place, dst: Place) -> int:
+    """Write the clips of a store as video files, without encoding, and clips.csv, a clip list of them.
+
+    Args:
+        store: The store. JPEGs become Motion JPEG.
+        dst: The new folder.
+    """
+    from vito_fast.data.pack.export import export
+
+    count = export(store, dst)
+    print(f"{count} clips: {dst}, listed in {dst / 'clips.csv'}")
+    return 0
+
+
 def stats(store: Place, table: Path | None = None, page: Path | None = None) -> int:
     """Describe a store: what was packed, what was left out and why.
 
@@ -115,7 +129,13 @@ def _told(lines: Sequence[str], made: Path) -> int:
     return 0
 
 
-STORE: dict[str, Callable[..., int]] = {"append": append, "merge": merge, "subset": subset, "stats": stats}
+STORE: dict[str, Callable[..., int]] = {
+    "append": append,
+    "merge": merge,
+    "subset": subset,
+    "export": export,
+    "stats": stats,
+}
 
 
 def store(words: Sequence[str]) -> int:

@@ -51,7 +51,7 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
         raise UserError(f"merge needs at least two stores, got {len(parts)}")
     _check_options(parts)
     parts.sort(key=lambda part: labels.count_labels(part.path) == 0)  # of common clips, those with labels are taken
-    with _new_store(Path(dst)) as folder:
+    with new_store(Path(dst)) as folder:
         shards: list[tuple[str, int]] = []
         for part in parts:
             for name, size in part.index.shards:
@@ -143,13 +143,13 @@ def subset(
     if not chosen:
         raise UserError(f"no clip of {store} is left: loosen the filters")
     size = int(whole.description["options"]["shard_mib"]) << 20
-    with _new_store(Path(dst)) as folder:
+    with new_store(Path(dst)) as folder:
         moved, shards = _copied(whole, chosen, folder, size)
         order = _ordered([whole], chosen)
         return _finish(folder, [whole], order, shards, moved)
 
 
-class _new_store:
+class new_store:
     """The folder in which a new store is made. It gets its name once it is complete."""
 
     def __init__(self, dst: Path):
