@@ -64,7 +64,7 @@ class DataConfig:
     """The store and the threads that read it."""
 
     store: str = "data/demo/store"
-    """Directory written by ``vito-fast pack`` (ours)."""
+    """Folder written by ``vito-fast pack``, or its address, as ``s3://bucket/store`` (ours)."""
     mix: tuple[str, ...] = ()
     """Further stores, each as ``PATH=WEIGHT``, for a run on several; ``store`` has weight 1, and evaluations during the
     run are on it (ours)."""
@@ -80,11 +80,17 @@ class DataConfig:
     holdout: str = ""
     """Store of held-out clips, their videos in one folder a class, for an evaluation by nearest neighbors; empty = none
     (ours)."""
+    cache: str = ""
+    """Folder on this machine for the blocks of remote stores; empty = ``$VITO_FAST_CACHE``, else ``vito-fast`` in the
+    user's cache folder (ours)."""
+    cache_gib: float = 0.0
+    """GiB that the cache may take on the disk; 0 = ``$VITO_FAST_CACHE_GIB``, else 50 (ours)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.threads <= 1024, "data.threads", self.threads, "0 to 1024")
         _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+        _require(0 <= self.cache_gib < math.inf, "data.cache_gib", self.cache_gib, "0 or more")
         weights = self.weights.values()
         valid = len(weights) == len(self.mix) + 1 and all(0 < weight < math.inf for weight in weights)
         _require(valid, "data.mix", self.mix, "stores as PATH=WEIGHT, each once, with weights above 0")

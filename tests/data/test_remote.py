@@ -1,7 +1,12 @@
 """Stores on a real S3 server with faults: every batch is that of the local store, and the cache keeps its bound."""
 
+import errno
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +14,11 @@ import pytest
 from object_server import ENVIRONMENT, ObjectServer, upload
 from test_loader import equal, loader
 
+from vito_fast.data.loader.read_ahead import STEPS
+from vito_fast.data.pack.pack import pack
 from vito_fast.data.store import cache as cache_module
-from vito_fast.data.store import remote_store
+from vito_fast.data.store import remote, remote_store
+from vito_fast.data.store.remote_store import RemoteReader
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
 
@@ -180,7 +188,7 @@ def test_a_changed_store_is_another_one(server, stores, folder):
 def test_mistakes_are_one_line(server, stores, tmp_path, monkeypatch):
     upload(stores / "jpeg", ADDRESS)
     cases = {
-        "s3://bucket/other": "is no store, it has no store.json",
+        "s3://bucket/other": "is no store, it has no index",
         "s3://no-such-bucket/store": "is no store",
         "nonsense://bucket": "is no address",
     }
@@ -202,3 +210,133 @@ def test_mistakes_are_one_line(server, stores, tmp_path, monkeypatch):
         monkeypatch.setenv("VITO_FAST_CACHE_GIB", wrong)
         with pytest.raises(UserError, match=f"size is {wrong} GiB"):
             Store(ADDRESS)
+
+
+def test_reading_ahead_follows_the_sampler(server, stores, monkeypatch):
+    upload(stores / "jpeg", ADDRESS)
+    seen = []
+    monkeypatch.setattr(RemoteReader, "prefetch", lambda self, clips, frames, **options: seen.append(clips.tolist()))
+    with loader(ADDRESS, 3, prefetch=1) as data:
+        for start in (0, 1, 10 * len(data), 10 * len(data) + 1):
+            if start > 1 and start != data.step:
+                data.seek(start)
+            next(data)
+            begun = start + 1
+            last = data.batch(begun + STEPS)["clip"].tolist()
+            deadline = time.monotonic() + 10
+            while last not in seen and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert seen.pop() == last
+
+
+def test_pack_uploads_and_goes_on_after_a_fault(server, folder, stores, tmp_path, monkeypatch, caplog):
+    upload(stores / "jpeg", "s3://bucket/other")  # makes the bucket
+    options = {"format": "jpeg", "short_side": 32, "clip_length": 1.6, "progress": False, "processes": 2}
+    staging = tmp_path / "c-staging"
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.Remote, "upload", broken_after(1))
+        with pytest.raises(UserError, match=r"cannot write .*repeat the command"):
+            pack(folder, "s3://bucket/packed", **options)
+    with pytest.raises(UserError, match="is no store, it has no index"):
+        Store("s3://bucket/packed")
+    server.requests.clear()
+    report = pack(folder, "s3://bucket/packed", **options)
+    assert [path for method, path, _ in server.requests if method == "PUT" and "shard-00000" in path] == []
+    assert not list(staging.iterdir())
+    assert Store("s3://bucket/packed").digest == Store(stores / "jpeg").digest
+    same_epochs("s3://bucket/packed", stores / "jpeg", epochs=1)
+    assert pack(folder, "s3://bucket/packed", **options) == report
+    with pytest.raises(UserError, match="finished store with quality=90, not 80"):
+        pack(folder, "s3://bucket/packed", **options, quality=80)
+    with pytest.raises(UserError, match="cannot write s3://no-such-bucket"):
+        pack(folder, "s3://no-such-bucket/packed", **options)
+
+
+def broken_after(count):
+    """``Remote.upload`` that fails from the ``count``-th file on."""
+    upload, calls = remote.Remote.upload, iter(range(10**6))
+
+    def broken(self, path, name):
+        if next(calls) >= count:
+            raise remote.RemoteError("the network is gone")
+        upload(self, path, name)
+
+    return broken
+
+
+def test_a_server_that_is_gone_is_waited_for(running, server, stores):
+    upload(stores / "jpeg", ADDRESS)
+    with loader(ADDRESS, 3, io_timeout=60) as ours, loader(stores / "jpeg", 3) as theirs:
+        next(ours), next(theirs)
+        server.failures = 1.0
+        back = threading.Timer(1.5, lambda: setattr(server, "failures", 0.0))
+        back.start()
+        for one, other in zip(ours, theirs, strict=True):
+            assert equal(one, other)
+        assert ours.stats.failures == 0
+    with loader(ADDRESS, 3, io_timeout=0.2, cache=stores / "unused", max_bad_share=0) as ours:
+        server.failures = 1.0
+        with pytest.raises(UserError, match=f"io: clip .* {ADDRESS}/shard-.*Service Unavailable"):
+            next(ours)
+
+
+def test_a_full_disk_evicts_and_then_fails(server, stores, monkeypatch):
+    upload(stores / "jpeg", ADDRESS)
+    write, full = os.pwrite, []
+
+    def pwrite(*arguments):
+        if full.pop():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    opened = Store(ADDRESS)
+    monkeypatch.setattr(cache_module.os, "pwrite", pwrite)
+    full[:] = [False] * 10 + [True]
+    frames(opened, 0, [0])
+    full[:] = [False] * 10 + [True]
+    np.testing.assert_array_equal(frames(opened, 0, [30, 9]), frames(stores / "jpeg", 0, [30, 9]))
+    full[:] = [True] * 1000
+    with pytest.raises(OSError, match="No space left on device"):
+        frames(opened, 5, [0])
+
+
+READER = """
+import sys
+import numpy as np
+from vito_fast.data.store import cache, remote_store
+from vito_fast.data.store.store import Store
+cache.BLOCK = remote_store.BLOCK = 4096
+address, local, seed, gib = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+ours, theirs = Store(address, cache_gib=gib), Store(local)
+random = np.random.default_rng(seed)
+print("open", flush=True)
+for _ in range(int(sys.argv[5])):
+    clips = random.integers(len(ours), size=4)
+    frames = np.array([random.integers(ours.index.clip(int(clip)).num_frames, size=2) for clip in clips])
+    for one, other in zip(ours.reader.read(clips, frames), theirs.reader.read(clips, frames)):
+        assert one.code == other.code == "ok", one.error
+        assert (one.data == other.data).all()
+print("equal", flush=True)
+"""
+
+
+def test_processes_share_a_small_cache_and_may_be_killed(server, stores, cache):
+    upload(stores / "jpeg", ADDRESS)
+    Store(ADDRESS)
+    limit = on_disk(cache) + 50 * 4096
+
+    def start(seed, reads):
+        words = [ADDRESS, str(stores / "jpeg"), str(seed), str(limit / 2**30), str(reads)]
+        return subprocess.Popen([sys.executable, "-c", READER, *words], stdout=subprocess.PIPE, text=True)
+
+    survivor, victims = start(0, 40), [start(seed, 10**6) for seed in (1, 2)]
+    for number, victim in enumerate(victims):
+        assert victim.stdout.readline() == "open\n"
+        time.sleep(0.3 * number)
+        victim.kill()
+        victim.wait()
+        assert on_disk(cache) <= limit
+    assert survivor.communicate(timeout=120)[0] == "open\nequal\n"
+    assert on_disk(cache) <= limit
+    assert start(3, 10).communicate(timeout=120)[0] == "open\nequal\n"
+    assert on_disk(cache) <= limit

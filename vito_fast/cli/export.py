@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vito_fast.cli.overrides import Place
+from vito_fast.cli.overrides import Address, Place
 
 
 def export(
@@ -72,7 +72,7 @@ def features(
     return 0
 
 
-def attention(run: Place, video: Place, out: Place, frames: int = 6, size: int = 224) -> int:
+def attention(run: Place, video: Address, out: Place, frames: int = 6, size: int = 224) -> int:
     """Draw where the encoder looks in a video: frames above, the attention of each scale below.
 
     Args:

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vito_fast.cli.overrides import Place
+from vito_fast.cli.overrides import Address
 from vito_fast.config_files import load_config, to_mapping
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, check_writable
 
 
 def init(
-    videos: Place,
+    videos: Address,
     out: Annotated[Path | None, tyro.conf.Positional] = None,
     store: str = "",
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -35,16 +35,14 @@ def init(
         propose.check(load_config(check), footage)
         print(f"{videos}: about {footage.clips} clips fill a batch of {check}")
         return 0
-    folder = videos.absolute()  # a link gives its own name
+    folder = Path(videos).absolute()  # a link gives its own name
     name = folder.parent.name if footage.packed and folder.name == "store" else folder.stem
     out = out or Path(f"{name}.yaml")
     if out.exists():
         raise UserError(f"{out} is there already: give another name, vito-fast init {videos} OUT.yaml")
     check_writable(out)
     place = init_distributed(device).device
-    config, reasons = propose.propose(
-        footage, store or (str(videos) if footage.packed else f"data/{name}/store"), place
-    )
+    config, reasons = propose.propose(footage, store or (videos if footage.packed else f"data/{name}/store"), place)
     config, seconds = propose.measure(config, place)
     kind = "clips of a store" if footage.packed else "clips, if packed in 10 s"
     lines = [

@@ -22,6 +22,8 @@ from vito_fast.errors import UserError
 
 Place = Annotated[Path, tyro.conf.Positional]
 """A path given without an option's name."""
+Address = Annotated[str, tyro.conf.Positional]
+"""A store's folder or its address, as s3://bucket/store, given without an option's name."""
 
 
 RENAMED_FLAGS = {("pack", "part"): "shard", ("pack", "patience"): "decode-timeout"}

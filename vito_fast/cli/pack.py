@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vito_fast.cli.overrides import Place
+from vito_fast.cli.overrides import Address, Place
 from vito_fast.data.store.description import FORMATS, JPEG, FormatName, Limits
 from vito_fast.errors import UserError
 
@@ -16,7 +16,7 @@ FORMAT_HELP = "; ".join(f"{format.name}: {format.summary}" for format in FORMATS
 
 def pack(
     src: Place,
-    dst: Place,
+    dst: Address,
     format: Annotated[FormatName, tyro.conf.arg(help=FORMAT_HELP)] = JPEG.name,
     short_side: int = 256,
     quality: int = 90,
@@ -44,7 +44,7 @@ def pack(
 
     Args:
         src: A folder of videos and tar archives of them, searched through, or one of either.
-        dst: The store to write.
+        dst: The store to write, a folder or an address. The store is packed here and then uploaded to an address.
         short_side: Short side of a frame in pixels. Smaller videos keep their size.
         quality: JPEG quality, 1 to 100.
         crf: Constant rate factor of h264 stores, 0 to 51, lower is better.
@@ -89,7 +89,7 @@ def pack(
     if (share := report.rejected_share()) > max_rejected:
         print(
             f"error: {share:.0%} of the videos are rejected, more than max_rejected = {max_rejected}; "
-            f"see {dst / 'quarantine.jsonl'}",
+            f"see {dst.rstrip('/')}/quarantine.jsonl",
             file=sys.stderr,
         )
         return 1

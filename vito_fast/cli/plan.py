@@ -9,6 +9,8 @@ import tyro
 from vito_fast.config import Config
 from vito_fast.data.store.description import FORMATS
 from vito_fast.data.store.index import Index
+from vito_fast.data.store.remote import is_remote
+from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.plan.hardware import machine
 from vito_fast.plan.predict import PlanOptions, alternatives, predict
@@ -52,7 +54,8 @@ def from_store(options: PlanOptions) -> PlanOptions:
         UserError: no readable store, or an empty one.
     """
     try:
-        index = Index(f"{options.store}/index.bin")
+        remote = is_remote(options.store)
+        index = Store(options.store, check=False).index if remote else Index(f"{options.store}/index.bin")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot plan for the store {options.store}: {error}") from None
     if not index.num_clips:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from vito_fast.cli.overrides import Place, parse
+from vito_fast.cli.overrides import Address, Place, parse
 from vito_fast.config import ClipFilter
 from vito_fast.errors import UserError
 
 
 def inspect_store(
-    store: Place,
+    store: Address,
     sheet: Path | None = None,
     pictures: int = 24,
     verify: Annotated[bool, tyro.conf.FlagConversionOff] = True,
@@ -22,15 +22,16 @@ def inspect_store(
     """Verify a store's checksums, describe its content and draw a contact sheet.
 
     Args:
-        store: A folder written by vito-fast pack.
-        sheet: The PNG to draw; by default contact-sheet.png in the store.
+        store: A folder written by vito-fast pack, or its address.
+        sheet: The PNG to draw; by default contact-sheet.png in the store, or here if the store is remote.
         pictures: Clips on it, evenly spaced over the store.
         verify: Whether to read every packet and compare its checksum.
         threads: 0 = as many as cores.
     """
     from vito_fast.data.store.inspect import inspect_store as inspect
+    from vito_fast.data.store.remote import is_remote
 
-    sheet = sheet or store / "contact-sheet.png"
+    sheet = sheet or Path("" if is_remote(store) else store, "contact-sheet.png")
     try:
         found = inspect(store, verify=verify, sheet=sheet, pictures=pictures, threads=threads)
     except ValueError as error:
@@ -43,7 +44,7 @@ def inspect_store(
     return 0
 
 
-def append(src: Place, store: Place, processes: int = 0) -> int:
+def append(src: Place, store: Address, processes: int = 0) -> int:
     """Pack the videos that a store does not have yet, by name, and add them to it. Safe to kill and to repeat.
 
     Args:
@@ -56,12 +57,12 @@ def append(src: Place, store: Place, processes: int = 0) -> int:
     return _told(append(src, store, processes=processes).lines(), store)
 
 
-def merge(dst: Place, stores: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> int:
+def merge(dst: Address, stores: Annotated[tuple[str, ...], tyro.conf.Positional]) -> int:
     """Make one store of several of equal options. Clips that several have are taken once.
 
     Args:
         dst: The new store.
-        stores: The stores, whose shards are linked.
+        stores: The stores, whose shards are linked, or downloaded from an address.
     """
     from vito_fast.data.pack.edit import merge
 
@@ -69,8 +70,8 @@ def merge(dst: Place, stores: Annotated[tuple[Path, ...], tyro.conf.Positional])
 
 
 def subset(
-    store: Place,
-    dst: Place,
+    store: Address,
+    dst: Address,
     where: Annotated[ClipFilter, tyro.conf.arg(name="")] = ClipFilter(),
     clips: Path | None = None,
 ) -> int:
@@ -92,7 +93,7 @@ def subset(
     return _told(report.lines(), dst)
 
 
-def export(store: Place, dst: Place) -> int:
+def export(store: Address, dst: Place) -> int:
     """Write the clips of a store as video files, without encoding, and clips.csv, a clip list of them.
 
     Args:
@@ -106,7 +107,7 @@ def export(store: Place, dst: Place) -> int:
     return 0
 
 
-def stats(store: Place, table: Path | None = None, page: Path | None = None) -> int:
+def stats(store: Address, table: Path | None = None, page: Path | None = None) -> int:
     """Describe a store: what was packed, what was left out and why.
 
     Args:
@@ -124,7 +125,7 @@ def stats(store: Place, table: Path | None = None, page: Path | None = None) -> 
     return _told(opened.report.lines(), page or table or store)
 
 
-def _told(lines: Sequence[str], made: Path) -> int:
+def _told(lines: Sequence[str], made: str | Path) -> int:
     print("\n".join([*lines, f"store: {made}"]))
     return 0
 
@@ -154,7 +155,7 @@ store.takes_words = True  # type: ignore[attr-defined]
 
 
 def bench_data(
-    store: Place,
+    store: Address,
     originals: Path | None = None,
     batch: int = 32,
     seconds: float = 10.0,

@@ -212,7 +212,7 @@ def _ours(store: Store, requests: list[tuple[int, list[int]]], size: int) -> Cal
             try:
                 return store.decode(decoder, int(clips[row]), infos[row], read, numbers[row])
             except BadPackets as error:
-                raise OSError(f"{store.path}: clip {clips[row]}: {error}") from None
+                raise OSError(f"{store.name}: clip {clips[row]}: {error}") from None
         packets = read.split()
         return [packets[picture] for picture in read.pictures]
 
@@ -283,7 +283,7 @@ def _written(store: Store, clip: int, folder: Path) -> tuple[Path, npt.NDArray[n
     info = store.index.clip(clip)
     (read,) = store.reader.read([clip], [range(info.num_frames)], miniclip=True)
     if read.code != "ok":
-        raise UserError(f"clip {clip} of {store.path} cannot be written to a file: {read.error}")
+        raise UserError(f"clip {clip} of {store.name} cannot be written to a file: {read.error}")
     small, path = folder / f"{clip}.mini.mkv", folder / f"{clip}.mkv"
     small.write_bytes(read.data.tobytes())
     with av.open(for_ffmpeg(small)) as source, av.open(for_ffmpeg(path), "w") as target:  # with an index to seek by

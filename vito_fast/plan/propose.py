@@ -22,6 +22,7 @@ from vito_fast.config import (
     TrainConfig,
 )
 from vito_fast.data.pack.listing import list_videos
+from vito_fast.data.store.remote import is_remote
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.machine import usable_memory
@@ -54,15 +55,15 @@ class Footage:
     packed: bool
 
 
-def look(source: Path) -> Footage:
+def look(source: str | Path) -> Footage:
     """Looks at a folder of videos, one video, or a store. UserError if there is none."""
-    if (source / "store.json").is_file():
+    if is_remote(source) or (Path(source) / "store.json").is_file():
         store = Store(source)
         looked = range(0, len(store), max(1, len(store) // LOOKED_AT))
         infos = [store.index.clip(i) for i in looked]
         sides = {(info.width, info.height) for info in infos}
         seconds = sum(float(store.index.times(i)[-1]) for i in looked)
-        size = sum(p.stat().st_size for p in source.iterdir() if p.is_file())
+        size = sum(size for _, size in store.index.shards)
         hours = seconds / len(infos) * len(store) / 3600 if infos else 0.0
         videos = len({info.source for info in infos}) if len(infos) == len(store) else len(store)
         return Footage(str(source), videos, hours, len(store), min(map(min, sides)), len(sides), size, True)
@@ -70,7 +71,7 @@ def look(source: Path) -> Footage:
 
     from vito_fast.data.store.media import BadVideo, opened
 
-    listing = list_videos(source)
+    listing = list_videos(Path(source))
     paths = [listing.path(name) for name in listing.videos]
     seconds, clips, frames, shapes, read = 0.0, 0, 0.0, set(), 0
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from vito_fast.model.pair import Branch
 from vito_fast.train.checkpoint import Checkpoint, config_of, find
 from vito_kernels.photometric.op import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from vito_fast.data.store.store import Store
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -25,11 +29,11 @@ def load_online(checkpoint: Checkpoint) -> Branch:
     return branch.eval()
 
 
-def video_frames(path: Path, count: int, size: int) -> Pixels:
+def video_frames(source: "str | Path | Store", count: int, size: int) -> Pixels:
     """Reads frames evenly spaced over a video, or the middle frames of clips evenly spaced over a store.
 
     Args:
-        path: A video file or a store.
+        source: A video file, or a store, opened or by its folder or address.
         count: Frames; fewer if there are fewer.
         size: Short side in pixels, about; both sides become multiples of 32.
 
@@ -44,9 +48,12 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
 
     from vito_fast.data.store.media import for_ffmpeg
     from vito_fast.data.store.picture import rgb
+    from vito_fast.data.store.remote import is_remote
+    from vito_fast.data.store.store import Store
 
-    if (path / "store.json").is_file():
-        return _resized(_store_frames(path, count), size)
+    if isinstance(source, Store) or is_remote(source) or (Path(source) / "store.json").is_file():
+        return _resized(_store_frames(source, count), size)
+    path = Path(source)
     if not path.is_file():
         raise UserError(f"no video or store {path}")
     try:
@@ -62,11 +69,11 @@ def video_frames(path: Path, count: int, size: int) -> Pixels:
     return _resized(pictures, size)
 
 
-def _store_frames(store: Path, count: int) -> list[Pixels]:
+def _store_frames(store: "str | Path | Store", count: int) -> list[Pixels]:
     """The middle frame of ``count`` clips, evenly spaced over the store."""
     from vito_fast.data.store.store import Store, frames
 
-    opened = Store(store)
+    opened = store if isinstance(store, Store) else Store(store)
     clips = sorted({round(i) for i in np.linspace(0, len(opened) - 1, min(count, len(opened)))})
     return [frames(opened, clip, [len(opened.index.times(clip)) // 2])[0] for clip in clips]
 
@@ -127,7 +134,7 @@ def overlay(frames: Pixels, maps: Tensor) -> Pixels:
     return mixed
 
 
-def draw(run: Path, video: Path, out: Path, count: int = 6, size: int = 224) -> None:
+def draw(run: Path, video: str | Path, out: Path, count: int = 6, size: int = 224) -> None:
     """Writes the grid of a run's newest checkpoint (see ``write_grid``).
 
     Args:

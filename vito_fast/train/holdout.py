@@ -88,17 +88,18 @@ class Holdout:
         return share.mean().item(), (share.std() / math.sqrt(len(share))).item()
 
 
-def read(path: str | Path, size: int) -> Holdout:
+def read(path: str | Path, size: int, *, cache: str = "", cache_gib: float = 0.0) -> Holdout:
     """Reads the frames of a store of labeled clips.
 
     Args:
         path: The store.
         size: Height and width of the frames in pixels. The whole frame is resized, whatever its shape.
+        cache, cache_gib: Of a remote store, as of ``Store``.
 
     Raises:
         UserError: an unusable store, or one whose videos do not lie in folders of at least two classes.
     """
-    store = Store(path)
+    store = Store(path, cache=cache, cache_gib=cache_gib)
     clips = list(range(len(store)))
     classes = labels(store, clips)
     if classes is None:

@@ -119,6 +119,8 @@ def draw(config: Config, clips: int) -> Frames:
         max_bad_share=bad,
         labels=False,
         where=ClipFilter.parse(config.data.where),
+        cache=config.data.cache,
+        cache_gib=config.data.cache_gib,
     ) as loader:
         for epoch in range(draws):
             loader.set_epoch(epoch)
@@ -132,7 +134,7 @@ def draw(config: Config, clips: int) -> Frames:
         except UserError as error:  # classes are an extra here: a run needs none
             print(f"note: no accuracy by nearest neighbors on the training store: {error}", flush=True)
             label = None
-    return Frames(torch.stack(query), torch.stack(gallery), _shown(config), torch.cat(video), label)
+    return Frames(torch.stack(query), torch.stack(gallery), _shown(config, loader.store), torch.cat(video), label)
 
 
 def labels(store: Store, clips: list[int]) -> Tensor | None:
@@ -154,12 +156,12 @@ def labels(store: Store, clips: list[int]) -> Tensor | None:
     return torch.tensor([classes.index(name) for name in named])
 
 
-def _shown(config: Config) -> Pixels | None:
+def _shown(config: Config, store: Store) -> Pixels | None:
     """The frames of ``picture``; None, with a warning, if a clip among them is damaged."""
     if config.model.pooling != "attention":
         return None
     try:
-        return video_frames(Path(config.data.store), SHOWN, config.sampler.size)
+        return video_frames(store, SHOWN, config.sampler.size)
     except (OSError, ValueError) as error:  # damaged packets, or a damaged record in the index
         print(f"warning: no attention pictures: {error}", flush=True)
         return None

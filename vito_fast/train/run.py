@@ -232,7 +232,8 @@ def open_run(
             if frames and (baselines.get("clips") != frames.clips or "histogram" not in baselines):
                 with going_on("baselines of retrieval"):  # of a new run, or of other clips
                     baselines |= probe.baselines(online.backbone, frames, config, world.device)
-            held_out = holdout.read(config.data.holdout, config.sampler.size) if config.data.holdout else None
+            if (data := config.data).holdout:
+                held_out = holdout.read(data.holdout, config.sampler.size, cache=data.cache, cache_gib=data.cache_gib)
             if held_out and "holdout" not in baselines:
                 with going_on("baselines of the held-out clips"):
                     baselines["holdout"] = holdout.baselines(online, held_out, config, world.device)
@@ -275,6 +276,8 @@ def make_loader(config: Config, world: World) -> ClipLoader:
         max_bad_share=config.data.max_bad_share,
         labels=False,
         where=ClipFilter.parse(config.data.where),
+        cache=config.data.cache,
+        cache_gib=config.data.cache_gib,
     )
 
 

@@ -17,6 +17,7 @@ from vito_fast.config import ClipFilter, SamplerConfig
 from vito_fast.data.loader.batch import Batch, LoaderSpec, LoaderStats, ThreadPool
 from vito_fast.data.loader.mixture import Mixture
 from vito_fast.data.loader.outage import Outage
+from vito_fast.data.loader.read_ahead import ReadAhead
 from vito_fast.data.loader.sampler import Sampler, SequenceSampler
 from vito_fast.data.store.labels import share_numbers
 from vito_fast.data.store.selection import select
@@ -113,7 +114,7 @@ class ClipLoader:
         io_timeout: float = 60.0,
         labels: bool = True,
         cache: str | os.PathLike[str] = "",
-        cache_gib: float | None = None,
+        cache_gib: float = 0.0,
         where: ClipFilter = ClipFilter(),
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -174,6 +175,7 @@ class ClipLoader:
             labels=share_numbers([(each.name, each.labels()) for each in self.stores]) if labels else (),
         )
         self._pool: ThreadPool[Any] | None = None
+        self._read_ahead: ReadAhead | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -282,7 +284,10 @@ class ClipLoader:
     def _next(self) -> dict[str, Any]:
         """Deliver the batch of this step and go to the next one."""
         while len(self._ahead) <= self.prefetch:  # also past the epoch's end, so that the next one begins at once
-            self._ahead.append(self._begin(self._step + len(self._ahead)))
+            step = self._step + len(self._ahead)
+            self._ahead.append(self._begin(step))
+            assert self._read_ahead is not None
+            self._read_ahead.begin(step, self.numbers)
         try:
             batch = self._deliver(self._ahead.popleft())
         except BaseException:
@@ -308,6 +313,7 @@ class ClipLoader:
             for outage in self._spec.outages:
                 outage.open()
             self._pool = ThreadPool(self._spec.workers, self._spec.fetchers, partial(_close, self._spec.outages))
+            self._read_ahead = ReadAhead(self._spec)
         if self._user != os.getpid():
             raise RuntimeError(
                 "this loader was used before its process was forked, and its threads are not here: make the loader in "
@@ -347,6 +353,8 @@ class ClipLoader:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        if self._read_ahead is not None:
+            self._read_ahead.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self._arguments, self._step)

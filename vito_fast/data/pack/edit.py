@@ -20,6 +20,7 @@ from vito_fast.data.pack.pack import expected_packets, joined, pack
 from vito_fast.data.store import labels
 from vito_fast.data.store.description import VERSION, Limits, Report
 from vito_fast.data.store.index import ClipRecord, Index, write_index
+from vito_fast.data.store.remote import is_remote
 from vito_fast.data.store.selection import select
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
@@ -38,7 +39,7 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
 
     Args:
         dst: Folder of the new store. It must not exist.
-        stores: Folders of at least two stores of equal options.
+        stores: Folders or addresses of at least two stores of equal options.
 
     Returns:
         The report of the new store: the sum of theirs.
@@ -46,6 +47,7 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
     Raises:
         UserError: A store cannot be read, options differ, or ``dst`` exists.
     """
+    _check_local("merge", dst)
     parts = [Store(path) for path in stores]
     if len(parts) < 2:
         raise UserError(f"merge needs at least two stores, got {len(parts)}")
@@ -54,9 +56,9 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
     with new_store(Path(dst)) as folder:
         shards: list[tuple[str, int]] = []
         for part in parts:
-            for name, size in part.index.shards:
+            for number, (_, size) in enumerate(part.index.shards):
                 shards.append((f"shard-{len(shards):05d}.bin", size))
-                _link(part.path / name, folder / shards[-1][0])
+                part.copy_shard(number, folder / shards[-1][0])
         return _finish(folder, parts, _ordered(parts), shards)
 
 
@@ -77,6 +79,7 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
     Raises:
         UserError: No new video, or one of the folders cannot be used.
     """
+    _check_local("append", store)
     old = Store(store)
     known = {old.index.clip(clip).source for clip in range(len(old))}
     lines = (old.path / "quarantine.jsonl").read_text().splitlines()
@@ -134,6 +137,7 @@ def subset(
         UserError: No clip is left, a clip is damaged, or ``dst`` exists.
         IndexError: No such clip.
     """
+    _check_local("subset", dst)
     whole = Store(store)
     for clip in clips or ():
         if not 0 <= clip < len(whole):
@@ -170,19 +174,17 @@ class new_store:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
+def _check_local(command: str, store: str | os.PathLike[str]) -> None:
+    if is_remote(store):
+        raise UserError(f"store {command} writes to a local folder, not to {store}: copy the store when it is made")
+
+
 def _check_options(parts: Sequence[Store]) -> None:
     first = parts[0].description["options"]
     for part in parts[1:]:
         for name, value in part.description["options"].items():
             if name != "shard_mib" and value != first[name]:
-                raise UserError(f"{part.path} has {name}={value}, {parts[0].path} has {first[name]}: pack one again")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
+                raise UserError(f"{part.name} has {name}={value}, {parts[0].name} has {first[name]}: pack one again")
 
 
 def _ordered(parts: Sequence[Store], chosen: Sequence[int] | None = None) -> list[Clip]:
@@ -231,12 +233,7 @@ def _copied(
                 writer.close()
             writer = ShardWriter(folder / f"shard-{len(shards):05d}.bin", len(shards))
             shards.append((writer.path.name, 0))
-        packets, info = whole.index.packets(clip), whole.index.clip(clip)
-        with open(whole.path / whole.index.shards[info.shard][0], "rb") as file:
-            offsets = []
-            for offset, length in zip(packets.offsets.tolist(), packets.sizes.tolist(), strict=True):
-                file.seek(offset)
-                offsets.append(writer.append(file.read(length)))
+        offsets = [writer.append(packet) for packet in whole.packets(clip)]
         moved[clip] = len(shards) - 1, np.array(offsets, np.int64)
         shards[-1] = writer.path.name, writer.size
     if writer is not None:

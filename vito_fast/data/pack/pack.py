@@ -26,6 +26,7 @@ from vito_fast.data.pack.clips import Clips, Entry, Journal, PackedFile, Rejecte
 from vito_fast.data.pack.encode import choose_encoder
 from vito_fast.data.pack.listing import Listing, list_clips, list_videos
 from vito_fast.data.pack.process_pool import Faults, FileJob, ProcessPool
+from vito_fast.data.pack.upload import is_finished, staged
 from vito_fast.data.store.description import (
     FORMATS,
     VERSION,
@@ -33,12 +34,12 @@ from vito_fast.data.store.description import (
     PackOptions,
     Report,
     parse_options,
-    read_description,
     read_json,
 )
-from vito_fast.data.store.index import DISCARD, NO_PICTURE, ClipRecord, Index, open_index, plan_packets, write_index
+from vito_fast.data.store.index import DISCARD, NO_PICTURE, ClipRecord, Index, plan_packets, write_index
 from vito_fast.data.store.labels import NO_LABEL, need_pyarrow, write_labels
-from vito_fast.data.store.store import check_shards
+from vito_fast.data.store.remote import is_remote
+from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock, sync_folder
 
@@ -75,14 +76,15 @@ def pack(
     known: Collection[str] = (),
     progress: bool = True,
 ) -> Report:
-    """Pack every video under ``src`` into the store ``dst``.
+    """Pack every video under ``src`` into the store ``dst``, a folder or an address.
 
     Safe to kill at any time and to repeat. A finished store is left as it is. The clips and their order depend on the
     files and the options only. Identical files are packed once. Links that lead outside ``src`` are not followed.
 
     Args:
         src: A folder, searched recursively, or one file.
-        dst: The store's folder.
+        dst: The store's folder, or an address, as ``s3://bucket/store``. The store is then packed into a folder beside
+            the cache (see :class:`Store`) and uploaded.
         format, short_side, quality, crf, gop, clip_length, min_length, shot_cuts, keep_still, strict, hdr, deinterlace,
             shard_mib: See :class:`PackOptions`.
         encoder: ``libx264``, ``h264_nvenc`` or ``auto`` (h264). ``auto`` keeps the encoder that the store was begun
@@ -110,10 +112,16 @@ def pack(
             something else.
         ValueError: An option is out of range.
     """
-    store = Path(dst)
+    arguments = {name: value for name, value in locals().items() if name not in ("src", "dst")}
+    if is_remote(dst) and not is_finished(dst):
+        if shard != "1/1":
+            raise ValueError(f"shard is {shard!r}: pack into a folder that all machines share, not to an address")
+        with staged(dst) as folder:
+            return pack(src, folder, **arguments)
+    store, finished = Path(dst), is_remote(dst) or Path(dst, "index.bin").exists()
     if encoder == "auto":
         choice = format in FORMATS and FORMATS[format].encoders
-        encoder = _choose_encoder(store) if choice else PackOptions.encoder
+        encoder = _choose_encoder(dst, finished) if choice else PackOptions.encoder
     options = PackOptions(
         format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
         clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
@@ -129,8 +137,8 @@ def pack(
     if exact and not options.store_format.codec:
         raise ValueError(f"format is {format!r}: lists of frames are encoded, choose jpeg or h264")
     listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips)
-    if (store / "index.bin").exists():
-        return _check_finished(store, options, listing)
+    if finished:
+        return _check_finished(dst, options, listing)
     if listing.rows:
         need_pyarrow(store / "labels.parquet")
     try:
@@ -149,15 +157,15 @@ def pack(
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
 
 
-def _choose_encoder(store: Path) -> str:
+def _choose_encoder(store: str | os.PathLike[str], finished: bool) -> str:
     """The encoder that the store was begun with, so that all its clips are of one kind, or the best one here."""
-    options = store / ".pack" / "options.json"
+    if finished:
+        return str(Store(store).description["options"]["encoder"])
+    options = Path(store, ".pack", "options.json")
     if options.exists():
         values = read_json(options)
         values.pop("parts", None)
         return parse_options(options, values).encoder
-    if (store / "index.bin").exists():
-        return str(read_description(store)["options"]["encoder"])
     encoder, line = choose_encoder()
     log.info(line)
     return encoder
@@ -196,9 +204,9 @@ def _begin_or_check(path: Path, ours: dict[str, Any]) -> None:
             )
 
 
-def _check_finished(store: Path, options: PackOptions, listing: Listing) -> Report:
+def _check_finished(store: str | os.PathLike[str], options: PackOptions, listing: Listing) -> Report:
     """The report of a finished store of equal files and options. UserError if they differ or a shard is damaged."""
-    described = read_description(store)
+    described = Store(store).description
     for key, value in asdict(options).items():
         if described["options"].get(key) != value:
             raise UserError(
@@ -209,7 +217,6 @@ def _check_finished(store: Path, options: PackOptions, listing: Listing) -> Repo
         raise UserError(
             f"{store} is a finished store of other files than those now in {listing.root}: pack into a new folder"
         )
-    check_shards(store, open_index(store))
     return Report(**described["report"])
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vito_fast.files import file_lock
+from vito_fast.files import file_lock, name_errors
 
 Blocks = npt.NDArray[np.int64]
 """Numbers of blocks, ascending."""
@@ -63,7 +63,7 @@ class CachedFile:
 
     def write(self, first: int, data: bytes) -> None:
         """Write whole blocks from block ``first`` on, which are reserved. Raises OSError."""
-        with open(self.path, "r+b", buffering=0) as file:
+        with name_errors(self.path), open(self.path, "r+b", buffering=0) as file:
             view, place = memoryview(data), first * BLOCK
             while view:
                 count = os.pwrite(file.fileno(), view, place)
@@ -150,7 +150,7 @@ class Cache:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             with self.lock():
-                self._make_room(0, limit=int(self._used[0]) - 2 * len(data))
+                self._evict(2 * len(data) + int(FREED * int(self._used[0])))
             file.write(first, data)
 
     def reserve_bytes(self, count: int) -> None:
@@ -168,20 +168,27 @@ class Cache:
         blocks = sum(int(np.count_nonzero(_read_map(path))) for path in (self.folder / "files").glob("*.map"))
         return blocks * BLOCK + _overhead(self.folder)
 
-    def _make_room(self, need: int, limit: int | None = None) -> None:
-        limit = self.limit if limit is None else limit
-        if self._used[0] + need <= limit:
+    def _make_room(self, need: int) -> None:
+        """Evict blocks, under the lock, if ``need`` more bytes do not fit. Raises OSError if they never do."""
+        if self._used[0] + need <= self.limit:
             return
         self._used[0] = used = self._count()
-        if used + need <= limit:
-            return
-        goal = max(0, limit - int(FREED * self.limit))
+        if used + need > self.limit:
+            self._evict(used + need - self.limit + int(FREED * self.limit))
+        if self._used[0] + need > self.limit:
+            raise OSError(
+                errno.ENOSPC,
+                f"the cache of {self.limit / 2**30:.3g} GiB is too small: {need} bytes more are needed at once",
+                str(self.folder),
+            )
+
+    def _evict(self, excess: int) -> None:
+        """Free ``excess`` bytes, or all there are: the least recently used blocks, and stores that nobody has open."""
         paths = sorted((self.folder / "files").glob("*.map"))
         maps = [_read_map(path) & ~_WRITING for path in paths]
         every = np.concatenate(maps) if maps else np.empty(0, np.uint32)
         present = np.flatnonzero(every)
-        count = min(len(present), max(0, -(-(used + need - goal) // BLOCK)))
-        if count:
+        if count := min(len(present), -(-excess // BLOCK)):
             oldest = present[np.argpartition(every[present], count - 1)[:count]]
             _remove_stores(self.folder, int(every[oldest].max()))
             ends = np.cumsum([len(each) for each in maps])
@@ -192,12 +199,6 @@ class Cache:
                     _punch(path.with_suffix(".bin"), _open_map(path), np.sort(blocks))
         _remove_unlinked(self.folder)
         self._used[0] = self._count()
-        if self._used[0] + need > limit:
-            raise OSError(
-                errno.ENOSPC,
-                f"the cache of {self.limit / 2**30:.3g} GiB is too small: {need} bytes more are needed at once",
-                str(self.folder),
-            )
 
 
 def _now() -> np.uint32:

@@ -18,12 +18,15 @@ TRIES = 4
 """Of a request that fails within a few seconds. The pauses double from 0.1 s."""
 QUICK, TIMEOUT = 5.0, 30.0
 """Seconds after which a failed request is not tried again here, and after which any request fails."""
+UPLOAD_TIMEOUT = 3600.0
+"""Seconds for one file."""
 AT_ONCE = 64
 """Requests of one call at a time."""
 PIECE = 8 << 20
 """Bytes of a request when a whole file is fetched."""
 OPTIONS: dict[str, dict[str, Any]] = {
     # The retries of botocore would multiply with ours, and its 10 connections are few.
+    "file": {"auto_mkdir": True},
     "s3": {"config_kwargs": {"max_pool_connections": AT_ONCE, "retries": {"max_attempts": 0}}},
 }
 """Of fsspec's file systems."""
@@ -147,16 +150,32 @@ class Remote:
             if not re.fullmatch("[0-9a-f]{32}", located.tag) or digest.hexdigest() == located.tag:
                 return
 
+    def upload(self, path: Path, name: str) -> None:
+        """Write a file to the server. Raises RemoteError."""
+        (result,) = self._all([lambda: self._fs._put_file(str(path), self._path(name))], [name], timeout=UPLOAD_TIMEOUT)
+        if isinstance(result, RemoteError):
+            raise result
+
+    def check_writable(self) -> None:
+        """Write a small file and remove it. Raises RemoteError."""
+        path = self._path(".writable")
+        for call in (lambda: self._fs._pipe_file(path, b"vito-fast"), lambda: self._fs._rm_file(path)):
+            (result,) = self._all([call])
+            if isinstance(result, RemoteError):
+                raise result
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _all(self, calls: Sequence[Callable[[], Awaitable[Any]]], names: Sequence[str] = ()) -> list[Any]:
+    def _all(
+        self, calls: Sequence[Callable[[], Awaitable[Any]]], names: Sequence[str] = (), timeout: float = TIMEOUT
+    ) -> list[Any]:
         """The result of each call, or a RemoteError."""
         from fsspec.asyn import sync
 
         async def run() -> list[Any]:
             limit = asyncio.Semaphore(AT_ONCE)
-            return await asyncio.gather(*(_attempt(call, limit) for call in calls), return_exceptions=True)
+            return await asyncio.gather(*(_attempt(call, limit, timeout) for call in calls), return_exceptions=True)
 
         results = sync(self._fs.loop, run)
         for number, result in enumerate(results):
@@ -168,16 +187,16 @@ class Remote:
         return results
 
 
-async def _attempt(call: Callable[[], Awaitable[Any]], limit: asyncio.Semaphore) -> Any:
+async def _attempt(call: Callable[[], Awaitable[Any]], limit: asyncio.Semaphore, timeout: float) -> Any:
     """The result of a call. Raises RemoteError if it fails each time."""
     for attempt in range(TRIES):
         start = time.monotonic()
         try:
             async with limit:
-                return await asyncio.wait_for(call(), TIMEOUT)
+                return await asyncio.wait_for(call(), timeout)
         except Exception as error:
             failed = _failure(error)
-            slow = time.monotonic() - start > QUICK
+            slow = time.monotonic() - start > max(QUICK, timeout - TIMEOUT)
             if failed.code != "io" or slow or attempt == TRIES - 1:
                 raise failed from None
         await asyncio.sleep(0.1 * 2**attempt)
@@ -189,11 +208,14 @@ def _failure(error: Exception) -> RemoteError:
     cause = error.__cause__
     status = getattr(error, "status", None) or getattr(cause, "status", None)
     if isinstance(error, TimeoutError | asyncio.TimeoutError) and not str(error):
-        return RemoteError(f"no answer within {TIMEOUT:g} s")
+        return RemoteError("no answer in time")
     if isinstance(error, FileNotFoundError) and (cause is None or hasattr(cause, "response") or status in (404, 410)):
         return RemoteError("no such file", "missing")
     credentials = "Credentials" in type(error).__name__ or "Token" in type(error).__name__
-    invalid = isinstance(error, ValueError | TypeError) or type(error).__name__ == "ParamValidationError"
+    invalid = (
+        isinstance(error, ValueError | TypeError | NotImplementedError)
+        or type(error).__name__ == "ParamValidationError"
+    )
     if isinstance(error, PermissionError) or status in (401, 403) or credentials or invalid:
         return RemoteError(_line(error), "denied")
     return RemoteError(_line(cause if status and cause else error))

@@ -28,8 +28,8 @@ from vito_fast.errors import UserError
 from vito_fast.files import atomic_write, file_lock
 from vito_fast.native import sampler as _sampler
 
-FILES = ("store.json", "labels.parquet", "quarantine.jsonl", "index.bin")
-"""Fetched when a store is opened. The index comes last: with it, the folder is complete."""
+FILES = ("index.bin", "store.json", "labels.parquet", "quarantine.jsonl")
+"""Fetched when a store is opened, the last one first: with the index, the folder is complete."""
 OPTIONAL = ("labels.parquet", "quarantine.jsonl")
 CACHE_GIB = 50.0
 MAX_GAP = 2
@@ -50,9 +50,9 @@ def cache_folder(folder: str | os.PathLike[str] = "") -> Path:
     return Path(folder or os.environ.get("VITO_FAST_CACHE") or home / "vito-fast").absolute()
 
 
-def cache_limit(gib: float | None = None) -> int:
-    """Bytes of a cache of ``gib`` GiB, else of ``$VITO_FAST_CACHE_GIB``, else 50. UserError if they are no number."""
-    value: float | str = gib if gib is not None else os.environ.get("VITO_FAST_CACHE_GIB") or CACHE_GIB
+def cache_limit(gib: float = 0.0) -> int:
+    """Bytes of a cache of ``gib`` GiB. 0: of ``$VITO_FAST_CACHE_GIB``, else 50. UserError if they are no number."""
+    value: float | str = gib or os.environ.get("VITO_FAST_CACHE_GIB") or CACHE_GIB
     try:
         limit = int(float(value) * 2**30)
     except (ValueError, OverflowError):
@@ -78,9 +78,10 @@ class RemoteStore:
         UserError: The store cannot be read or is none, the cache cannot be used, or a package is missing.
     """
 
-    def __init__(self, address: str, cache: str | os.PathLike[str] = "", gib: float | None = None):
+    def __init__(self, address: str, cache: str | os.PathLike[str] = "", gib: float = 0.0):
         self._remote = Remote(address)
         self.name = self._remote.name
+        self._states: list[Located] = []
         self._names: list[str] = []
         self._files: list[CachedFile] = []
         self._mutex = threading.Lock()
@@ -100,7 +101,7 @@ class RemoteStore:
     def _fetch_files(self) -> Path:
         """The folder of the store's small files, which are fetched if they are not there. Locked against eviction."""
         for _ in range(3):
-            found = {name: self._required(name, state) for name, state in self._remote.stat(FILES).items()}
+            found = self._look()
             parts = [self._remote.address, *(f"{name} {state}" for name, state in found.items())]
             folder = self._cache.folder / "stores" / _key(parts)
             self._in_use.enter_context(file_lock(folder.with_suffix(".lock"), None, shared=True))
@@ -113,15 +114,19 @@ class RemoteStore:
                     partial.unlink()
                 self._cache.recount()
                 self._cache.reserve_bytes(sum(state.size for state in found.values() if state))
-                for name, state in found.items():
+                for name, state in reversed(found.items()):
                     if state:
                         self._fetch_file(folder / name, state)
                 self._cache.recount()
                 self._remote.forget()
-                if found == {name: self._required(name, state) for name, state in self._remote.stat(FILES).items()}:
+                if found == self._look():
                     return folder
                 shutil.rmtree(folder)
         raise UserError(f"{self.name} changes while it is read: try again when it is written")
+
+    def _look(self) -> dict[str, Located | None]:
+        states = self._remote.stat(FILES)
+        return {name: self._required(name, states[name]) for name in FILES}
 
     def _required(self, name: str, state: Located | RemoteError) -> Located | None:
         if isinstance(state, Located):
@@ -161,6 +166,7 @@ class RemoteStore:
                 state = Located(size, "")
             if check and state.size != size:
                 raise damaged(f"{self.name}/{name}", f"it has {state.size} bytes, not {size}")
+            self._states.append(state)
             keys.append((_key([self._remote.address, name, str(state)]), state.size))
         self.shards = self.folder / _key([key for key, _ in keys])
         with self._cache.lock():  # against the removal of files without a link
@@ -181,6 +187,10 @@ class RemoteStore:
                 file.touch(slice(None))
             self._looked = time.monotonic()
         return self._complete
+
+    def room(self, share: float, packets: int, most: int) -> int:
+        """How many times, up to ``most``, ``packets`` packets in blocks of their own fit in a share of the cache."""
+        return min(most, int(share * self._cache.limit) // (packets * BLOCK))
 
     def blocks(self, shard: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Blocks:
         """The blocks of a shard that hold packets. Without those beyond its end."""
@@ -224,6 +234,20 @@ class RemoteStore:
             self._files[shard].touch(blocks)
         return [errors.get(shard) if len(self._files[shard].absent(blocks)) else None for shard, blocks in samples]
 
+    def read(self, shard: int, start: int, end: int) -> bytes:
+        """Bytes of a shard, not by the cache. Raises UserError if they cannot be fetched."""
+        (data,) = self._remote.ranges([(self._names[shard], start, end)])
+        if isinstance(data, RemoteError):
+            raise UserError(f"cannot read {data}")
+        return data
+
+    def download(self, shard: int, path: Path) -> None:
+        """Write a whole shard to ``path``, not by the cache. Raises UserError if it cannot be fetched."""
+        try:
+            self._remote.download(self._names[shard], self._states[shard], path)
+        except RemoteError as error:
+            raise UserError(f"cannot read {error}") from None
+
     @contextmanager
     def loaded(self, sample: Sample) -> Iterator[Exception | None]:
         """Fetch the blocks of a sample again. None is evicted until the end of the context. Yields the error."""
@@ -239,7 +263,10 @@ class RemoteStore:
             self._cache.drop(self._files[shard], blocks)
 
     def _fetch(self, wanted: dict[int, Blocks]) -> dict[int, Exception]:
-        """Fetch blocks, in a bounded number of requests at a time. Returns errors by shard."""
+        """Fetch blocks, in a bounded number of requests at a time. Returns errors by shard.
+
+        A fault of the server ends it, so that nobody waits for it once for each request.
+        """
         errors: dict[int, Exception] = {}
         ranges = [(shard, *ends) for shard, blocks in wanted.items() if len(blocks) for ends in _joined(blocks)]
         for at in range(0, len(ranges), AT_ONCE):
@@ -248,11 +275,12 @@ class RemoteStore:
             try:
                 self._cache.reserve(reserved)
             except OSError as error:
-                return {**errors, **dict.fromkeys([shard for shard, _, _ in chunk], error)}
+                return dict.fromkeys(wanted, error) | errors
             asked = [
                 (self._names[shard], first * BLOCK, min(end * BLOCK, self._files[shard].size))
                 for shard, first, end in chunk
             ]
+            given_up = None
             for (shard, first, _), (file, blocks), data in zip(
                 chunk, reserved, self._remote.ranges(asked), strict=True
             ):
@@ -263,6 +291,10 @@ class RemoteStore:
                 except (RemoteError, OSError) as error:
                     errors[shard] = error
                     self._cache.drop(file, file.absent(blocks))
+                    if not isinstance(error, RemoteError) or error.code != "missing":
+                        given_up = error
+            if given_up:
+                return dict.fromkeys(wanted, given_up) | errors
         return errors
 
 

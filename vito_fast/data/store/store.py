@@ -8,6 +8,7 @@ order of the decoder's output.
 import hashlib
 import json
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from vito_fast.data.store.description import FORMATS, PackOptions, Report, damaged, read_description
-from vito_fast.data.store.index import ClipInfo, Index, Read, Reader, open_index
+from vito_fast.data.store.index import ClipInfo, Index, Read, Reader, checksum, open_index
 from vito_fast.data.store.labels import Labels, read_labels
 from vito_fast.data.store.media import bare_packet, decoder_options
 from vito_fast.data.store.picture import rgb, turned
@@ -163,7 +164,7 @@ class Store:
         threads: Threads that read from the shards.
         check: Whether every shard must be there, of its size.
         cache: Folder of the cache. "" is ``$VITO_FAST_CACHE``, else ``vito-fast`` in the user's cache folder.
-        cache_gib: GiB that the cache may take on the disk. None is ``$VITO_FAST_CACHE_GIB``, else 50.
+        cache_gib: GiB that the cache may take on the disk. 0 is ``$VITO_FAST_CACHE_GIB``, else 50.
 
     Attributes:
         name: ``path``, for messages.
@@ -181,7 +182,7 @@ class Store:
         threads: int = 4,
         check: bool = True,
         cache: str | os.PathLike[str] = "",
-        cache_gib: float | None = None,
+        cache_gib: float = 0.0,
     ):
         self.remote = RemoteStore(path, cache, cache_gib) if is_remote(path) else None
         self.path = self.remote.folder if self.remote else Path(path)
@@ -237,6 +238,38 @@ class Store:
         defaults = asdict(PackOptions())
         parts = {key: value for key, value in self.identity.items() if key == "format" or value != defaults.get(key)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def packets(self, clip: int) -> list[bytes]:
+        """All packets of a clip as packed, in decoding order.
+
+        Raises:
+            UserError: One is damaged or cannot be read.
+        """
+        packets, shard = self.index.packets(clip), self.index.clip(clip).shard
+        first, last = int(packets.offsets.min()), int((packets.offsets + packets.sizes).max())
+        data, found = self._read(shard, first, last), []
+        for offset, size, expected in zip(packets.offsets - first, packets.sizes, packets.checksums, strict=True):
+            found.append(data[offset : offset + size])
+            if len(found[-1]) != size or checksum(found[-1]) != expected:
+                raise UserError(f"clip {clip} of {self.name} is damaged: see `vito-fast inspect-store {self.name}`")
+        return found
+
+    def _read(self, shard: int, start: int, end: int) -> bytes:
+        if self.remote:
+            return self.remote.read(shard, start, end)
+        with open(self.path / self.index.shards[shard][0], "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def copy_shard(self, shard: int, target: Path) -> None:
+        """Write a shard to ``target``: a link, or a copy from another file system or address."""
+        if self.remote:
+            return self.remote.download(shard, target)
+        source = self.path / self.index.shards[shard][0]
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
 
     def decode(self, decoder: Decoder, clip: int, info: ClipInfo, read: Read, frames: Numbers) -> list[Picture]:
         """Decode in software.
