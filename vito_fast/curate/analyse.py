@@ -18,7 +18,7 @@ from vito_fast.data.pack.shots import mark_cuts
 from vito_fast.data.store.media import BadVideo, Source, check_pixels, presentation_times
 from vito_fast.data.store.picture import fitted, gray, rgb, shown_size
 
-VERSION = 3
+VERSION = 4
 SMALL = 96
 """Short side in pixels of the frames that hashes are computed of."""
 JPEG_QUALITY = 92
@@ -65,6 +65,8 @@ class _Frame:
     """Of the frames that the classifier may see. Scaled only once its clip is known."""
     small: np.ndarray | None
     """Luma of the frames that are hashed."""
+    scene: tuple[int, int, int]
+    """Number of the run of undisturbed packets, height and width. A clip has one, as in a store."""
 
 
 @dataclass
@@ -84,14 +86,16 @@ def run(data: Mapping[str, Any], options: AnalyseOptions) -> dict[str, Any]:
     path = confined(data["root"], data["path"])
     if path.suffix.lower() in IMAGES:
         return _still(data, np.asarray(_open_image(path, options)), options)
-    source, tokens = Source(path, options.limits), list[int]()
+    source, tokens = Source(path, options.limits, salvage=True), list[int]()
     clips: list[_Clip] = []
-    latest, before = 0.0, None
+    latest, before, scene = 0.0, None, None
     for frame, cut, _ in mark_cuts(_frames(source, tokens, options)):
         gap = abs(frame.seconds - latest) > GAP
         latest = max(latest, frame.seconds) if frame.number and not gap else frame.seconds
-        if not clips or cut or gap or frame.seconds - clips[-1].begin >= options.clip_length - 1e-6:
-            kind, score = (cut.kind, cut.score) if cut else ("gap" if gap else "split" if clips else "start", 0.0)
+        broken, scene = scene not in (None, frame.scene), frame.scene
+        if not clips or cut or gap or broken or frame.seconds - clips[-1].begin >= options.clip_length - 1e-6:
+            kind = "start" if not clips else cut.kind if cut else "gap" if gap else "break" if broken else "split"
+            score = cut.score if cut else 0.0
             clips.append(_Clip(frame.number, frame.seconds, kind, score))
             before = None
         clip = clips[-1]
@@ -112,20 +116,18 @@ def rejected(data: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 
 def _frames(source: Source, tokens: list[int], options: AnalyseOptions) -> Iterator[tuple[_Frame, VideoFrame]]:
-    tick, size = -1, None
+    tick = -1
     for token, frame in source.frames():
         number = len(tokens)
         tokens.append(token)
         ticks = source.pts[token] if token < len(source.pts) else None
         seconds = float(ticks * source.time_base) if ticks is not None else float(number / source.rate)
-        if size is not None and shown_size(frame) != size:
-            raise BadVideo(f"frame size changes at frame {number}")
-        size = shown_size(frame)
-        small = None
+        size, small = shown_size(frame, source.aspect), None
         if int(seconds * options.hash_rate) != tick:
             tick = int(seconds * options.hash_rate)
             small = gray(frame, fitted(*size, SMALL))
-        yield _Frame(number, seconds, frame if number % options.stride == 0 else None, small), frame
+        picture = frame if number % options.stride == 0 else None
+        yield _Frame(number, seconds, picture, small, (source.run, *size)), frame
 
 
 def _hash(small: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def square(frame: VideoFrame, side: int, turn: int = 0) -> np.ndarray:
 
 def _row(data: Mapping[str, Any], source: Source, tokens: list[int], clips: list[_Clip]) -> dict[str, Any]:
     step = max(1, round(1 / (source.rate * source.time_base)))
-    ticks = presentation_times([source.pts[token] for token in tokens], step)
+    ticks = presentation_times([source.pts[token] for token in tokens], step, round(GAP / source.time_base))
     base = float(source.time_base)
     shown = []
     for clip in clips:
