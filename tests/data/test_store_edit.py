@@ -10,6 +10,7 @@ from test_pack import contents
 
 from vito_fast.cli.main import main
 from vito_fast.config import ClipFilter
+from vito_fast.data.pack import edit
 from vito_fast.data.pack.edit import append, merge, subset
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.inspect import inspect_store
@@ -62,6 +63,27 @@ def test_merged_and_appended_are_as_packed_at_once(format, halves, stores, folde
     assert report == Store(tmp_path / "0").report
     assert all((tmp_path / "0" / name).read_bytes() == content for name, content in shards.items())
     assert not (tmp_path / "0" / ".append").exists()
+
+
+def test_an_append_that_is_killed_last_leaves_nothing(halves, tmp_path, monkeypatch):
+    pack(halves / "0", tmp_path / "s", **options("jpeg"))
+
+    def killed(path, **options):
+        if path.name == ".append":
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(edit.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        append(halves / "1", tmp_path / "s", processes=1, progress=False)
+    monkeypatch.undo()
+    assert (tmp_path / "s" / ".append").exists()
+    expected = contents(tmp_path / "s")
+    with pytest.raises(UserError, match="no new video"):
+        append(halves / "1", tmp_path / "s", processes=1, progress=False)
+    assert not (tmp_path / "s" / ".append").exists()
+    assert contents(tmp_path / "s") == expected
 
 
 def test_what_several_stores_have_is_taken_once(stores, tmp_path):

@@ -81,7 +81,7 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
     """
     _check_local("append", store)
     old = Store(store)
-    known = {old.index.clip(clip).source for clip in range(len(old))}
+    known = _sources(old)
     lines = (old.path / "quarantine.jsonl").read_text().splitlines()
     known |= {entry["file"] for entry in map(json.loads, lines) if entry.get("state") != "skipped"}
     work = old.path / ".append"
@@ -89,11 +89,19 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
     with file_lock(work / "lock") as held:
         if not held:
             raise UserError(f"another process is appending to {old.path}; wait for it or stop it")
+        if (work / "store" / "index.bin").exists() and _sources(Store(work / "store")) <= known:
+            shutil.rmtree(work)  # killed after the new index
+            return append(src, store, processes=processes, progress=progress, limits=limits)
         table, kept = old.path / labels.FILE, work / labels.FILE
         if kept.exists() and labels.count_labels(work) == len(old):  # killed before the new index
             os.replace(kept, table)
         options = old.description["options"]
-        pack(src, work / "store", processes=processes, progress=progress, limits=limits, known=known, **options)
+        try:
+            pack(src, work / "store", processes=processes, progress=progress, limits=limits, known=known, **options)
+        except UserError:
+            if not (work / "store" / ".pack").exists():  # nothing is begun
+                shutil.rmtree(work)
+            raise
         new = Store(work / "store")
         used = {name for name, _ in old.index.shards}
         for path in old.path.glob("shard-*.bin"):  # of an append that was killed
@@ -113,6 +121,10 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
         report = _finish(old.path, [old, new], _ordered([old, new]), shards)
         shutil.rmtree(work)
     return report
+
+
+def _sources(store: Store) -> set[str]:
+    return {store.index.clip(clip).source for clip in range(len(store))}
 
 
 def subset(
