@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.harness import Candidate, Result, Work, absent
-from bench.videos import Request, originals, requests, sequential, store
+from bench.videos import Request, exported, originals, requests, sequential, store
 from vito_fast.data.bench_data import PairReader, installed
 from vito_fast.data.store.store import Decoder, Store
 
@@ -101,24 +101,31 @@ def wrong_or_far(truths: dict[int, np.ndarray], asked: list[Request]) -> Callabl
     return agree
 
 
-def peers(files: list[Path], asked: list[Request]) -> list[Candidate]:
+def peers(files: list[Path], asked: list[Request], folder: Path, quick: bool) -> list[Candidate]:
+    """The public readers on the originals, and on the clips of the store ``folder`` as files."""
     readers, missing = installed()
     found = [Candidate(name, by_reader(reader, files, asked)) for name, reader in readers.items()]
+    if not quick:
+        own = exported(folder)
+        clips = [own[file.name] for file in files]
+        for name, reader in readers.items():
+            found.append(Candidate(f"{name}, store's bytes", by_reader(reader, clips, asked), "same_bytes"))
     return found + [absent(name, f"not installed ({why})") for name, why in missing.items()]
 
 
 def decode_race(
-    race: Any, case: str, params: dict[str, Any], files: list[Path], pairs: int, mine: list[Candidate], asked: Any
-) -> None:
+    race: Any, case: str, params: dict[str, Any], files: list[Path], mine: list[Candidate], asked: Any, folder: Path,
+    quick: bool,
+) -> None:  # fmt: skip
     truths = {video: sequential(files[video]) for video in {one.video for one in asked}}
     race(
         case,
         params,
-        [*mine, *peers(files, asked)],
+        [*mine, *peers(files, asked, folder, quick)],
         truth=lambda: (torch.zeros(1),),
         agree=wrong_or_far(truths, asked),
         bound=4.0,
-        work=Work(items=pairs, unit="pairs"),
+        work=Work(items=len(asked), unit="pairs"),
         device="cpu",
         memory=False,
     )
@@ -127,7 +134,7 @@ def decode_race(
 @pytest.mark.parametrize(
     "gop", [12, pytest.param(50, marks=pytest.mark.full), pytest.param(250, marks=pytest.mark.full)]
 )
-def test_copy_store(race: Any, gop: int) -> None:
+def test_copy_store(race: Any, quick: bool, gop: int) -> None:
     """256p originals, not encoded again."""
     files = originals(256, gop, 2)
     asked = requests(len(files), 4)
@@ -136,14 +143,15 @@ def test_copy_store(race: Any, gop: int) -> None:
         Candidate("vito_fast copy store", by_store(folder, files, asked), "ours"),
         Candidate("bare decode", bare_decode(folder, files, asked), "limit", "the planned packets through the codec"),
     ]
-    decode_race(race, "decode_copy", {"side": 256, "GOP": gop}, files, len(asked), mine, asked)
+    decode_race(race, "decode_copy", {"side": 256, "GOP": gop}, files, mine, asked, folder, quick)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("format", ["jpeg", "h264"])
-def test_packed_store(race: Any, format: str) -> None:
+def test_packed_store(race: Any, quick: bool, format: str) -> None:
     """Stores encoded again at 256p, against readers of the 720p originals with a keyframe every 250 frames."""
     files = originals(720, 250, 2)
     asked = requests(len(files), 2)
-    mine = [Candidate(f"vito_fast {format} store", by_store(store(files, format), files, asked), "ours")]
-    decode_race(race, f"decode_{format}", {"side": 720, "GOP": 250}, files, len(asked), mine, asked)
+    folder = store(files, format)
+    mine = [Candidate(f"vito_fast {format} store", by_store(folder, files, asked), "ours")]
+    decode_race(race, f"decode_{format}", {"side": 720, "GOP": 250}, files, mine, asked, folder, quick)

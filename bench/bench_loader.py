@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.bench_photometric import torchvision_chain
 from bench.harness import Candidate, Result, Work, absent
 from bench.peers import not_imported
-from bench.videos import originals, store
+from bench.videos import exported, originals, store
 from vito_fast.config import SamplerConfig
 from vito_fast.data.bench_data import installed
 from vito_fast.data.loader.loader import ClipLoader
@@ -106,10 +106,14 @@ def test_jpeg_store(race: Any, quick: bool) -> None:
     quick_colors: Color = lambda images, params: torchvision_chain(images, params, 23)  # noqa: E731
     context = by_parts("torchcodec + torchvision v2", by_clip, samples, scale, quick_colors)
     context.role, context.note = "context", context.note or "color formulas of its own"
+    own = exported(folder)
+    clips = {clip: own[file.name] for clip, file in by_clip.items()}
+    same = by_parts("torchcodec + torch, store's bytes", clips, samples, 1.0, exact_colors)
+    same.role = "same_bytes"
     candidates = [
         Candidate("vito_fast jpeg store", mine, "ours"),
         by_parts("torchcodec + torch", by_clip, samples, scale, exact_colors),
-        *([] if quick else [context]),
+        *([] if quick else [same, context]),
     ]
     race(
         "loader",

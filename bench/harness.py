@@ -27,7 +27,7 @@ from torch import Tensor
 from bench.clock import ColdCache, CudaClock, graphed, wall_clock
 from bench.memory import cost
 
-Role = Literal["ours", "reference", "peer", "context", "limit"]
+Role = Literal["ours", "reference", "peer", "same_bytes", "context", "limit"]
 Result = Sequence[Tensor]
 
 SHORT = 1e-2  # seconds: a sample of a shorter call repeats it
@@ -44,7 +44,8 @@ class Candidate:
     """One way of doing the work.
 
     ``call`` does it once and returns its results in the order of the truth. A ``limit`` (bare matmul, copy, bare
-    decode) does the unavoidable part only. A ``context`` candidate does more or other work and is no peer. Neither is
+    decode) does the unavoidable part only. A peer of ``same_bytes`` reads what ours reads, where the other peers read
+    the original files. A ``context`` candidate does more or other work and is no peer. Neither is
     compared with the truth unless it has its own. A candidate without ``call`` stays in the record with its ``note``.
     One that ``compiles`` does so in a call of its own, and only in a race.
     """
@@ -290,7 +291,7 @@ class Race:
 
     def _slow(self, runner: _Runner) -> bool:
         """Whether it would use up the rounds of the reference, the best peer and the limit."""
-        if runner.candidate.role not in ("peer", "context"):
+        if runner.candidate.role not in ("peer", "same_bytes", "context"):
             return False
         peers = [other.estimate for other in self._racing() if other.candidate.role == "peer"]
         behind, sample = runner.estimate / min(peers, default=float("inf")), runner.estimate * runner.repeats
@@ -429,7 +430,8 @@ def one_line(error: Exception) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Our speed over the reference's, over the best peer's, and as a fraction of the limit, in the same run."""
+    """Our speed over the reference's, over the best peer's of either kind, and as a fraction of the limit, in the same
+    run."""
     found: dict[str, Any] = {}
     timed = [row for row in rows if "speedup" in row]
     for row in timed:
@@ -437,10 +439,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             found["reference"] = row["speedup"]
         elif row["role"] == "limit":
             found["limit"] = min(row["speedup"], found.get("limit", float("inf")))
-    peers = [row for row in timed if row["role"] == "peer"]
-    if peers:
-        best = min(peers, key=lambda row: row["speedup"])
-        found |= {"best_peer": best["speedup"], "best_peer_name": best["name"]}
+    for role, name in (("peer", "best_peer"), ("same_bytes", "best_same_bytes")):
+        if peers := [row for row in timed if row["role"] == role]:
+            best = min(peers, key=lambda row: row["speedup"])
+            found |= {name: best["speedup"], f"{name}_name": best["name"]}
     return found
 
 

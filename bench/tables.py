@@ -38,16 +38,20 @@ def ours_of(record: Record) -> Record:
 
 
 def versus(record: Record, role: str) -> str:
-    """Our speed over that of the "reference" or "best_peer", "" without one.
+    """Our speed over that of the "reference", "best_peer" or "best_same_bytes", "" without one.
 
     † marks a ratio of our CUDA graph to a call without a graph, which may contain Python's time.
     """
     if role not in record["vs"]:
         return ""
-    named = {"role": "reference"} if role == "reference" else {"name": record["vs"]["best_peer_name"]}
+    named = {"role": "reference"} if role == "reference" else {"name": record["vs"][f"{role}_name"]}
     other = next(row for row in record["candidates"] if named.items() <= row.items())
     python = "eager_s" in ours_of(record) and ("eager_s" not in other or other["reason"].startswith("not captured"))
     return significant(record["vs"][role]) + "†" * python
+
+
+def _best(record: Record, role: str) -> str:
+    return f"{versus(record, role)} ({record['vs'][f'{role}_name']})" if role in record["vs"] else "–"
 
 
 def _row(record: Record) -> list[str]:
@@ -56,7 +60,7 @@ def _row(record: Record) -> list[str]:
         f"`{record['id']}`",
         seconds_text(ours["median_s"]),
         versus(record, "reference") or "–",
-        f"{versus(record, 'best_peer')} ({vs['best_peer_name']})" if "best_peer" in vs else "–",
+        _best(record, "best_peer"),
         f"{vs['limit']:.0%}" if "limit" in vs else "–",
         bytes_text(ours["peak_bytes"]) if "peak_bytes" in ours else "–",
     ]
@@ -68,6 +72,22 @@ HEADER = ["case", "ours", "x reference", "x best peer", "of the limit", "peak me
 def suites(results: Record, *names: str) -> str:
     """Summary of some suites: our median, speed over reference and best peer, share of the limit, memory."""
     return markdown(HEADER, [_row(record) for record in results["cases"] if record["suite"] in names])
+
+
+def data(results: Record) -> str:
+    """Reading of data: our median, speed over the best peer on the original files and on the store's own bytes."""
+    rows = [
+        [
+            f"`{record['id']}`",
+            seconds_text(ours_of(record)["median_s"]),
+            _best(record, "best_peer"),
+            _best(record, "best_same_bytes"),
+            f"{record['vs']['limit']:.0%}" if "limit" in record["vs"] else "–",
+        ]
+        for record in results["cases"]
+        if record["suite"] in ("sampler", "decode", "loader")
+    ]
+    return markdown(["case", "ours", "x best peer, originals", "x best peer, store's bytes", "of the limit"], rows)
 
 
 def selection(results: Record, ids: list[str]) -> Record:
@@ -140,7 +160,7 @@ def machine(results: Record) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     "losses": lambda results: suites(results, "infonce", "losses"),
     "kernels": lambda results: suites(results, "pooling", "batch_norm", "photometric", "optimizer"),
-    "data": lambda results: suites(results, "sampler", "decode", "loader"),
+    "data": data,
     "step": lambda results: suites(results, "step"),
     "memory": memory,
     "eager": eager,

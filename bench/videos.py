@@ -6,6 +6,7 @@ Everything is made once and kept under ``build/bench-data``; the same on every m
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,17 @@ def store(files: Sequence[Path], format: str) -> Path:
     if not (target / "index.bin").exists():
         pack(folder, target, format=format, clip_length=60, shot_cuts=False, progress=False)
     return target
+
+
+def exported(store: Path) -> dict[str, Path]:
+    """The clips of a store as files of their own, with the store's bytes, by the name of the original."""
+    from vito_fast.data.pack.export import export
+
+    target = store.with_name(f"{store.name}-exported")
+    if not target.exists():
+        export(store, target)
+    with open(target / "clips.csv", newline="") as file:
+        return {row["origin"]: target / row["path"] for row in csv.DictReader(file)}
 
 
 def sequential(path: Path) -> np.ndarray:

@@ -71,12 +71,14 @@ def test_speedups_are_time_of_the_other_over_ours():
         Candidate("reference", pausing(0.006), "reference"),
         Candidate("fast peer", pausing(0.004)),
         Candidate("slow peer", pausing(0.008)),
+        Candidate("peer on our bytes", pausing(0.003), "same_bytes"),
         Candidate("limit", pausing(0.001), "limit"),
         work=Work(flops=2e9, bytes=4e6, items=10, unit="things"),
     ).run()
     vs = record["vs"]
     assert vs["reference"] == pytest.approx(3)
     assert (vs["best_peer_name"], vs["best_peer"]) == ("fast peer", pytest.approx(2))
+    assert (vs["best_same_bytes_name"], vs["best_same_bytes"]) == ("peer on our bytes", pytest.approx(1.5))
     assert vs["limit"] == pytest.approx(0.5)
     assert record["rates"]["tflops"] == pytest.approx(1)
     assert record["rounds"] >= 7
