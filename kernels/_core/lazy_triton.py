@@ -78,9 +78,9 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
     float64 never does, nor does a GPU without bfloat16 tensor cores (before sm_80).
     """
-    if interpreting():
-        return tensor.dtype != torch.float64
-    return tensor.dtype != torch.float64 and tensor.is_cuda and _has_bf16_tensor_cores(tensor.device.index)
+    if not (tensor.is_cuda or interpreting()) or tensor.dtype == torch.float64:
+        return False
+    return interpreting() or _has_bf16_tensor_cores(tensor.device.index)
 
 
 @cache

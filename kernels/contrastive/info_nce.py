@@ -312,6 +312,10 @@ def info_nce(
     """
     if not (few := small.is_small(q, k, positive, q_group, k_group)):
         check_pair(q, k)
+    check_options(label_smoothing, hard_negatives, debias, positive, q_group, decoupled)
+    plain = not (label_smoothing or hard_negatives or debias or decoupled)
+    if few and plain and positive is negatives is q_group is k_group is None and len(q) <= len(k):
+        return small.pairs(q, k, inverse_temperature(temperature), small.one_positive, reduction)
     check_groups(q_group, k_group, q, k)
     if negatives is not None:
         check_paired(q, k, ("q", "k"))
@@ -321,18 +325,17 @@ def info_nce(
         if given := [name for name, value in others.items() if isinstance(value, Tensor) or value]:
             raise ValueError(f"negatives goes without {', '.join(given)}")
         return against_negatives(q, k, negatives, inverse_temperature(temperature), reduction, decoupled)
-    check_options(label_smoothing, hard_negatives, debias, positive, q_group, decoupled)
     columns = positive_columns(positive, q, k)
     scale = inverse_temperature(temperature)
     groups = (q_group, k_group)
-    plain = not (hard_negatives or debias or label_smoothing or decoupled) and (
-        columns is None or columns.shape[1] == 1
-    )
-    if plain and few:
-        if columns is not None:
-            check_positive_range(columns, len(k))
+    if few and plain and (columns is None or columns.shape[1] == 1):
         terms = small.rows(None if q_group is None or k_group is None else (q_group, k_group), columns)
-        return small.pairs(q, k, scale, terms, reduction)
+        try:
+            return small.pairs(q, k, scale, terms, reduction)
+        except RuntimeError:  # of an index that is no key
+            if columns is not None:
+                check_positive_range(columns, len(k))
+            raise
     hard_negatives = float(hard_negatives)  # NumPy's would round the scales
     harder = scale * (1 + hard_negatives) if hard_negatives else scale
     lse2, positives, lse_residual = lse_and_positives(

@@ -11,12 +11,14 @@ computed in float32, float64 in float64; gradients are rounded once. A matrix ta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vito_kernels._core.autograd import PLAIN, once, refuse_batched, softplus
@@ -24,6 +26,7 @@ from vito_kernels._core.checks import FLOATS, check_finite, check_reduction, che
 from vito_kernels.contrastive import gpu
 
 MOST_LOGITS = 1 << 16
+NARROW = torch.bfloat16, torch.float16  # computed in float32
 MIN_LENGTH = 1e-12  # of an embedding that is normalized
 
 # Of logits (M, N), which it may write over: losses, their gradient. A loss beyond the logarithm of the largest float is
@@ -36,9 +39,9 @@ def is_small(x: Tensor, y: Tensor, *others: Tensor | None) -> bool:
 
     ``others`` are on that CPU too.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if type(x) not in PLAIN or type(y) not in PLAIN or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    if type(x) not in PLAIN or type(y) not in PLAIN or not (x.is_cpu and y.is_cpu) or gpu.use_triton(x):
+    if not (x.is_cpu and y.is_cpu) or gpu.use_triton(x):
         return False
     (dtype, shape), other = (x.dtype, x.shape), y.shape
     if dtype != y.dtype or dtype not in FLOATS or not len(shape) == len(other) == 2 or shape[1] != other[1]:
@@ -70,7 +73,7 @@ def one_positive(
     rest = p.sum(dim)
     if own.dim() == 2:
         rest = rest.view(own.shape)
-    torch.neg(rest, out=own)
+    own.sub_(rest)
     if far:
         return softplus(rest.log_().sub_(place(torch.log_softmax(s, dim)))), p
     return rest.mul_(inverse).log1p_(), p
@@ -91,10 +94,13 @@ def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
             s.masked_fill_(masked, -math.inf)
         if index is None:
             return one_positive(s, far)
-        log_p, p = torch.log_softmax(s, 1), torch.softmax(s, 1).scatter_(1, index, 0.0)
-        rest = p.sum(1, keepdim=True)
-        losses = softplus(rest.log().sub_(log_p.gather(1, index)))[:, 0]
-        return losses, p.scatter_(1, index, rest.neg_())
+        p = torch.softmax(s, 1)
+        own = p.gather(1, index)
+        rest = p.scatter_(1, index, 0.0).sum(1, keepdim=True)
+        p.scatter_(1, index, rest.neg())
+        if far:
+            return softplus(rest.log_().sub_(torch.log_softmax(s, 1).gather(1, index)))[:, 0], p
+        return rest.div_(own).log1p_()[:, 0], p
 
     return terms
 
@@ -201,7 +207,7 @@ def finite_scale(scale: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.float() if x.dtype in NARROW else x
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,26 +222,32 @@ def _product(x: Tensor, y: Tensor, factor: float) -> Tensor:
     return torch.addmm(_ANY[x.dtype], x, y, beta=0, alpha=factor)
 
 
+@functools.lru_cache(16)
+def _weights(size: int, value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((size,), value, dtype=dtype, device="cpu")
+
+
 def _losses(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
     scale = scale.item() if isinstance(scale, Tensor) else scale
     y = y.t()
-    losses, ds = terms(torch.mm(x, y).mul_(scale), False)
-    total = losses.sum().item()
-    if total == math.inf:
-        losses, ds = terms(torch.mm(x, y).mul_(scale), True)
-        total = losses.sum().item()
+    losses, ds = terms(_product(x, y, scale), False)
     factor = 1 / losses.numel() if reduction == "mean" else 1.0
-    ctx.found = ds, scale, factor
-    if reduction == "none":
-        return losses
-    return torch.scalar_tensor(total * factor, dtype=losses.dtype, device=losses.device)
+    weights = _weights(losses.numel(), factor, losses.dtype)
+    total = torch.dot(losses.flatten(), weights)
+    if total.item() == math.inf:
+        losses, ds = terms(_product(x, y, scale), True)
+        total = torch.dot(losses.flatten(), weights)
+    reduced = reduction != "none"
+    ctx.found = ds, scale, factor, reduced
+    return total if reduced else losses
 
 
 def _logit_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, float, float]:
     """The gradient by the logits is the product of the first two; the third is the scale."""
-    refuse_batched("loss", grad)
-    ds, scale, factor = ctx.found
-    return (ds, grad.item() * factor, scale) if grad.dim() == 0 else (ds * grad[:, None], factor, scale)
+    if is_legacy_batchedtensor(grad):
+        refuse_batched("loss", grad)
+    ds, scale, factor, reduced = ctx.found
+    return (ds, grad.item() * factor, scale) if reduced else (ds * grad[:, None], factor, scale)
 
 
 class _Pairs(torch.autograd.Function):
@@ -248,10 +260,10 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, y), (need_x, need_y, need_scale) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        (x, y), (need_x, need_y, need_scale, _, _) = ctx.saved_tensors, ctx.needs_input_grad
         ds, factor, scale = _logit_grad(ctx, grad)
         dtype, dx, dy, dscale = x.dtype, None, None, None
-        if ds.dtype != dtype:
+        if dtype in NARROW:
             x, y = x.float(), y.float()
         if need_scale:
             dscale = (_product(ds, y, factor) * x).sum()
@@ -259,7 +271,7 @@ class _Pairs(torch.autograd.Function):
             dx = _product(ds, y, factor * scale)
         if need_y:
             dy = _product(ds.t(), x, factor * scale)
-        if ds.dtype != dtype:
+        if dtype in NARROW:
             dx, dy = (None if grad is None else grad.to(dtype) for grad in (dx, dy))
         return dx, dy, dscale, None, None
 

@@ -54,7 +54,9 @@ def test_info_nce_is_as_exact_as_torch(dtype, shape, kind, unit, tile_rows):
     m, n, width = shape
     q, k = (embeddings(rows, width, dtype, "cpu", i, unit) for i, rows in enumerate((m, n)))
     kwargs = layout(kind, m, n, "cpu") | {"temperature": 0.1, "reduction": "none"}
-    assert_at_most_twice_torch(lambda *x: info_nce(*x, **kwargs), lambda *x: reference.info_nce(*x, **kwargs), [q, k])
+    floor = 4.0 if unit else 8.0  # a tie of logits of hundreds moves with their last bit
+    fused, plain = (lambda *x, f=f: f(*x, **kwargs) for f in (info_nce, reference.info_nce))
+    assert_at_most_twice_torch(fused, plain, [q, k], floor)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.013, 0.07, 2.0])
@@ -274,7 +276,7 @@ def test_autocast_rounds_the_embeddings_and_nothing_else():
     with torch.autocast("cpu", torch.bfloat16):
         loss = info_nce(q, k, temperature=0.07)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, info_nce(q.bfloat16(), k.bfloat16(), temperature=0.07))
+    torch.testing.assert_close(loss, info_nce(q.bfloat16(), k.bfloat16(), temperature=0.07), rtol=3e-7, atol=0)
     assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
 
 
