@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
@@ -166,6 +166,26 @@ def once(
         return _Once.apply(name, len(sources), *sources, *found)
 
     return refusing
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a 16-bit dtype, in it, or in float32 with the gradient of the identity where x requires grad."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.to(dtype)
+    x = x.float()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x + (x.to(dtype) - x).detach()
+    return cast(torch.Tensor, _Rounded.apply(x, dtype))
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

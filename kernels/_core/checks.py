@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vito_kernels._core.autograd import rounded
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Reduction = Literal["mean", "sum", "none"]
 Exchange = Literal["gather", "ring"]
@@ -56,14 +58,15 @@ def autocast_enabled(x: Tensor) -> bool:
 def autocast_inputs(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
     """Embeddings rounded as autocast rounds them for a matmul, and autocast's dtype.
 
-    Tensors of one 16-bit dtype, or of float64, come back as they are, with None. Others become float32 tensors that
-    hold values of autocast's dtype, with the gradient of the identity: no gradient is rounded to 16 bits on its way.
+    Tensors of one 16-bit dtype, or of float64, come back as they are, with None. Of the others, those without gradient
+    become tensors of autocast's dtype. Those with one become float32 tensors that hold its values, with the gradient of
+    the identity: no gradient is rounded to 16 bits on its way.
     """
     dtypes = {x.dtype for x in tensors}
     if not autocast_enabled(tensors[0]) or (len(dtypes) == 1 and torch.float32 not in dtypes):
         return list(tensors), None
-    dtype, wide = torch.get_autocast_dtype(tensors[0].device.type), [x.float() for x in tensors]
-    return [x + (x.to(dtype) - x).detach() for x in wide], dtype
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [rounded(x, dtype) for x in tensors], dtype
 
 
 def needs_grad(*tensors: Tensor) -> bool:

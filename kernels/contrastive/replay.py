@@ -332,7 +332,7 @@ def replayed(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         first: Any = args[0] if args else None
-        if type(first) not in PLAIN or not gpu.use_triton(first) or not ENABLED or torch.compiler.is_compiling():
+        if type(first) not in PLAIN or torch.compiler.is_compiling() or not gpu.use_triton(first) or not ENABLED:
             return function(*args, **kwargs)
         values = [*args, *kwargs.values()]
         key = _key(first, values, kwargs)
