@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <stdexcept>
 #include <string_view>
@@ -97,6 +98,27 @@ void bind_index(py::module_& m) {
              out["extradata"] = py::bytes(clip.extradata().data(), clip.extradata().size());
              out["constant_rate"] = r.layout == kConstant;
              return out;
+           })
+      .def("measures",
+           [](const Index& self) {
+             const py::ssize_t clips = static_cast<py::ssize_t>(self.num_clips());
+             Array<double> length(clips);
+             Array<int32_t> side(clips);
+             Array<int64_t> frames(clips);
+             double* length_of = length.mutable_data();
+             int32_t* side_of = side.mutable_data();
+             int64_t* frames_of = frames.mutable_data();
+             {
+               const py::gil_scoped_release release;
+               self.check_whole();
+               for (py::ssize_t i = 0; i < clips; ++i) {
+                 const Record r = self.record(static_cast<uint64_t>(i));
+                 length_of[i] = seconds(r, r.end) - seconds(r, r.start);
+                 side_of[i] = static_cast<int32_t>(std::min(r.width, r.height));
+                 frames_of[i] = r.num_frames;
+               }
+             }
+             return py::make_tuple(length, side, frames);
            })
       .def("times",
            [](const Index& self, int64_t number) {
@@ -367,7 +389,7 @@ void bind_resize(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_sampler, m) {
-  m.attr("API") = 3;  // to be raised with every change that vito_fast/native.py must not load an older build for
+  m.attr("API") = 4;  // to be raised with every change that vito_fast/native.py must not load an older build for
   m.doc() = "vito-fast's C++ core: store index, sampler, packet planner, reader and mini-clip writer.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

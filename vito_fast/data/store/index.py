@@ -134,6 +134,10 @@ class Index:
         values: dict[str, Any] = self.native.clip(clip)
         return ClipInfo(**{**values, "time_base": Fraction(*values["time_base"])})
 
+    def measures(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Seconds, pixels of the short side, and frames of each clip, (N,). Raises ValueError if one is corrupt."""
+        return self.native.measures()
+
     def times(self, clip: int) -> npt.NDArray[np.float64]:
         """Timestamps of the frames, (num_frames,) in seconds, in presentation order."""
         return self.native.times(clip)

@@ -10,6 +10,9 @@ from vito_fast.config import ClipFilter
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 
+ROUNDING = 0.005
+"""Frames per second by which a rate may be below the least one: 30000 / 1001 passes for 29.97."""
+
 
 def select(store: Store, where: ClipFilter) -> npt.NDArray[np.int64]:
     """The clips that pass a filter.
@@ -33,17 +36,17 @@ def select(store: Store, where: ClipFilter) -> npt.NDArray[np.int64]:
             passed &= labels.of_classes(where.labels)
         if where.groups:
             passed &= labels.of_groups(where.groups)
-    if where.sources or where.min_seconds or where.min_side or where.min_rate:
-        pattern = re.compile("|".join(map(translate, where.sources or ("*",))))
-        for clip in np.flatnonzero(passed):
-            info = store.index.clip(int(clip))
-            seconds = info.end - info.start
-            passed[clip] = (
-                seconds >= where.min_seconds
-                and min(info.width, info.height) >= where.min_side
-                and info.num_frames >= where.min_rate * seconds
-                and pattern.match(info.source) is not None
-            )
+    try:
+        if where.min_seconds or where.min_side or where.min_rate:
+            seconds, side, frames = store.index.measures()
+            passed &= (seconds >= where.min_seconds) & (side >= where.min_side)
+            passed &= frames >= (where.min_rate - ROUNDING) * seconds
+        if where.sources:
+            pattern = re.compile("|".join(map(translate, where.sources)))
+            for clip in np.flatnonzero(passed):
+                passed[clip] = pattern.match(store.index.clip(int(clip)).source) is not None
+    except ValueError as error:
+        raise UserError(f"cannot filter {store.name}: {error}") from None
     if not passed.any():
         raise UserError(f"no clip of {store.name} is left: loosen the filters")
     return np.flatnonzero(passed)
