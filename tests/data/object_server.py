@@ -69,11 +69,11 @@ class ObjectServer:
         self._server.server_close()
 
 
-def upload(folder: Path, address: str) -> None:
-    """Copies a folder to an address."""
+def upload(folder: Path, address: str, **options: Any) -> None:
+    """Copies a folder to an address; the options are those of its file system."""
     import fsspec
 
-    fs, root = fsspec.core.url_to_fs(address, skip_instance_cache=True, use_listings_cache=False)
+    fs, root = fsspec.core.url_to_fs(address, skip_instance_cache=True, use_listings_cache=False, **options)
     bucket = root.split("/")[0]
     if not fs.exists(bucket):
         fs.mkdir(bucket)

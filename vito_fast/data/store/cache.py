@@ -31,6 +31,8 @@ BLOCK = 128 << 10
 """Bytes of a block. Small ones waste little of a cache that is smaller than its stores."""
 FREED = 0.1
 """Share of the cache that is free after blocks were evicted. A larger one evicts more rarely."""
+TICK = 10
+"""Seconds after which another use of a block is noted."""
 
 _WRITING = np.uint32(1 << 31)
 _CLOCK_START = 1577836800
@@ -46,15 +48,13 @@ class CachedFile:
         self.path, self.size = path, size
         self.table = _open_map(path)
 
-    def absent(self, blocks: Blocks) -> Blocks:
-        """Those of ``blocks`` whose bytes are not there."""
-        state = self.table[blocks]
-        return blocks[(state == 0) | (state >= _WRITING)]
-
-    def touch(self, blocks: Blocks | slice) -> None:
-        """Note a use of blocks that are there."""
-        state = self.table[blocks]
-        self.table[blocks] = np.where((state == 0) | (state >= _WRITING), state, _now())
+    def use(self, blocks: Blocks) -> Blocks:
+        """Note a use of blocks. Returns those whose bytes are not there."""
+        state, now = self.table[blocks], _now()
+        there = (state != 0) & (state < _WRITING)
+        if (old := there & (state + TICK < now)).any():
+            self.table[blocks[old]] = now
+        return blocks[~there]
 
     @property
     def complete(self) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -98,7 +99,7 @@ class Remote:
             located = {str(entry["name"]).rpartition("/")[2]: _located(entry) for entry in entries}
             self._listed = {name: found for name, found in located.items() if found}
         rest = [name for name in names if name not in self._listed]
-        infos = self._all([lambda name=name: self._fs._info(self._path(name)) for name in rest])  # type: ignore[misc]
+        infos = self._all([partial(self._fs._info, self._path(name)) for name in rest], rest)
         found: dict[str, Located | RemoteError] = {name: self._listed[name] for name in names if name in self._listed}
         for name, info in zip(rest, infos, strict=True):
             if isinstance(info, RemoteError):
@@ -211,14 +212,15 @@ def _failure(error: Exception) -> RemoteError:
         return RemoteError("no answer in time")
     if isinstance(error, FileNotFoundError) and (cause is None or hasattr(cause, "response") or status in (404, 410)):
         return RemoteError("no such file", "missing")
+    reason = _line(cause if cause and status else error)
     credentials = "Credentials" in type(error).__name__ or "Token" in type(error).__name__
     invalid = (
         isinstance(error, ValueError | TypeError | NotImplementedError)
         or type(error).__name__ == "ParamValidationError"
     )
     if isinstance(error, PermissionError) or status in (401, 403) or credentials or invalid:
-        return RemoteError(_line(error), "denied")
-    return RemoteError(_line(cause if status and cause else error))
+        return RemoteError(reason, "denied")
+    return RemoteError(reason)
 
 
 def _located(info: Mapping[str, Any]) -> Located | None:

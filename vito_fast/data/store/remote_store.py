@@ -136,7 +136,7 @@ class RemoteStore:
         if state.code == "missing":
             raise UserError(f"{self.name} is no store, it has no {name}: run `vito-fast pack SRC {self.name}`")
         hint = "; check the credentials and the address" if state.code == "denied" else ""
-        raise UserError(f"cannot read {self.name}: {state}{hint}")
+        raise UserError(f"cannot read {state}{hint}")
 
     def _fetch_file(self, path: Path, state: Located) -> None:
         try:
@@ -145,7 +145,7 @@ class RemoteStore:
                 if path.name == "index.bin" and not _whole(partial):  # perhaps on the way
                     self._remote.download(path.name, state, partial)
         except RemoteError as error:
-            raise UserError(f"cannot read {self.name}: {error}") from None
+            raise UserError(f"cannot read {error}") from None
 
     def bind(self, index: Index, *, check: bool) -> None:
         """Look up the shards and link their cached files.
@@ -159,7 +159,7 @@ class RemoteStore:
         for name, size in index.shards:
             state = states[name]
             if isinstance(state, RemoteError) and state.code != "missing":
-                raise UserError(f"cannot read {self.name}: {state}")
+                raise UserError(f"cannot read {state}")
             if isinstance(state, RemoteError):
                 if check:
                     raise damaged(f"{self.name}/{name}", "it is missing")
@@ -184,7 +184,7 @@ class RemoteStore:
         if time.monotonic() - self._looked > LOOK:
             self._complete = all(file.complete for file in self._files)
             for file in self._files if self._complete else ():
-                file.touch(slice(None))
+                file.use(np.arange(len(file.table)))
             self._looked = time.monotonic()
         return self._complete
 
@@ -194,10 +194,12 @@ class RemoteStore:
 
     def blocks(self, shard: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Blocks:
         """The blocks of a shard that hold packets. Without those beyond its end."""
-        first, last = offsets // BLOCK, (offsets + sizes - 1) // BLOCK
-        inner = [np.arange(a + 1, b) for a, b in zip(first.tolist(), last.tolist(), strict=True) if b - a > 1]
-        blocks = np.unique(np.concatenate([first, last, *inner]))
-        return blocks[blocks < len(self._files[shard].table)]
+        firsts, lasts = offsets // BLOCK, (offsets + sizes - 1) // BLOCK
+        blocks = {
+            each for ends in zip(firsts.tolist(), lasts.tolist(), strict=True) for each in range(ends[0], ends[1] + 1)
+        }
+        count = len(self._files[shard].table)
+        return np.array(sorted(block for block in blocks if block < count), np.int64)
 
     def load(self, samples: Iterable[Sample]) -> list[Exception | None]:
         """Bring the blocks of samples into the cache. Blocks that another thread fetches are waited for.
@@ -211,7 +213,7 @@ class RemoteStore:
             others: set[threading.Event] = set()
             with self._mutex:
                 for shard, blocks in samples:
-                    for block in self._files[shard].absent(blocks).tolist() if shard not in errors else ():
+                    for block in self._files[shard].use(blocks).tolist() if shard not in errors else ():
                         claim = self._claims.setdefault((shard, block), mine)
                         if claim is not mine:
                             others.add(claim)
@@ -230,9 +232,9 @@ class RemoteStore:
                 mine = threading.Event()
             for event in others:
                 event.wait()
-        for shard, blocks in samples:
-            self._files[shard].touch(blocks)
-        return [errors.get(shard) if len(self._files[shard].absent(blocks)) else None for shard, blocks in samples]
+        if not errors:
+            return [None] * len(samples)
+        return [errors.get(shard) if len(self._files[shard].use(blocks)) else None for shard, blocks in samples]
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         """Bytes of a shard, not by the cache. Raises UserError if they cannot be fetched."""
@@ -258,8 +260,8 @@ class RemoteStore:
 
     def drop(self, samples: Iterable[Sample]) -> None:
         """Forget the blocks of samples, whose bytes are wrong."""
-        self._complete = False
         for shard, blocks in samples:
+            self._complete = False
             self._cache.drop(self._files[shard], blocks)
 
     def _fetch(self, wanted: dict[int, Blocks]) -> dict[int, Exception]:
@@ -290,7 +292,7 @@ class RemoteStore:
                     self._cache.write(file, first, data)
                 except (RemoteError, OSError) as error:
                     errors[shard] = error
-                    self._cache.drop(file, file.absent(blocks))
+                    self._cache.drop(file, file.use(blocks))
                     if not isinstance(error, RemoteError) or error.code != "missing":
                         given_up = error
             if given_up:
@@ -326,7 +328,7 @@ class RemoteReader(Reader):
         if self._store.complete:
             rows = read(rows)
         samples = {row: self._sample(int(clips[row]), frames[row], single_stream) for row in rows}
-        for _ in range(2):
+        for _ in range(2 if rows else 0):
             errors = dict(zip(rows, self._store.load(samples[row] for row in rows), strict=True))
             results |= {row: _failed(int(clips[row]), error) for row, error in errors.items() if error}
             rows = read([row for row, error in errors.items() if not error])
