@@ -27,7 +27,7 @@ from pathlib import Path
 from vito_fast.data.pack import process_pool as worker
 from vito_fast.data.store import media
 FLAG = Path({flag!r})
-pack_one, read = worker._pack_one, media._File.read
+pack_one, read, init = worker._pack_one, media.SourceFile.read, media.SourceFile.__init__
 def first_time():
     FLAG.write_text(FLAG.read_text() + "x" if FLAG.exists() else "x")
     return len(FLAG.read_text()) <= {times}
@@ -43,12 +43,12 @@ def faulty(self, size=-1):
     return read(self, size)
 def opened(self, path):
     self.place = str(path)
-    io.FileIO.__init__(self, path)
-media._File.read, media._File.__init__ = faulty, opened
+    init(self, path)
+media.SourceFile.read, media.SourceFile.__init__ = faulty, opened
 """
 KILLED = """
 def faulty(job, *rest):
-    if job.path.endswith("v1.mp4") and first_time():
+    if str(job.path).endswith("v1.mp4") and first_time():
         os.kill(os.getpid(), signal.{signal})
     return pack_one(job, *rest)
 worker._pack_one = faulty

@@ -313,7 +313,7 @@ import os, runpy, sys, time
 from vito_fast.data.pack import process_pool as worker
 pack_one = worker._pack_one
 def faulty(job, *rest):
-    if job.path.endswith("v1.mp4"):
+    if str(job.path).endswith("v1.mp4"):
         os.abort() if {crash} else time.sleep(60)
     return pack_one(job, *rest)
 worker._pack_one = faulty
