@@ -78,7 +78,7 @@ def test_attention_of_a_damaged_clip(stores, tmp_path, monkeypatch, capsys, name
     packet = int(Store(store).index.packets(0).offsets[20])  # of the frame in the middle
     _spoil(store / name, records if name == "index.bin" else packet)
     config = Config(data=DataConfig(store=str(store)))
-    assert monitor._shown(config) is None
+    assert monitor._shown(config, Store(store)) is None
     assert capsys.readouterr().out.startswith("warning: no attention pictures: ")
     for part in ("find", "load_online"):
         monkeypatch.setattr(attention, part, lambda _: None)
