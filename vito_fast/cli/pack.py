@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +33,7 @@ def pack(
     max_rejected: float = 0.5,
     shard_mib: int = 256,
     shard: str = "1/1",
+    engine: Literal["local", "ray"] = "local",
     clips: Path | None = None,
     processes: int = 0,
     decode_timeout: float = 120.0,
@@ -60,6 +61,7 @@ def pack(
         max_rejected: Share of rejected videos above which the exit status is 1. The store is written all the same.
         shard_mib: Size in MiB after which a new shard file begins.
         shard: i/n packs the i-th of n shares of the files, for n machines.
+        engine: local (processes of this machine) or ray (the cluster of RAY_ADDRESS, whose nodes see SRC and DST).
         clips: A clip list, CSV or Parquet: its rows are packed in place of shots, with their labels (docs/data.md).
         processes: Worker processes, 0 = one per core. One of them packs a whole file.
         decode_timeout: Seconds without a decoded frame after which a file is rejected.
@@ -69,19 +71,26 @@ def pack(
     """
     from vito_fast.data.pack import pack as pack_videos
     from vito_fast.data.pack.clip_list import read_clip_list
+    from vito_fast.data.pack.on_ray import pack_on_ray
 
     if not 0 <= max_rejected <= 1:
         raise UserError(f"max_rejected is {max_rejected}, must be within 0 and 1")
+    if engine == "ray" and (shard != "1/1" or processes):
+        raise UserError("--engine ray shares the files out itself: leave out --shard and --processes")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vito_fast.data").setLevel(logging.INFO)
+    options: dict[str, Any] = {
+        "format": format, "short_side": short_side, "quality": quality, "crf": crf, "gop": gop, "encoder": encoder,
+        "clip_length": clip_length, "min_length": min_length, "shot_cuts": shot_cuts, "keep_still": keep_still,
+        "strict": strict, "hdr": hdr, "deinterlace": deinterlace, "shard_mib": shard_mib,
+        "decode_timeout": decode_timeout, "io_timeout": io_timeout, "skip_unreadable": skip_unreadable,
+        "limits": limits, "clips": read_clip_list(clips) if clips else None,
+    }  # fmt: skip
     try:
-        report = pack_videos(
-            src, dst, format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
-            clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
-            hdr=hdr, deinterlace=deinterlace, shard_mib=shard_mib, shard=shard, processes=processes,
-            decode_timeout=decode_timeout, io_timeout=io_timeout, skip_unreadable=skip_unreadable, limits=limits,
-            clips=read_clip_list(clips) if clips else None,
-        )  # fmt: skip
+        if engine == "ray":
+            report = pack_on_ray(src, dst, **options)
+        else:
+            report = pack_videos(src, dst, shard=shard, processes=processes, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     print("\n".join(report.lines()))

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vito_fast.curate.options import digest
+from vito_fast.data.pack.on_ray import connect
 from vito_fast.errors import UserError
 from vito_fast.files import atomic_write
 
@@ -275,12 +276,7 @@ def ray_unit(step: Step, unit: Unit) -> float:
 
 
 def _ray(step: Step, units: Sequence[Unit], engine: Engine) -> Iterator[tuple[Unit, float]]:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise UserError("Ray is not installed: pip install 'vito-fast[ray]', or --engine local") from None
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or None, log_to_driver=False, include_dashboard=False)
+    ray = connect()
     remote = ray.remote(max_retries=-1, num_cpus=1)(ray_unit)
     waiting = {remote.remote(step, unit): unit for unit in units}
     while waiting:

@@ -121,7 +121,7 @@ def pack(
     store, finished = Path(dst), is_remote(dst) or Path(dst, "index.bin").exists()
     if encoder == "auto":
         choice = format in FORMATS and FORMATS[format].encoders
-        encoder = _choose_encoder(dst, finished) if choice else PackOptions.encoder
+        encoder = choose_store_encoder(dst, finished) if choice else PackOptions.encoder
     options = PackOptions(
         format=format, short_side=short_side, quality=quality, crf=crf, gop=gop, encoder=encoder,
         clip_length=clip_length, min_length=min_length, shot_cuts=shot_cuts, keep_still=keep_still, strict=strict,
@@ -157,7 +157,7 @@ def pack(
         raise UserError(f"cannot write the store {store}: {error.strerror or error}") from None
 
 
-def _choose_encoder(store: str | os.PathLike[str], finished: bool) -> str:
+def choose_store_encoder(store: str | os.PathLike[str], finished: bool) -> str:
     """The encoder that the store was begun with, so that all its clips are of one kind, or the best one here."""
     if finished:
         return str(Store(store).description["options"]["encoder"])
