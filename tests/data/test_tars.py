@@ -1,5 +1,6 @@
 """Videos in tar archives: read in place, with labels from the files beside them, and no name that leads outside."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -10,6 +11,7 @@ from test_pack import contents
 from videos import pictures, write
 
 from vito_fast.data.pack.edit import append
+from vito_fast.data.pack.listing import list_videos
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store.media import Member, SourceFile
 from vito_fast.errors import UserError
@@ -121,3 +123,10 @@ def test_a_member_reads_as_a_file_of_its_own(tmp_path):
         assert (file.seek(-3, 2), file.read()) == (17, bytes(range(27, 30)))
         assert (file.read(5), file.seek(2), file.read(-1)) == (b"", 2, bytes(range(12, 30)))
         assert (file.seek(25), file.read(3)) == (25, b"")
+
+
+def test_the_seal_of_files_is_that_of_earlier_stores(tmp_path):
+    """A finished store is known again by it."""
+    for name, data in (("a.mp4", b"x"), ("b.mp4", b"yz")):
+        (tmp_path / name).write_bytes(data)
+    assert list_videos(tmp_path).fingerprint == hashlib.sha256(b"a.mp4\t1\nb.mp4\t2").hexdigest()

@@ -224,7 +224,7 @@ def _joins(parts: Sequence[Store]) -> dict[Video, Video]:
     """The first of the videos that share a group with each one. Empty without groups."""
     groups: dict[Video, set[str]] = {}
     for number, part in enumerate(parts):
-        own = labels.read_labels(part.path, len(part))
+        own = part.labels()
         if own is not None and own.grouped:
             for clip, group in enumerate(own.groups(np.arange(len(part)))):
                 known = groups.setdefault((number, part.index.clip(clip).video), set())

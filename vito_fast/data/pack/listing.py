@@ -86,21 +86,19 @@ def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
         except RuntimeError:
             rejected[name] = "cannot be read: a loop of links"
     skipped |= archives.skipped
-    rejected |= archives.rejected
     sizes |= {name: member.size for name, member in archives.videos.items()}
-    names = sorted({name for name in sizes.keys() | rejected.keys() if name not in known})
+    sizes = {name: size for name, size in sizes.items() if name not in known}
+    rejected = {name: reason for name, reason in (rejected | archives.rejected).items() if name not in known}
+    names = sorted(sizes.keys() | rejected.keys())
     if not names:
         if known:
             raise UserError(f"no new video in {src}: all are known")
         raise UserError(f"no video in {src}: looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
     rows = rows_of_archives(archives.about)
-    seal = hashlib.sha256()
-    for name in names:
-        seal.update(f"{name}\t{sizes.get(name, -1)}{rows.get(name, '')}\n".encode("utf-8", "surrogateescape"))
-    rejected = {name: reason for name, reason in rejected.items() if name in names}
+    lines = (f"{name}\t{sizes.get(name, -1)}{rows.get(name, '')}" for name in names)
+    seal = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape"))
     listing = Listing(root, names, rejected, seal.hexdigest(), skipped, rows, members=archives.videos)
-    duplicates = _duplicates(listing, {name: size for name, size in sizes.items() if name not in known})
-    rejected |= duplicates
+    rejected |= _duplicates(listing, sizes)
     return replace(listing, videos=[name for name in names if name not in rejected])
 
 
