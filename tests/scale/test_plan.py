@@ -256,6 +256,9 @@ def test_a_store_brings_its_own_numbers(tmp_path, small, capsys):
     assert plan["options"]["frame_bytes"] == 100
     assert plan["steps"] == 10 * (2048 // 1024)
     assert plan["resources"]["storage"] == pytest.approx(2 * 1024 * 100 / GPUS["h100"]["node_read"].value)
+    (tmp_path / "store.json").write_text('{"version": 1, "options": {}, "sources": "", "report": {}}')
+    plan = planned(capsys, small, "--store", str(tmp_path), "--data.where", "sources=1*")
+    assert plan["options"]["clips"] == 1 + 10 + 100 + 1000
 
 
 def test_tables_print_and_call_themselves_a_prediction(small, capsys):

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from vito_fast.config import Config
+from vito_fast.config import ClipFilter, Config
 from vito_fast.data.store.description import FORMATS
 from vito_fast.data.store.index import Index
 from vito_fast.data.store.remote import is_remote
+from vito_fast.data.store.selection import select
 from vito_fast.data.store.store import Store
 from vito_fast.errors import UserError
 from vito_fast.plan.hardware import machine
@@ -33,7 +34,9 @@ class Plan:
 
     def run(self) -> int:
         """Prints the prediction; returns the exit status."""
-        options = from_store(self.options) if self.options.store else self.options
+        options = self.options
+        if options.store:
+            options = from_store(options, ClipFilter.parse(self.config.data.where))
         constants = machine(options.gpu, options.calibrate or None)
         if self.assumptions:
             console().print(assumptions(constants))
@@ -47,11 +50,11 @@ class Plan:
         return 0
 
 
-def from_store(options: PlanOptions) -> PlanOptions:
-    """Fills in the number of clips, the format and the bytes a frame of the store that the options name.
+def from_store(options: PlanOptions, where: ClipFilter) -> PlanOptions:
+    """Fills in the number of clips that pass ``where``, the format and the bytes a frame of the options' store.
 
     Raises:
-        UserError: no readable store, or an empty one.
+        UserError: no readable store, an empty one, or one of which no clip passes.
     """
     try:
         remote = is_remote(options.store)
@@ -63,4 +66,5 @@ def from_store(options: PlanOptions) -> PlanOptions:
     size = sum(size for _, size in index.shards) / max(1, index.num_frames)
     if index.format not in FORMATS:
         raise UserError(f"cannot plan for the store {options.store}: its format is {index.format!r}")
-    return replace(options, clips=index.num_clips, format=FORMATS[index.format].name, frame_bytes=size)
+    clips = len(select(Store(options.store, check=False), where)) if where != ClipFilter() else index.num_clips
+    return replace(options, clips=clips, format=FORMATS[index.format].name, frame_bytes=size)
