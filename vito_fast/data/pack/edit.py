@@ -188,7 +188,7 @@ class new_store:
 
 def _check_local(command: str, store: str | os.PathLike[str]) -> None:
     if is_remote(store):
-        raise UserError(f"store {command} writes to a local folder, not to {store}: copy the store when it is made")
+        raise UserError(f"store {command} writes local folders, not {store}: make the store in a folder and upload it")
 
 
 def _check_options(parts: Sequence[Store]) -> None:

@@ -68,7 +68,7 @@ class CachedFile:
             while view:
                 count = os.pwrite(file.fileno(), view, place)
                 view, place = view[count:], place + count
-        self.table[first : first - (-len(data) // BLOCK)] = _now()
+        self.table[first : first + -(-len(data) // BLOCK)] = _now()
 
 
 class Cache:

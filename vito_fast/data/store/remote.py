@@ -211,7 +211,7 @@ def _failure(error: Exception) -> RemoteError:
     if isinstance(error, TimeoutError | asyncio.TimeoutError) and not str(error):
         return RemoteError("no answer in time")
     if isinstance(error, FileNotFoundError) and (cause is None or hasattr(cause, "response") or status in (404, 410)):
-        return RemoteError("no such file", "missing")
+        return RemoteError("not found", "missing")
     reason = _line(cause if cause and status else error)
     credentials = "Credentials" in type(error).__name__ or "Token" in type(error).__name__
     invalid = (

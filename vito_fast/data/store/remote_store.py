@@ -270,9 +270,11 @@ class RemoteStore:
         A fault of the server ends it, so that nobody waits for it once for each request.
         """
         errors: dict[int, Exception] = {}
-        ranges = [(shard, *ends) for shard, blocks in wanted.items() if len(blocks) for ends in _joined(blocks)]
-        for at in range(0, len(ranges), AT_ONCE):
-            chunk = ranges[at : at + AT_ONCE]
+        most = max(1, min(MAX_RANGE, self._cache.limit // (4 * BLOCK)))  # a small cache holds few at a time
+        ranges = [(shard, *ends) for shard, blocks in wanted.items() if len(blocks) for ends in _joined(blocks, most)]
+        count = max(1, min(AT_ONCE, self._cache.limit // (4 * BLOCK * most)))
+        for at in range(0, len(ranges), count):
+            chunk = ranges[at : at + count]
             reserved = [(self._files[shard], np.arange(first, end)) for shard, first, end in chunk]
             try:
                 self._cache.reserve(reserved)
@@ -343,11 +345,10 @@ class RemoteReader(Reader):
 
     def prefetch(self, clips: npt.NDArray[np.int64], frames: npt.NDArray[np.int32], *, single_stream: bool) -> None:
         """Fetch the blocks that a later read needs. Errors are left to that read."""
-        if not self._store.complete:
-            self._store.load(
-                self._sample(clip, row, single_stream)
-                for clip, row in zip(clips.tolist(), frames.astype(np.int64), strict=True)
-            )
+        wanted = list(zip(clips.tolist(), frames.astype(np.int64), strict=True))
+        for at in range(0, len(wanted), AT_ONCE):  # whoever waits for a block waits for one part
+            if not self._store.complete:
+                self._store.load(self._sample(*each, single_stream) for each in wanted[at : at + AT_ONCE])
 
     def _sample(self, clip: int, frames: npt.NDArray[np.int64], single_stream: bool) -> Sample:
         try:
@@ -374,11 +375,11 @@ def _failed(clip: int, error: Exception) -> Read:
     return Read(code, f"clip {clip}: {message}", np.empty(0, np.uint8), none, none, np.empty(0, np.int32), none)
 
 
-def _joined(blocks: Blocks) -> Iterator[tuple[int, int]]:
-    """Ranges of blocks, first and last + 1, that cover ``blocks``."""
+def _joined(blocks: Blocks, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of up to ``most`` blocks, first and last + 1, that cover ``blocks``."""
     first = last = int(blocks[0])
     for block in blocks[1:].tolist():
-        if block - last > MAX_GAP + 1 or block - first >= MAX_RANGE:
+        if block - last > MAX_GAP + 1 or block - first >= most:
             yield first, last + 1
             first = block
         last = block
