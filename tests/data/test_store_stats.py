@@ -59,7 +59,7 @@ def test_the_page_and_the_table(odd, tmp_path, capsys):
     pack(odd, tmp_path / "s", **QUIET)
     words = ["store", "stats", str(tmp_path / "s"), "--page", str(tmp_path / "p.html")]
     assert main([*words, "--table", str(tmp_path / "t.csv")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"store: {tmp_path / 'p.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"page: {tmp_path / 'p.html'}"
     text = (tmp_path / "p.html").read_text()
     loads = Loads()
     loads.feed(text)

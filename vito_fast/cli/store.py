@@ -119,14 +119,16 @@ def stats(store: Address, table: Path | None = None, page: Path | None = None) -
     from vito_fast.data.store.store import Store
 
     opened = Store(store, check=False)
-    for path, write in ((table, write_table), (page, write_page)):
+    print("\n".join(opened.report.lines()))
+    for kind, path, write in (("table", table, write_table), ("page", page, write_page)):
         if path is not None:
             write(opened, path)
-    return _told(opened.report.lines(), page or table or store)
+            print(f"{kind}: {path}")
+    return 0
 
 
-def _told(lines: Sequence[str], made: str | Path) -> int:
-    print("\n".join([*lines, f"store: {made}"]))
+def _told(lines: Sequence[str], store: str | Path) -> int:
+    print("\n".join([*lines, f"store: {store}"]))
     return 0
 
 

@@ -196,7 +196,7 @@ class Report:
         """The report as text, one line each. Empty for an incomplete store."""
         if not self.complete:
             return []
-        rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items())
+        rates = ", ".join(f"{rate} fps: {count}" for rate, count in self.frame_rates.items()) or "not known"
         result = [
             f"{self.clips} clips of {self.videos} videos, {self.hours:.2f} hours, "
             f"{self.frames} frames, {self.bytes / 1e6:.1f} MB",
