@@ -134,4 +134,4 @@ def test_the_commands(stores, tmp_path, capsys):
     assert sum(int(row["clips"]) for row in rows) == len(Store(stores / "jpeg"))
     assert {row["rate"] for row in rows} == {"25.0"}
     assert main(["store", "burn", store]) == 2
-    assert "unknown command 'store burn': choose append, merge, subset, stats" in capsys.readouterr().err
+    assert "unknown command 'store burn': choose append, merge, subset, export, stats" in capsys.readouterr().err
