@@ -11,16 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
+import torch
 from object_server import ENVIRONMENT, ObjectServer, upload
 from test_loader import equal, loader
 
+from vito_fast.config import Config, DataConfig, TrainConfig
 from vito_fast.data.loader.read_ahead import STEPS
+from vito_fast.data.pack.edit import merge, subset
 from vito_fast.data.pack.pack import pack
 from vito_fast.data.store import cache as cache_module
 from vito_fast.data.store import remote, remote_store
+from vito_fast.data.store.inspect import inspect_store
 from vito_fast.data.store.remote_store import RemoteReader
 from vito_fast.data.store.store import Store, frames
 from vito_fast.errors import UserError
+from vito_fast.train.distributed import World
+from vito_fast.train.run import make_loader
 
 ADDRESS = "s3://bucket/store"
 
@@ -30,6 +37,7 @@ def running():
     server = ObjectServer()
     yield server
     server.close()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -234,7 +242,7 @@ def test_reading_ahead_follows_the_sampler(server, stores, monkeypatch):
 
 def test_pack_uploads_and_goes_on_after_a_fault(server, folder, stores, tmp_path, monkeypatch, caplog):
     upload(stores / "jpeg", "s3://bucket/other")  # makes the bucket
-    options = {"format": "jpeg", "short_side": 32, "clip_length": 1.6, "progress": False, "processes": 2}
+    options = {"format": "copy", "short_side": 32, "clip_length": 1.6, "progress": False, "processes": 2}
     staging = tmp_path / "c-staging"
     with monkeypatch.context() as patch:
         patch.setattr(remote.Remote, "upload", broken_after(1))
@@ -246,11 +254,11 @@ def test_pack_uploads_and_goes_on_after_a_fault(server, folder, stores, tmp_path
     report = pack(folder, "s3://bucket/packed", **options)
     assert [path for method, path, _ in server.requests if method == "PUT" and "shard-00000" in path] == []
     assert not list(staging.iterdir())
-    assert Store("s3://bucket/packed").digest == Store(stores / "jpeg").digest
-    same_epochs("s3://bucket/packed", stores / "jpeg", epochs=1)
+    assert Store("s3://bucket/packed").digest == Store(stores / "copy").digest
+    same_epochs("s3://bucket/packed", stores / "copy", epochs=1)
     assert pack(folder, "s3://bucket/packed", **options) == report
-    with pytest.raises(UserError, match="finished store with quality=90, not 80"):
-        pack(folder, "s3://bucket/packed", **options, quality=80)
+    with pytest.raises(UserError, match="finished store with gop=8, not 9"):
+        pack(folder, "s3://bucket/packed", **options, gop=9)
     with pytest.raises(UserError, match="cannot write s3://no-such-bucket"):
         pack(folder, "s3://no-such-bucket/packed", **options)
 
@@ -332,7 +340,7 @@ def test_processes_share_a_small_cache_and_may_be_killed(server, stores, cache):
         words = [ADDRESS, str(stores / "jpeg"), str(seed), str(limit / 2**30), str(reads)]
         return subprocess.Popen([sys.executable, "-c", READER, *words], stdout=subprocess.PIPE, text=True)
 
-    survivor, victims = start(0, 40), [start(seed, 10**6) for seed in (1, 2)]
+    survivor, victims = start(0, 25), [start(seed, 10**6) for seed in (1, 2)]
     for number, victim in enumerate(victims):
         assert victim.stdout.readline() == "open\n"
         time.sleep(0.3 * number)
@@ -341,5 +349,29 @@ def test_processes_share_a_small_cache_and_may_be_killed(server, stores, cache):
         assert on_disk(cache) <= limit
     assert survivor.communicate(timeout=120)[0] == "open\nequal\n"
     assert on_disk(cache) <= limit
-    assert start(3, 10).communicate(timeout=120)[0] == "open\nequal\n"
+    same_epochs(ADDRESS, stores / "jpeg", epochs=1, cache_gib=limit / 2**30)
     assert on_disk(cache) <= limit
+
+
+def test_stores_are_made_of_remote_ones(server, stores, tmp_path):
+    upload(stores / "jpeg", ADDRESS)
+    for name, source in (("ours", ADDRESS), ("theirs", stores / "jpeg")):
+        subset(source, tmp_path / name / "part", clips=[1, 4])
+        merge(tmp_path / name / "all", [tmp_path / name / "part", source])
+    for name in ("part", "all"):
+        ours, theirs = (tmp_path / which / name for which in ("ours", "theirs"))
+        for path in theirs.glob("*.bin"):
+            assert (ours / path.name).read_bytes() == path.read_bytes()
+    inspected = inspect_store(ADDRESS, progress=False)
+    assert (inspected.clips, inspected.damaged) == (len(Store(ADDRESS)), [])
+    with pytest.raises(UserError, match="store subset writes local folders"):
+        subset(ADDRESS, "s3://bucket/part")
+
+
+def test_a_run_takes_its_cache_from_the_configuration(server, stores, tmp_path):
+    upload(stores / "jpeg", ADDRESS)
+    data = DataConfig(store=ADDRESS, cache=str(tmp_path / "own"), cache_gib=2)
+    made = make_loader(Config(data=data, train=TrainConfig(batch_size=3)), World(0, 1, 1, torch.device("cpu")))
+    assert made.store.path.is_relative_to(tmp_path / "own")
+    assert made.store.remote.limit == 2 << 30
+    assert not (tmp_path / "c").exists()

@@ -4,8 +4,8 @@ A cached file is ``files/KEY.bin``, sparse and of the whole file's size. Beside 
 block: 0 = absent, else the second of its last use. The top bit is set until the block's bytes are written. So a block
 of a process that was killed counts towards the bound and is never read.
 
-A change of the maps from or to 0 is made under ``lock``. The least recently used blocks are punched out of their files.
-Readers check content by themselves: a block may go between the look at the map and the read.
+Maps and blocks change under ``lock`` alone, so the bound holds at any moment. The least recently used blocks are
+punched out of their files. Readers check content by themselves: a block may go between the look and the read.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -44,25 +44,27 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class CachedFile:
     """One file of the cache. Made by :meth:`Cache.file`."""
 
-    def __init__(self, path: Path, size: int):
-        self.path, self.size = path, size
+    def __init__(self, path: Path, size: int, lock: Callable[[], AbstractContextManager[None]]):
+        self.path, self.size, self._lock = path, size, lock
         self.table = _open_map(path)
 
     def use(self, blocks: Blocks) -> Blocks:
         """Note a use of blocks. Returns those whose bytes are not there."""
         state, now = self.table[blocks], _now()
-        there = (state != 0) & (state < _WRITING)
-        if (old := there & (state + TICK < now)).any():
-            self.table[blocks[old]] = now
+        there = _valid(state)
+        if (there & (state + TICK < now)).any():
+            with self._lock():
+                there = _valid(self.table[blocks])
+                self.table[blocks[there]] = now
         return blocks[~there]
 
     @property
     def complete(self) -> bool:
         """Whether every block is there."""
-        return bool(((self.table != 0) & (self.table < _WRITING)).all())
+        return bool(_valid(self.table).all())
 
     def write(self, first: int, data: bytes) -> None:
-        """Write whole blocks from block ``first`` on, which are reserved. Raises OSError."""
+        """Write whole blocks from block ``first`` on, under the lock. Raises OSError."""
         with name_errors(self.path), open(self.path, "r+b", buffering=0) as file:
             view, place = memoryview(data), first * BLOCK
             while view:
@@ -125,7 +127,7 @@ class Cache:
                     file.truncate(size)
                 with open(table, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, entries)  # a full disk must not kill who writes to the map
-            return CachedFile(path, size)
+            return CachedFile(path, size, self.lock)
 
     def reserve(self, wanted: Sequence[tuple[CachedFile, Blocks]]) -> None:
         """Make room for blocks and mark them as being written. Raises OSError if they are more than the cache holds."""
@@ -143,15 +145,23 @@ class Cache:
             self._used[0] -= BLOCK * _punch(file.path, file.table, blocks)
 
     def write(self, file: CachedFile, first: int, data: bytes) -> None:
-        """Write reserved blocks. If the disk is full, others are evicted first. Raises OSError if it stays full."""
-        try:
+        """Write reserved blocks, unless they were evicted meanwhile. If the disk is full, others are evicted first.
+
+        Raises:
+            OSError: The disk stays full.
+        """
+        blocks = np.arange(first, first + -(-len(data) // BLOCK))
+        with self.lock():
+            if not file.table[blocks].all():
+                return self.drop(file, blocks)
+            try:
+                return file.write(first, data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            self._evict(2 * len(data) + int(FREED * int(self._used[0])))
             file.write(first, data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            with self.lock():
-                self._evict(2 * len(data) + int(FREED * int(self._used[0])))
-            file.write(first, data)
+            self._used[0] = self._count()
 
     def reserve_bytes(self, count: int) -> None:
         """Make room for ``count`` bytes of other files under ``stores``. Raises OSError as :meth:`reserve`."""
@@ -203,6 +213,10 @@ class Cache:
 
 def _now() -> np.uint32:
     return np.uint32(max(1, int(time.time()) - _CLOCK_START))
+
+
+def _valid(state: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    return (state != 0) & (state < _WRITING)
 
 
 def _read_map(path: Path) -> npt.NDArray[np.uint32]:

@@ -79,7 +79,7 @@ class Remote:
             from fsspec.core import url_to_fs
             from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
-            options = {"use_listings_cache": False, "skip_instance_cache": True, **OPTIONS.get(scheme, {})}
+            options = {"use_listings_cache": False, **OPTIONS.get(scheme, {})}
             fs, self._root = url_to_fs(self.address, **options)
             self._fs = fs if fs.async_impl else AsyncFileSystemWrapper(fs)
         except ImportError as error:

@@ -72,6 +72,7 @@ class RemoteStore:
     Attributes:
         name: The address without a password, for messages.
         folder: Where the store's small files lie.
+        limit: Bytes of the cache.
         shards: Folder of links to the shards' cached files, after :meth:`bind`.
 
     Raises:
@@ -90,7 +91,8 @@ class RemoteStore:
         self._in_use = ExitStack()
         folder = cache_folder(cache)
         try:
-            self._cache = Cache(folder, cache_limit(gib))
+            self.limit = cache_limit(gib)
+            self._cache = Cache(folder, self.limit)
             self.folder = self.shards = self._fetch_files()
         except OSError as error:
             raise UserError(
@@ -190,7 +192,7 @@ class RemoteStore:
 
     def room(self, share: float, packets: int, most: int) -> int:
         """How many times, up to ``most``, ``packets`` packets in blocks of their own fit in a share of the cache."""
-        return min(most, int(share * self._cache.limit) // (packets * BLOCK))
+        return min(most, int(share * self.limit) // (packets * BLOCK))
 
     def blocks(self, shard: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Blocks:
         """The blocks of a shard that hold packets. Without those beyond its end."""
@@ -256,7 +258,7 @@ class RemoteStore:
         shard, blocks = sample
         with self._cache.lock():
             self._cache.drop(self._files[shard], blocks)
-            yield self._fetch({shard: blocks}).get(shard)
+            yield self._fetch({shard: blocks}, alone=True).get(shard)
 
     def drop(self, samples: Iterable[Sample]) -> None:
         """Forget the blocks of samples, whose bytes are wrong."""
@@ -264,15 +266,22 @@ class RemoteStore:
             self._complete = False
             self._cache.drop(self._files[shard], blocks)
 
-    def _fetch(self, wanted: dict[int, Blocks]) -> dict[int, Exception]:
+    def _fetch(self, wanted: dict[int, Blocks], *, alone: bool = False) -> dict[int, Exception]:
         """Fetch blocks, in a bounded number of requests at a time. Returns errors by shard.
 
         A fault of the server ends it, so that nobody waits for it once for each request.
+
+        Args:
+            alone: Whether to make room for all of them before the first comes, and to fetch no others.
         """
         errors: dict[int, Exception] = {}
-        most = max(1, min(MAX_RANGE, self._cache.limit // (4 * BLOCK)))  # a small cache holds few at a time
-        ranges = [(shard, *ends) for shard, blocks in wanted.items() if len(blocks) for ends in _joined(blocks, most)]
-        count = max(1, min(AT_ONCE, self._cache.limit // (4 * BLOCK * most)))
+        most = max(1, min(MAX_RANGE, self.limit // (4 * BLOCK)))  # a small cache holds few at a time
+        count, gap = max(1, min(AT_ONCE, self.limit // (4 * BLOCK * most))), MAX_GAP
+        if alone:
+            count, gap = 1 << 30, 0
+        ranges = [
+            (shard, *ends) for shard, blocks in wanted.items() if len(blocks) for ends in _joined(blocks, most, gap)
+        ]
         for at in range(0, len(ranges), count):
             chunk = ranges[at : at + count]
             reserved = [(self._files[shard], np.arange(first, end)) for shard, first, end in chunk]
@@ -375,11 +384,11 @@ def _failed(clip: int, error: Exception) -> Read:
     return Read(code, f"clip {clip}: {message}", np.empty(0, np.uint8), none, none, np.empty(0, np.int32), none)
 
 
-def _joined(blocks: Blocks, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of up to ``most`` blocks, first and last + 1, that cover ``blocks``."""
+def _joined(blocks: Blocks, most: int, gap: int) -> Iterator[tuple[int, int]]:
+    """Ranges of up to ``most`` blocks, first and last + 1, that cover ``blocks``, over gaps of up to ``gap``."""
     first = last = int(blocks[0])
     for block in blocks[1:].tolist():
-        if block - last > MAX_GAP + 1 or block - first >= most:
+        if block - last > gap + 1 or block - first >= most:
             yield first, last + 1
             first = block
         last = block
