@@ -8,6 +8,7 @@ bfloat16 and float16 are computed in float32, float64 in float64. Functions have
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -393,6 +394,32 @@ def grad_epilogue(
                 grad.addcmul_(k[keys].to(grad.dtype), pair_weight[:, p, None], value=LOG2E)
     dscale = scale.new_empty(0) if other is None else (grad * other).sum()
     return grad.mul_(scale).to(dtype) if store else base.new_empty(0, dtype=dtype), dscale
+
+
+def grad_epilogues(
+    base: Tensor | None,
+    key_base: Tensor | None,
+    scale: Tensor,
+    q: Tensor,
+    k: Tensor,
+    pair_weight: Tensor | None,
+    diagonal: int,
+    weight: Tensor | None,
+    store: bool,
+    dots: bool,
+    one: Callable[..., tuple[Tensor, Tensor]] = grad_epilogue,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``epilogue.grad_epilogues``, by ``one`` epilogue after the other. A base that is not there makes no gradient.
+
+    May write over the bases.
+    """
+    dq, dscale, dk = q.new_empty(0), scale.new_empty(0), k.new_empty(0)
+    if base is not None:
+        pairs = {"pair_weight": pair_weight, "k": k, "diagonal": diagonal}
+        dq, dscale = one(base, scale, q.dtype, store=store, weight=weight, other=q if dots else None, **pairs)
+    if key_base is not None:
+        dk, _ = one(key_base, scale, k.dtype, pair_weight=pair_weight, k=q, diagonal=-diagonal, by_key=True)
+    return dq, dscale, dk
 
 
 def multi_view_grad_q(

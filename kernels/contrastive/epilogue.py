@@ -7,6 +7,7 @@ PyTorch takes four to a dozen launches for each of these, which at a few thousan
     softmax_grad     a softmax's share in a gradient
     positive_logits  scale * q_i . k_j for the positives j of query i
     grad_epilogue    the positives' part of a gradient, the scale, one rounding
+    grad_epilogues   that of queries and of keys at once
     multi_view_loss, multi_view_grad_q    the positives, the losses and the gradient of all ordered pairs of views
 
 A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are float32, in a fixed order.
@@ -124,14 +125,11 @@ def positive_logits_kernel(
 
 
 @jit
-def grad_epilogue_kernel(
+def _grad_rows(
     base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride, diagonal,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
     BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
-    with ``other``. Of ADJACENT each is the other's key as well as its query.
-    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
@@ -159,6 +157,29 @@ def grad_epilogue_kernel(
     if STORE:
         acc *= tl.load(scale)
         tl.store(out + place * D + column[None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def grad_epilogue_kernel(
+    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride, diagonal,
+    key_base, q, key_out, key_splits, q_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr,
+    PAIRS: tl.constexpr, WEIGHTED: tl.constexpr, BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr,
+    STORE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
+    with ``other``. Of ADJACENT each is the other's key as well as its query. With KEYS a second row of programs does
+    the same for the keys of the pairs.
+    """
+    if KEYS and tl.program_id(1) == 1:
+        _grad_rows(
+            key_base, weight, pair_weight, q, positive, other, scale, key_out, dots, N, M, D, key_splits, q_stride,
+            other_stride, -diagonal, WIDTH, ROWS, False, PAIRS, False, True, 0, False, True,
+        )  # fmt: skip
+    else:
+        _grad_rows(
+            base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride,
+            diagonal, WIDTH, ROWS, LISTED, PAIRS, WEIGHTED, BY_KEY, ADJACENT, DOTS, STORE,
+        )  # fmt: skip
 
 
 @jit
@@ -332,10 +353,46 @@ def grad_epilogue(
     with on_device(base):
         grad_epilogue_kernel[(cdiv(M, rows),)](
             base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
-            base.shape[0] if base.dim() == 3 else 1, *strides, diagonal, width, rows, positive is not None, pairs,
-            weight is not None, by_key, int(adjacent), other is not None, store,
+            _parts(base), *strides, diagonal, None, None, None, 0, 0, width, rows, positive is not None, pairs,
+            weight is not None, by_key, int(adjacent), other is not None, store, False,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
+
+
+def _parts(base: Tensor) -> int:
+    return base.shape[0] if base.dim() == 3 else 1
+
+
+def grad_epilogues(
+    base: Tensor,
+    key_base: Tensor,
+    scale: Tensor,
+    q: Tensor,
+    k: Tensor,
+    pair_weight: Tensor | None,
+    diagonal: int,
+    weight: Tensor | None,
+    store: bool,
+    dots: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dscale, dk): ``grad_epilogue`` of q (M, D) with ``weight`` and, by key, of k (N, D), in one launch.
+
+    ``store`` and ``dots``: whether dq and dscale are wanted. ``pair_weight`` (M, 1) is that of i and ``i + diagonal``.
+    """
+    (M, D), N = q.shape, k.shape[0]
+    width, rows = program_shape(D)
+    q, k = rows_contiguous(q), rows_contiguous(k)
+    weight, pair_weight = (None if x is None else x.contiguous() for x in (weight, pair_weight))
+    dq = torch.empty((M, D) if store else 0, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    products = base.new_empty(M if dots else 0)
+    with on_device(base):
+        grad_epilogue_kernel[(cdiv(max(M, N), rows), 2)](
+            base, weight, pair_weight, k, None, q, scale, dq, products, M, N, D, _parts(base), k.stride(0), q.stride(0),
+            diagonal, key_base, q, dk, _parts(key_base), q.stride(0), width, rows, False, int(pair_weight is not None),
+            weight is not None, False, 0, dots, store, True,
+        )  # fmt: skip
+    return dq, products.sum() if dots else products, dk
 
 
 def multi_view_loss(

@@ -111,24 +111,25 @@ def similarity_lse_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale), each rounded once to its input's dtype; a gradient that is not needed is empty."""
     path, mask = path_of(q), Mask(q_group, k_group, positive, diagonal)
-    dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
     pair_weight = g_positive if g_positive.shape[1] else None
     if pair_weight is None:  # lse itself was asked for, and anything may arrive at the -inf of a fully masked query
         g_lse2 = g_lse2.masked_fill(lse2 == -math.inf, 0)
-    if need_q or need_scale:
-        pairs = {"pair_weight": pair_weight, "k": k, "positive": positive, "diagonal": diagonal or 0}
-        other = q if need_scale else None
-        dq, dscale = path.grad_epilogue(mean, scale, q.dtype, store=need_q, weight=g_lse2, other=other, **pairs)
+    base, key_base = mean if need_q or need_scale else None, None
     if need_k and k is not None:
         softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
         given = softmax, None, mask, False, True, matmul_dtype, logit_cache
-        _, grad = path.lse_backward(q, k, scale, *given, parts=positive is None)
-        if positive is None:
-            pairs = {"pair_weight": pair_weight, "k": q, "diagonal": -(diagonal or 0), "by_key": True}
-            dk, _ = path.grad_epilogue(grad, scale, k.dtype, **pairs)
-        else:
-            _scatter_positives(grad, q, positive, g_positive)
-            dk = grad.mul_(scale).to(k.dtype)
+        _, key_base = path.lse_backward(q, k, scale, *given, parts=positive is None)
+    if positive is None:
+        options = None if k is None else pair_weight, diagonal or 0, g_lse2, need_q, need_scale
+        dq, dscale, dk = path.grad_epilogues(base, key_base, scale, q, q if k is None else k, *options)
+        return dq, dk, dscale
+    dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
+    if base is not None:
+        pairs = {"pair_weight": pair_weight, "k": k, "positive": positive, "other": q if need_scale else None}
+        dq, dscale = path.grad_epilogue(base, scale, q.dtype, store=need_q, weight=g_lse2, **pairs)
+    if key_base is not None and k is not None:
+        _scatter_positives(key_base, q, positive, g_positive)
+        dk = key_base.mul_(scale).to(k.dtype)
     return dq, dk, dscale
 
 

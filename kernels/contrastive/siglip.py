@@ -190,20 +190,15 @@ def siglip_backward_op(
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dscale, dbias), each rounded once to its input's dtype; one that is not needed is empty."""
-    path, mask, offset = path_of(x), Mask(diagonal=diagonal), diagonal or 0
+    path, mask = path_of(x), Mask(diagonal=diagonal)
     share, weight, pair, part = row_grads(gradient, logits, shares, bias, reduction)
-    dx, dy, dscale, dbias = x.new_empty(0), y.new_empty(0), scale.new_empty(0), scale.new_empty(0)
-    if need_x or need_scale:
-        pairs = {"pair_weight": pair, "k": y, "diagonal": offset, "other": x if need_scale else None}
-        dx, dscale = path.grad_epilogue(mean, scale, x.dtype, store=need_x, weight=weight, **pairs)
+    base, key_base = mean if need_x or need_scale else None, None
     if need_y:
-        options = {"sigmoid": True, "parts": True}
-        _, grad = path.lse_backward(x, y, scale, share, None, mask, False, True, matmul_dtype, **options)
-        pairs = {"pair_weight": pair, "k": x, "diagonal": -offset, "by_key": True}
-        dy, _ = path.grad_epilogue(grad, scale, y.dtype, **pairs)
-    if need_bias:
-        dbias = part.sum()
-    return dx, dy, dscale, dbias
+        given = share, None, mask, False, True, matmul_dtype
+        _, key_base = path.lse_backward(x, y, scale, *given, sigmoid=True, parts=True)
+    options = pair, diagonal or 0, weight, need_x, need_scale
+    dx, dscale, dy = path.grad_epilogues(base, key_base, scale, x, y, *options)
+    return dx, dy, dscale, part.sum() if need_bias else scale.new_empty(0)
 
 
 @siglip_backward_op.register_fake

@@ -88,12 +88,8 @@ def two_sided_lse_backward_op(
     path, mask, side = path_of(x), Mask(diagonal=diagonal), need_x or need_scale
     softmaxes = path.softmax_grads((row, row_residual, g_row), (column, column_residual, g_column))
     gx, gy = path.lse_backward(x, y, scale, *softmaxes, mask, side, need_y, matmul_dtype, logit_cache, parts=True)
-    dx, dy, dscale = x.new_empty(0), y.new_empty(0), scale.new_empty(0)
-    if side:
-        pairs = {"pair_weight": g_pair, "k": y, "diagonal": diagonal, "other": x if need_scale else None}
-        dx, dscale = path.grad_epilogue(gx, scale, x.dtype, store=need_x, **pairs)
-    if need_y:
-        dy, _ = path.grad_epilogue(gy, scale, y.dtype, pair_weight=g_pair, k=x, diagonal=-diagonal, by_key=True)
+    bases = gx if side else None, gy if need_y else None
+    dx, dscale, dy = path.grad_epilogues(*bases, scale, x, y, g_pair, diagonal, None, need_x, need_scale)
     return dx, dy, dscale
 
 

@@ -280,6 +280,9 @@ def epilogues(D: int = 256) -> Iterator[Spec]:
     def with_pairs() -> None:
         epilogue.grad_epilogue(grad, scale, q.dtype, weight=row, pair_weight=row, k=q, other=q)
 
+    def both_sides() -> None:
+        epilogue.grad_epilogues(grad, grad, scale, q, q, row[:, None], 0, row, True, True)
+
     def without_pairs() -> None:
         epilogue.grad_epilogue(grad, scale, q.dtype, weight=row)
         epilogue.grad_epilogue(grad, scale, q.dtype)
@@ -290,6 +293,7 @@ def epilogues(D: int = 256) -> Iterator[Spec]:
 
     yield _memory_bound(f"epilogue merge D={D}", merge, 0, 20 * ROWS * D)
     yield _memory_bound(f"epilogue gradient D={D}", with_pairs, 0, 10 * ROWS * D)
+    yield _memory_bound(f"epilogue gradient of both sides D={D}", both_sides, 0, 16 * ROWS * D)
     yield _memory_bound(f"epilogue gradient without pairs D={D}", without_pairs, 0, 12 * ROWS * D)
     logits = partial(epilogue.positive_logits, q, q, scale, None, 0)
     yield _memory_bound(f"epilogue logits D={D}", logits, 0, 4 * ROWS * D)

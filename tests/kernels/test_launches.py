@@ -81,6 +81,16 @@ def test_two_sided():
         call(two_sided.two_sided_lse_backward_op, *grads, x, y, scale, 0, *saved, *asked, None)
 
 
+def test_both_gradients_end_in_one_launch():
+    x, scale, row, pairs = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(), empty(ROWS), empty(ROWS, 1)
+    launched = []
+    with lazy_triton.record_launches(lambda kernel, *_, **__: launched.append(kernel.__name__)):
+        saved = row, row, row, row, empty(0)
+        call(two_sided.two_sided_lse_backward_op, row, row, pairs, x, x, scale, 0, *saved, True, True, True, None)
+    assert launched.count("grad_epilogue_kernel") == 1, launched
+    call(two_sided.two_sided_lse_op, x, x, scale, 0, None, False)
+
+
 def test_one_set():
     z, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
     lse2, _, rest, logit_cache = call(two_sided.self_lse_op, z, scale, None, False)
