@@ -32,11 +32,14 @@ LOGITS_BLOCK = 1024  # logits of a row are reread from cache in chunks of at mos
 
 @jit
 def attention_pool_fwd_kernel(
-    features, logits, pooled, weights,
-    L, C, split_rows, stride_b, stride_l, stride_c, pooled_split,
+    features, logits, parts, pooled, weights,
+    L, C, split_rows, stride_b, stride_l, stride_c, part_stride,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_C channels of one row, and the locations of one split: its part of ``pooled``."""
+    """A program owns BLOCK_C channels of one row, and the locations of one split: its part of the mean.
+
+    A single split writes the mean twice: in float32 for the backward, and as ``pooled`` in the features' dtype.
+    """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     b = (tl.program_id(0) // channel_blocks).to(tl.int64)
     block = tl.program_id(0) % channel_blocks
@@ -67,12 +70,15 @@ def attention_pool_fwd_kernel(
         inside = (l < last)[:, None] & (c < C)[None, :]
         f = tl.load(columns[None, :] + l.to(tl.int64)[:, None] * stride_l, mask=inside, other=0.0)
         acc += w[:, None] * f.to(tl.float32)
-    tl.store(pooled + split * pooled_split + b * C + c, tl.sum(acc, 0), mask=c < C)
+    part = tl.sum(acc, 0)
+    tl.store(parts + split * part_stride + b * C + c, part, mask=c < C)
+    if pooled is not None:
+        tl.store(pooled + b * C + c, part.to(pooled.dtype.element_ty), mask=c < C)
 
 
 @jit
 def attention_pool_bwd_kernel(
-    features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
+    features, weights, mean, g_pooled, g_weights, d_features, d_logits,
     L, C, stride_b, stride_l, stride_c, d_stride_b, d_stride_l, d_stride_c,
     HAS_G_WEIGHTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, LOGITS_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -88,20 +94,20 @@ def attention_pool_bwd_kernel(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (l < L)[:, None] & (c < C)[None, :]
-        g = tl.load(g_pooled + b * C + c, mask=c < C, other=0.0)
-        means += g * tl.load(pooled + b * C + c, mask=c < C, other=0.0)
+        g = tl.load(g_pooled + b * C + c, mask=c < C, other=0.0).to(tl.float32)
+        means += g * tl.load(mean + b * C + c, mask=c < C, other=0.0)
         f = tl.load(rows[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
         dots += g[None, :] * f.to(tl.float32)
         d = (w[:, None] * g[None, :]).to(d_features.dtype.element_ty)
         tl.store(d_rows[:, None] + c.to(tl.int64)[None, :] * d_stride_c, d, mask=inside)
     pull = tl.sum(dots, 1) - tl.sum(means, 0)
     if HAS_G_WEIGHTS:
-        mean = tl.zeros((LOGITS_BLOCK,), tl.float32)
+        shift = tl.zeros((LOGITS_BLOCK,), tl.float32)
         for start in range(0, L, LOGITS_BLOCK):
             j = start + tl.arange(0, LOGITS_BLOCK)
             w_j = tl.load(weights + b * L + j, mask=j < L, other=0.0)
-            mean += w_j * tl.load(g_weights + b * L + j, mask=j < L, other=0.0)
-        pull += tl.load(g_weights + b * L + l, mask=l < L, other=0.0) - tl.sum(mean, 0)
+            shift += w_j * tl.load(g_weights + b * L + j, mask=j < L, other=0.0)
+        pull += tl.load(g_weights + b * L + l, mask=l < L, other=0.0) - tl.sum(shift, 0)
     tl.store(d_logits + b * L + l, (w * pull).to(d_logits.dtype.element_ty), mask=l < L)
 
 
@@ -112,29 +118,36 @@ def _logits_block(locations: int) -> int:
     return min(LOGITS_BLOCK, 1 << max(locations - 1, 15).bit_length())
 
 
-def launch_attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits the locations of a row among programs if rows and channels alone would leave the GPU idle."""
+def launch_attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits the locations of a row among programs if rows and channels alone would leave the GPU idle.
+
+    Returns what ``attention_pool_op`` does.
+    """
     batch, locations, channels = features.shape
     channel_blocks = -(-channels // BLOCK_C)
     wanted = -(-2 * num_sms(features.device) // (batch * channel_blocks))
     split_rows = BLOCK_L * max(2, -(-locations // (wanted * BLOCK_L)))
     splits = -(-locations // split_rows)
     parts = features.new_empty((batch, channels) if splits == 1 else (splits, batch, channels), dtype=torch.float32)
+    pooled = features.new_empty((batch, channels)) if splits == 1 else None
     weights = features.new_empty((batch, locations), dtype=torch.float32)
     attention_pool_fwd_kernel[(batch * channel_blocks, splits)](
-        features, logits, parts, weights, locations, channels, split_rows, *features.stride(), batch * channels,
+        features, logits, parts, pooled, weights, locations, channels, split_rows, *features.stride(), batch * channels,
         BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
     )  # fmt: skip
-    return (parts if splits == 1 else parts.sum(0)), weights
+    if pooled is not None:
+        return pooled, weights, parts
+    mean = parts.sum(0)
+    return mean.to(features.dtype, copy=True), weights, mean
 
 
 def launch_attention_pool_backward(
-    features: Tensor, weights: Tensor, pooled: Tensor, g_pooled: Tensor, g_weights: Tensor | None, dtype: torch.dtype
+    features: Tensor, weights: Tensor, mean: Tensor, g_pooled: Tensor, g_weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     batch, locations, channels = features.shape
     d_features, d_logits = torch.empty_like(features), torch.empty_like(weights, dtype=dtype)
     attention_pool_bwd_kernel[(batch * -(-locations // BLOCK_L),)](
-        features, weights, pooled, g_pooled, g_weights, d_features, d_logits,
+        features, weights, mean, g_pooled, g_weights, d_features, d_logits,
         locations, channels, *features.stride(), *d_features.stride(), HAS_G_WEIGHTS=g_weights is not None,
         BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C, LOGITS_BLOCK=_logits_block(locations), num_warps=WARPS,
     )  # fmt: skip
@@ -145,33 +158,37 @@ def launch_attention_pool_backward(
 
 
 @torch.library.custom_op("vito_kernels::attention_pool", mutates_args=())
-def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """features (B, L, C), logits (B, L) -> pooled (B, C), weights (B, L), both float32 (float64 if either input is)."""
+def attention_pool_op(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """features (B, L, C), logits (B, L) -> pooled (B, C) in the features' dtype, weights (B, L), and ``pooled`` again.
+
+    The last two are float32 (float64 if either input is). The backward reads the last, which no caller may write to.
+    """
     dtype = _compute_dtype(features, logits)
     if features.shape[0] and dtype == torch.float32 and use_triton(features):
         with on_device(features):
             return launch_attention_pool(features, logits.contiguous())
     weights = torch.softmax(logits.to(dtype), 1)
-    return _row_products(weights, features), weights
+    mean = _row_products(weights, features)
+    return mean.to(features.dtype, copy=True), weights, mean
 
 
 @attention_pool_op.register_fake
-def _(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, channels = features.shape
-    dtype = _compute_dtype(features, logits)
-    return features.new_empty((batch, channels), dtype=dtype), features.new_empty(logits.shape, dtype=dtype)
+def _(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, pooled = _compute_dtype(features, logits), features.new_empty(features.shape[::2])
+    return pooled, features.new_empty(logits.shape, dtype=dtype), pooled.new_empty(pooled.shape, dtype=dtype)
 
 
 @torch.library.custom_op("vito_kernels::attention_pool_backward", mutates_args=())
 def attention_pool_backward_op(
-    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, pooled: Tensor
+    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``features`` and of the logits, in the dtypes and layouts of the inputs."""
     g_pooled = g_pooled.contiguous()
     g_weights = None if g_weights is None else g_weights.contiguous()
     if features.shape[0] and weights.dtype == torch.float32 and use_triton(features):
         with on_device(features):
-            return launch_attention_pool_backward(features, weights, pooled, g_pooled, g_weights, logits_like.dtype)
+            return launch_attention_pool_backward(features, weights, mean, g_pooled, g_weights, logits_like.dtype)
+    g_pooled = g_pooled.to(weights.dtype)
     pull = _row_products(g_pooled, features.transpose(1, 2))
     pull = pull if g_weights is None else pull + g_weights
     d_logits = weights * (pull - (weights * pull).sum(1, keepdim=True))
@@ -182,7 +199,7 @@ def attention_pool_backward_op(
 
 @attention_pool_backward_op.register_fake
 def _(
-    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, pooled: Tensor
+    g_pooled: Tensor, g_weights: Tensor | None, features: Tensor, logits_like: Tensor, weights: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), weights.new_empty(weights.shape, dtype=logits_like.dtype)
 
@@ -201,18 +218,20 @@ def _compute_dtype(features: Tensor, logits: Tensor) -> torch.dtype:
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     features, logits = inputs
-    pooled, weights = output
+    _, weights, mean = output
     ctx.set_materialize_grads(False)
-    # A copy, since the caller may write into pooled.
-    ctx.save_for_backward(features, logits.new_empty(0), weights, pooled.clone())
+    ctx.mark_non_differentiable(mean)
+    ctx.save_for_backward(features, logits.new_empty(0), weights, mean)
 
 
-def _backward(ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _backward(
+    ctx: Any, g_pooled: Tensor | None, g_weights: Tensor | None, _: None
+) -> tuple[Tensor | None, Tensor | None]:
     if g_pooled is None and g_weights is None:
         return None, None
-    features, logits_like, weights, pooled = ctx.saved_tensors
-    g_pooled = weights.new_zeros(features.shape[0], features.shape[2]) if g_pooled is None else g_pooled
-    return _apply_backward(g_pooled, g_weights, features, logits_like, weights, pooled)
+    features, logits_like, weights, mean = ctx.saved_tensors
+    g_pooled = torch.zeros_like(mean) if g_pooled is None else g_pooled
+    return _apply_backward(g_pooled, g_weights, features, logits_like, weights, mean)
 
 
 register_flops(attention_pool_op)
@@ -246,8 +265,8 @@ def attention_pool(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     _check(features, logits)
     if features.ndim == 4:
         features = features.permute(0, 2, 3, 1).flatten(1, 2)
-    pooled, weights = _apply(features, logits)
-    return pooled.to(features.dtype), weights
+    pooled, weights, _ = _apply(features, logits)
+    return pooled, weights
 
 
 def _check(features: Tensor, logits: Tensor) -> None:

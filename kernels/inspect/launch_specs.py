@@ -335,14 +335,14 @@ def pooling() -> Iterator[Spec]:
     """The two feature maps of a ResNet-50 at 224 pixels, channels_last bfloat16; and a row long enough to be split."""
     for batch, locations, channels in ((256, 196, 1024), (256, 49, 2048), (1, 65536, 512)):
         features = _meta(batch, locations, channels, dtype=torch.bfloat16)
-        rows, pooled = _meta(batch, locations), _meta(batch, channels)
-        size, small = features.numel(), 4 * (rows.numel() + pooled.numel())
+        rows, mean = _meta(batch, locations), _meta(batch, channels)
+        size, small = features.numel(), 8 * rows.numel() + 6 * mean.numel()
         shape = f"B={batch} L={locations} C={channels} bf16"
-        launch = partial(launch_attention_pool, features, rows)
-        yield _memory_bound(f"attention_pool {shape}", launch, 2 * size, 2 * size + small + 4 * rows.numel())
-        given = features, rows, pooled, pooled, rows, torch.bfloat16
-        launch = partial(launch_attention_pool_backward, *given)
-        yield _memory_bound(f"attention_pool_backward {shape}", launch, 3 * size, 4 * size + 2 * small)
+        forward = partial(launch_attention_pool, features, rows)
+        yield _memory_bound(f"attention_pool {shape}", forward, 2 * size, 2 * size + small)
+        given = features, rows, mean, mean.bfloat16(), rows, torch.bfloat16
+        backward = partial(launch_attention_pool_backward, *given)
+        yield _memory_bound(f"attention_pool_backward {shape}", backward, 3 * size, 4 * size + small)
 
 
 def batch_norms() -> Iterator[Spec]:

@@ -54,9 +54,9 @@ def test_opcheck(dtype):
     features = torch.randn(2, 9, 6, dtype=dtype, requires_grad=True)
     logits = torch.randn(2, 9, requires_grad=True)
     torch.library.opcheck(module.attention_pool_op, (features, logits))
-    pooled, weights = module.attention_pool_op(features.detach(), logits.detach())
+    pooled, weights, mean = module.attention_pool_op(features.detach(), logits.detach())
     for g_weights in (None, torch.randn(2, 9)):
-        arguments = (torch.randn(2, 6), g_weights, features.detach(), logits.detach()[:0], weights, pooled)
+        arguments = (torch.randn_like(pooled), g_weights, features.detach(), logits.detach()[:0], weights, mean)
         torch.library.opcheck(module.attention_pool_backward_op, arguments)
 
 
