@@ -26,12 +26,13 @@ from vito_kernels import reference
 
 pytestmark = pytest.mark.cpu_only
 THREADS = len(os.sched_getaffinity(0))
+SAMPLER = SamplerConfig(views=2)
 Color = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(folder: Path, batch: int) -> tuple[Callable[[], Result], ClipLoader]:
     """Batch 0, made when asked for: nothing is made ahead, so nothing of ours runs in other candidates' turns."""
-    loader = ClipLoader(folder, batch, seed=1, threads=THREADS)
+    loader = ClipLoader(folder, batch, seed=1, threads=THREADS, sampler=SAMPLER)
     return lambda: loader.batch(0)["views"], loader
 
 
@@ -98,7 +99,7 @@ def test_jpeg_store(race: Any, quick: bool) -> None:
     folder = store(files, "jpeg")
     mine, loader = ours(folder, count)
     index = loader.store.index
-    samples = Sampler(index, SamplerConfig(views=2), 1).sample(np.arange(count))
+    samples = Sampler(index, SAMPLER, 1).sample(np.arange(count))
     by_source = {file.name: file for file in files}
     by_clip = {clip: by_source[index.clip(clip).source] for clip in range(count)}
     scale = index.clip(0).height / 256
