@@ -30,7 +30,9 @@ def reason(root, name: str) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize(("side", "said"), [(8300, "over a limit: 8300 x 8300 pixels"), (16384, "cannot be decoded")])
+@pytest.mark.parametrize(
+    ("side", "said"), [(8300, "over a limit: 8300 x 8300 pixels"), (16384, "packet 0 cannot be decoded")]
+)
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, side, said):
     """FFmpeg itself refuses the larger one."""
     (tmp_path / "huge.gif").write_bytes(gif(side, side, 2))
