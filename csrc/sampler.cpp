@@ -55,8 +55,8 @@ Sampler::Sampler(const Index& index, const SamplerConfig& config, uint64_t seed,
       throw std::invalid_argument("index " + index.path() + " has no clip " + std::to_string(clip));
 }
 
-// Sample n is position n % N of epoch n / N, of N clips to draw. Attempt a > 0 looks at another position of the same epoch, such that the
-// attempts 0 .. N - 1 of one sample visit every clip once.
+// Sample n is position n % N of epoch n / N, of N clips to draw. Attempt a > 0 looks at another position of the same
+// epoch, such that the attempts 0 .. N - 1 of one sample visit every clip once.
 void Sampler::clips(const int64_t* numbers, const uint32_t* attempts, size_t batch, int64_t* out) const {
   const uint64_t size = num_clips();
   uint64_t epoch = 0;

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous
+from vito_kernels.contrastive import cpu
 from vito_kernels.contrastive.device_functions import sigmoid, softplus
 from vito_kernels.contrastive.terms import SoftmaxGrad
 
@@ -364,8 +365,8 @@ def _parts(base: Tensor) -> int:
 
 
 def grad_epilogues(
-    base: Tensor,
-    key_base: Tensor,
+    base: Tensor | None,
+    key_base: Tensor | None,
     scale: Tensor,
     q: Tensor,
     k: Tensor,
@@ -377,8 +378,12 @@ def grad_epilogues(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dscale, dk): ``grad_epilogue`` of q (M, D) with ``weight`` and, by key, of k (N, D), in one launch.
 
-    ``store`` and ``dots``: whether dq and dscale are wanted. ``pair_weight`` (M, 1) is that of i and ``i + diagonal``.
+    A base that is not there makes no gradient. ``store`` and ``dots``: whether dq and dscale are wanted.
+    ``pair_weight`` (M, 1) is that of i and ``i + diagonal``.
     """
+    if base is None or key_base is None:
+        given = scale, q, k, pair_weight, diagonal, weight, store, dots
+        return cpu.grad_epilogues(base, key_base, *given, grad_epilogue)
     (M, D), N = q.shape, k.shape[0]
     width, rows = program_shape(D)
     q, k = rows_contiguous(q), rows_contiguous(k)

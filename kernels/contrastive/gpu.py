@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import use_triton
-from vito_kernels.contrastive import cpu, epilogue
+from vito_kernels.contrastive import cpu
 from vito_kernels.contrastive.backward import launch_lse_backward
 from vito_kernels.contrastive.epilogue import (
     grad_epilogue,
+    grad_epilogues,
     merge_splits,
     multi_view_grad_q,
     multi_view_loss,
@@ -186,24 +187,6 @@ def lse_backward(
 def _summed(x: Tensor) -> Tensor:
     """Of splits (S, ...)."""
     return x[0] if x.shape[0] == 1 else x.sum(0)
-
-
-def grad_epilogues(
-    base: Tensor | None,
-    key_base: Tensor | None,
-    scale: Tensor,
-    q: Tensor,
-    k: Tensor,
-    pair_weight: Tensor | None,
-    diagonal: int,
-    weight: Tensor | None,
-    store: bool,
-    dots: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = scale, q, k, pair_weight, diagonal, weight, store, dots
-    if base is None or key_base is None:
-        return cpu.grad_epilogues(base, key_base, *given, grad_epilogue)
-    return epilogue.grad_epilogues(base, key_base, *given)
 
 
 def self_backward(

@@ -56,9 +56,10 @@ def from_store(options: PlanOptions, where: ClipFilter) -> PlanOptions:
     Raises:
         UserError: no readable store, an empty one, or one of which no clip passes.
     """
+    whole = is_remote(options.store) or where != ClipFilter()  # else the index is enough
     try:
-        remote = is_remote(options.store)
-        index = Store(options.store, check=False).index if remote else Index(f"{options.store}/index.bin")
+        store = Store(options.store, check=False) if whole else None
+        index = store.index if store else Index(f"{options.store}/index.bin")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot plan for the store {options.store}: {error}") from None
     if not index.num_clips:
@@ -66,5 +67,5 @@ def from_store(options: PlanOptions, where: ClipFilter) -> PlanOptions:
     size = sum(size for _, size in index.shards) / max(1, index.num_frames)
     if index.format not in FORMATS:
         raise UserError(f"cannot plan for the store {options.store}: its format is {index.format!r}")
-    clips = len(select(Store(options.store, check=False), where)) if where != ClipFilter() else index.num_clips
+    clips = len(select(store, where)) if store else index.num_clips
     return replace(options, clips=clips, format=FORMATS[index.format].name, frame_bytes=size)
