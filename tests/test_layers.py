@@ -1,6 +1,7 @@
 """A folder imports only the folders below it (docs/design/architecture.md), inside functions too."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,9 @@ def test_a_folder_imports_only_the_folders_below_it(folder):
                 ]:
                     upward.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not upward
+
+
+def test_no_two_test_modules_share_a_name():
+    """pytest puts their folders on the path, so the second of a name is never run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []

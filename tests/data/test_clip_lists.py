@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from videos import pictures, write
+from videos import pictures, write, write_three
 
 from vito_fast.data.pack import pack
 from vito_fast.data.pack.clips import Span
@@ -21,13 +21,7 @@ TICK = 12800 // 25
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """40 frames each; ``c.mp4`` has variable times."""
-    folder = tmp_path_factory.mktemp("three")
-    for name in "ab":
-        write(folder / f"{name}.mp4", pictures(40, seed=ord(name)))
-    times = [40 * n + (13 if n % 3 else 0) for n in range(40)]
-    write(folder / "c.mkv", pictures(40, seed=3), times=times)
-    return folder
+    return write_three(tmp_path_factory.mktemp("three"))
 
 
 def test_a_store_holds_the_clips_of_the_list_frame_for_frame(three, tmp_path):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_loader import loader
-from videos import pictures, write
+from videos import pictures, write_three
 
 from vito_fast.cli.main import main
 from vito_fast.data.loader.loader import ClipLoader
@@ -35,13 +35,7 @@ gone.mp4,0,1,cat,gone,,
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """40 frames each; ``c.mkv`` has variable times."""
-    folder = tmp_path_factory.mktemp("videos")
-    for name in "ab":
-        write(folder / f"{name}.mp4", pictures(40, seed=ord(name)))
-    times = [40 * n + (13 if n % 3 else 0) for n in range(40)]
-    write(folder / "c.mkv", pictures(40, seed=3), times=times)
-    return folder
+    return write_three(tmp_path_factory.mktemp("videos"))
 
 
 def listed(path, text):

@@ -138,3 +138,11 @@ def without_usability_information(source: Path, target: Path) -> Path:
     assert sps in data
     target.write_bytes(data.replace(sps, int(short, 2).to_bytes(len(sps), "big")))
     return target
+
+
+def write_three(folder: Path) -> Path:
+    """40 frames each in ``a.mp4``, ``b.mp4`` and ``c.mkv``, the last with variable times; the folder again."""
+    for name in "ab":
+        write(folder / f"{name}.mp4", pictures(40, seed=ord(name)))
+    write(folder / "c.mkv", pictures(40, seed=3), times=[40 * n + (13 if n % 3 else 0) for n in range(40)])
+    return folder
