@@ -171,3 +171,19 @@ def test_names_and_bare_numbers_do_not_mix(videos, tmp_path):
             use()
     append(videos, tmp_path / "two", processes=1, progress=False)
     assert pq.read_table(tmp_path / "two" / "labels.parquet")["label"].to_pylist() == [None, 0, None]
+
+
+def test_append_takes_a_list_and_passes_over_the_files_that_the_store_has(videos, tmp_path, capsys):
+    first = "path,start,end,label,id\na.mp4,0,0.4,cat,one\n"
+    listed(tmp_path / "first.csv", first)
+    grown = listed(tmp_path / "grown.csv", first + "b.mp4,0.4,0.8,bee,two\nb.mp4,1.2,,cat,three\ngone.mp4,,,cat,\n")
+    pack(videos, tmp_path / "s", clips=read_clip_list(tmp_path / "first.csv"), **QUIET)
+    words = ["store", "append", str(videos), str(tmp_path / "s"), "--processes", "1", "--clips"]
+    assert main([*words, str(grown)]) == 0
+    assert "4 rows of the clip list: 3 packed" in capsys.readouterr().out
+    assert named(tmp_path / "s") == {"one": (0, "cat"), "two": (2, "bee"), "three": (0, "cat")}
+    store = Store(tmp_path / "s")
+    assert [store.index.clip(clip).num_frames for clip in range(len(store))] == [10, 10, 10]
+    assert main([*words, str(grown)]) == 2
+    assert "no new video in the clip list: all are known" in capsys.readouterr().err
+    assert len(Store(tmp_path / "s")) == 3

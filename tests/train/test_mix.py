@@ -10,6 +10,7 @@ from vito_fast.cli.overrides import configured
 from vito_fast.cli.train import Train
 from vito_fast.config import DataConfig
 from vito_fast.config_files import load_config, save_config
+from vito_fast.data.loader import loader
 from vito_fast.data.pack.pack import pack
 from vito_fast.errors import UserError
 from vito_fast.train.checkpoint import checkpoints, read
@@ -52,7 +53,7 @@ def test_a_mixed_run_resumes_exactly_and_with_its_weights_alone(config, other, c
         train(mixed(config, "parts"), resume=True)
 
 
-def test_a_filtered_run_resumes_with_its_filter_alone(config, capsys):
+def test_a_filtered_run_resumes_with_its_filter_alone(config, capsys, monkeypatch):
     def where(*entries):
         return dataclasses.replace(config, data=dataclasses.replace(config.data, where=entries))
 
@@ -63,6 +64,9 @@ def test_a_filtered_run_resumes_with_its_filter_alone(config, capsys):
             train(where(*entries), resume=True)
     train(where("sources=[0-3].mp4"), resume=True, max_steps=3)
     assert "continues after step 2" in capsys.readouterr().out
+    monkeypatch.setattr(loader, "_digest", lambda clips: "/of as many others")
+    with pytest.raises(UserError, match=r"on other clips than the stores hold now: resume on the same$"):
+        train(where("sources=[0-3].mp4"), resume=True)
 
 
 def test_the_loader_takes_the_weights(config, other):

@@ -44,17 +44,20 @@ def inspect_store(
     return 0
 
 
-def append(src: Place, store: Address, processes: int = 0) -> int:
+def append(src: Place, store: Address, processes: int = 0, clips: Path | None = None) -> int:
     """Pack the videos that a store does not have yet, by name, and add them to it. Safe to kill and to repeat.
 
     Args:
         src: A folder of videos, such as the one that the store was packed from.
         store: The store to grow. Its options are used.
         processes: Worker processes, 0 = one per core.
+        clips: A clip list, CSV or Parquet, as of vito-fast pack. Rows of files that the store has are passed over.
     """
+    from vito_fast.data.pack.clip_list import read_clip_list
     from vito_fast.data.pack.edit import append
 
-    return _told(append(src, store, processes=processes).lines(), store)
+    rows = read_clip_list(clips) if clips else None
+    return _told(append(src, store, processes=processes, clips=rows).lines(), store)
 
 
 def merge(dst: Address, stores: Annotated[tuple[str, ...], tyro.conf.Positional]) -> int:

@@ -360,9 +360,12 @@ def _check_same_run(
         )
     parts = before.data.mix or config.data.mix or config.data.where
     if parts and checkpoint.value("loader")["store"] != loader.state_dict()["store"]:
-        given, made = (" ".join(each.data.mix) or "none" for each in (config, before))
+        given, made = (" ".join(each.data.mix) for each in (config, before))
+        if given == made:
+            raise UserError(f"{checkpoint.path} was made on other clips than the stores hold now: resume on the same")
         raise UserError(
-            f"{checkpoint.path} was made on other stores or weights than data.mix {given}: resume with {made}"
+            f"{checkpoint.path} was made on other stores or weights than data.mix {given or 'none'}: "
+            f"resume with {made or 'none'}"
         )
     return changes
 

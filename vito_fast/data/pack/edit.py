@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vito_fast.config import ClipFilter
-from vito_fast.data.pack.clips import ShardWriter
+from vito_fast.data.pack.clips import Clips, ShardWriter
 from vito_fast.data.pack.pack import expected_packets, joined, pack
 from vito_fast.data.store import labels
 from vito_fast.data.store.description import VERSION, Limits, Report
@@ -63,7 +63,7 @@ def merge(dst: str | os.PathLike[str], stores: Sequence[str | os.PathLike[str]])
 
 
 def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, processes: int = 0, progress: bool = True,
-           limits: Limits = Limits()) -> Report:  # fmt: skip
+           limits: Limits = Limits(), clips: Clips | None = None) -> Report:  # fmt: skip
     """Pack the videos under ``src`` that a store does not have yet, by name, and add them to it.
 
     Safe to kill and to repeat. Whoever reads the store goes on with the clips that it had.
@@ -72,6 +72,7 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
         src: A folder, such as the one that the store was packed from.
         store: The store. Its options are used.
         processes, progress, limits: As of :func:`pack`.
+        clips: A clip list, as of :func:`pack`. Rows of files that the store has are passed over.
 
     Returns:
         The report of the whole store.
@@ -91,13 +92,16 @@ def append(src: str | os.PathLike[str], store: str | os.PathLike[str], *, proces
             raise UserError(f"another process is appending to {old.path}; wait for it or stop it")
         if (work / "store" / "index.bin").exists() and _sources(Store(work / "store")) <= known:
             shutil.rmtree(work)  # killed after the new index
-            return append(src, store, processes=processes, progress=progress, limits=limits)
+            return append(src, store, processes=processes, progress=progress, limits=limits, clips=clips)
         table, kept = old.path / labels.FILE, work / labels.FILE
         if kept.exists() and labels.count_labels(work) == len(old):  # killed before the new index
             os.replace(kept, table)
         options = old.description["options"]
         try:
-            pack(src, work / "store", processes=processes, progress=progress, limits=limits, known=known, **options)
+            pack(
+                src, work / "store", processes=processes, progress=progress, limits=limits, known=known, clips=clips,
+                **options,
+            )  # fmt: skip
         except UserError:
             if not (work / "store" / ".pack").exists():  # nothing is begun
                 shutil.rmtree(work)

@@ -102,15 +102,23 @@ def list_videos(src: Path, known: Collection[str] = ()) -> Listing:
     return replace(listing, videos=[name for name in names if name not in rejected])
 
 
-def list_clips(root: Path, clips: Clips) -> Listing:
+def list_clips(root: Path, clips: Clips, known: Collection[str] = ()) -> Listing:
     """The files of a clip list, named relative to ``root``. Rejects those that are missing or outside ``root``.
+
+    Args:
+        root: A folder.
+        clips: The list.
+        known: Names to pass over.
 
     Raises:
         ValueError: Spans of frames overlap, are empty or out of order.
-        UserError: The list or ``root`` is empty, or a disk fails.
+        UserError: The list or ``root`` is empty, all names are known, or a disk fails.
     """
     if not clips:
         raise UserError("the clip list is empty")
+    clips = {name: own for name, own in clips.items() if name not in known}
+    if not clips:
+        raise UserError("no new video in the clip list: all are known")
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
     inside, seal, rejected = root.resolve(), hashlib.sha256(), dict[str, str]()

@@ -136,7 +136,7 @@ def pack(
     exact = any(isinstance(span, Span) for rows in (clips or {}).values() for span in rows)
     if exact and not options.store_format.codec:
         raise ValueError(f"format is {format!r}: lists of frames are encoded, choose jpeg or h264")
-    listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips)
+    listing = list_videos(Path(src), known) if clips is None else list_clips(Path(src), clips, known)
     if finished:
         return _check_finished(dst, options, listing)
     if listing.rows:
