@@ -9,13 +9,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forks of a process that has imported these and run nothing: most of a new process's time is imports.
+mp.set_forkserver_preload(["torch._dynamo", "vito_kernels", "vito_fast.train.loop"])
+
 
 def spawn(function, ranks, *args):
     """Runs ``function(rank, *args)`` in each of ``ranks`` processes, joined by gloo; raises what the first of them
     raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, ranks, Path(folder) / "store", args), nprocs=ranks)
+        given = (function, ranks, Path(folder) / "store", args)
+        mp.start_processes(_rank, given, nprocs=ranks, start_method="forkserver")
 
 
 def _rank(rank, function, ranks, store, args):
