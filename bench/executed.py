@@ -69,7 +69,7 @@ def _moved(values: Any, mask: Any) -> int:
     return int(mask.data.sum() * values.data.itemsize)
 
 
-def cases() -> dict[str, Callable[[], Tensor]]:
+def cases() -> dict[str, Callable[[], Tensor | bool]]:
     """The calls that run, with their gradients, by name. The interpreter's tiles are 16 x 16, chunks 32 columns."""
     generator = torch.Generator().manual_seed(0)
 
@@ -84,6 +84,8 @@ def cases() -> dict[str, Callable[[], Tensor]]:
     maps = matrix(4, 24, 5, 5).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias, mean, var = (torch.full((24,), value) for value in (1.0, 0.0, 0.0, 1.0))
     images, drawn = pictures(2, 24), parameters(2, view=1)
+    lars = vito_kernels.FusedLars(2, 0.9, 1e-6, 1e-3)
+    lists = [[torch.randn(n, generator=generator) for n in (20000, 77, 64)] for _ in range(3)]
     info_nce = functools.partial(vito_kernels.info_nce, positive=positive)
     norm = functools.partial(vito_kernels.batch_norm, momentum=0.1, eps=1e-5, relu=True)
     weight.requires_grad_()
@@ -105,6 +107,7 @@ def cases() -> dict[str, Callable[[], Tensor]]:
         "batch_norm": lambda: norm(maps, weight, bias, mean, var).sum(),
         "batch_norm, residual": lambda: norm(maps, weight, bias, mean, var, residual=maps.detach()).sum(),
         "photometric": lambda: vito_kernels.photometric(images, drawn),
+        "lars": lambda: lars.step(*lists, 0.1, None),
     }
 
 
@@ -112,7 +115,7 @@ def main() -> None:
     tally = Tally()
     for tally.case, call in cases().items():
         result = call()
-        if result.requires_grad:
+        if isinstance(result, Tensor) and result.requires_grad:
             result.backward()
     print(json.dumps(tally.found))
 

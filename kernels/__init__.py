@@ -23,6 +23,7 @@ from .contrastive.siglip import siglip_loss
 from .contrastive.supcon import supcon_loss
 from .contrastive.topk import topk_accuracy
 from .contrastive.two_sided import clip_loss, ntxent
+from .lars import FusedLars
 from .photometric.op import photometric
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "AttentionPool",
     "CLIPLoss",
     "CrossBatchMemory",
+    "FusedLars",
     "InfoNCELoss",
     "LiTLoss",
     "MoCoLoss",

@@ -332,7 +332,7 @@ class TrainConfig:
     channels_last: bool = True
     """Memory format of activations and convolution weights (ours)."""
     compile: bool = False
-    """``torch.compile`` of both networks and of the update (ours)."""
+    """``torch.compile`` of both networks and of the target's average (ours)."""
     cuda_graphs: bool = False
     """Replay both compiled networks as CUDA graphs (torch.compile's reduce-overhead), for small batches on one GPU
     (ours). Untested on a GPU."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vito_kernels import lars
 from vito_kernels.attention_pool import launch_attention_pool, launch_attention_pool_backward
 from vito_kernels.batch_norm import triton_kernels as batch_norm
 from vito_kernels.contrastive import epilogue, forward, large_dim, normalize, softplus_loss, two_sided_forward
@@ -53,7 +54,7 @@ class Spec:
 @cache
 def all_specs() -> tuple[Spec, ...]:
     products = (lse, multi_view, other_sums, two_sided, gradient)
-    rows = (epilogues, softplus_losses, normalization, pooling, batch_norms, photometrics)
+    rows = (epilogues, softplus_losses, normalization, pooling, batch_norms, photometrics, optimizers)
     return tuple(spec for group in products + rows for spec in group())
 
 
@@ -392,3 +393,17 @@ def photometrics() -> Iterator[Spec]:
     }
     for name, (launch, flops, moved) in launches.items():
         yield _memory_bound(f"photometric {name} B={batch} {size}x{size}", launch, flops, moved)
+
+
+def optimizers() -> Iterator[Spec]:
+    """LARS on 2^25 parameters, all adapted; gradients that lie in buckets may not be aligned."""
+    tensors, size = 128, 1 << 18
+    chunks = tensors * size // lars.CHUNK
+    partials, finite = _meta(2, chunks), _meta(dtype=torch.bool)
+    for aligned in (True, False):
+        addresses, rows = _meta(3, tensors, dtype=torch.int64), _meta(chunks, 4, dtype=torch.int32)
+        table, name = lars.Table(addresses, aligned, rows, chunks), "" if aligned else " not aligned"
+        norms = partial(lars.launch_norms, table, finite, 1e-6)
+        update = partial(lars.launch_update, table, partials, finite, 0.1, 0.9, 1e-6, 1e-3)
+        yield _memory_bound(f"lars norms{name}", norms, 6 * tensors * size, 8 * tensors * size)
+        yield _memory_bound(f"lars update{name}", update, 7 * tensors * size, 20 * tensors * size)

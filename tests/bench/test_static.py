@@ -23,6 +23,12 @@ def test_kernels_execute_what_the_method_costs():
     assert flops["attention_pool: attention_pool_fwd_kernel"] == 0
     read = executed["attention_pool: attention_pool_fwd_kernel"]["bytes_read"]
     assert read == 2 * (2 * 49 * 80) + 3 * (2 * 2 * 49)  # all features once; logits for maximum, sum and weights
+    norms, update = (executed[f"lars: lars_{name}_kernel"] for name in ("norms", "update"))
+    assert (norms["launches"], update["launches"]) == (1, 1)
+    assert norms["bytes_read"] == 8 * 20077 + 3 * (2 * 8 + 3 * 4)  # two passes, and a table's row for each of 3 chunks
+    parts = 2 * 4 * (2 * 2 + 1)  # both sums of each chunk of the tensor, by each of its chunks
+    assert update["bytes_read"] == 12 * 20141 + parts + 4 * (3 * 8 + 4 * 4)
+    assert update["bytes_written"] == 8 * 20141
 
 
 @pytest.mark.parametrize(("gop", "low", "high"), [(1, 1.0, 1.0), (8, 3.5, 4.5), (250, 55, 70)])

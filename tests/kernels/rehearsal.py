@@ -22,6 +22,7 @@ LAUNCHING = (
     "contrastive.siglip",
     "contrastive.softplus_loss",
     "contrastive.supcon",
+    "lars",
     "photometric.op",
 )
 

@@ -146,6 +146,13 @@ def test_pooling():
         call(attention_pool.attention_pool_backward_op, pooled, g_weights, features, empty(0), weights, mean)
 
 
+def test_lars():
+    for first in (0, 1):  # aligned, and not
+        lists = [[torch.zeros(ROWS + 1)[first : ROWS + first] for _ in range(2)] for _ in range(3)]
+        for finite in (None, torch.tensor(True)):
+            assert vito_kernels.FusedLars(1, 0.9, 1e-6, 1e-3).step(*lists, 0.1, finite)
+
+
 def test_a_replay_works_on_the_memory_of_its_call(monkeypatch):
     """Also where the arguments of an earlier call are taken again: for the same tensors, and then for others."""
     launcher, given = StandInLauncher.__call__, []

@@ -11,6 +11,8 @@ from vito_fast.config import Config, ModelConfig, OptimizerConfig, ScheduleConfi
 from vito_fast.model.pair import Branch
 from vito_fast.train import optim
 from vito_fast.train.optim import AdamW, Gradients, Lars, Schedule, layer_scales
+from vito_kernels import lars
+from vito_kernels._core.lazy_triton import record_launches
 
 
 def network():
@@ -58,6 +60,26 @@ def test_zero_weights_and_zero_gradients_have_trust_ratio_one():
     weight.grad = torch.ones(2, 2)
     optimizer.step(0.5)
     assert torch.equal(weight.detach(), torch.full((2, 2), -0.5))
+
+
+def test_a_gpu_takes_the_step_in_two_launches(monkeypatch):
+    """What they compute is tested beside them; here they are only recorded."""
+    monkeypatch.setattr(lars, "use_triton", lambda tensor: tensor.dtype == torch.float32)
+    config = OptimizerConfig(momentum=0.8, weight_decay=0.3, trust_coefficient=0.02)
+    net, launched, finite = network().float(), [], torch.tensor(True)
+    optimizer = Lars(net.named_parameters(), config)
+    before = [p.detach().clone() for p in net.parameters()]
+    with record_launches(lambda kernel, grid, *given, **_: launched.append((kernel.__name__, grid, given))):
+        optimizer.step(0.1, finite)
+    adapted, every = len(optimizer.adapted), len(optimizer.named)
+    (norms, norms_grid, _), (update, update_grid, given) = launched
+    assert (norms, norms_grid) == ("lars_norms_kernel", (adapted,))
+    assert (update, update_grid) == ("lars_update_kernel", (every,))
+    assert given[3] is finite
+    assert given[4:] == (every, adapted, 0.1, 0.8, 0.3, 0.02)
+    tensors = [*optimizer.parameters, *(p.grad for _, p in optimizer.named), *optimizer.momentum.values()]
+    assert given[0].flatten().tolist() == [t.data_ptr() for t in tensors]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -184,7 +184,7 @@ def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(case, tmp_path):
     assert_same(results[0][0], tensors_of(whole), rtol=1e-6, atol=1e-9)
 
 
-def test_compiled_networks_and_update_are_whole_graphs_and_make_the_same_step(monkeypatch):
+def test_compiled_networks_and_average_are_whole_graphs_and_make_the_same_step(monkeypatch):
     def whole_graph(branch, mode=None):
         return torch.compile(branch, backend="aot_eager", fullgraph=True)
 
@@ -201,13 +201,13 @@ def test_compiled_networks_and_update_are_whole_graphs_and_make_the_same_step(mo
     assert_same(tensors_of(plain), tensors_of(compiled), rtol=1e-7, atol=1e-9)
 
 
-def test_the_update_by_inductor_is_the_same(monkeypatch):
-    """Networks eager, so that what differs is the update's; a step that is not finite changes nothing here either."""
+def test_the_average_by_inductor_is_the_same(monkeypatch):
+    """Networks eager, so that what differs is the average's; a step that is not finite changes nothing here either."""
 
-    def update_alone(part, mode=None):
+    def average_alone(part, mode=None):
         return part if isinstance(part, torch.nn.Module) else torch.compile(part, fullgraph=True)
 
-    monkeypatch.setattr("vito_fast.train.trainer._compiled", update_alone)
+    monkeypatch.setattr("vito_fast.train.trainer._compiled", average_alone)
     plain, compiled = Trainer(CONFIG, ALONE, 5), Trainer(with_train(compile=True), ALONE, 5)
     for seed in range(2):
         for trainer in (plain, compiled):
@@ -250,7 +250,7 @@ def test_what_cuda_graphs_return_is_used_in_its_own_step_alone(monkeypatch, micr
     plain = Trainer(with_train(micro_batches=micro_batches, compile=True), ALONE, 5)
     assert set(modes.values()) == {None}
     graphed = Trainer(with_train(micro_batches=micro_batches, compile=True, cuda_graphs=True), ALONE, 5)
-    assert modes == {"Branch": "reduce-overhead", "step": None, "update_target": None}
+    assert modes == {"Branch": "reduce-overhead", "update_target": None}
     for seed in range(3):
         rows = [t.step(*batch(seed=seed), measure=seed % 2 == 0) for t in (plain, graphed)]
         assert rows[0] == rows[1]

@@ -157,8 +157,8 @@ def clips_at_peak(config: Config) -> float | None:
 def graph_breaks(config: Config, world: int = 1) -> list[str]:
     """Finds the first graph break of ``torch.compile`` in each compiled part of the step, one line each.
 
-    The parts are both branches' forwards, the optimizer's step and the target's average. With several ranks they hold
-    the batch norms' collectives.
+    The parts are both branches' forwards and the target's average. With several ranks they hold the batch norms'
+    collectives.
     """
     with torch.device("meta"):
         model = VitoModel(config.model)
@@ -180,8 +180,6 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
     dtype, size = trainer.WEIGHTS[config.train.dtype], config.sampler.size
     with fake_cuda():
         to_fake_cuda(model, dtype)
-        optimizer = Lars(model.online.named_parameters(), config.optimizer)
-        optimizer.gradients()
         many = 2 * config.sampler.views
         images = (torch.empty(many, 3, size, size, dtype=dtype, device="cuda:0"),)
         many, size = many * config.sampler.small_crops, config.sampler.small_size
@@ -193,7 +191,6 @@ def _graph_breaks(config: Config, model: VitoModel) -> list[str]:
         for name, part, given, narrow in (
             ("online branch", model.online, (*images, *small), config.train.dtype == "bfloat16"),
             ("target branch", model.target, images, config.train.dtype == "bfloat16"),
-            ("optimizer's step", optimizer.step, rate, False),
             ("target's average", model.update_target, rate, False),
         ):
             torch._dynamo.reset()

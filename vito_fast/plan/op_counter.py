@@ -115,7 +115,7 @@ class OpCounter(TorchDispatchMode):
         packet = func.overloadpacket
         counts = func.namespace in ("aten", "vito_kernels") and not func.is_view and packet not in FREE
         if counts and any(x.is_cuda for x in inputs + outputs):
-            moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+            moved = sum(map(_bytes, [*inputs, *outputs, *_changed(func, args, outputs)]))
             moved += sum(map(_bytes, inputs[: READ_TWICE.get(packet, 0)]))
             width = min((x.element_size() for x in inputs if x.is_floating_point()), default=4)
             self.ops[Op(self.phase, *_kind_and_flops(func, args, kwargs, out), float(moved), width)] += 1
@@ -274,6 +274,12 @@ class OpCounter(TorchDispatchMode):
 def _bytes(tensor: Tensor) -> int:
     """Bytes of a tensor that an op touches; of an expanded one, those in memory."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()) if tensor.is_cuda else 0
+
+
+def _changed(func: Any, args: Any, outputs: list[Tensor]) -> list[Tensor]:
+    """Tensors that an op writes in place and does not return."""
+    written = [x for a, x in zip(func._schema.arguments, args, strict=False) if a.is_write]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor) and all(x is not y for y in outputs)]
 
 
 def _kind_and_flops(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float]:

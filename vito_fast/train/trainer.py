@@ -64,13 +64,11 @@ class Trainer:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)  # in all, and in a row
         self.online: nn.Module = model.online
         self.target: nn.Module = model.target
-        self._update, self._average = self.optimizer.step, model.update_target
+        self._average = model.update_target
         if config.train.compile:
-            mode = "reduce-overhead" if config.train.cuda_graphs else None  # not of the update: it changes its inputs
+            mode = "reduce-overhead" if config.train.cuda_graphs else None  # not of the average: it changes its inputs
             self.online, self.target = _compiled(model.online, mode), _compiled(model.target, mode)
-            self._average = _compiled(self._average)
-            if config.optimizer.name == "lars":  # AdamW is one kernel as it is
-                self._update = _compiled(self._update)
+            self._average = _compiled(self._average)  # the optimizers are one or two kernels as they are
         if world.size > 1:
             self.online = replicate(self.online, world, static_graph=config.train.micro_batches == 1)
 
@@ -120,16 +118,15 @@ class Trainer:
         finite: Tensor | None = self._finite(loss.detach(), norm)
         if self.config.optimizer.clip_norm:
             self.optimizer.clip(norm, self.config.optimizer.clip_norm)
-        rates: tuple[Any, Any] = (lr, tau)
-        if self.config.train.compile:  # as tensors: each new number would compile again
-            new: dict[str, Any] = {"dtype": torch.float64, "device": self.world.device}
-            rates = torch.full((), lr, **new), torch.full((), tau, **new)
+        rate: Any = tau
+        if self.config.train.compile:  # as a tensor: each new number would compile again
+            rate = torch.full((), tau, dtype=torch.float64, device=self.world.device)
         elif self.world.device.type == "cpu" and finite:
             finite = None  # reading the flag is free here; selecting by it on the device is not
         with profiling.range("optimizer"):
-            self._update(rates[0], finite)
+            self.optimizer.step(lr, finite)
         with profiling.range("average"):
-            self._average(rates[1], finite)
+            self._average(rate, finite)
         if finite is not None:
             for group, old in zip(self.buffers, before, strict=True):
                 kept = torch.where(finite, _flat(group), old).split([buffer.numel() for buffer in group])
