@@ -23,7 +23,7 @@ from vito_fast.train.metrics import TIMINGS, read_rows
 from vito_fast.train.run import open_run
 from vito_fast.train.trainer import Trainer
 
-STEPS = 40
+STEPS = 20
 
 
 @pytest.fixture
