@@ -1,18 +1,21 @@
-"""``open_clip.loss.ClipLoss``, fused: the same arguments, the same value, no matrix of logits."""
+"""open_clip's contrastive losses, fused: the same arguments, the same value, no matrix of logits."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from vito_kernels import clip_loss
-from vito_kernels._core.checks import check_flags, check_integers
-from vito_kernels.distributed import global_clip_loss
+from vito_kernels import clip_loss, siglip_loss
+from vito_kernels._core.checks import Exchange, check_flags, check_integers
+from vito_kernels.distributed import global_clip_loss, global_siglip_loss
 from vito_kernels.distributed.collectives import gather_with_grad
+
+EXCHANGES: dict[str, Exchange] = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 class ClipLoss(nn.Module):
@@ -54,11 +57,9 @@ class ClipLoss(nn.Module):
         if match_open_clip_scaling is not None:
             flags["match_open_clip_scaling"] = match_open_clip_scaling
         check_flags(**flags, use_horovod=use_horovod)
-        check_integers(rank=rank, world_size=world_size)
+        _check_rank(rank, world_size)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported; use torch.distributed")
-        if world_size != 1 and not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size), got {rank} of {world_size}")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         scaled = world_size > 1 and not (local_loss or gather_with_grad)
@@ -82,12 +83,8 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             loss = clip_loss(image_features, text_features, logit_scale)
         else:
-            if self.match_open_clip_scaling:
-                image_features, text_features = (
-                    _ScaleGrad.apply(x, 1 / self.world_size) for x in (image_features, text_features)
-                )
-            sizes = [image_features.shape[0]] * self.world_size
-            loss = global_clip_loss(image_features, text_features, logit_scale, sizes=sizes)
+            images, texts = self._scaled(image_features), self._scaled(text_features)
+            loss = global_clip_loss(images, texts, logit_scale, sizes=[images.shape[0]] * self.world_size)
             loss = loss if self.local_loss else _valued(loss, _mean_over_ranks(loss.detach()))
         if logit_bias is not None:
             loss = loss + 0 * torch.as_tensor(logit_bias).sum()
@@ -104,13 +101,16 @@ class ClipLoss(nn.Module):
         images, texts = image_features, text_features
         if self.world_size > 1:
             sizes = [image_features.shape[0]] * self.world_size
-            images, texts = (gather_with_grad(x, sizes=sizes) for x in (image_features, text_features))
+            images, texts = (gather_with_grad(self._scaled(x), sizes=sizes) for x in (image_features, text_features))
         if self.local_loss:
             both = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
         else:
             per_image = logit_scale * images @ texts.T
             both = per_image, per_image.T
         return both if logit_bias is None else (both[0] + logit_bias, both[1] + logit_bias)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _ScaleGrad.apply(x, 1 / self.world_size)) if self.match_open_clip_scaling else x
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The column of each row's positive."""
@@ -119,6 +119,159 @@ class ClipLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"local_loss={self.local_loss}, rank={self.rank}, world_size={self.world_size}"
+
+
+class DistillClipLoss(ClipLoss):
+    """Replaces open_clip's ``DistillClipLoss``, with the arguments of ``ClipLoss``.
+
+    The student's distance from its teacher needs both matrices of logits, which this loss makes.
+    """
+
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        """Cross-entropy of the student's softmax over each row (M, N) from its teacher's; a scalar."""
+        return cross_entropy(student_logits, teacher_logits.softmax(1))
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(contrastive, distillation) losses of (B, D) unit vectors of the student and of the teacher."""
+        student = self.get_logits(image_features, text_features, logit_scale)
+        teacher = self.get_logits(dist_image_features, dist_text_features, dist_logit_scale)
+        labels = self.get_ground_truth(image_features.device, student[0].shape[0])
+        contrastive = (cross_entropy(student[0], labels) + cross_entropy(student[1], labels)) / 2
+        distilled = (self.dist_loss(teacher[0], student[0]) + self.dist_loss(teacher[1], student[1])) / 2
+        return {"contrastive_loss": contrastive, "distill_loss": distilled} if output_dict else (contrastive, distilled)
+
+
+class CoCaLoss(ClipLoss):
+    """Replaces the ``CoCaLoss`` of open_clip 3: a fused contrastive loss and torch's cross-entropy of the captions.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: weights of the two losses; a ``clip_loss_weight`` of 0 skips its own.
+        pad_id: label of a token that counts in no caption.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, match_open_clip_scaling: as for
+            ``ClipLoss``.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        match_open_clip_scaling: bool | None = None,
+    ):
+        flags = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
+        super().__init__(*flags, match_open_clip_scaling=match_open_clip_scaling)
+        self.caption_loss_weight, self.clip_loss_weight = caption_loss_weight, clip_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(contrastive, caption) losses of (B, D) unit vectors, and of logits (B, L, V) with labels (B, L)."""
+        contrastive = logits.new_zeros(())
+        if self.clip_loss_weight:
+            contrastive = self.clip_loss_weight * cast(
+                Tensor, super().forward(image_features, text_features, logit_scale)
+            )
+        caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
+
+
+class SigLipLoss(nn.Module):
+    """Replaces open_clip's ``SigLipLoss``.
+
+    Args:
+        cache_labels, chunk_size: ignored; there are neither labels nor a matrix of logits.
+        rank, world_size: as for ``ClipLoss``.
+        dist_impl: "bidir" (by default) or "shift" pass the texts from rank to rank, "gather" and "reduce" gather them.
+
+    Raises:
+        ValueError, TypeError: for another ``dist_impl``, or a rank outside the world.
+
+    ``get_logits`` and ``get_ground_truth`` are for subclasses, and make the matrix.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ):
+        super().__init__()
+        check_flags(cache_labels=cache_labels)
+        check_integers(chunk_size=chunk_size)
+        _check_rank(rank, world_size)
+        if dist_impl not in (None, *EXCHANGES):
+            raise ValueError(f"dist_impl must be one of {', '.join(EXCHANGES)}, got {dist_impl!r}")
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+        self.dist_impl, self.chunk_size = dist_impl or "bidir", chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (B, D) and (B, D) unit vectors of a rank, of its images against the texts of all ranks."""
+        inputs = image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            loss = siglip_loss(*inputs)
+        else:
+            sizes = [image_features.shape[0]] * self.world_size
+            loss = global_siglip_loss(*inputs, sizes=sizes, exchange=EXCHANGES[self.dist_impl])
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """Logits of images against texts, (M, N)."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """1 for a pair and -1 elsewhere, or -1 alone, (num_logits, num_logits)."""
+        signs = torch.full((num_logits, num_logits), -1, dtype=dtype, device=device)
+        return signs if negative_only else signs.fill_diagonal_(1)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}"
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    check_integers(rank=rank, world_size=world_size)
+    if world_size != 1 and not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, world_size), got {rank} of {world_size}")
 
 
 class _ScaleGrad(torch.autograd.Function):

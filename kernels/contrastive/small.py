@@ -121,13 +121,31 @@ def rows_and_columns(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
     return torch.cat([losses, columns]), grad.add_(column_grad)
 
 
+def other_view(x: Tensor) -> Tensor:
+    """Of a matrix of two views' rows (2 B, 2 B), the entries (2, B) of each row with its other view."""
+    half = x.shape[0] // 2
+    return x.as_strided((2, half), (2 * half * half - half, 2 * half + 1), half)
+
+
 def two_views(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
     """NT-Xent: the first half of the rows are the first views."""
-    half = s.shape[0] // 2
     s.diagonal().fill_(-math.inf)
-    losses, grad = one_positive(
-        s, far, 1, lambda x: x.as_strided((2, half), (2 * half * half - half, 2 * half + 1), half)
-    )
+    losses, grad = one_positive(s, far, 1, other_view)
+    return losses.flatten(), grad
+
+
+def decoupled_views(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
+    """``two_views`` without the positive in the denominator; a sample alone has loss 0."""
+    half = s.shape[0] // 2
+    if half == 1:
+        return s.new_zeros(2), s.zero_()
+    s.diagonal().fill_(-math.inf)
+    own = other_view(s)
+    positives = own.clone()
+    own.fill_(-math.inf)
+    losses = s.logsumexp(1).view(2, half).sub_(positives)
+    grad = torch.softmax(s, 1)
+    other_view(grad).fill_(-1)
     return losses.flatten(), grad
 
 

@@ -294,9 +294,9 @@ def ntxent_of_scale(
     z1: Tensor, z2: Tensor, scale: float | Tensor, reduction: Reduction = "mean", decoupled: bool = False
 ) -> Tensor:
     """``ntxent`` at an inverse temperature, of any sign."""
-    few = not decoupled and small.is_small(z1, z2) and len(z1) == len(z2)
-    if few and 4 * len(z1) ** 2 <= small.MOST_LOGITS:
-        return small.unit_set((z1, z2), scale, small.two_views, reduction)
+    if small.is_small(z1, z2) and len(z1) == len(z2) and 4 * len(z1) ** 2 <= small.MOST_LOGITS:
+        terms = small.decoupled_views if decoupled else small.two_views
+        return small.unit_set((z1, z2), scale, terms, reduction)
     check_paired(z1, z2, ("z1", "z2"))
     (z,), matmul_dtype = autocast_inputs(unit_views(z1, z2))
     factor = scale_tensor(scale, z)

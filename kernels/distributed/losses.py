@@ -31,6 +31,7 @@ from vito_kernels._core.checks import (
     Exchange,
     autocast_inputs,
     check_exchange,
+    check_flags,
     check_groups,
     check_ids,
     check_no_grad,
@@ -330,13 +331,19 @@ def _logsumexp(parts: Tensor) -> Tensor:
 
 
 def global_ntxent(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Group = None, sizes: list[int] | None = None
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    *,
+    decoupled: bool = False,
+    group: Group = None,
+    sizes: list[int] | None = None,
 ) -> Tensor:
     """This rank's share of ``ntxent`` over all ranks' samples, gathered.
 
     Args:
         z1, z2: (B, D).
-        temperature: as for ``ntxent``.
+        temperature, decoupled: as for ``ntxent``.
         group, sizes: as for ``gather_keys``.
 
     Returns:
@@ -345,8 +352,21 @@ def global_ntxent(
     Raises:
         ValueError, TypeError: as ``ntxent``.
     """
+    check_flags(decoupled=decoupled)
+    return global_ntxent_of_scale(z1, z2, inverse_temperature(temperature), decoupled, group, sizes)
+
+
+def global_ntxent_of_scale(
+    z1: Tensor,
+    z2: Tensor,
+    scale: float | Tensor,
+    decoupled: bool = False,
+    group: Group = None,
+    sizes: list[int] | None = None,
+) -> Tensor:
+    """``global_ntxent`` at an inverse temperature, of any sign."""
     check_paired(z1, z2, ("z1", "z2"))
-    scale = scale_tensor(inverse_temperature(temperature), z1)
+    scale = scale_tensor(scale, z1)
     sizes = checked_sizes(z1, sizes, group)
     z = unit_views(z1, z2).unflatten(0, (-1, 2))
     everyone = gather_with_grad(z, group=group, sizes=sizes).flatten(0, 1)
@@ -356,4 +376,5 @@ def global_ntxent(
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
     lse2, positive, lse_residual = lse_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
-    return _share(softplus_loss(lse2, lse_residual, positive), sizes, 2 * sum(sizes))
+    losses = softplus_loss(lse2, lse_residual, positive, decoupled=decoupled)
+    return _share(losses, sizes, 2 * sum(sizes))

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vito_kernels import MoCoLoss, clip_loss, info_nce, multi_view_info_nce, ntxent, reference, siglip_loss, supcon_loss
-from vito_kernels.adapters.lightly import NTXentLoss
-from vito_kernels.adapters.open_clip import ClipLoss
+from vito_kernels.adapters.lightly import DCLLoss, NTXentLoss, SupConLoss
+from vito_kernels.adapters.open_clip import ClipLoss, DistillClipLoss, SigLipLoss
 from vito_kernels.distributed import (
     gather_keys,
     global_clip_loss,
@@ -71,9 +71,25 @@ def whole(name, x, y, scale, video):
         return siglip_loss(x, y, scale, -scale / 2)
     if name == "supcon":
         return supcon_loss(x + y, video, temperature=1 / scale)
-    if name in ("ntxent", "lightly"):
-        return ntxent(x, y, 0.2 if name == "lightly" else 1 / scale)
+    if name == "ntxent":
+        return ntxent(x, y, 1 / scale)
+    if name.startswith("lightly"):
+        return from_lightly(name, x, y, video, False)
     return clip_loss(x, y, scale)
+
+
+LIGHTLY = ["lightly", "lightly negative", "lightly dcl", "lightly weights", "lightly labels", "lightly supcon"]
+SIGLIP = {"siglip of open_clip": None, "siglip of open_clip, gathered": "gather"}
+
+
+def from_lightly(name, x, y, video, across):
+    """The loss of all rows, or of a rank's."""
+    if name in ("lightly", "lightly negative"):
+        return NTXentLoss(-0.5 if name.endswith("negative") else 0.2, gather_distributed=across)(x, y)
+    if name in ("lightly dcl", "lightly weights"):
+        weights = None if name.endswith("dcl") else lambda a, b: (a - b).square().sum(1)
+        return DCLLoss(0.2, weights, across)(x, y)
+    return SupConLoss(0.2, across)(x, y, video if name.endswith("labels") else None)
 
 
 def share(name, x, y, scale, video, sizes):
@@ -92,7 +108,7 @@ def share(name, x, y, scale, video, sizes):
     if name.startswith("views"):
         queries, keys, options = as_views(name, x, y, scale, video)
         return global_multi_view_info_nce(queries, keys, **options, sizes=sizes)
-    if name.startswith("siglip"):
+    if name in ("siglip", "siglip ring"):
         return global_siglip_loss(x, y, scale, -scale / 2, exchange="ring" if name.endswith("ring") else "gather")
     if name == "supcon":
         return global_supcon_loss(x + y, video, temperature=1 / scale, sizes=sizes)
@@ -102,8 +118,10 @@ def share(name, x, y, scale, video, sizes):
         return global_ntxent(x, y, 1 / scale, sizes=sizes)
     if name == "clip":
         return global_clip_loss(x, y, scale)
-    if name == "lightly":
-        return NTXentLoss(0.2, gather_distributed=True)(x, y)
+    if name.startswith("lightly"):
+        return from_lightly(name, x, y, video, True)
+    if name in SIGLIP:
+        return SigLipLoss(rank=dist.get_rank(), world_size=len(sizes), dist_impl=SIGLIP[name])(x, y, scale, -scale / 2)
     return ClipLoss(local_loss=name.endswith("local"), rank=dist.get_rank(), world_size=len(sizes))(x, y, scale)
 
 
@@ -111,7 +129,7 @@ def compare(rank, sizes):
     names = ["info_nce locked", "info_nce", "clip", "ntxent", "info_nce locked ring", "info_nce ring", "clip ring"]
     names += ["views", "views locked", "siglip", "siglip ring", "supcon"]
     if len(set(sizes)) == 1:  # as in the libraries they stand for, adapters want equal batches
-        names += ["lightly", "open_clip", "open_clip local"]
+        names += ["open_clip", "open_clip local", *LIGHTLY, *SIGLIP]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for name in names:
         model, a, b, video = make(sum(sizes))
@@ -169,6 +187,13 @@ def adapters(rank, sizes):
         torch.testing.assert_close(found, [g * (1 if match else ranks) for g in truth[:2]], rtol=1e-4, atol=1e-6)
         dist.all_reduce(g_scale)
         torch.testing.assert_close(g_scale / ranks, truth[2], rtol=1e-4, atol=1e-6)
+
+    teacher = x.flip(1), y.flip(1)
+    truth = torch.autograd.grad(DistillClipLoss()(*whole, scale, *teacher, 7.0)[1], mine)
+    for match in (True, False):
+        loss = DistillClipLoss(rank=rank, world_size=ranks, match_open_clip_scaling=match)
+        found = torch.autograd.grad(loss(*mine, scale, *(z[own] for z in teacher), 7.0)[1], mine)
+        torch.testing.assert_close(found, tuple(g * (1 if match else ranks) for g in truth), rtol=1e-4, atol=1e-6)
 
 
 def test_queues_and_gradients_of_the_adapters_over_ranks():

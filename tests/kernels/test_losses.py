@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from unittest.mock import Mock
 
@@ -11,7 +10,6 @@ import torch
 from contrastive_cases import assert_at_most_twice_torch, embeddings, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
 
 import vito_kernels as vk
@@ -117,52 +115,6 @@ def test_moco_replaces_its_oldest_keys_after_the_loss():
     assert moco.state_dict()["oldest"] == 2 * B - 40
 
 
-def test_open_clip():
-    peer = pytest.importorskip("open_clip.loss")
-    inputs = [*pair(), torch.tensor(14.0)]
-    for found, truth in zip(
-        with_gradients(ClipAdapter(), inputs), with_gradients(peer.ClipLoss(), inputs), strict=True
-    ):
-        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
-    assert ClipAdapter()(*inputs, output_dict=True).keys() == peer.ClipLoss()(*inputs, output_dict=True).keys()
-    bias = torch.tensor(-3.0)
-    torch.testing.assert_close(ClipAdapter()(*inputs, bias), peer.ClipLoss()(*inputs, bias))
-
-
-def test_lightly():
-    peer = pytest.importorskip("lightly.loss")
-    inputs = pair(unit=False)
-    fused, plain = with_gradients(LightlyAdapter(0.3), inputs), with_gradients(peer.NTXentLoss(0.3), inputs)
-    for found, truth in zip(fused, plain, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
-    losses = []
-    for make in (LightlyAdapter, peer.NTXentLoss):
-        torch.manual_seed(0)
-        loss = make(0.3, (2 * B + 5, D))
-        values = []
-        for i in range(6):
-            with torch.set_grad_enabled(i != 2):  # which leaves the bank as it is
-                values.append(loss(inputs[0].clone().requires_grad_(), inputs[1].roll(i, 0)).detach())
-        losses.append(values)
-    torch.testing.assert_close(*losses)
-
-
-def test_the_bank_of_lightly_may_stay_on_the_cpu_and_compiles():
-    """lightly's scripts do not move the loss; a GPU's tensors have shapes here."""
-    with FakeTensorMode():
-        x = torch.empty(8, D, device="cuda", requires_grad=True)
-        assert LightlyAdapter(0.3, (20, D))(x, x).device.type == "cuda"
-    torch.manual_seed(0)
-    eager = LightlyAdapter(0.3, (20, D))
-    loss = copy.deepcopy(eager)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for i in range(4):  # past the bank's end
-        x, y = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(i))
-        torch.testing.assert_close(compiled(x.requires_grad_(), y), eager(x, y))
-        assert torch.equal(loss.bank, eager.bank)
-        assert torch.equal(loss.bank_ptr, eager.bank_ptr)
-
-
 def test_pytorch_metric_learning():
     peer = pytest.importorskip("pytorch_metric_learning.losses")
     x, y = pair(unit=False)
@@ -265,58 +217,6 @@ WRONG = [
 def test_wrong_input_is_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_lightly_takes_a_bank_size_without_width_and_a_negative_temperature():
-    x, y = pair(unit=False)
-    with pytest.warns(UserWarning, match=r"pass \(20, dim\)"):
-        loss = LightlyAdapter(0.3, 20)
-    assert loss(x, y).isfinite()
-    assert loss.bank.shape == (20, D)
-    z = normalize(torch.cat([x, y]), dim=1)
-    logits = (z @ z.T / -0.5).fill_diagonal_(-torch.inf)
-    expected = cross_entropy(logits, torch.arange(2 * B).roll(B))
-    torch.testing.assert_close(LightlyAdapter(-0.5)(x, y), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_bank_of_half_precision_is_never_nan(dtype):
-    loss = LightlyAdapter(0.1, (10, D)).to(dtype)
-    x, y = (t.to(dtype) for t in pair(unit=False))
-    x[0], y[1] = 0, 0
-    x.requires_grad_()
-    for _ in range(3):
-        value = loss(x, y)
-        assert value.isfinite()
-        assert not torch.autograd.grad(value, x)[0].isnan().any()
-        assert loss.bank.isfinite().all()
-
-
-class Distilled(ClipAdapter):
-    """As open_clip's own ``DistillClipLoss`` uses the class it inherits from."""
-
-    def forward(self, x, y, scale, teacher_x, teacher_y, teacher_scale):
-        student, teacher = self.get_logits(x, y, scale), self.get_logits(teacher_x, teacher_y, teacher_scale)
-        labels = self.get_ground_truth(x.device, student[0].shape[0])
-        contrastive = sum(cross_entropy(one, labels) for one in student) / 2
-        distilled = [-(t.softmax(1) * s.log_softmax(1)).sum(1).mean() for s, t in zip(student, teacher, strict=True)]
-        return contrastive, sum(distilled) / 2
-
-
-def test_subclasses_of_the_open_clip_adapter_have_its_logits():
-    x, y = pair()
-    contrastive, distilled = Distilled()(x, y, 14.0, y, x, 7.0)
-    torch.testing.assert_close(contrastive, ClipAdapter()(x, y, 14.0))
-    assert distilled > 0
-    local = ClipAdapter(local_loss=True, rank=1, world_size=2)
-    assert local.get_ground_truth("cpu", 4).tolist() == [4, 5, 6, 7]
-
-
-def test_open_clips_smaller_gradients_are_named_and_matched():
-    with pytest.warns(UserWarning, match="match_open_clip_scaling"):
-        ClipAdapter(world_size=2)
-    assert ClipAdapter(world_size=2, match_open_clip_scaling=True).match_open_clip_scaling
-    assert not ClipAdapter(match_open_clip_scaling=True).match_open_clip_scaling
 
 
 def test_tracing_and_distributed_tensors_are_refused_in_one_line():

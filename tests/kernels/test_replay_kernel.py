@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vito_kernels as vk
+from vito_kernels.adapters import lightly
 from vito_kernels.contrastive import replay
 
 WIDTH = 24
@@ -34,6 +35,7 @@ LOSSES = {
     "ntxent": lambda q, k, t: vk.ntxent(q, k, t),
     "supcon": lambda q, k, t: vk.supcon_loss(q, LABELS[: len(q)], temperature=t),
     "moco": lambda q, k, t: vk.moco_loss(q, k.detach(), k.detach().flip(0), temperature=t),
+    "bank": lambda q, k, t: lightly._bank_loss(q, vk.normalize(k), k.detach().flip(0), 1 / t),
     "learned": lambda q, k, t: vk.info_nce(q, k, temperature=torch.full((), t, device=DEVICE).requires_grad_()),
     "decoupled": lambda q, k, t: vk.ntxent(q, k, t, decoupled=True, reduction="sum"),
     "siglip": lambda q, k, t: vk.siglip_loss(q, k, 1 / t, -1.0),
