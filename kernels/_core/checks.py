@@ -139,7 +139,8 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
         if not scale.dtype.is_floating_point:
             raise TypeError(f"scale must be a floating-point tensor, got {scale.dtype}")
         check_device("scale (or temperature)", scale, like)
-        return scale.reshape(()).to(dtype)
+        scale = scale if scale.dim() == 0 else scale.reshape(())  # a view of the same shape costs a backward node
+        return scale.to(dtype)
     scale = check_scale(scale, like)
     if torch.compiler.is_compiling():  # as a constant of the graph, each new value would recompile
         return torch.ones((), dtype=dtype, device=like.device) * scale

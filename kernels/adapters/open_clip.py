@@ -189,11 +189,11 @@ class CoCaLoss(ClipLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive, caption) losses of (B, D) unit vectors, and of logits (B, L, V) with labels (B, L)."""
-        contrastive = logits.new_zeros(())
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * cast(
-                Tensor, super().forward(image_features, text_features, logit_scale)
-            )
+            contrastive = cast(Tensor, super().forward(image_features, text_features, logit_scale))
+            contrastive = self.clip_loss_weight * contrastive
+        else:
+            contrastive = logits.new_zeros(())
         caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 

@@ -265,8 +265,9 @@ def siglip_loss(
     check_reduction(reduction)
     if not isinstance(bias, Tensor):
         bias = check_scale(bias, x, "bias")
-    if few and not isinstance(bias, Tensor):
-        return small.pairs(x, y, scale, small.all_pairs(bias), reduction)
+    if few:
+        shift = scale_tensor(bias, x) if isinstance(bias, Tensor) else None
+        return small.pairs(x, y, scale, small.all_pairs(bias if shift is None else shift), reduction, shift)
     (x, y), matmul_dtype = autocast_inputs(x, y)
     factor, shift = scale_tensor(scale, x), scale_tensor(bias, x)
     return apply_siglip(x, y, factor, shift, 0, needs_grad(x, factor), reduction, matmul_dtype)[0]

@@ -176,7 +176,7 @@ def same_label(labels: Tensor, key_labels: Tensor | None, reduction: str) -> Ter
     return terms
 
 
-def all_pairs(bias: float) -> Terms:
+def all_pairs(bias: float | Tensor) -> Terms:
     """SigLIP: the sigmoid of every logit, pairs on the diagonal."""
 
     def terms(s: Tensor, far: bool) -> tuple[Tensor, Tensor]:
@@ -269,18 +269,21 @@ def _logit_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, float, float]:
 
 
 class _Pairs(torch.autograd.Function):
-    """Losses of x (M, D) against y (N, D)."""
+    """Losses of x (M, D) against y (N, D), with a bias of all logits that ``terms`` has added."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, bias: Tensor | None, terms: Terms, reduction: str
+    ) -> Tensor:
         ctx.save_for_backward(x, y)
         return _losses(ctx, _wide(x), _wide(y), scale, terms, reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, y), (need_x, need_y, need_scale, _, _) = ctx.saved_tensors, ctx.needs_input_grad
+        (x, y), (need_x, need_y, need_scale, need_bias, _, _) = ctx.saved_tensors, ctx.needs_input_grad
         ds, factor, scale = _logit_grad(ctx, grad)
         dtype, dx, dy, dscale = x.dtype, None, None, None
+        dbias = ds.sum().mul_(factor) if need_bias else None
         if dtype in NARROW:
             x, y = x.float(), y.float()
         if need_scale:
@@ -291,7 +294,7 @@ class _Pairs(torch.autograd.Function):
             dy = _product(ds.t(), x, factor * scale)
         if dtype in NARROW:
             dx, dy = (None if grad is None else grad.to(dtype) for grad in (dx, dy))
-        return dx, dy, dscale, None, None
+        return dx, dy, dscale, dbias, None, None
 
 
 class _UnitSet(torch.autograd.Function):
@@ -323,10 +326,15 @@ _Pairs.backward = staticmethod(once(_Pairs.backward, "loss"))  # type: ignore[me
 _UnitSet.backward = staticmethod(once(_UnitSet.backward, "loss"))  # type: ignore[method-assign]
 
 
-def pairs(x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
-    """The mean, the sum or ("none") the losses that ``terms`` makes of the logits of x (M, D) and y (N, D)."""
+def pairs(
+    x: Tensor, y: Tensor, scale: float | Tensor, terms: Terms, reduction: str, bias: Tensor | None = None
+) -> Tensor:
+    """The mean, the sum or ("none") the losses that ``terms`` makes of the logits of x (M, D) and y (N, D).
+
+    ``bias`` is the tensor () that ``terms`` adds to them.
+    """
     check_reduction(reduction)
-    return _Pairs.apply(x, y, finite_scale(scale, x), terms, reduction)
+    return _Pairs.apply(x, y, finite_scale(scale, x), bias, terms, reduction)
 
 
 def unit_set(tensors: tuple[Tensor, ...], scale: float | Tensor, terms: Terms, reduction: str) -> Tensor:
