@@ -56,7 +56,7 @@ class MemoryBankModule(nn.Module):
                 f"Memory bank size 'size={sizes[0]}' does not specify feature dimension. It is recommended to set the "
                 "feature dimension with 'size=(n, dim)' when creating the memory bank. Distributed training might fail "
                 f"if the feature dimension is not set. The first batch gives it here; pass ({sizes[0]}, dim).",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.size, self.gather_distributed, self.feature_dim_first = sizes, gather_distributed, feature_dim_first
         bank = normalize(torch.randn(sizes)) if len(sizes) == 2 and sizes[0] else torch.empty(0)
@@ -103,7 +103,7 @@ class MemoryBankModule(nn.Module):
         ptr.copy_(torch.where(end >= size, 0, end))
 
     def extra_repr(self) -> str:
-        return f"size={self.size}"
+        return f"size={self.size}, gather_distributed={self.gather_distributed}"
 
 
 def _is_readable(ptr: Tensor) -> bool:
@@ -163,7 +163,7 @@ class NTXentLoss(nn.Module):
         return ntxent_of_scale(out0, out1, scale)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, memory_bank_size={self.memory_bank.size}"
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
 
 
 class DCLLoss(nn.Module):
@@ -200,7 +200,8 @@ class DCLLoss(nn.Module):
         return loss + ((1 - weights) * positives).mean()
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, weight_fn={self.weight_fn}"
+        options = f"weight_fn={self.weight_fn}, gather_distributed={self.gather_distributed}"
+        return f"temperature={self.temperature}, {options}"
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -252,7 +253,8 @@ class SupConLoss(nn.Module):
         return loss * t if self.rescale else loss
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rescale={self.rescale}"
+        options = f"gather_distributed={self.gather_distributed}, rescale={self.rescale}"
+        return f"temperature={self.temperature}, {options}"
 
 
 def _check_options(temperature: float, gather_distributed: bool) -> None:

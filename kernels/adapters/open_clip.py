@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vito_kernels import clip_loss, siglip_loss
-from vito_kernels._core.checks import Exchange, check_flags, check_integers
+from vito_kernels._core.checks import Exchange, autocast_inputs, check_flags, check_integers, needs_grad, scale_tensor
+from vito_kernels.contrastive.siglip import apply_siglip
 from vito_kernels.distributed import global_clip_loss, global_siglip_loss
 from vito_kernels.distributed.collectives import gather_with_grad
 
@@ -118,7 +119,8 @@ class ClipLoss(nn.Module):
         return torch.arange(first, first + num_logits, device=device)
 
     def extra_repr(self) -> str:
-        return f"local_loss={self.local_loss}, rank={self.rank}, world_size={self.world_size}"
+        flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
+        return f"{flags}, rank={self.rank}, world_size={self.world_size}"
 
 
 class DistillClipLoss(ClipLoss):
@@ -197,6 +199,10 @@ class CoCaLoss(ClipLoss):
         caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
+    def extra_repr(self) -> str:
+        weights = f"caption_loss_weight={self.caption_loss_weight}, clip_loss_weight={self.clip_loss_weight}"
+        return f"{weights}, {super().extra_repr()}"
+
 
 class SigLipLoss(nn.Module):
     """Replaces open_clip's ``SigLipLoss``.
@@ -209,7 +215,7 @@ class SigLipLoss(nn.Module):
     Raises:
         ValueError, TypeError: for another ``dist_impl``, or a rank outside the world.
 
-    ``get_logits`` and ``get_ground_truth`` are for subclasses, and make the matrix.
+    ``_loss``, ``get_logits`` and ``get_ground_truth`` are for subclasses; the last two make the matrix.
     """
 
     def __init__(
@@ -245,6 +251,25 @@ class SigLipLoss(nn.Module):
             sizes = [image_features.shape[0]] * self.world_size
             loss = global_siglip_loss(*inputs, sizes=sizes, exchange=EXCHANGES[self.dist_impl])
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The loss of images (M, D) against a block of texts (N, D), of which row i belongs to image i, or none."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        (x, y), matmul_dtype = autocast_inputs(image_features, text_features)
+        factor, shift = scale_tensor(logit_scale, x), scale_tensor(bias, x)
+        loss = apply_siglip(x, y, factor, shift, None, needs_grad(x, factor), "mean", matmul_dtype)[0]
+        if negative_only:
+            return loss
+        pairs = min(len(x), len(y))
+        logits = (x[:pairs].to(loss.dtype) * y[:pairs]).sum(1) * factor + shift
+        return loss - logits.sum() / len(x)  # softplus(-s) = softplus(s) - s
 
     def get_logits(
         self,

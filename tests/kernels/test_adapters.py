@@ -69,6 +69,15 @@ def test_siglip_of_open_clip_is_its_formula():
     expected = -torch.nn.functional.logsigmoid(signs * logits).sum() / B
     torch.testing.assert_close(open_clip.SigLipLoss()(x, y, 10.0, -10.0), expected)
     assert open_clip.SigLipLoss().get_ground_truth("cpu", torch.float32, 3, negative_only=True).sum() == -9
+    for images, texts, negative_only in ((B, B, False), (B, B, True), (B, 9, False), (9, B, True), (9, B, False)):
+        signs = torch.full((images, texts), -1.0)
+        if not negative_only:
+            signs.fill_diagonal_(1)
+        assert_same(
+            lambda x, y, t, b, only=negative_only: open_clip.SigLipLoss()._loss(x, y, t, b, negative_only=only),
+            lambda x, y, t, b, signs=signs: -torch.nn.functional.logsigmoid(signs * (t * x @ y.T + b)).sum() / len(x),
+            [x[:images], y[:texts], *inputs[2:]],
+        )
     with pytest.raises(ValueError, match="dist_impl must be one of bidir, shift, reduce, gather, got 'ring'"):
         open_clip.SigLipLoss(dist_impl="ring")
     with pytest.raises(ValueError, match="rank must lie in"):
