@@ -167,8 +167,3 @@ def program_shape(D: int) -> tuple[int, int]:
     """(WIDTH, ROWS) of a program of row-wise kernels over D columns: 16 elements for each of 128 threads."""
     width = 1 << max(D - 1, 1).bit_length()
     return width, max(1, 2048 // width)
-
-
-def reduction_rows(rows: int) -> int:
-    """Rows that the one program of a sum over all rows takes at a time."""
-    return 256 if rows <= 256 else 2048

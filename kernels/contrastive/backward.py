@@ -14,7 +14,7 @@ p_ij and p_ji share a logit. Deterministic: partial sums over splits are added i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def _similarity_lse_bwd_step(
 
 
 @jit
-def similarity_lse_bwd_kernel(
+def _similarity_lse_bwd_program(
     x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, x_label,
     y_label, x_term, y_term, M, N, x_stride, y_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr,
     TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -94,7 +94,6 @@ def similarity_lse_bwd_kernel(
     POSITIVE_TERM: tl.constexpr, X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr, X_TMA: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     MASKED: tl.constexpr = (
         GROUPS or POSITIVES > 0 or POSITIVE_TERM or (D > 128 and PRECISION == "bf16x6")
@@ -135,6 +134,37 @@ def similarity_lse_bwd_kernel(
     store_sums(out + tl.cast(split, tl.int64) * M * D, accs, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
 
 
+@jit
+def similarity_lse_bwd_kernel(
+    x, x_tail, y, y_tail, out, split_tiles, y_own, y_own_tail, x_other, x_other_tail, y_out, y_split_tiles, scale,
+    x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive, x_label, y_label, x_term, y_term, M, N, x_stride,
+    y_stride, diagonal, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, POSITIVE_TERM: tl.constexpr, X_SOFTMAX: tl.constexpr, Y_SOFTMAX: tl.constexpr,
+    X_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SIGMOID: tl.constexpr, SIDES: tl.constexpr,
+):  # fmt: skip
+    """Column chunks FIRST .. LAST of out (splits, M, D): one program per block of rows of x and split of y.
+
+    With SIDES == 2, a second layer of programs does the same for y, into ``y_out`` (splits, N, D).
+    """
+    if SIDES == 2 and tl.program_id(2) == 1:
+        if (tl.program_id(0) * BLOCK < N) & (tl.program_id(1) * y_split_tiles * TILE < M):
+            _similarity_lse_bwd_program(
+                y_own, y_own_tail, x_other, x_other_tail, scale, y_out, y_lse2, y_weight, x_lse2, x_weight, y_group,
+                x_group, positive, y_label, x_label, y_term, x_term, N, M, y_stride, x_stride, -diagonal, y_split_tiles,
+                D, W, TAIL, FIRST, LAST, BLOCK, TILE, STAGES, GROUPS, DIAGONAL, POSITIVES, POSITIVE_TERM, Y_SOFTMAX,
+                X_SOFTMAX, TMA, X_TMA, PRECISION, SIGMOID,
+            )  # fmt: skip
+    else:
+        if (tl.program_id(0) * BLOCK < M) & (tl.program_id(1) * split_tiles * TILE < N):
+            _similarity_lse_bwd_program(
+                x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive,
+                x_label, y_label, x_term, y_term, M, N, x_stride, y_stride, diagonal, split_tiles, D, W, TAIL, FIRST,
+                LAST, BLOCK, TILE, STAGES, GROUPS, DIAGONAL, POSITIVES, POSITIVE_TERM, X_SOFTMAX, Y_SOFTMAX, X_TMA, TMA,
+                PRECISION, SIGMOID,
+            )  # fmt: skip
+
+
 # ---- launcher
 
 
@@ -147,20 +177,25 @@ def launch_lse_backward(
     mask: Mask,
     positive_term: PositiveTerm | None = None,
     sigmoid: bool = False,
-) -> Tensor:
+    both: bool = False,
+) -> list[Tensor]:
     """``W @ y`` (S, M, D) float32 of splits of y, not yet times ``scale``. The queries of ``mask`` are the rows of y.
 
-    float16 takes W times a gain, without which it would lose the small gradients of a mean over a batch.
+    With ``both`` also ``W.T @ x`` (S, N, D), in the same launch. float16 takes W times a gain, without which it would
+    lose the small gradients of a mean over a batch.
     """
     gain = _gain(x.tensor, x_softmax, y_softmax)
     if gain is not None:
         x_softmax, y_softmax = (s and SoftmaxGrad(s.lse2, s.weight * gain) for s in (x_softmax, y_softmax))
         positive_term = positive_term and replace(positive_term, weight=positive_term.weight * gain)
     if positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
-        total = large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask, sigmoid)[None]
+        found = [large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask, sigmoid)[None]]
+        if both:
+            other = y.tensor, x.tensor, scale, y_softmax, x_softmax, mask.transposed(), sigmoid
+            found.append(large_dim.gradient(*other)[None])
     else:
-        total = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid)
-    return total if gain is None else total.div_(gain)
+        found = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid, both)
+    return found if gain is None else [total.div_(gain) for total in found]
 
 
 def _launch_tiles(
@@ -172,32 +207,40 @@ def _launch_tiles(
     mask: Mask,
     term: PositiveTerm | None,
     sigmoid: bool,
-) -> Tensor:
+    both: bool,
+) -> list[Tensor]:
     (M, D), N, device = x.tensor.shape, y.tensor.shape[0], x.tensor.device
     tile = choose_tile("gradient both" if x_softmax and y_softmax else "gradient one", D, x.tensor.dtype)
+    sizes = [(M, N), (N, M)] if both else [(M, N)]
+    blocks, tiles = [cdiv(own, tile.block_m) for own, _ in sizes], [cdiv(other, tile.block_n) for _, other in sizes]
+    wanted = num_sms(device) // sum(blocks)
+    split_tiles = [cdiv(count, max(1, min(wanted, count // 4))) for count in tiles]
+    splits = [cdiv(count, step) for count, step in zip(tiles, split_tiles, strict=True)]
+    outs = [scale.new_empty(count, own, D) for count, (own, _) in zip(splits, sizes, strict=True)]
     left, right = Operand(x, tile.block_m, tile), Operand(y, tile.block_n, tile)
-    blocks, tiles = cdiv(M, tile.block_m), cdiv(N, tile.block_n)
-    split_tiles = cdiv(tiles, max(1, min(num_sms(device) // blocks, tiles // 4)))
-    splits = cdiv(tiles, split_tiles)
-    out = scale.new_empty(splits, M, D)
+    second: list[Any] = [None] * 6
+    if both:
+        operands = Operand(y, tile.block_m, tile), Operand(x, tile.block_n, tile)
+        second = [part for operand in operands for part in (operand.source, operand.tail_source)]
+        second += [outs[1], split_tiles[1]]
     labels: tuple[Tensor | None, Tensor | None] = None, None
     if term:  # of one set, or of queries x or y
         labels = (term.label, term.other_label) if x_softmax else (term.other_label, term.label)
     weight = term and term.weight
     with on_device(x.tensor):
         for first, last in output_chunks(D, tile):
-            similarity_lse_bwd_kernel[(blocks, splits)](
-                left.source, left.tail_source, right.source, right.tail_source, scale, out,
+            similarity_lse_bwd_kernel[(max(blocks), max(splits), len(sizes))](
+                left.source, left.tail_source, right.source, right.tail_source, outs[0], split_tiles[0], *second, scale,
                 x_softmax and x_softmax.lse2, x_softmax and x_softmax.weight, y_softmax and y_softmax.lse2,
                 y_softmax and y_softmax.weight, mask.k_group, mask.q_group, mask.positive, *labels,
                 x_softmax and weight, y_softmax and weight, M, N, left.stride, right.stride, -(mask.diagonal or 0),
-                split_tiles, D, left.chunk, left.tail, first, last, tile.block_m, tile.block_n, tile.stages,
+                D, left.chunk, left.tail, first, last, tile.block_m, tile.block_n, tile.stages,
                 GROUPS=mask.q_group is not None, DIAGONAL=mask.diagonal_width, POSITIVES=mask.num_positives,
                 POSITIVE_TERM=term is not None, X_SOFTMAX=x_softmax is not None, Y_SOFTMAX=y_softmax is not None,
-                X_TMA=left.tma, TMA=right.tma,
-                PRECISION=left.precision, SIGMOID=sigmoid, num_warps=tile.warps, num_stages=tile.stages,
+                X_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, SIGMOID=sigmoid, SIDES=len(sizes),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return out
+    return outs
 
 
 def _gain(x: Tensor, *softmaxes: SoftmaxGrad | None) -> Tensor | None:

@@ -8,19 +8,28 @@ bfloat16 and float16 are computed in float32, float64 in float64. Functions have
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import softplus
 from vito_kernels._core.checks import check_finite, check_positive_range
+from vito_kernels.contrastive.cpu_epilogue import (
+    grad_epilogue,
+    grad_epilogues,
+    multi_view_grad_q,
+    positive_keys,
+    views_epilogue,
+)
 from vito_kernels.contrastive.cpu_matmul import add_product
 from vito_kernels.contrastive.cpu_tiles import Tiles, alloc_logit_cache, to_compute_dtype, upper_grid
+from vito_kernels.contrastive.sigmoid_loss import SigmoidLosses, torch_sigmoid_loss
+from vito_kernels.contrastive.softplus_loss import RowLosses, torch_softplus_loss
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad, ordered_pairs, split_sum
 
-__all__ = ["alloc_logit_cache"]  # the others are defined here
+# The other functions of the path are defined here.
+__all__ = ["alloc_logit_cache", "grad_epilogue", "grad_epilogues", "multi_view_grad_q", "views_epilogue"]
 
 softmax_grad = SoftmaxGrad.of
 
@@ -100,6 +109,25 @@ def lse_forward(
     return *sums.lse2(), mean, positives
 
 
+def loss_forward(
+    q: Tensor,
+    k: Tensor,
+    own_key: Tensor | None,
+    scale: Tensor,
+    mask: Mask,
+    compute_grad_q: bool,
+    reduction: str,
+    decoupled: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> RowLosses:
+    """``lse_forward`` and the losses. The positive of query i may be ``own_key_i`` (M, D), which is no key."""
+    lse2, lse_residual, mean, logits = lse_forward(q, k, scale, mask, compute_grad_q, matmul_dtype, logit_cache)
+    if own_key is not None:
+        logits = (to_compute_dtype(q) * own_key).sum(1, keepdim=True) * (scale * LOG2E)
+    return replace(torch_softplus_loss([(lse2, lse_residual)], logits, reduction, decoupled), mean=mean)
+
+
 def multi_view_forward(
     q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -156,6 +184,27 @@ def self_forward(
     return *sums.lse2(), adjacent
 
 
+def two_sided_loss_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> RowLosses:
+    """``two_sided_forward`` and its mean loss, where row i of either belongs to row i of the other."""
+    given = x, y, scale, Mask(diagonal=0), matmul_dtype, logit_cache
+    row, row_residual, column, column_residual, pairs = two_sided_forward(*given)
+    return torch_softplus_loss([(row, row_residual), (column, column_residual)], pairs, "mean", False)
+
+
+def self_loss_forward(
+    z: Tensor, scale: Tensor, mask: Mask, reduction: str, decoupled: bool, logit_cache: Tensor | None = None
+) -> RowLosses:
+    """``self_forward`` and the losses, where adjacent rows are each other's positives."""
+    lse2, lse_residual, logits = self_forward(z, scale, mask, None, logit_cache)
+    return torch_softplus_loss([(lse2, lse_residual)], logits, reduction, decoupled)
+
+
 def label_forward(
     q: Tensor,
     k: Tensor,
@@ -166,6 +215,7 @@ def label_forward(
     one_set: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
+    done: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lse2 (M,), its residual, and as (1, M) the sum of the positives' logits less |scale| log2(e), their number).
 
@@ -218,10 +268,26 @@ def sigmoid_forward(
     return total.mul_(LOG2E), pairs, shares, mean
 
 
+def sigmoid_loss_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    diagonal: int | None,
+    compute_grad_x: bool,
+    reduction: str,
+    matmul_dtype: torch.dtype | None = None,
+) -> SigmoidLosses:
+    """``sigmoid_forward`` and the losses, where row i of x and row ``i + diagonal`` of y are a pair."""
+    given = x, y, scale, bias, Mask(diagonal=diagonal), compute_grad_x, matmul_dtype
+    sums, logits, shares, mean = sigmoid_forward(*given)
+    return torch_sigmoid_loss(sums, shares, mean, logits, bias, reduction)
+
+
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:
     """How many keys that the mask leaves have a logit above that of the query's one positive; (M,) of scale's dtype."""
     q, k = to_compute_dtype(q), to_compute_dtype(k)
-    (keys,) = _positive_keys(len(q), k, mask.positive, mask.diagonal or 0)
+    (keys,) = positive_keys(len(q), k, mask.positive, mask.diagonal or 0)
     logits, count = (q * k[keys]).sum(1).mul_(scale * LOG2E), scale.new_zeros(len(q))
     for own, _, tile, _ in Tiles(q, k, scale, mask, direct=False):
         count[own] += (tile > logits[own, None]).sum(1)
@@ -363,89 +429,3 @@ def _add_positive_term(
 def _diagonal(x: Tensor, offset: int) -> Tensor:
     """Of x (M, N), where the columns of the diagonal begin at ``offset``; empty beyond x."""
     return x.diagonal(offset) if -x.shape[0] < offset < x.shape[1] else x[:0, 0]
-
-
-def grad_epilogue(
-    base: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-    *,
-    store: bool = True,
-    weight: Tensor | None = None,
-    pair_weight: Tensor | None = None,
-    k: Tensor | None = None,
-    positive: Tensor | None = None,
-    diagonal: int = 0,
-    by_key: bool = False,
-    adjacent: bool = False,
-    other: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As ``epilogue.grad_epilogue``. May write over ``base``."""
-    grad = base if weight is None else base * (weight * LOG2E)[:, None]
-    if pair_weight is not None and k is not None:
-        if adjacent:
-            share = (pair_weight[::2] + pair_weight[1::2]) * LOG2E
-            grad[::2].addcmul_(k[1::2].to(grad.dtype), share)
-            grad[1::2].addcmul_(k[::2].to(grad.dtype), share)
-        elif by_key:
-            grad[-diagonal : len(k) - diagonal].addcmul_(k.to(grad.dtype), pair_weight, value=LOG2E)
-        else:
-            for p, keys in enumerate(_positive_keys(len(base), k, positive, diagonal)):
-                grad.addcmul_(k[keys].to(grad.dtype), pair_weight[:, p, None], value=LOG2E)
-    dscale = scale.new_empty(0) if other is None else (grad * other).sum()
-    return grad.mul_(scale).to(dtype) if store else base.new_empty(0, dtype=dtype), dscale
-
-
-def grad_epilogues(
-    base: Tensor | None,
-    key_base: Tensor | None,
-    scale: Tensor,
-    q: Tensor,
-    k: Tensor,
-    pair_weight: Tensor | None,
-    diagonal: int,
-    weight: Tensor | None,
-    store: bool,
-    dots: bool,
-    one: Callable[..., tuple[Tensor, Tensor]] = grad_epilogue,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``epilogue.grad_epilogues``, by ``one`` epilogue after the other. A base that is not there makes no gradient.
-
-    May write over the bases.
-    """
-    dq, dscale, dk = q.new_empty(0), scale.new_empty(0), k.new_empty(0)
-    if base is not None:
-        pairs = {"pair_weight": pair_weight, "k": k, "diagonal": diagonal}
-        dq, dscale = one(base, scale, q.dtype, store=store, weight=weight, other=q if dots else None, **pairs)
-    if key_base is not None:
-        dk, _ = one(key_base, scale, k.dtype, pair_weight=pair_weight, k=q, diagonal=-diagonal, by_key=True)
-    return dq, dscale, dk
-
-
-def multi_view_grad_q(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    weight: Tensor,
-    grad_loss: Tensor,
-    offset: int,
-    need_q: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q (V, M, D) and of the scale (); empty where not needed. mean (P * M, D), grad_loss (P, M)."""
-    share, views = (weight * grad_loss)[:, :, None], len(q)
-    pull = (mean.view(views, views - 1, *q.shape[1:]) * share.unflatten(0, (views, views - 1))).sum(1)
-    for pair, (a, b) in enumerate(ordered_pairs(views)):
-        pull[a].addcmul_(k[b, offset : offset + q.shape[1]].to(pull.dtype), share[pair], value=-1)
-    grad_scale = (pull * q).sum() if need_scale else mean.new_empty(0)
-    return pull.mul_(scale).to(q.dtype) if need_q else q.new_empty(0), grad_scale
-
-
-def _positive_keys(queries: int, k: Tensor, positive: Tensor | None, diagonal: int) -> list[Any]:
-    """The positive keys of all queries, one entry for each column of positives."""
-    if positive is None:
-        return [slice(diagonal, diagonal + queries)]
-    if positive.is_cuda:  # unchecked there; one that is no key made the loss NaN
-        positive = positive.clamp(0, len(k) - 1)
-    return list(positive.unbind(1))

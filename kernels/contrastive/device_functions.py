@@ -233,3 +233,65 @@ def probability(over, SIGMOID: tl.constexpr):
 def sigmoid(x):
     e = tl.exp(-tl.abs(x))  # cannot overflow
     return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
+
+
+@jit
+def merged_lse(lse2, lse_residual, row, M, splits):
+    """(lse2, its residual) of those of splits (S, M), over disjoint sets of keys, as ``cpu.merge_splits``.
+
+    Also (the largest, the sum relative to it), for ``merged_mean``.
+    """
+    top = tl.full(row.shape, -float("inf"), tl.float32)
+    for s in range(splits):
+        top = tl.maximum(top, tl.load(lse2 + tl.cast(s, tl.int64) * M + row, mask=row < M, other=-float("inf")))
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.zeros(row.shape, tl.float32)
+    for s in range(splits):
+        total += _split_share(lse2, lse_residual, top, tl.cast(s, tl.int64) * M + row, row < M)
+    log_total = tl.log2(total)
+    whole = log_total + top
+    return whole, tl.where(total == 0.0, 0.0, top - whole + log_total), top, total
+
+
+@jit
+def merged_mean(mean, lse2, lse_residual, top, total, row, column, inside, M, D, splits):
+    """The mean of those of splits (S, M, D)."""
+    acc = tl.zeros(inside.shape, tl.float32)
+    for s in range(splits):
+        part = tl.cast(s, tl.int64) * M + row
+        share = _split_share(lse2, lse_residual, top, part, row < M)
+        acc += share[:, None] * tl.load(mean + part[:, None] * D + column[None], mask=inside, other=0.0)
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@jit
+def _split_share(lse2, lse_residual, top, part, inside):
+    own = tl.load(lse2 + part, mask=inside, other=-float("inf"))
+    return tl.exp2(own - top + tl.load(lse_residual + part, mask=inside, other=0.0))
+
+
+@jit
+def ends_last(done):
+    """Whether every other program has come here, so that what they stored is visible.
+
+    An earlier kernel has zeroed the counter ``done``. Whichever program ends last, ``ordered_sum`` gives the same.
+    """
+    return tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@jit
+def ordered_sum(parts, count):
+    """Of numbers that other programs of this kernel stored."""
+    total = tl.zeros((256,), tl.float32)
+    for first in range(0, count, 256):
+        index = first + tl.arange(0, 256)
+        total += tl.load(parts + index, mask=index < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@jit
+def store_total(value, divisor, out, parts, done):
+    """Stores the sum of every program's ``value`` over ``divisor``."""
+    tl.store(parts + tl.program_id(0), value)
+    if ends_last(done):
+        tl.store(out, ordered_sum(parts, tl.num_programs(0)) / divisor)

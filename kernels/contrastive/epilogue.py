@@ -6,8 +6,9 @@ PyTorch takes four to a dozen launches for each of these, which at a few thousan
     finalize_lse     the log of summed exponentials, and its validity
     softmax_grad     a softmax's share in a gradient
     positive_logits  scale * q_i . k_j for the positives j of query i
-    grad_epilogue    the positives' part of a gradient, the scale, one rounding
+    grad_epilogue    the positives' part of a gradient, its factors, one rounding
     grad_epilogues   that of queries and of keys at once
+    views_epilogue   that of two views, through their length
     multi_view_loss, multi_view_grad_q    the positives, the losses and the gradient of all ordered pairs of views
 
 A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are float32, in a fixed order.
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous
-from vito_kernels.contrastive import cpu
-from vito_kernels.contrastive.device_functions import sigmoid, softplus
+from vito_kernels.contrastive import cpu_epilogue
+from vito_kernels.contrastive.device_functions import merged_lse, merged_mean, sigmoid, softplus
+from vito_kernels.contrastive.normalize import MIN_LENGTH, load_in_turns, store_in_turns, through_length
 from vito_kernels.contrastive.terms import SoftmaxGrad
 
 if TYPE_CHECKING:
@@ -40,25 +42,11 @@ def merge_splits_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    for s in range(splits):
-        top = tl.maximum(top, tl.load(lse2 + tl.cast(s, tl.int64) * M + row, mask=row < M, other=-float("inf")))
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for s in range(splits):
-        part = tl.cast(s, tl.int64) * M + row
-        own = tl.load(lse2 + part, mask=row < M, other=-float("inf"))
-        share = tl.exp2(own - top + tl.load(lse_residual + part, mask=row < M, other=0.0))
-        total += share
-        if MEAN:
-            acc += share[:, None] * tl.load(mean + part[:, None] * D + column[None], mask=inside, other=0.0)
-    log_total = tl.log2(total)
-    sum_ = log_total + top
-    tl.store(whole + row, sum_, mask=row < M)
-    tl.store(lost + row, tl.where(total == 0.0, 0.0, top - sum_ + log_total), mask=row < M)
+    whole_lse, residual, top, total = merged_lse(lse2, lse_residual, row, M, splits)
+    tl.store(whole + row, whole_lse, mask=row < M)
+    tl.store(lost + row, residual, mask=row < M)
     if MEAN:
-        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = merged_mean(mean, lse2, lse_residual, top, total, row, column, inside, M, D, splits)
         tl.store(merged + row.to(tl.int64)[:, None] * D + column[None], acc, mask=inside)
 
 
@@ -104,18 +92,16 @@ def softmax_grad_kernel(
 @jit
 def positive_logits_kernel(
     q, k, positive, scale, out, M, N, D, q_stride, k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    LISTED: tl.constexpr, PAIRS: tl.constexpr, ADJACENT: tl.constexpr,
+    LISTED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key. ADJACENT: j is i with its
-    last bit turned.
-    """
+    """scale log2(e) q_i . k_j for the positives j of each i; NaN for an index that is no key."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < D)[None]
     own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(scale) * 1.4426950408889634
     for p in range(PAIRS):
-        key = (row ^ ADJACENT).to(tl.int64) + diagonal
+        key = row.to(tl.int64) + diagonal
         if LISTED:
             key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
         known = (key >= 0) & (key < N)
@@ -127,9 +113,9 @@ def positive_logits_kernel(
 
 @jit
 def _grad_rows(
-    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride, diagonal,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
+    base, weight, pair_weight, k, positive, other, scale, gradient, factor, out, dots, M, N, D, splits, k_stride,
+    other_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr,
+    WEIGHTED: tl.constexpr, BY_KEY: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -142,16 +128,18 @@ def _grad_rows(
         acc *= (tl.load(weight + row, mask=row < M, other=0.0) * 1.4426950408889634)[:, None]
     if PAIRS > 0:  # a loop of no turns is compiled all the same, and has no pairs to load
         for p in range(PAIRS):
-            key = (row ^ ADJACENT).to(tl.int64) + diagonal
+            key = row.to(tl.int64) + diagonal
             if LISTED:
                 key = tl.load(positive + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0)
             known = (row < M) & (key >= 0) & (key < N)
             pair = key if BY_KEY else row.to(tl.int64) * PAIRS + p
             share = tl.load(pair_weight + pair, mask=known, other=0.0)
-            if ADJACENT:
-                share += tl.load(pair_weight + key, mask=known, other=0.0)
             keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
             acc += (share * 1.4426950408889634)[:, None] * keys.to(tl.float32)
+    if gradient is not None:
+        acc *= tl.load(gradient)
+    if factor is not None:
+        acc *= tl.load(factor)
     if DOTS:
         theirs = tl.load(other + place * other_stride + column[None], mask=inside, other=0.0)
         tl.store(dots + row, tl.sum(acc * theirs.to(tl.float32), 1), mask=row < M)
@@ -162,25 +150,53 @@ def _grad_rows(
 
 @jit
 def grad_epilogue_kernel(
-    base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride, diagonal,
-    key_base, q, key_out, key_splits, q_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr,
-    PAIRS: tl.constexpr, WEIGHTED: tl.constexpr, BY_KEY: tl.constexpr, ADJACENT: tl.constexpr, DOTS: tl.constexpr,
+    base, weight, pair_weight, k, positive, other, scale, gradient, factor, out, dots, M, N, D, splits, k_stride,
+    other_stride, diagonal, key_base, q, key_out, key_splits, q_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr, BY_KEY: tl.constexpr, DOTS: tl.constexpr,
     STORE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; and its product
-    with ``other``. Of ADJACENT each is the other's key as well as its query. With KEYS a second row of programs does
-    the same for the keys of the pairs.
+    """factors scale (weight_i base_i + sum over pairs of pair_weight k_j), weights times log2(e), rounded once; before
+    the scale, its product with ``other``. With KEYS a second row of programs does the same for the keys of the pairs.
     """
     if KEYS and tl.program_id(1) == 1:
         _grad_rows(
-            key_base, weight, pair_weight, q, positive, other, scale, key_out, dots, N, M, D, key_splits, q_stride,
-            other_stride, -diagonal, WIDTH, ROWS, False, PAIRS, False, True, 0, False, True,
+            key_base, weight, pair_weight, q, positive, other, scale, gradient, factor, key_out, dots, N, M, D,
+            key_splits, q_stride, other_stride, -diagonal, WIDTH, ROWS, False, PAIRS, False, True, False, True,
         )  # fmt: skip
     else:
         _grad_rows(
-            base, weight, pair_weight, k, positive, other, scale, out, dots, M, N, D, splits, k_stride, other_stride,
-            diagonal, WIDTH, ROWS, LISTED, PAIRS, WEIGHTED, BY_KEY, ADJACENT, DOTS, STORE,
+            base, weight, pair_weight, k, positive, other, scale, gradient, factor, out, dots, M, N, D, splits,
+            k_stride, other_stride, diagonal, WIDTH, ROWS, LISTED, PAIRS, WEIGHTED, BY_KEY, DOTS, STORE,
         )  # fmt: skip
+
+
+@jit
+def views_epilogue_kernel(
+    base, pair_weight, z, scale, gradient, x, second, out, second_out, dots, M, D, splits, x_stride, second_stride,
+    MIN_LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """gradient scale (base_i + w_i z_j + w_j z_j) of adjacent rows i and j, through their length; before the scale, its
+    product with z.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, WIDTH)[None]
+    inside = (row < M) & (column < D)
+    acc = tl.load(base + row * D + column, mask=inside, other=0.0)
+    for s in range(1, splits):
+        acc += tl.load(base + (tl.cast(s, tl.int64) * M + row) * D + column, mask=inside, other=0.0)
+    share = tl.load(pair_weight + row, mask=row < M, other=0.0)
+    share += tl.load(pair_weight + (row ^ 1), mask=row < M, other=0.0)
+    theirs = tl.load(z + (row ^ 1) * D + column, mask=inside, other=0.0).to(tl.float32)
+    acc += share * 1.4426950408889634 * theirs
+    if gradient is not None:
+        acc *= tl.load(gradient)
+    if DOTS:
+        own = tl.load(z + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dots + row, tl.sum(acc * own, 1)[:, None], mask=row < M)
+    if STORE:
+        rows = load_in_turns(x, second, x_stride, second_stride, row, column, inside, True)
+        dx = through_length(rows, acc * tl.load(scale), MIN_LENGTH)
+        store_in_turns(out, second_out, dx.to(out.dtype.element_ty), row, column, D, inside)
 
 
 @jit
@@ -285,13 +301,10 @@ def softmax_grads(*sides: tuple[Tensor, Tensor, Tensor]) -> list[SoftmaxGrad]:
     return found
 
 
-def positive_logits(
-    q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None, adjacent: bool = False
-) -> Tensor:
+def positive_logits(q: Tensor, k: Tensor, scale: Tensor, positive: Tensor | None, diagonal: int | None) -> Tensor:
     """scale log2(e) q_i . k_j (M, P) for the positives j of query i.
 
-    The positives are columns of ``positive`` (M, P), or i + ``diagonal``, or none. With ``adjacent`` and ``diagonal`` 0
-    the positive is the other row of the pair 2 i, 2 i + 1.
+    The positives are columns of ``positive`` (M, P), or i + ``diagonal``, or none.
     """
     (M, D), pairs = q.shape, positive.shape[1] if positive is not None else int(diagonal is not None)
     q, k, out = rows_contiguous(q), rows_contiguous(k), scale.new_empty(M, pairs)
@@ -301,7 +314,7 @@ def positive_logits(
         with on_device(q):
             positive_logits_kernel[(cdiv(M, rows),)](
                 q, k, positive, scale, out, M, k.shape[0], D, q.stride(0), k.stride(0), diagonal or 0, width, rows,
-                positive is not None, pairs, int(adjacent),
+                positive is not None, pairs,
             )  # fmt: skip
     return out
 
@@ -318,8 +331,9 @@ def grad_epilogue(
     positive: Tensor | None = None,
     diagonal: int = 0,
     by_key: bool = False,
-    adjacent: bool = False,
     other: Tensor | None = None,
+    gradient: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient ``scale log2(e) (weight_i base_i + sum over i's pairs of pair_weight k_j)``, rounded once.
 
@@ -335,8 +349,8 @@ def grad_epilogue(
         k: (N, D), the keys of the pairs.
         positive: (M, P) indices of each row's pairs; by default its pair is row ``i + diagonal`` of k, if that exists.
         by_key: row i of base is a key, and k are the queries.
-        adjacent: rows 2 i and 2 i + 1 are a pair, and each weighs the other.
         other: (M, D); its product with the gradient before the scale, summed, is the gradient of the scale.
+        gradient, factor: (), factors on all of it: the incoming gradient of a sum or a mean, and another one.
 
     Returns:
         The gradient (M, D) or (0,), and the gradient of the scale, () or without ``other`` (0,).
@@ -353,9 +367,9 @@ def grad_epilogue(
     strides = [0 if x is None else x.stride(0) for x in (k, other)]
     with on_device(base):
         grad_epilogue_kernel[(cdiv(M, rows),)](
-            base, weight, pair_weight, k, positive, other, scale, out, dots, M, 0 if k is None else k.shape[0], D,
-            _parts(base), *strides, diagonal, None, None, None, 0, 0, width, rows, positive is not None, pairs,
-            weight is not None, by_key, int(adjacent), other is not None, store, False,
+            base, weight, pair_weight, k, positive, other, scale, gradient, factor, out, dots, M,
+            0 if k is None else k.shape[0], D, _parts(base), *strides, diagonal, None, None, None, 0, 0, width, rows,
+            positive is not None, pairs, weight is not None, by_key, other is not None, store, False,
         )  # fmt: skip
     return out, dots if other is None else dots.sum()
 
@@ -375,6 +389,8 @@ def grad_epilogues(
     weight: Tensor | None,
     store: bool,
     dots: bool,
+    gradient: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dscale, dk): ``grad_epilogue`` of q (M, D) with ``weight`` and, by key, of k (N, D), in one launch.
 
@@ -382,8 +398,8 @@ def grad_epilogues(
     ``pair_weight`` (M, 1) is that of i and ``i + diagonal``.
     """
     if base is None or key_base is None:
-        given = scale, q, k, pair_weight, diagonal, weight, store, dots
-        return cpu.grad_epilogues(base, key_base, *given, grad_epilogue)
+        given = scale, q, k, pair_weight, diagonal, weight, store, dots, gradient, factor
+        return cpu_epilogue.grad_epilogues(base, key_base, *given, grad_epilogue)
     (M, D), N = q.shape, k.shape[0]
     width, rows = program_shape(D)
     q, k = rows_contiguous(q), rows_contiguous(k)
@@ -393,11 +409,38 @@ def grad_epilogues(
     products = base.new_empty(M if dots else 0)
     with on_device(base):
         grad_epilogue_kernel[(cdiv(max(M, N), rows), 2)](
-            base, weight, pair_weight, k, None, q, scale, dq, products, M, N, D, _parts(base), k.stride(0), q.stride(0),
-            diagonal, key_base, q, dk, _parts(key_base), q.stride(0), width, rows, False, int(pair_weight is not None),
-            weight is not None, False, 0, dots, store, True,
+            base, weight, pair_weight, k, None, q, scale, gradient, factor, dq, products, M, N, D, _parts(base),
+            k.stride(0), q.stride(0), diagonal, key_base, q, dk, _parts(key_base), q.stride(0), width, rows, False,
+            int(pair_weight is not None), weight is not None, False, dots, store, True,
         )  # fmt: skip
     return dq, products.sum() if dots else products, dk
+
+
+def views_epilogue(
+    base: Tensor,
+    pair_weight: Tensor,
+    z: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    scale: Tensor,
+    gradient: Tensor | None,
+    need_z: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz1, dz2, dscale), from the gradient (S, 2B, D) of the softmax by z (2B, D), the normalized rows in turns.
+
+    ``pair_weight`` (2B, 1) is by the logit of each row and its sample's other one. A logit reaches dscale twice.
+    """
+    M, D = z.shape
+    x, second = rows_contiguous(z1), rows_contiguous(z2)
+    dz1, dz2 = (torch.empty(side.shape if need_z else 0, dtype=side.dtype, device=side.device) for side in (x, second))
+    dots, (width, rows) = base.new_empty(M if need_scale else 0), program_shape(D)
+    with on_device(z):
+        views_epilogue_kernel[(cdiv(M, rows),)](
+            base, pair_weight.contiguous(), z, scale, gradient, x, second, dz1, dz2, dots, M, D, base.shape[0],
+            x.stride(0), second.stride(0), MIN_LENGTH, width, rows, need_scale, need_z,
+        )  # fmt: skip
+    return dz1, dz2, dots.sum() if need_scale else dots
 
 
 def multi_view_loss(

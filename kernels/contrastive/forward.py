@@ -11,8 +11,9 @@ The largest term of unit vectors is 2^100, so 2^27 keys cannot overflow; terms t
 below the largest possible. For other inputs it may fail, and it detects that. A row is not trusted if its sum left
 [2^-64, 2^120] or its mean is not finite. *Online* takes a running maximum, right for every input.
 
-*Kinds*: "lse" as above. "labels" also sums the logits of the pairs of one label, and counts them. "sigmoid" sums
-log2(1 + 2^s), p = 1 / (1 + 2^-s) and p k, "rank" counts the logits above a number of the row: neither can overflow.
+*Kinds*: "lse" as above; :mod:`.other_sums` launches the others. "labels" also sums the logits of the pairs of one
+label, and counts them. "sigmoid" sums log2(1 + 2^s), p = 1 / (1 + 2^-s) and p k, "rank" counts the logits above a
+number of the row: neither can overflow.
 
 float32 runs online, since a shift of 100 would round its exponents to 2^-18, and so does float16 with the mean, as its
 P cannot hold 2^100. Otherwise the fixed shift runs first. The online kernel behind it repeats the blocks that were not
@@ -117,44 +118,21 @@ def _similarity_lse_fwd_step(
 
 
 @jit
-def similarity_lse_fwd_kernel(
-    q, q_tail, k, k_tail, scale, lse2, lse_residual, mean, trusted, sums, offset, distances, counts, q_group, k_group,
-    positive, M, N, parts, q_stride, k_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr,
+def _similarity_lse_fwd_program(
+    q, q_tail, k, k_tail, scale, lse2, lse_residual, mean, trusted, offset, distances, counts, q_group, k_group,
+    positive, row, split, M, N, q_stride, k_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr,
     TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
-    POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr, HEADROOM: tl.constexpr, Q_TMA: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, VIEWS: tl.constexpr, KIND: tl.constexpr, SUMMED: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr, POSITIVES: tl.constexpr,
+    ONLINE: tl.constexpr, HEADROOM: tl.constexpr, Q_TMA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    VIEWS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """lse2, lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block
-    of rows and split.
-
-    With VIEWS > 1, q (VIEWS * M, D) and k (VIEWS * N, D) hold views, and each split of the outputs has a slice for each
-    ordered pair of views (a, b), in the order (0, 1), (0, 2), ..., (1, 0): the rows of a over the keys of b.
-
-    SUMMED: of ``sums`` (parts, M) relative to the fixed shift, it writes the logarithm, and repeats what failed.
-    """
+    """The block of rows from ``row`` over the keys of one split."""
     CHUNKS: tl.constexpr = D // W + (TAIL > 0)
     # An excluded key may be anywhere; and beside a second loop, ptxas keeps too much of q in registers and spills.
     WIDE: tl.constexpr = (D > 512 and (ONLINE or FIRST == LAST)) or (D > 64 and PRECISION == "bf16x6")
     MASKED: tl.constexpr = GROUPS or POSITIVES > 0 or WIDE
-    row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
     own = row + tl.arange(0, BLOCK)
     out = tl.cast(split, tl.int64) * M  # first output row of this split
-    if SUMMED > 0:
-        known = tl.zeros((BLOCK,), tl.float32)
-        for part in range(parts):
-            known += tl.load(sums + tl.cast(part, tl.int64) * M + own, mask=own < M, other=0.0)
-        log_known = tl.log2(known)
-        bottom = tl.abs(tl.load(scale)) * 1.4426950408889634 - SUMMED
-        found = log_known + bottom
-        fits = ((known > 2.0**-64) & (known < 2.0**120)) | (own >= M)
-        if tl.min(fits.to(tl.int32), 0) > 0:
-            tl.store(lse2 + own, found, mask=own < M)
-            tl.store(lse_residual + own, tl.where(known == 0.0, 0.0, bottom - found + log_known), mask=own < M)
-            return
-    if REPEAT:  # noqa: SIM102 (one is decided when compiling, the other when running)
-        if tl.min(tl.load(trusted + out + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
-            return
     q_first, k_first = 0, 0
     if VIEWS > 1:
         pair = split % (VIEWS * (VIEWS - 1))
@@ -225,7 +203,98 @@ def similarity_lse_fwd_kernel(
     if KIND == "labels":
         tl.store(distances + out + own, tl.sum(totals[1], 1), mask=own < M)
         tl.store(counts + out + own, tl.sum(totals[2], 1), mask=own < M)
-    store_sums(mean + out * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
+    if FIRST < LAST:
+        store_sums(mean + out * D, means, row, M, D, W, TAIL, BLOCK, FIRST, LAST)
+
+
+@jit
+def similarity_lse_fwd_kernel(
+    q, q_tail, k, k_tail, scale, lse2, lse_residual, mean, trusted, offset, distances, counts, done, q_group, k_group,
+    positive, M, N, q_stride, k_stride, diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr,
+    TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, ONLINE: tl.constexpr, REPEAT: tl.constexpr, HEADROOM: tl.constexpr, Q_TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, VIEWS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """lse2, lse_residual (splits, M) and, in column chunks FIRST .. LAST, mean (splits, M, D): one program per block
+    of rows and split.
+
+    With VIEWS > 1, q (VIEWS * M, D) and k (VIEWS * N, D) hold views, and each split of the outputs has a slice for each
+    ordered pair of views (a, b), in the order (0, 1), (0, 2), ..., (1, 0): the rows of a over the keys of b.
+
+    The counter ``done`` is zeroed for ``device_functions.store_total``.
+    """
+    row, split = tl.program_id(0) * BLOCK, tl.program_id(1)
+    if done is not None:
+        tl.store(done, 0)
+    if REPEAT:
+        own = row + tl.arange(0, BLOCK)
+        if tl.min(tl.load(trusted + tl.cast(split, tl.int64) * M + own, mask=own < M, other=1).to(tl.int32), 0) > 0:
+            return
+    _similarity_lse_fwd_program(
+        q, q_tail, k, k_tail, scale, lse2, lse_residual, mean, trusted, offset, distances, counts, q_group, k_group,
+        positive, row, split, M, N, q_stride, k_stride, diagonal, split_tiles, D, W, TAIL, FIRST, LAST, BLOCK, TILE,
+        LANES, STAGES, GROUPS, DIAGONAL, POSITIVES, ONLINE, HEADROOM, Q_TMA, TMA, PRECISION, VIEWS, KIND,
+    )  # fmt: skip
+
+
+@jit
+def _summed_lse_rows(
+    sums, q, q_tail, k, k_tail, scale, lse2, lse_residual, q_group, k_group, positive, M, N, parts, q_stride, k_stride,
+    diagonal, split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, SUMS_HEADROOM: tl.constexpr, HEADROOM: tl.constexpr, Q_TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK
+    own = row + tl.arange(0, BLOCK)
+    known = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        known += tl.load(sums + tl.cast(part, tl.int64) * M + own, mask=own < M, other=0.0)
+    log_known = tl.log2(known)
+    bottom = tl.abs(tl.load(scale)) * 1.4426950408889634 - SUMS_HEADROOM
+    found = log_known + bottom
+    fits = ((known > 2.0**-64) & (known < 2.0**120)) | (own >= M)
+    if tl.min(fits.to(tl.int32), 0) > 0:
+        tl.store(lse2 + own, found, mask=own < M)
+        tl.store(lse_residual + own, tl.where(known == 0.0, 0.0, bottom - found + log_known), mask=own < M)
+    else:
+        _similarity_lse_fwd_program(
+            q, q_tail, k, k_tail, scale, lse2, lse_residual, None, None, None, None, None, q_group, k_group, positive,
+            row, 0, M, N, q_stride, k_stride, diagonal, split_tiles, D, W, TAIL, 0, 0, BLOCK, TILE, LANES, STAGES,
+            GROUPS, DIAGONAL, POSITIVES, True, HEADROOM, Q_TMA, TMA, PRECISION, 1, "lse",
+        )  # fmt: skip
+
+
+@jit
+def summed_lse_fwd_kernel(
+    sums, q, q_tail, k, k_tail, lse2, lse_residual, parts, k_sums, k_own, k_own_tail, q_other, q_other_tail, k_lse2,
+    k_lse_residual, k_parts, scale, done, q_group, k_group, positive, M, N, q_stride, k_stride, diagonal,
+    split_tiles, k_split_tiles, D: tl.constexpr, W: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, DIAGONAL: tl.constexpr,
+    POSITIVES: tl.constexpr, SUMS_HEADROOM: tl.constexpr, HEADROOM: tl.constexpr, Q_TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SIDES: tl.constexpr,
+):  # fmt: skip
+    """lse2 and lse_residual (M,) of sums (parts, M) relative to the fixed shift; the blocks that these fail, online.
+
+    With SIDES == 2, a second row of programs does the same for the keys, of ``k_sums`` (k_parts, N).
+    """
+    if done is not None:
+        tl.store(done, 0)
+    if SIDES == 2 and tl.program_id(1) == 1:
+        if tl.program_id(0) * BLOCK < N:
+            _summed_lse_rows(
+                k_sums, k_own, k_own_tail, q_other, q_other_tail, scale, k_lse2, k_lse_residual, q_group, k_group,
+                positive, N, M, k_parts, k_stride, q_stride, -diagonal, k_split_tiles, D, W, TAIL, BLOCK, TILE,
+                LANES, STAGES, GROUPS, DIAGONAL, POSITIVES, SUMS_HEADROOM, HEADROOM, TMA, Q_TMA, PRECISION,
+            )  # fmt: skip
+    else:
+        if tl.program_id(0) * BLOCK < M:
+            _summed_lse_rows(
+                sums, q, q_tail, k, k_tail, scale, lse2, lse_residual, q_group, k_group, positive, M, N, parts,
+                q_stride, k_stride, diagonal, split_tiles, D, W, TAIL, BLOCK, TILE, LANES, STAGES, GROUPS, DIAGONAL,
+                POSITIVES, SUMS_HEADROOM, HEADROOM, Q_TMA, TMA, PRECISION,
+            )  # fmt: skip
 
 
 # ---- launchers
@@ -234,9 +303,9 @@ VARIANTS = ("fixed", "online")
 
 
 def launch_lse(
-    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, views: int = 1
+    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, views: int = 1, done: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse2 (M,), lse_residual (M,), mean (M, D) or (0, D)); few queries split the keys among programs.
+    """(lse2 (S, M), lse_residual (S, M), mean (S, M, D) or (S, 0, D)); few queries split the keys among programs.
 
     With ``views`` > 1, q (views * M, D) and k (views * N, D) hold views, and M in the outputs becomes the rows of all
     ordered pairs of views, views (views - 1) M, in one launch. The mask is that of each pair.
@@ -248,13 +317,16 @@ def launch_lse(
         if views > 1:
             qs, ks = q.unflatten(0, (views, M)), k.unflatten(0, (views, N))
             parts = [launch_lse(qs[a], ks[b], scale, mask, compute_grad_q) for a, b in ordered_pairs(views)]
-            lse2, lse_residual, mean = (torch.cat(part) for part in zip(*parts, strict=True))
+            lse2, lse_residual, mean = (torch.cat(part, 1) for part in zip(*parts, strict=True))
             return lse2, lse_residual, mean
         dense = left.tensor, right.tensor
         sums, _, mean = large_dim.exponentials(*dense, scale, mask, 100.0, gather=compute_grad_q, columns=False)
-        return *trusted_lse(left, right, scale, mask, sums, 100.0, mean), mean
+        if not compute_grad_q:
+            ((lse2, lse_residual),) = trusted_lse(left, right, scale, mask, [sums], 100.0, done)
+            return lse2[None], lse_residual[None], mean[None]
+        return *_trusted_mean(left, right, scale, mask, sums, mean, done), mean[None]
     tiles = [lse_tile(variant, D, q.dtype, mask, compute_grad_q) for variant in VARIANTS]
-    split_keys, splits = _split(pairs * cdiv(M, tiles[0].block_m), N, tiles, q)
+    split_keys, splits = split_of(pairs * cdiv(M, tiles[0].block_m), N, tiles, q)
     lse2, lse_residual = scale.new_empty(splits, rows), scale.new_empty(splits, rows)
     mean = scale.new_empty(splits, rows if compute_grad_q else 0, D)
     online_only = online_only_dtype(q.dtype, compute_grad_q)
@@ -265,56 +337,12 @@ def launch_lse(
         for wider in fixed:
             if not online_only and wider[0] == chunks[0]:
                 run_lse("fixed", left, right, scale, mask, lse2, lse_residual, mean, trusted, wider, split_keys, views)
-        run_lse("online", left, right, scale, mask, lse2, lse_residual, mean, trusted, chunks, split_keys, views)
-    return epilogue.merge_splits(lse2, lse_residual, mean)
+        given = left, right, scale, mask, lse2, lse_residual, mean, trusted, chunks, split_keys, views
+        run_lse("online", *given, done=done)
+    return lse2, lse_residual, mean
 
 
-def launch_label_lse(
-    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, q_label: Tensor, k_label: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse2 (M,), lse_residual (M,), and of splits (S, M): distances, counts) over all keys that ``mask`` leaves.
-
-    Positives are its keys of the query's label: their sum of logits less |scale| log2(e), and their number.
-    """
-    M, N, D, (left, right) = q.shape[0], k.shape[0], q.shape[1], matrices(q, k)
-    tiles = [lse_tile(variant, D, q.dtype, mask, False, "labels") for variant in VARIANTS]
-    split_keys, splits = _split(cdiv(M, tiles[0].block_m), N, tiles, q)
-    lse2, lse_residual, distances, counts = (scale.new_empty(splits, M) for _ in range(4))
-    mean = scale.new_empty(splits, 0, D)
-    given = left, right, scale, mask, lse2, lse_residual, mean
-    sums: dict[str, Any] = {"kind": "labels", "labels": (q_label, k_label), "distances": distances, "counts": counts}
-    if online_only_dtype(q.dtype, False):
-        run_lse("online", *given, None, (0, 0), split_keys, **sums)
-    else:
-        trusted = torch.empty(splits, M, dtype=torch.int8, device=q.device)
-        run_lse("fixed", *given, trusted, (0, 0), split_keys, **sums)
-        run_lse("online", *given, trusted, (0, 0), split_keys)
-    return *epilogue.merge_splits(lse2, lse_residual, mean)[:2], distances, counts
-
-
-def launch_sums(
-    kind: str, q: Tensor, k: Tensor, scale: Tensor, offset: Tensor, mask: Mask, compute_mean: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over keys (S, M), (S, M) and (S, M, D) or (S, 0, D), of the splits, of a kind other than log-sum-exp.
-
-    "sigmoid": of log2(1 + 2^s), p = 1 / (1 + 2^-s) and p k, with s the logit plus ``offset`` () in units of log 2.
-    "rank": how many logits are above ``offset`` (M,); the second is unused.
-    """
-    M, N, D, (left, right) = q.shape[0], k.shape[0], q.shape[1], matrices(q, k)
-    if kind == "sigmoid" and large_dim.supports("mean" if compute_mean else "lse", D, q.dtype):
-        sums, shares, mean = large_dim.sigmoids(left.tensor, right.tensor, scale, offset, mask, gather=compute_mean)
-        return sums, shares, mean[None]
-    tile = lse_tile("fixed", D, q.dtype, mask, compute_mean, kind)
-    split_keys, splits = _split(cdiv(M, tile.block_m), N, [tile], q)
-    first, second = scale.new_empty(splits, M), scale.new_empty(splits, M)
-    mean = scale.new_empty(splits, M if compute_mean else 0, D)
-    for chunks in output_chunks(D, tile) if compute_mean else [(0, 0)]:
-        given = left, right, scale, mask, first, second, mean, None, chunks, split_keys
-        run_lse("fixed", *given, kind=kind, offset=offset)
-    return first, second, mean
-
-
-def _split(programs: int, N: int, tiles: list[Tile], q: Tensor) -> tuple[int, int]:
+def split_of(programs: int, N: int, tiles: list[Tile], q: Tensor) -> tuple[int, int]:
     """(keys of a split, splits), where all keys would take this many programs. A split is whole tiles of all tiles."""
     split_keys = cdiv(N, max(1, min(num_sms(q.device) // programs, N // 256)))
     widest = max(tile.block_n for tile in tiles)  # powers of two
@@ -323,27 +351,63 @@ def _split(programs: int, N: int, tiles: list[Tile], q: Tensor) -> tuple[int, in
 
 
 def trusted_lse(
-    q: Matrix, k: Matrix, scale: Tensor, mask: Mask, sums: Tensor, headroom: float, mean: Tensor
-) -> tuple[Tensor, Tensor]:
+    q: Matrix,
+    k: Matrix,
+    scale: Tensor,
+    mask: Mask,
+    sums: list[Tensor],
+    headroom: float,
+    done: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor]]:
     """(lse2 (M,), lse_residual (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``.
 
-    ``mean`` (M, D) or (0, D) comes as the sum of the keys with those exponentials, and is divided in place. The online
-    kernel repeats the rows that are not trusted.
+    With the ``sums`` of columns too, (parts, N), also those of the keys, in the same launch; the mask is a diagonal
+    then. The online variant repeats the rows that are not trusted.
     """
-    compute_grad_q, D = mean.shape[0] > 0, q.tensor.shape[1]
-    tile = lse_tile("online", D, q.tensor.dtype, mask, compute_grad_q)
+    M, N, D = q.tensor.shape[0], k.tensor.shape[0], q.tensor.shape[1]
+    tile = lse_tile("online", D, q.tensor.dtype, mask, False)
+    found = [(part.new_empty(part.shape[1]), part.new_empty(part.shape[1])) for part in sums]
+    (queries, keys), second = _operands(q, k, tile), list[Any]([None] * 7 + [0])
+    if len(sums) == 2:
+        sources = [source for x in _operands(k, q, tile) for source in (x.source, x.tail_source)]
+        second = [sums[1], *sources, *found[1], len(sums[1])]
+    with on_device(q.tensor):
+        summed_lse_fwd_kernel[(cdiv(max(part.shape[1] for part in sums), tile.block_m), len(sums))](
+            sums[0], queries.source, queries.tail_source, keys.source, keys.tail_source, *found[0], len(sums[0]),
+            *second, scale, done, mask.q_group, mask.k_group, mask.positive, M, N, queries.stride, keys.stride,
+            mask.diagonal or 0, cdiv(N, tile.block_n), cdiv(M, tile.block_n), D, queries.chunk, queries.tail,
+            tile.block_m, tile.block_n, tile.lanes or tile.block_n, tile.stages, GROUPS=mask.q_group is not None,
+            DIAGONAL=mask.diagonal_width, POSITIVES=mask.num_positives, SUMS_HEADROOM=headroom,
+            HEADROOM=_online_headroom(q.tensor.dtype), Q_TMA=queries.tma, TMA=keys.tma, PRECISION=queries.precision,
+            SIDES=len(sums), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return found
+
+
+def _trusted_mean(
+    q: Matrix, k: Matrix, scale: Tensor, mask: Mask, sums: Tensor, mean: Tensor, done: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(lse2, lse_residual), each (1, M), as ``trusted_lse``.
+
+    ``mean`` (M, D) comes as the sum of the keys with those exponentials, and is divided in place.
+    """
+    D, dtype = q.tensor.shape[1], q.tensor.dtype
+    tile = lse_tile("online", D, dtype, mask, True)
     every_key = cdiv(k.tensor.shape[0], tile.block_n) * tile.block_n  # one split, of whole tiles
-    if not compute_grad_q:
-        lse2, lse_residual = sums.new_empty(1, sums.shape[1]), sums.new_empty(1, sums.shape[1])
-        given = lse2, lse_residual, mean[None], None, (0, 0), every_key
-        run_lse("online", q, k, scale, mask, *given, sums=sums, headroom=headroom)
-        return lse2[0], lse_residual[0]
-    lse2, lse_residual, trusted = epilogue.finalize_lse(sums, scale, headroom)
+    lse2, lse_residual, trusted = epilogue.finalize_lse(sums, scale, 100.0)
     mean.div_(sums.sum(0).clamp_(min=2.0**-100)[:, None])
     trusted.mul_(mean.sum(1).isfinite())
     for chunks in output_chunks(D, tile):
-        run_lse("online", q, k, scale, mask, lse2, lse_residual, mean[None], trusted, chunks, every_key)
-    return lse2[0], lse_residual[0]
+        run_lse("online", q, k, scale, mask, lse2, lse_residual, mean[None], trusted, chunks, every_key, done=done)
+    return lse2, lse_residual
+
+
+def _operands(q: Matrix, k: Matrix, tile: Tile) -> tuple[Operand, Operand]:
+    return Operand(q, tile.block_m, tile), Operand(k, tile.block_n, tile)
+
+
+def _online_headroom(dtype: torch.dtype) -> float:
+    return 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
 
 
 def lse_tile(variant: str, D: int, dtype: torch.dtype, mask: Mask, compute_grad_q: bool, kind: str = "lse") -> Tile:
@@ -373,31 +437,28 @@ def run_lse(
     views: int = 1,
     *,
     kind: str = "lse",
-    sums: Tensor | None = None,
-    headroom: float = 0.0,
     offset: Tensor | None = None,
     labels: tuple[Tensor | None, Tensor | None] = (None, None),
     distances: Tensor | None = None,
     counts: Tensor | None = None,
+    done: Tensor | None = None,
 ) -> None:
     """Fills lse2 (S, M) and the column ``chunks`` of mean (S, M, D); with ``views`` > 1, M rows for each pair of views.
 
     The fixed variant writes ``trusted`` (S, M); the online one repeats the rest, or without it computes every row.
-    With ``sums`` (parts, M) relative to the fixed shift of ``headroom`` it only repeats the rows that these fail.
     """
     M, N, D, dtype = q.tensor.shape[0] // views, k.tensor.shape[0] // views, q.tensor.shape[1], q.tensor.dtype
     tile = lse_tile(variant, D, dtype, mask, mean.shape[1] > 0, kind)
-    left, right = Operand(q, tile.block_m, tile), Operand(k, tile.block_n, tile)
+    left, right = _operands(q, k, tile)
     online, ids = variant == "online", labels if kind == "labels" else (mask.q_group, mask.k_group)
-    shift = 100.0 if not online else 14.0 if dtype == torch.float16 else 0.0  # float16: P from 2^14 down to 2^-24
+    shift = _online_headroom(dtype) if online else 100.0
     with on_device(q.tensor):
         similarity_lse_fwd_kernel[(cdiv(M, tile.block_m), lse2.numel() // M)](
             left.source, left.tail_source, right.source, right.tail_source, scale, lse2, lse_residual, mean, trusted,
-            sums, offset, distances, counts, *ids, mask.positive, M, N,
-            0 if sums is None else sums.shape[0], left.stride, right.stride, mask.diagonal or 0,
+            offset, distances, counts, done, *ids, mask.positive, M, N, left.stride, right.stride, mask.diagonal or 0,
             split_keys // tile.block_n, D, left.chunk, left.tail, *chunks, tile.block_m, tile.block_n,
             tile.lanes or tile.block_n, tile.stages, GROUPS=mask.q_group is not None, DIAGONAL=mask.diagonal_width,
             POSITIVES=mask.num_positives, ONLINE=online, REPEAT=online and trusted is not None, HEADROOM=shift,
-            Q_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, VIEWS=views, KIND=kind, SUMMED=headroom,
+            Q_TMA=left.tma, TMA=right.tma, PRECISION=left.precision, VIEWS=views, KIND=kind,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -26,8 +26,12 @@ from vito_kernels.contrastive.epilogue import (
     positive_logits,
     softmax_grad,
     softmax_grads,
+    views_epilogue,
 )
-from vito_kernels.contrastive.forward import launch_label_lse, launch_lse, launch_sums
+from vito_kernels.contrastive.forward import launch_lse
+from vito_kernels.contrastive.other_sums import launch_label_lse, launch_sums
+from vito_kernels.contrastive.sigmoid_loss import SigmoidLosses, launch_sigmoid_loss
+from vito_kernels.contrastive.softplus_loss import Positives, RowLosses, launch_softplus_loss, new_counter
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import MAX_WIDTH, matrices
 from vito_kernels.contrastive.two_sided_forward import launch_two_sided
@@ -38,6 +42,7 @@ __all__ = [
     "grad_epilogue",
     "grad_epilogues",
     "label_forward",
+    "loss_forward",
     "lse_backward",
     "lse_forward",
     "merge_splits",
@@ -46,11 +51,14 @@ __all__ = [
     "path_of",
     "rank_forward",
     "self_backward",
-    "self_forward",
+    "self_loss_forward",
     "sigmoid_forward",
+    "sigmoid_loss_forward",
     "softmax_grad",
     "softmax_grads",
     "two_sided_forward",
+    "two_sided_loss_forward",
+    "views_epilogue",
 ]
 
 
@@ -83,15 +91,35 @@ def lse_forward(
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = launch_lse(_cast(q, matmul_dtype), _cast(k, matmul_dtype), scale, mask, compute_grad_q)
-    return *sums, positive_logits(q, k, scale, mask.positive, mask.diagonal)
+    splits = launch_lse(_cast(q, matmul_dtype), _cast(k, matmul_dtype), scale, mask, compute_grad_q)
+    return *merge_splits(*splits), positive_logits(q, k, scale, mask.positive, mask.diagonal)
+
+
+def loss_forward(
+    q: Tensor,
+    k: Tensor,
+    own_key: Tensor | None,
+    scale: Tensor,
+    mask: Mask,
+    compute_grad_q: bool,
+    reduction: str,
+    decoupled: bool,
+    matmul_dtype: torch.dtype | None = None,
+    logit_cache: Tensor | None = None,
+) -> RowLosses:
+    done = new_counter(q)
+    sides = _cast(q, matmul_dtype), _cast(k, matmul_dtype)
+    lse2, lse_residual, mean = launch_lse(*sides, scale, mask, compute_grad_q, done=done)
+    positives = Positives(q, k if own_key is None else own_key, scale, mask.positive, mask.diagonal or 0)
+    return launch_softplus_loss([(lse2, lse_residual)], positives, reduction, decoupled, mean, done)
 
 
 def multi_view_forward(
     q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     queries, keys = (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
-    lse2, lse_residual, mean = launch_lse(queries, keys, scale, mask, compute_grad_q, views=len(q))
+    splits = launch_lse(queries, keys, scale, mask, compute_grad_q, views=len(q))
+    lse2, lse_residual, mean = merge_splits(*splits)
     loss, weight = multi_view_loss(q, k, scale, lse2, lse_residual, mask.diagonal or 0)
     return loss, weight, lse2.view_as(loss), lse_residual.view_as(loss), mean
 
@@ -104,20 +132,29 @@ def two_sided_forward(
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = launch_two_sided(_cast(x, matmul_dtype), _cast(y, matmul_dtype), scale, mask)
-    return *sums, positive_logits(x, y, scale, None, mask.diagonal)
+    row, column = launch_two_sided(_cast(x, matmul_dtype), _cast(y, matmul_dtype), scale, mask)
+    return *row, *column, positive_logits(x, y, scale, None, mask.diagonal)
 
 
-def self_forward(
-    z: Tensor,
+def two_sided_loss_forward(
+    x: Tensor,
+    y: Tensor,
     scale: Tensor,
-    mask: Mask,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    side = _cast(z, matmul_dtype)
-    lse2, lse_residual, _ = launch_lse(side, side, scale, mask, False)
-    return lse2, lse_residual, positive_logits(z, z, scale, None, 0 if mask.width == 2 else None, adjacent=True)
+) -> RowLosses:
+    done, sides = new_counter(x), (_cast(x, matmul_dtype), _cast(y, matmul_dtype))
+    sums = launch_two_sided(*sides, scale, Mask(diagonal=0), done)
+    return launch_softplus_loss(sums, Positives(x, y, scale), "mean", False, done=done)
+
+
+def self_loss_forward(
+    z: Tensor, scale: Tensor, mask: Mask, reduction: str, decoupled: bool, logit_cache: Tensor | None = None
+) -> RowLosses:
+    done = new_counter(z)
+    lse2, lse_residual, _ = launch_lse(z, z, scale, mask, False, done=done)
+    positives = Positives(z, z, scale, adjacent=True)
+    return launch_softplus_loss([(lse2, lse_residual)], positives, reduction, decoupled, done=done)
 
 
 def label_forward(
@@ -130,9 +167,10 @@ def label_forward(
     one_set: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
+    done: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     left = _cast(q, matmul_dtype)
-    return launch_label_lse(left, left if one_set else _cast(k, matmul_dtype), scale, mask, label, key_label)
+    return launch_label_lse(left, left if one_set else _cast(k, matmul_dtype), scale, mask, label, key_label, done)
 
 
 def sigmoid_forward(
@@ -147,6 +185,22 @@ def sigmoid_forward(
     sides = _cast(x, matmul_dtype), _cast(y, matmul_dtype)
     total, shares, mean = launch_sums("sigmoid", *sides, scale, bias, mask, compute_grad_x)
     return _summed(total), positive_logits(x, y, scale, None, mask.diagonal), _summed(shares), _summed(mean)
+
+
+def sigmoid_loss_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    diagonal: int | None,
+    compute_grad_x: bool,
+    reduction: str,
+    matmul_dtype: torch.dtype | None = None,
+) -> SigmoidLosses:
+    done, sides, mask = new_counter(x), (_cast(x, matmul_dtype), _cast(y, matmul_dtype)), Mask(diagonal=diagonal)
+    sums = launch_sums("sigmoid", *sides, scale, bias, mask, compute_grad_x, done)
+    pairs = None if diagonal is None else Positives(x, y, scale, diagonal=diagonal)
+    return launch_sigmoid_loss(*sums, pairs, bias, reduction, done)
 
 
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:
@@ -171,16 +225,18 @@ def lse_backward(
     sigmoid: bool = False,
     parts: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """In a pass for each side. Lists of positives only come with ``need_y`` alone. Not summed over ``parts`` if asked
-    for them, (S, M, D) and (S, N, D).
+    """In a launch for both sides. Lists of positives only come with ``need_y`` alone. Not summed over ``parts`` if
+    asked for them, (S, M, D) and (S, N, D).
     """
     left, right = matrices(*(_cast(side, matmul_dtype) for side in (x, y)))
     gx, gy = scale.new_empty(1, 0, x.shape[1]), scale.new_empty(1, 0, y.shape[1])
+    options = positive_term, sigmoid
     if need_x:
         assert mask.positive is None
-        gx = launch_lse_backward(left, right, scale, x_softmax, y_softmax, mask.transposed(), positive_term, sigmoid)
-    if need_y:
-        gy = launch_lse_backward(right, left, scale, y_softmax, x_softmax, mask, positive_term, sigmoid)
+        gx, *other = launch_lse_backward(left, right, scale, x_softmax, y_softmax, mask.transposed(), *options, need_y)
+        gy = other[0] if other else gy
+    elif need_y:
+        (gy,) = launch_lse_backward(right, left, scale, y_softmax, x_softmax, mask, *options)
     return (gx, gy) if parts else (_summed(gx), _summed(gy))
 
 
@@ -200,4 +256,4 @@ def self_backward(
 ) -> Tensor:
     """Of splits (S, M, D), to be added up."""
     side = _cast(z, matmul_dtype)
-    return launch_lse_backward(*matrices(side, side), scale, softmax, softmax, mask, positive_term)
+    return launch_lse_backward(*matrices(side, side), scale, softmax, softmax, mask, positive_term)[0]

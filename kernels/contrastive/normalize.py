@@ -26,7 +26,7 @@ MIN_LENGTH = 1e-12
 
 
 @jit
-def _load(x, second, stride, second_stride, row, column, inside, PAIRED: tl.constexpr):
+def load_in_turns(x, second, stride, second_stride, row, column, inside, PAIRED: tl.constexpr):
     """Rows of x in float32; of a pair, x has the even rows and ``second`` the odd ones."""
     if PAIRED:
         own = tl.load(x + row // 2 * stride + column, mask=inside & (row % 2 == 0), other=0.0).to(tl.float32)
@@ -44,9 +44,25 @@ def normalize_fwd_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None]
     inside = (row < M) & (column < D)
-    own = _load(x, second, stride, second_stride, row, column, inside, PAIRED)
+    own = load_in_turns(x, second, stride, second_stride, row, column, inside, PAIRED)
     length = tl.maximum(tl.sqrt_rn(tl.sum(own * own, 1)), MIN_LENGTH)[:, None]
     tl.store(out + row * D + column, tl.div_rn(own, length).to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def through_length(own, g, MIN_LENGTH: tl.constexpr):
+    """The gradient of rows whose normalized rows have the gradient g."""
+    length = tl.sqrt_rn(tl.sum(own * own, 1))[:, None]
+    divisor = tl.maximum(length, MIN_LENGTH)
+    unit = tl.div_rn(own, divisor)
+    along = tl.where(length < MIN_LENGTH, 0.0, tl.sum(unit * g, 1)[:, None])
+    return (g - unit * along) / divisor
+
+
+@jit
+def store_in_turns(out, second, rows, row, column, D, inside):
+    tl.store(out + row // 2 * D + column, rows, mask=inside & (row % 2 == 0))
+    tl.store(second + row // 2 * D + column, rows, mask=inside & (row % 2 == 1))
 
 
 @jit
@@ -57,16 +73,11 @@ def normalize_bwd_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None]
     inside = (row < M) & (column < D)
-    own = _load(x, second, x_stride, second_stride, row, column, inside, PAIRED)
+    own = load_in_turns(x, second, x_stride, second_stride, row, column, inside, PAIRED)
     g = tl.load(gradient + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
-    length = tl.sqrt_rn(tl.sum(own * own, 1))[:, None]
-    divisor = tl.maximum(length, MIN_LENGTH)
-    unit = tl.div_rn(own, divisor)
-    along = tl.where(length < MIN_LENGTH, 0.0, tl.sum(unit * g, 1)[:, None])
-    dx = ((g - unit * along) / divisor).to(out.dtype.element_ty)
+    dx = through_length(own, g, MIN_LENGTH).to(out.dtype.element_ty)
     if PAIRED:
-        tl.store(out + row // 2 * D + column, dx, mask=inside & (row % 2 == 0))
-        tl.store(second_out + row // 2 * D + column, dx, mask=inside & (row % 2 == 1))
+        store_in_turns(out, second_out, dx, row, column, D, inside)
     else:
         tl.store(out + row * D + column, dx, mask=inside)
 
@@ -114,17 +125,21 @@ def _(x):
 def normalize_backward_op(gradient: Tensor, x: Tensor) -> Tensor:
     if use_triton(x):
         return launch_normalize_backward(gradient, x)[0]
+    return torch_normalize_backward(gradient, x)
+
+
+@normalize_backward_op.register_fake
+def _(gradient, x):
+    return x.new_empty(x.shape)
+
+
+def torch_normalize_backward(gradient: Tensor, x: Tensor) -> Tensor:
     g, wide = _wide(gradient), _wide(x)
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     short = length < MIN_LENGTH
     unit = wide / length.clamp_(min=MIN_LENGTH)
     along = (unit * g).sum(1, keepdim=True).masked_fill_(short, 0)
     return unit.mul_(along.neg_()).add_(g).div_(length).to(x.dtype).contiguous()
-
-
-@normalize_backward_op.register_fake
-def _(gradient, x):
-    return x.new_empty(x.shape)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -172,15 +187,20 @@ def normalize(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("vito_kernels::normalize_pair", mutates_args=())
 def normalize_pair_op(x: Tensor, second: Tensor) -> Tensor:
-    """Rows of x (M, D) and of ``second`` in turns, (2 M, D), of unit length."""
-    if use_triton(x):
-        return launch_normalize(x, second)
-    return torch.nn.functional.normalize(torch.stack([_wide(x), _wide(second)], 1).flatten(0, 1), dim=1).to(x.dtype)
+    """As ``unit_in_turns``."""
+    return unit_in_turns(x, second)
 
 
 @normalize_pair_op.register_fake
 def _(x, second):
     return x.new_empty(2 * x.shape[0], x.shape[1])
+
+
+def unit_in_turns(x: Tensor, second: Tensor) -> Tensor:
+    """Rows of x (M, D) and of ``second`` in turns, (2 M, D), of unit length."""
+    if use_triton(x):
+        return launch_normalize(x, second)
+    return torch.nn.functional.normalize(torch.stack([_wide(x), _wide(second)], 1).flatten(0, 1), dim=1).to(x.dtype)
 
 
 @torch.library.custom_op("vito_kernels::normalize_pair_backward", mutates_args=())

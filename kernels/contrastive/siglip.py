@@ -5,19 +5,16 @@
 
 The forward pass (kind "sigmoid" of :mod:`.forward`) sums softplus(s) and p = sigmoid(s) by row, and with gradient
 p @ y, of which the gradient of x is a scaling. That of y takes a second pass. The pairs on the diagonal are masked in
-both and have a loss of their own, in which nothing cancels. 2 M N D flops without gradient, 4 M N D with that of x,
-4 M N D more for that of y. Deterministic, no atomics.
+both and have a loss of their own, in which nothing cancels (:mod:`.sigmoid_loss`). 2 M N D flops without gradient,
+4 M N D with that of x, 4 M N D more for that of y. Deterministic.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
-from vito_kernels._core.autograd import softplus as plain_softplus
 from vito_kernels._core.checks import (
     Reduction,
     autocast_inputs,
@@ -25,110 +22,12 @@ from vito_kernels._core.checks import (
     check_reduction,
     check_scale,
     needs_grad,
-    reduce,
     scale_tensor,
 )
-from vito_kernels._core.lazy_triton import cdiv, jit, on_device, reduction_rows, use_triton
 from vito_kernels.contrastive import small
-from vito_kernels.contrastive.device_functions import sigmoid, softplus
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.replay import replayed
-from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
-
-if TYPE_CHECKING:
-    import triton.language as tl
-
-# ---- Triton kernels
-
-
-@jit
-def siglip_fwd_kernel(
-    sums, logits, bias, loss, M, divisor, ROWS: tl.constexpr, PAIRED: tl.constexpr, REDUCED: tl.constexpr
-):
-    """Each row's sum, and softplus(-s) of its pair; or by one program their sum over ``divisor``."""
-    offset = tl.load(bias)
-    reduced = tl.zeros((ROWS,), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        total = tl.load(sums + row, mask=row < M, other=0.0) * 0.6931471805599453
-        if PAIRED:
-            logit = tl.load(logits + row, mask=row < M, other=0.0) * 0.6931471805599453
-            total += softplus(-(logit + offset))
-        if REDUCED:
-            reduced += tl.where(row < M, total, 0.0)
-        else:
-            tl.store(loss + row, total, mask=row < M)
-    if REDUCED:
-        tl.store(loss, tl.sum(reduced, 0) / divisor)
-
-
-@jit
-def siglip_bwd_kernel(
-    gradient, logits, shares, bias, weight, weight2, below, pair, offsets, M, divisor, stride, ROWS: tl.constexpr,
-    PAIRED: tl.constexpr,
-):  # fmt: skip
-    """Of each row: the weight of its p, in either unit, the opposite of the bias, the weight of the pair, and its part
-    of the gradient of the bias.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offset = tl.load(bias)
-    g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0) / divisor
-    part = g * tl.load(shares + row, mask=row < M, other=0.0)
-    if PAIRED:
-        own = -g * sigmoid(-(tl.load(logits + row, mask=row < M, other=0.0) * 0.6931471805599453 + offset))
-        tl.store(pair + row, own * 0.6931471805599453, mask=row < M)
-        part += own
-    tl.store(weight + row, g, mask=row < M)
-    tl.store(weight2 + row, g * 0.6931471805599453, mask=row < M)
-    tl.store(below + row, offset * -1.4426950408889634 + tl.zeros((ROWS,), tl.float32), mask=row < M)
-    tl.store(offsets + row, part, mask=row < M)
-
-
-# ---- losses of the sums, and their gradients
-
-
-def losses(sums: Tensor, logits: Tensor, bias: Tensor, reduction: str) -> Tensor:
-    """Of the sums (M,) of log2(1 + e^s) and the logits of pairs (M, 1) or (M, 0), in units of log 2."""
-    M, reduced = len(sums), reduction != "none"
-    if not use_triton(sums):
-        loss = sums / LOG2E
-        if logits.shape[1]:
-            loss = loss + plain_softplus(-(logits[:, 0] / LOG2E + bias))
-        return reduce(loss, reduction)
-    loss = sums.new_empty(() if reduced else M)
-    rows = reduction_rows(M)
-    with on_device(sums):
-        siglip_fwd_kernel[(1 if reduced else cdiv(M, rows),)](
-            sums, logits, bias, loss, M, _divisor(reduction, M), rows, logits.shape[1] > 0, reduced, num_warps=8
-        )
-    return loss
-
-
-def row_grads(
-    gradient: Tensor, logits: Tensor, shares: Tensor, bias: Tensor, reduction: str
-) -> tuple[SoftmaxGrad, Tensor, Tensor | None, Tensor]:
-    """The sigmoid in a gradient, its weight (M,) in units of log 2, that of the pairs (M, 1), the part of the bias."""
-    M, paired = len(shares), logits.shape[1] > 0
-    if not use_triton(shares):
-        weight = (gradient / _divisor(reduction, M)).expand(M).contiguous()
-        part, pair = weight * shares, None
-        if paired:
-            own = -weight * torch.sigmoid(-(logits[:, 0] / LOG2E + bias))
-            part, pair = part + own, (own / LOG2E)[:, None]
-        return SoftmaxGrad((bias * -LOG2E).expand(M).contiguous(), weight), weight / LOG2E, pair, part
-    weight, weight2, below, part = (torch.empty_like(shares) for _ in range(4))
-    pair = shares.new_empty(M, 1) if paired else None
-    with on_device(shares):
-        siglip_bwd_kernel[(cdiv(M, 256),)](
-            gradient, logits, shares, bias, weight, weight2, below, pair, part, M, _divisor(reduction, M),
-            gradient.stride(0) if reduction == "none" else 0, 256, paired,
-        )  # fmt: skip
-    return SoftmaxGrad(below, weight), weight2, pair, part
-
-
-def _divisor(reduction: str, rows: int) -> float:
-    return float(rows) if reduction == "mean" else 1.0
-
+from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
 
 # ---- custom op
 
@@ -143,8 +42,8 @@ def siglip_op(
     compute_grad_x: bool,
     reduction: str,
     matmul_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of the rows of x and what their gradients need.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses of the rows of x and the weights of their gradients.
 
     Args:
         x, y, scale, bias: (M, D), (N, D), (), ().
@@ -154,21 +53,21 @@ def siglip_op(
         matmul_dtype: holds the values of x and y exactly, for the tensor cores.
 
     Returns:
-        The loss () or (M,), the logits of the pairs (M, 1) or (M, 0) without bias, in units of log 2, the sums (M,) of
-        p = sigmoid(s) over other rows, and mean = p @ y, (M, D) or (0, D).
+        The loss () or (M,), the sigmoid's ``SoftmaxGrad`` as lse2 and weight (M,), and of ``SigmoidLosses`` the weight
+        (M,), pair_weight (M, 1) or (M, 0), bias_weight () or (M,), and mean (M, D) or (0, D).
     """
     path = path_of(x)
     path.check_values(scale)
-    found = path.sigmoid_forward(x, y, scale, bias, Mask(diagonal=diagonal), compute_grad_x, matmul_dtype)
-    sums, logits, shares, mean = found
-    return losses(sums, logits, bias, reduction), logits, shares, mean
+    found = path.sigmoid_loss_forward(x, y, scale, bias, diagonal, compute_grad_x, reduction, matmul_dtype)
+    softmax = found.softmax
+    return found.loss, softmax.lse2, softmax.weight, found.weight, found.pair_weight, found.bias_weight, found.mean
 
 
 @siglip_op.register_fake
 def _(x, y, scale, bias, diagonal, compute_grad_x, reduction, matmul_dtype=None):
     (rows, width), new = x.shape, scale.new_empty
-    loss = new(rows if reduction == "none" else ())
-    return loss, new(rows, int(diagonal is not None)), new(rows), new(rows if compute_grad_x else 0, width)
+    reduced, pairs, mean = rows if reduction == "none" else (), int(diagonal is not None), rows if compute_grad_x else 0
+    return new(reduced), new(rows), new(rows), new(rows), new(rows, pairs), new(reduced), new(mean, width)
 
 
 @torch.library.custom_op("vito_kernels::siglip_backward", mutates_args=())
@@ -179,32 +78,37 @@ def siglip_backward_op(
     scale: Tensor,
     bias: Tensor,
     diagonal: int | None,
-    logits: Tensor,
-    shares: Tensor,
+    lse2: Tensor,
+    softmax_weight: Tensor,
+    weight: Tensor,
+    pair_weight: Tensor,
+    bias_weight: Tensor,
     mean: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
     need_bias: bool,
-    reduction: str,
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dscale, dbias), each rounded once to its input's dtype; one that is not needed is empty."""
-    path, mask = path_of(x), Mask(diagonal=diagonal)
-    share, weight, pair, part = row_grads(gradient, logits, shares, bias, reduction)
+    path, mask, factor = path_of(x), Mask(diagonal=diagonal), None if gradient.dim() else gradient
+    if factor is None:  # of each row
+        softmax_weight, weight = softmax_weight * gradient, weight * gradient
+        pair_weight = pair_weight * gradient[:, None]
     base, key_base = mean if need_x or need_scale else None, None
     if need_y:
-        given = share, None, mask, False, True, matmul_dtype
+        given = SoftmaxGrad(lse2, softmax_weight), None, mask, False, True, matmul_dtype
         _, key_base = path.lse_backward(x, y, scale, *given, sigmoid=True, parts=True)
-    options = pair, diagonal or 0, weight, need_x, need_scale
+    options = None if diagonal is None else pair_weight, diagonal or 0, weight, need_x, need_scale, factor
     dx, dscale, dy = path.grad_epilogues(base, key_base, scale, x, y, *options)
-    return dx, dy, dscale, part.sum() if need_bias else scale.new_empty(0)
+    dbias = bias_weight * gradient if need_bias else scale.new_empty(0)
+    return dx, dy, dscale, dbias.sum() if need_bias and factor is None else dbias
 
 
 @siglip_backward_op.register_fake
 def _(
-    gradient, x, y, scale, bias, diagonal, logits, shares, mean, need_x, need_y, need_scale, need_bias, reduction,
-    matmul_dtype=None,
+    gradient, x, y, scale, bias, diagonal, lse2, softmax_weight, weight, pair_weight, bias_weight, mean, need_x, need_y,
+    need_scale, need_bias, matmul_dtype=None,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -215,7 +119,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, scale, bias, ctx.diagonal, _, ctx.reduction, ctx.matmul_dtype = inputs
+    x, y, scale, bias, ctx.diagonal, _, _, ctx.matmul_dtype = inputs
     ctx.save_for_backward(x, y, scale, bias, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -225,7 +129,7 @@ def _backward(ctx, gradient, *_):  # no gradient reaches the other outputs, whic
         return (None,) * 8
     x, y, scale, bias, *more = ctx.saved_tensors
     needs, inputs = ctx.needs_input_grad[:4], (x, y, scale, bias, ctx.diagonal)
-    grads = apply_siglip_backward(gradient, *inputs, *more, *needs, ctx.reduction, ctx.matmul_dtype)
+    grads = apply_siglip_backward(gradient, *inputs, *more, *needs, ctx.matmul_dtype)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 4
 
 

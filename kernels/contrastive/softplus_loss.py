@@ -5,28 +5,32 @@
 
 That is -log of the positive's share among itself and the negatives. A two-sided loss takes the mean over the pair's row
 and its column. lse comes in two parts (``terms.split_sum``), since a difference of large logits may be small. lse and
-logits are in units of log 2. One kernel each way replaces ten of PyTorch's, which at a few thousand rows take
-longer than the products. Deterministic, float32 (float64 for float64); one program adds up a sum or a mean.
+logits are in units of log 2.
+
+One kernel ends a forward pass. It merges the key splits, takes the positives' logits, and writes the losses and their
+derivatives, the weights of the backward pass, which therefore starts with its products. The program that ends last adds
+the parts of a sum or a mean in order (``device_functions.store_total``): deterministic, float32 (float64 for float64).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
-from vito_kernels._core.checks import check_reduction, reduce
-from vito_kernels._core.lazy_triton import cdiv, jit, on_device, reduction_rows, use_triton
-from vito_kernels.contrastive.device_functions import sigmoid
+from vito_kernels._core.checks import reduce
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous, use_triton
+from vito_kernels.contrastive.device_functions import merged_lse, merged_mean, sigmoid, store_total
 from vito_kernels.contrastive.device_functions import softplus as device_softplus
-from vito_kernels.contrastive.terms import LOG2E
+from vito_kernels.contrastive.terms import LOG2E, SoftmaxGrad
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-ROWS = 256  # of a program
+# ---- Triton kernel
 
 
 @jit
@@ -47,100 +51,189 @@ def _term_grad(x, lse, DECOUPLED: tl.constexpr):
 
 
 @jit
-def softplus_loss_fwd_kernel(
-    lse2, lse_residual, second, second_residual, logits, out, M, rows, PAIRS: tl.constexpr, SIDES: tl.constexpr,
-    ROWS: tl.constexpr, REDUCED: tl.constexpr, DECOUPLED: tl.constexpr,
-):  # fmt: skip
-    """The losses of the rows, or by one program their sum over ``rows``."""
-    reduced = tl.zeros((ROWS,), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        lse = tl.load(lse2 + row, mask=row < M, other=0.0)
-        lost = tl.load(lse_residual + row, mask=row < M, other=0.0)
-        if SIDES == 2:
-            other = tl.load(second + row, mask=row < M, other=0.0)
-            other_lost = tl.load(second_residual + row, mask=row < M, other=0.0)
-        total = tl.zeros((ROWS,), tl.float32)
-        for p in range(PAIRS):
-            logit = tl.load(logits + row.to(tl.int64) * PAIRS + p, mask=row < M, other=0.0)
-            total += _term((lse - logit + lost) * 0.6931471805599453, lse, DECOUPLED)
-            if SIDES == 2:
-                total += _term((other - logit + other_lost) * 0.6931471805599453, other, DECOUPLED)
-        total /= PAIRS * SIDES
-        if REDUCED:
-            reduced += tl.where(row < M, total, 0.0)
-        else:
-            tl.store(out + row, total, mask=row < M)
-    if REDUCED:
-        tl.store(out, tl.sum(reduced, 0) / rows)
+def _store_weights(total, lse, lost, weight, top, softmax, row, M):
+    """The derivative by lse2, and ``terms.SoftmaxGrad`` of it."""
+    empty = lse == -float("inf")
+    tl.store(weight + row, total * 0.6931471805599453, mask=row < M)
+    tl.store(top + row, tl.where(empty, 0.0, lse), mask=row < M)
+    tl.store(softmax + row, tl.where(empty, 0.0, total * tl.exp2(-lost)), mask=row < M)
 
 
 @jit
-def softplus_loss_bwd_kernel(
-    gradient, lse2, lse_residual, second, second_residual, logits, g_lse2, g_second, g_logits, M, rows, stride,
-    PAIRS: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, DECOUPLED: tl.constexpr,
+def softplus_loss_kernel(
+    q, k, positive, scale, logits, lse2, lse_residual, mean, second, second_residual, loss, parts, done, weight, top,
+    softmax, second_weight, second_top, second_softmax, pair_weight, merged, M, N, D, splits, divisor, q_stride,
+    k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr,
+    ADJACENT: tl.constexpr, GIVEN: tl.constexpr, SIDES: tl.constexpr, MERGE: tl.constexpr, MEAN: tl.constexpr,
+    REDUCED: tl.constexpr, DECOUPLED: tl.constexpr,
 ):  # fmt: skip
+    """The losses of rows, or their sum over ``divisor``, and the derivative by each lse2 and logit.
+
+    The positives of row i are the keys in ``positive``, or ``i + diagonal``, or with ADJACENT the other row of a pair.
+    An index that is no key makes NaN. With GIVEN their logits are known.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lse = tl.load(lse2 + row, mask=row < M, other=0.0)
-    lost = tl.load(lse_residual + row, mask=row < M, other=0.0)
-    g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0) / rows / (PAIRS * SIDES)
+    column = tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (column < D)[None]
+    if MERGE:
+        lse, lost, largest, sums = merged_lse(lse2, lse_residual, row, M, splits)
+        if MEAN:
+            acc = merged_mean(mean, lse2, lse_residual, largest, sums, row, column, inside, M, D, splits)
+            tl.store(merged + row.to(tl.int64)[:, None] * D + column[None], acc, mask=inside)
+    else:
+        lse = tl.load(lse2 + row, mask=row < M, other=0.0)
+        lost = tl.load(lse_residual + row, mask=row < M, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
+    losses = tl.zeros((ROWS,), tl.float32)
     if SIDES == 2:
-        other = tl.load(second + row, mask=row < M, other=0.0)
+        other_lse = tl.load(second + row, mask=row < M, other=0.0)
         other_lost = tl.load(second_residual + row, mask=row < M, other=0.0)
         other_total = total
+    if not GIVEN:
+        own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(scale) * 1.4426950408889634
+    each = 1.0 / (divisor * PAIRS * SIDES)
     for p in range(PAIRS):
         place = row.to(tl.int64) * PAIRS + p
-        logit = tl.load(logits + place, mask=row < M, other=0.0)
-        share = g * _term_grad((lse - logit + lost) * 0.6931471805599453, lse, DECOUPLED)
+        if GIVEN:
+            logit = tl.load(logits + place, mask=row < M, other=0.0)
+        else:
+            key = (row ^ ADJACENT).to(tl.int64) + diagonal
+            if LISTED:
+                key = tl.load(positive + place, mask=row < M, other=0)
+            known = (key >= 0) & (key < N)
+            keys = tl.load(k + key[:, None] * k_stride + column[None], mask=inside & known[:, None], other=0.0)
+            logit = tl.where(known, tl.sum(own * keys.to(tl.float32), 1) * factor, float("nan"))
+        x = (lse - logit + lost) * 0.6931471805599453
+        losses += _term(x, lse, DECOUPLED)
+        share = each * _term_grad(x, lse, DECOUPLED)
         total += share
         if SIDES == 2:
-            other_share = g * _term_grad((other - logit + other_lost) * 0.6931471805599453, other, DECOUPLED)
+            other_x = (other_lse - logit + other_lost) * 0.6931471805599453
+            losses += _term(other_x, other_lse, DECOUPLED)
+            other_share = each * _term_grad(other_x, other_lse, DECOUPLED)
             other_total += other_share
             share += other_share
-        tl.store(g_logits + place, -share * 0.6931471805599453, mask=row < M)
-    tl.store(g_lse2 + row, total * 0.6931471805599453, mask=row < M)
+        tl.store(pair_weight + place, -share * 0.6931471805599453, mask=row < M)
+    losses /= PAIRS * SIDES
+    _store_weights(total, lse, lost, weight, top, softmax, row, M)
     if SIDES == 2:
-        tl.store(g_second + row, other_total * 0.6931471805599453, mask=row < M)
+        _store_weights(other_total, other_lse, other_lost, second_weight, second_top, second_softmax, row, M)
+    if REDUCED:
+        store_total(tl.sum(tl.where(row < M, losses, 0.0), 0), divisor, loss, parts, done)
+    else:
+        tl.store(loss + row, losses, mask=row < M)
 
 
-Sides = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lse2 (M,) and its lse_residual, of one side or of two
+# ---- launcher
+
+Side = tuple[Tensor, Tensor]  # lse2 and its residual, (M,), or (S, M) of splits of the keys
 
 
-def launch_softplus_loss(sides: Sides, logits: Tensor, reduction: str, decoupled: bool) -> Tensor:
-    (rows, pairs), reduced = logits.shape, reduction != "none"
-    out, grid = sides[0].new_empty(() if reduced else rows), 1 if reduced else cdiv(rows, ROWS)
-    with on_device(out):
-        softplus_loss_fwd_kernel[(grid,)](
-            *_dense(sides), logits.contiguous(), out, rows, _divisor(reduction, rows), pairs, _count(sides),
-            reduction_rows(rows) if reduced else ROWS, reduced, decoupled, num_warps=8 if reduced else 4,
+@dataclass(frozen=True)
+class Positives:
+    """The positives of q (M, D) are rows of k (N, D): those in ``positive`` (M, P), or ``i + diagonal``.
+
+    With ``adjacent`` and ``diagonal`` 0 the positive is the other row of the pair 2 i, 2 i + 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: Tensor
+    positive: Tensor | None = None
+    diagonal: int = 0
+    adjacent: bool = False
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses, () or (M,), and their derivatives.
+
+    ``weights``, of each side (M,), are by lse2, and ``pair_weight`` (M, P) by the positives' logits. Both are those of
+    the sum or mean of the losses. ``mean`` is that of all splits.
+    """
+
+    loss: Tensor
+    weights: list[Tensor]
+    softmaxes: list[SoftmaxGrad]
+    pair_weight: Tensor
+    mean: Tensor
+
+
+def new_counter(like: Tensor) -> Tensor:
+    """() for the kernel that zeroes it and the later one that counts its programs."""
+    return torch.empty((), dtype=torch.int32, device=like.device)
+
+
+def launch_softplus_loss(
+    sides: list[Side],
+    positives: Positives | Tensor,
+    reduction: str,
+    decoupled: bool,
+    mean: Tensor | None = None,
+    done: Tensor | None = None,
+) -> RowLosses:
+    """The losses of one side or two.
+
+    Args:
+        sides: of splits only where there is one.
+        positives: or their logits (M, P).
+        mean: (S, M, D) or (S, 0, D), of the splits.
+        done: a counter that an earlier kernel has zeroed, for a sum or a mean.
+    """
+    (lse2, residual), (second, second_residual) = sides[0], sides[1] if len(sides) == 2 else (None, None)
+    splits, M, new = lse2.shape[0] if lse2.dim() == 2 else 1, lse2.shape[-1], lse2.new_empty
+    given, reduced = isinstance(positives, Tensor), reduction != "none"
+    q, k, scale, positive, diagonal, logits, D = None, None, None, None, 0, None, 1
+    if isinstance(positives, Tensor):
+        logits, pairs = positives.contiguous(), positives.shape[1]
+        width, rows = 1, 256
+    else:
+        q, k, scale = rows_contiguous(positives.q), rows_contiguous(positives.k), positives.scale
+        positive, diagonal, D = positives.positive, positives.diagonal, q.shape[1]
+        pairs = 1 if positive is None else positive.shape[1]
+        width, rows = program_shape(D)
+    merged = mean = new(1, 0, D) if mean is None else mean
+    if splits > 1:
+        merged = new(1, *mean.shape[1:])
+    weights, softmaxes = [new(M) for _ in sides], [SoftmaxGrad(new(M), new(M)) for _ in sides]
+    outputs: list[Any] = [x for w, s in zip(weights, softmaxes, strict=True) for x in (w, s.lse2, s.weight)]
+    loss, pair_weight, grid = new(() if reduced else M), new(M, pairs), cdiv(M, rows)
+    with on_device(lse2):
+        softplus_loss_kernel[(grid,)](
+            q, k, positive, scale, logits, lse2, residual, mean, second, second_residual, loss,
+            new(grid) if reduced else None, done, *outputs, *[None] * (6 - len(outputs)), pair_weight, merged, M,
+            0 if k is None else k.shape[0], D, splits, divisor_of(reduction, M), 0 if q is None else q.stride(0),
+            0 if k is None else k.stride(0), diagonal, width, rows, positive is not None, pairs,
+            int(isinstance(positives, Positives) and positives.adjacent), given, len(sides), splits > 1,
+            mean.shape[1] > 0, reduced, decoupled,
         )  # fmt: skip
-    return out
+    return RowLosses(loss, weights, softmaxes, pair_weight, merged[0])
 
 
-def _divisor(reduction: str, rows: int) -> float:
+def torch_softplus_loss(sides: list[Side], logits: Tensor, reduction: str, decoupled: bool) -> RowLosses:
+    """As ``launch_softplus_loss`` of logits, in PyTorch; there is no mean."""
+    over = torch.stack([(lse2[:, None] - logits).add_(residual[:, None]) for lse2, residual in sides]).div_(LOG2E)
+    loss = (over.masked_fill(over == -torch.inf, 0) if decoupled else softplus(over)).mean((0, 2))
+    shares = (over != -torch.inf).to(over.dtype) if decoupled else over.sigmoid_()
+    shares.div_(shares.shape[0] * shares.shape[2] * LOG2E * divisor_of(reduction, len(logits)))
+    weights = [share.sum(1) for share in shares]
+    softmaxes = [SoftmaxGrad.of(*side, weight) for side, weight in zip(sides, weights, strict=True)]
+    return RowLosses(reduce(loss, reduction), weights, softmaxes, shares.sum(0).neg_(), logits.new_empty(0))
+
+
+def divisor_of(reduction: str, rows: int) -> float:
     return float(rows) if reduction == "mean" else 1.0
 
 
-def launch_softplus_loss_backward(
-    gradient: Tensor, sides: Sides, logits: Tensor, reduction: str, decoupled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits, (rows, pairs), count, lse2 = logits.contiguous(), logits.shape, _count(sides), sides[0]
-    g_lse2, g_logits, g_second = torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(rows * (count - 1))
-    with on_device(lse2):
-        softplus_loss_bwd_kernel[(cdiv(rows, ROWS),)](
-            gradient, *_dense(sides), logits, g_lse2, g_second, g_logits, rows, _divisor(reduction, rows),
-            gradient.stride(0) if reduction == "none" else 0, pairs, count, ROWS, decoupled,
-        )  # fmt: skip
-    return g_lse2, g_logits, g_second
+# ---- custom op, of logits that are known
 
 
-def _dense(sides: Sides) -> list[Tensor | None]:
-    return [x if x is None else x.contiguous() for x in sides]
-
-
-def _count(sides: Sides) -> int:
-    return 1 if sides[2] is None else 2
+def _sides(lse2: Tensor, lse_residual: Tensor, second: Tensor | None, second_residual: Tensor | None) -> list[Side]:
+    sides = [(lse2.contiguous(), lse_residual.contiguous())]
+    if second is not None and second_residual is not None:
+        sides.append((second.contiguous(), second_residual.contiguous()))
+    return sides
 
 
 @torch.library.custom_op("vito_kernels::softplus_loss", mutates_args=())
@@ -150,67 +243,49 @@ def softplus_loss_op(
     second: Tensor | None,
     second_residual: Tensor | None,
     logits: Tensor,
-    reduction: str,
     decoupled: bool,
-) -> Tensor:
-    """As ``softplus_loss``."""
-    sides = lse2, lse_residual, second, second_residual
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of the rows (M,), and their derivatives by lse2 (M,), by ``second``, (M,) or (0,), and by logits."""
+    sides = _sides(lse2, lse_residual, second, second_residual)
     if use_triton(lse2):
-        return launch_softplus_loss(sides, logits, reduction, decoupled)
-    over = _over_logits(sides, logits)
-    return reduce((over.masked_fill(over == -torch.inf, 0) if decoupled else softplus(over)).mean((0, 2)), reduction)
+        found = launch_softplus_loss(sides, logits, "none", decoupled)
+    else:
+        found = torch_softplus_loss(sides, logits, "none", decoupled)
+    weight, second_weight = (*found.weights, lse2.new_empty(0))[:2]
+    return found.loss, weight, second_weight, found.pair_weight
 
 
 @softplus_loss_op.register_fake
-def _(lse2, lse_residual, second, second_residual, logits, reduction, decoupled):
-    return lse2.new_empty(lse2.shape if reduction == "none" else ())
+def _(lse2, lse_residual, second, second_residual, logits, decoupled):
+    new = lse2.new_empty
+    return new(lse2.shape), new(lse2.shape), new(0 if second is None else lse2.shape), new(logits.shape)
 
 
 @torch.library.custom_op("vito_kernels::softplus_loss_backward", mutates_args=())
 def softplus_loss_backward_op(
-    gradient: Tensor,
-    lse2: Tensor,
-    lse_residual: Tensor,
-    second: Tensor | None,
-    second_residual: Tensor | None,
-    logits: Tensor,
-    reduction: str,
-    decoupled: bool,
+    gradient: Tensor, weight: Tensor, second_weight: Tensor, pair_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of lse2 (M,), of the logits (M, P), and of ``second``, (M,) or (0,)."""
-    sides = lse2, lse_residual, second, second_residual
-    if use_triton(lse2):
-        return launch_softplus_loss_backward(gradient, sides, logits, reduction, decoupled)
-    over = _over_logits(sides, logits)
-    shares = (over != -torch.inf).to(over.dtype) if decoupled else over.sigmoid_()
-    rows = gradient[:, None] if reduction == "none" else gradient / _divisor(reduction, len(lse2))
-    shares.mul_(rows / (shares.shape[0] * shares.shape[2] * LOG2E))
-    return shares[0].sum(1), shares.sum(0).neg_(), shares[1:].sum((0, 2)) if len(shares) == 2 else shares.new_empty(0)
+    """Gradients of lse2 (M,), of ``second``, (M,) or (0,), and of the logits (M, P)."""
+    other = gradient * second_weight if len(second_weight) else second_weight.clone()
+    return gradient * weight, other, gradient[:, None] * pair_weight
 
 
 @softplus_loss_backward_op.register_fake
-def _(gradient, lse2, lse_residual, second, second_residual, logits, reduction, decoupled):
-    return torch.empty_like(lse2), torch.empty_like(logits), lse2.new_empty(0 if second is None else lse2.shape)
-
-
-def _over_logits(sides: Sides, logits: Tensor) -> Tensor:
-    """(S, M, P): each log-sum-exp minus each logit of its row, in natural units."""
-    lse2, lse_residual, second, second_residual = sides
-    over = [(lse2[:, None] - logits).add_(lse_residual[:, None])]
-    if second is not None and second_residual is not None:
-        over.append((second[:, None] - logits).add_(second_residual[:, None]))
-    return torch.stack(over).div_(LOG2E)
+def _(gradient, weight, second_weight, pair_weight):
+    return tuple(torch.empty_like(x) for x in (weight, second_weight, pair_weight))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.reduction, ctx.decoupled = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.two_sided = inputs[2] is not None
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, gradient):
-    sides = ctx.saved_tensors
-    g_lse2, g_logits, g_second = apply_backward(gradient, *sides, ctx.reduction, ctx.decoupled)
-    return g_lse2, None, None if sides[2] is None else g_second, None, g_logits, None, None
+def _backward(ctx, gradient, *_):  # no gradient reaches the other outputs, which stay in this module
+    if gradient is None:
+        return (None,) * 6
+    g_lse2, g_second, g_logits = apply_backward(gradient, *ctx.saved_tensors)
+    return g_lse2, None, g_second if ctx.two_sided else None, None, g_logits, None
 
 
 register_flops(softplus_loss_op)
@@ -226,20 +301,14 @@ def softplus_loss(
     second: Tensor | None = None,
     second_residual: Tensor | None = None,
     *,
-    reduction: str = "none",
     decoupled: bool = False,
 ) -> Tensor:
-    """The loss of each row, of one side or of two.
+    """The losses of rows (M,) in natural units, of one side or of two.
 
     Args:
         lse2, lse_residual: (M,), the log-sum-exp of the negatives and its rounding residual, in units of log 2.
         logits: (M, P), of the positives, in units of log 2.
         second, second_residual: (M,), the log-sum-exp of another side; the result is the mean over both.
-        reduction: "mean", "sum" or "none".
         decoupled: leave the positive out of the denominator.
-
-    Returns:
-        () or (M,), in natural units.
     """
-    check_reduction(reduction)
-    return apply_softplus_loss(lse2, lse_residual, second, second_residual, logits, reduction, decoupled)
+    return apply_softplus_loss(lse2, lse_residual, second, second_residual, logits, decoupled)[0]

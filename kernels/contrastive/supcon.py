@@ -11,6 +11,7 @@ rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,95 +28,76 @@ from vito_kernels._core.checks import (
     needs_grad,
     scale_tensor,
 )
-from vito_kernels._core.lazy_triton import cdiv, jit, on_device, reduction_rows, use_triton
-from vito_kernels.contrastive import small
+from vito_kernels._core.lazy_triton import cdiv, jit, on_device
+from vito_kernels.contrastive import cpu, small
+from vito_kernels.contrastive.device_functions import ends_last, merged_lse, ordered_sum
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize
 from vito_kernels.contrastive.replay import replayed
+from vito_kernels.contrastive.softplus_loss import new_counter
 from vito_kernels.contrastive.terms import LOG2E, Mask, PositiveTerm, SoftmaxGrad
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# ---- Triton kernels
+ROWS = 256  # of a program
+
+# ---- Triton kernel
 
 
 @jit
 def supcon_fwd_kernel(
-    lse2, lse_residual, distances, counts, scale, loss, share, factor, M, splits, ROWS: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    lse2, lse_residual, distances, counts, scale, loss, parts, done, factor, top, weight, pull, M, splits,
+    ROWS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
-    """Losses of the rows or, by one program, their sum or mean; one over the number of positives; d result / d loss."""
-    top = tl.abs(tl.load(scale)) * 1.4426950408889634
-    total = tl.zeros((ROWS,), tl.float32)
-    counted = tl.zeros((ROWS,), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        count = tl.zeros((ROWS,), tl.float32)
-        distance = tl.zeros((ROWS,), tl.float32)
-        for s in range(splits):
-            part = tl.cast(s, tl.int64) * M + row
-            count += tl.load(counts + part, mask=row < M, other=0.0)
-            distance += tl.load(distances + part, mask=row < M, other=0.0)
-        one = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
-        over = tl.load(lse2 + row, mask=row < M, other=0.0) - top - distance * one
-        over += tl.load(lse_residual + row, mask=row < M, other=0.0)
-        value = tl.where(count > 0.0, over * 0.6931471805599453, 0.0)
-        tl.store(share + row, one, mask=row < M)
-        if REDUCTION == "none":
-            tl.store(loss + row, value, mask=row < M)
-        total += value
-        counted += tl.where(count > 0.0, 1.0, 0.0)
-    if REDUCTION != "none":
-        rows = 1.0
-        if REDUCTION == "mean":
-            rows = tl.maximum(tl.sum(counted, 0), 1.0)
-        tl.store(loss, tl.sum(total, 0) / rows)
-        tl.store(factor, 1.0 / rows)
-
-
-@jit
-def supcon_bwd_kernel(
-    gradient, lse2, lse_residual, share, factor, top, weight, term, M, stride, ROWS: tl.constexpr, REDUCED: tl.constexpr
-):  # fmt: skip
-    """The softmax's part in the gradient, and that of the positives."""
+    """Losses of the rows, or their sum or mean, and the weights of the gradient, which times ``factor`` are its own."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    g = tl.load(gradient + row.to(tl.int64) * stride, mask=row < M, other=0.0)
-    if REDUCED:
-        g *= tl.load(factor)
-    own = tl.load(lse2 + row, mask=row < M, other=0.0)
-    one = tl.load(share + row, mask=row < M, other=0.0)
-    softmax = g * tl.exp2(-tl.load(lse_residual + row, mask=row < M, other=0.0))
-    tl.store(top + row, tl.where(own == -float("inf"), 0.0, own), mask=row < M)
-    tl.store(weight + row, tl.where(one > 0.0, softmax, 0.0), mask=row < M)
-    tl.store(term + row, -g * one, mask=row < M)
+    count = tl.zeros((ROWS,), tl.float32)
+    distance = tl.zeros((ROWS,), tl.float32)
+    for s in range(splits):
+        part = tl.cast(s, tl.int64) * M + row
+        count += tl.load(counts + part, mask=row < M, other=0.0)
+        distance += tl.load(distances + part, mask=row < M, other=0.0)
+    one = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
+    lse, lost, _, _ = merged_lse(lse2, lse_residual, row, M, splits)
+    over = lse - tl.abs(tl.load(scale)) * 1.4426950408889634 - distance * one + lost
+    value = tl.where(count > 0.0, over * 0.6931471805599453, 0.0)
+    tl.store(top + row, tl.where(lse == -float("inf"), 0.0, lse), mask=row < M)
+    tl.store(weight + row, tl.where(count > 0.0, tl.exp2(-lost), 0.0), mask=row < M)
+    tl.store(pull + row, -one, mask=row < M)
+    if REDUCTION == "none":
+        tl.store(loss + row, value, mask=row < M)
+    else:
+        programs = tl.num_programs(0)
+        tl.store(parts + tl.program_id(0), tl.sum(value, 0))
+        tl.store(parts + programs + tl.program_id(0), tl.sum(tl.where(count > 0.0, 1.0, 0.0), 0))
+        if ends_last(done):
+            rows = 1.0
+            if REDUCTION == "mean":
+                rows = tl.maximum(ordered_sum(parts + programs, programs), 1.0)
+            tl.store(loss, ordered_sum(parts, programs) / rows)
+            tl.store(factor, 1.0 / rows)
 
 
 def launch_losses(
-    lse2: Tensor, lse_residual: Tensor, distances: Tensor, counts: Tensor, scale: Tensor, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    splits, M = counts.shape
-    loss, share = lse2.new_empty(M if reduction == "none" else ()), torch.empty_like(lse2)
-    factor = lse2.new_empty(0 if reduction == "none" else ())
-    rows = reduction_rows(M)
+    lse2: Tensor,
+    lse_residual: Tensor,
+    distances: Tensor,
+    counts: Tensor,
+    scale: Tensor,
+    reduction: str,
+    done: Tensor,
+) -> tuple[Tensor, SoftmaxGrad, Tensor, Tensor]:
+    """(loss, softmax, pull (M,), factor) of sums (S, M) of splits; ``done`` is a counter, zeroed."""
+    (splits, M), new, none = counts.shape, lse2.new_empty, reduction == "none"
+    loss, softmax, pull, factor = new(M if none else ()), SoftmaxGrad(new(M), new(M)), new(M), new(0 if none else ())
+    grid = cdiv(M, ROWS)
     with on_device(lse2):
-        supcon_fwd_kernel[(cdiv(M, rows) if reduction == "none" else 1,)](
-            lse2, lse_residual, distances, counts, scale, loss, share, factor, M, splits, rows, reduction, num_warps=8
-        )
-    return loss, share, factor
-
-
-def launch_softmax(
-    gradient: Tensor, lse2: Tensor, lse_residual: Tensor, share: Tensor, factor: Tensor
-) -> tuple[SoftmaxGrad, Tensor]:
-    softmax, term, M = SoftmaxGrad(torch.empty_like(lse2), torch.empty_like(lse2)), torch.empty_like(lse2), len(lse2)
-    reduced = factor.dim() == 0
-    with on_device(lse2):
-        supcon_bwd_kernel[(cdiv(M, 256),)](
-            gradient, lse2, lse_residual, share, factor, softmax.lse2, softmax.weight, term, M,
-            0 if reduced else gradient.stride(0), 256, reduced,
+        supcon_fwd_kernel[(grid,)](
+            lse2, lse_residual, distances, counts, scale, loss, new(0 if none else 2 * grid), done, factor,
+            softmax.lse2, softmax.weight, pull, M, splits, ROWS, reduction,
         )  # fmt: skip
-    return softmax, term
+    return loss, softmax, pull, factor
 
 
 # ---- custom op
@@ -143,19 +125,20 @@ def supcon_op(
         matmul_dtype, cache_logits: as for ``similarity_lse_op``.
 
     Returns:
-        The loss () or (M,), lse2 (M,) and its rounding residual, one over the number of positives (M,), the derivative
-        of the result by each loss () or (0,), and the logit cache.
+        The loss () or (M,), ``SoftmaxGrad`` as lse2 and weight (M,), and ``pull`` (M,), the weight of each positive,
+        minus one over their number. ``factor`` () or (0,) is the derivative of the result by each loss. Last comes the
+        logit cache.
     """
     path, one_set = path_of(q), k is None
     path.check_values(scale)
     keys, key_label = (q, label) if k is None or key_label is None else (k, key_label)
     cache = path.alloc_logit_cache(q, keys, scale, cache_logits, symmetric=one_set)
     mask = Mask(diagonal=diagonal)
-    found = path.label_forward(q, keys, scale, mask, label, key_label, one_set, matmul_dtype, cache)
-    lse2, residual, distances, counts = found
-    make = launch_losses if use_triton(lse2) else _losses
-    loss, share, factor = make(lse2, residual, distances, counts, scale, reduction)
-    return loss, lse2, residual, share, factor, cache
+    done = new_counter(q)
+    found = path.label_forward(q, keys, scale, mask, label, key_label, one_set, matmul_dtype, cache, done)
+    make: Callable[..., tuple[Tensor, SoftmaxGrad, Tensor, Tensor]] = _losses if path is cpu else launch_losses
+    loss, softmax, pull, factor = make(*found, scale, reduction, done)
+    return loss, softmax.lse2, softmax.weight, pull, factor, cache
 
 
 @supcon_op.register_fake
@@ -167,17 +150,18 @@ def _(q, k, scale, label, key_label, diagonal, reduction, matmul_dtype=None, cac
 
 
 def _losses(
-    lse2: Tensor, lse_residual: Tensor, distances: Tensor, counts: Tensor, scale: Tensor, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``supcon_fwd_kernel``, of sums (1, M)."""
+    lse2: Tensor, lse_residual: Tensor, distances: Tensor, counts: Tensor, scale: Tensor, reduction: str, _: Tensor
+) -> tuple[Tensor, SoftmaxGrad, Tensor, Tensor]:
+    """As ``launch_losses``, of lse2 (M,) and sums (1, M)."""
     count = counts[0]
     share = torch.where(count > 0, 1 / count.clamp(min=1), 0)
     over = lse2 - scale.abs() * LOG2E - distances[0] * share + lse_residual
     loss = torch.where(count > 0, over / LOG2E, 0)
+    softmax, pull = SoftmaxGrad.of(lse2, lse_residual, (count > 0).to(loss.dtype) / LOG2E), -share
     if reduction == "none":
-        return loss, share, loss.new_empty(0)
+        return loss, softmax, pull, loss.new_empty(0)
     rows = (count > 0).sum().clamp(min=1).to(loss.dtype) if reduction == "mean" else loss.new_ones(())
-    return loss.sum() / rows, share, rows.reciprocal()
+    return loss.sum() / rows, softmax, pull, rows.reciprocal()
 
 
 @torch.library.custom_op("vito_kernels::supcon_backward", mutates_args=())
@@ -190,8 +174,8 @@ def supcon_backward_op(
     key_label: Tensor | None,
     diagonal: int | None,
     lse2: Tensor,
-    lse_residual: Tensor,
-    share: Tensor,
+    weight: Tensor,
+    pull: Tensor,
     factor: Tensor,
     logit_cache: Tensor,
     need_q: bool,
@@ -200,34 +184,27 @@ def supcon_backward_op(
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dscale), each rounded once to its input's dtype; a gradient that is not needed is empty."""
-    path, mask = path_of(q), Mask(diagonal=diagonal)
-    if use_triton(lse2):
-        softmax, weight = launch_softmax(gradient, lse2, lse_residual, share, factor)
-    else:
-        g = gradient * factor if factor.dim() == 0 else gradient
-        grad = torch.where(share > 0, g / LOG2E, 0)
-        softmax, weight = SoftmaxGrad.of(lse2, lse_residual, grad), -g * share
-    dq, dk, dscale = q.new_empty(0), q.new_empty(0), scale.new_empty(0)
+    path, mask, side = path_of(q), Mask(diagonal=diagonal), need_q or need_scale
+    factors: list[Tensor | None] = [gradient, factor]
+    if gradient.dim():  # of each row
+        weight, pull, factors = weight * gradient, pull * gradient, [None, None]
+    softmax, other = SoftmaxGrad(lse2, weight), None
     if k is None or key_label is None:
-        term = PositiveTerm(label, label, weight)
+        term = PositiveTerm(label, label, pull)
         base = path.self_backward(q, scale, softmax, mask, term, matmul_dtype, logit_cache)
     else:
-        term, side = PositiveTerm(label, key_label, weight), need_q or need_scale
-        options = {"positive_term": term, "parts": True}
-        base, other = path.lse_backward(
-            q, k, scale, softmax, None, mask, side, need_k, matmul_dtype, logit_cache, **options
-        )
-        if need_k:
-            dk, _ = path.grad_epilogue(other, scale, k.dtype)
-    if need_q or need_scale:
-        dq, dscale = path.grad_epilogue(base, scale, q.dtype, store=need_q, other=q if need_scale else None)
+        options = {"positive_term": PositiveTerm(label, key_label, pull), "parts": True}
+        given = softmax, None, mask, side, need_k, matmul_dtype, logit_cache
+        base, other = path.lse_backward(q, k, scale, *given, **options)
+    bases, keys = (base if side else None, other if need_k else None), q if k is None else k
+    dq, dscale, dk = path.grad_epilogues(*bases, scale, q, keys, None, 0, None, need_q, need_scale, *factors)
     # A logit of one set serves both of its ends, so that the gradient of the scale meets it twice.
     return dq, dk, dscale / 2 if need_scale and k is None else dscale
 
 
 @supcon_backward_op.register_fake
 def _(
-    gradient, q, k, scale, label, key_label, diagonal, lse2, lse_residual, share, factor, logit_cache, need_q, need_k,
+    gradient, q, k, scale, label, key_label, diagonal, lse2, weight, pull, factor, logit_cache, need_q, need_k,
     need_scale, matmul_dtype=None,
 ):  # fmt: skip
     return (
@@ -336,10 +313,10 @@ def supcon_of_unit(
     reduction: str,
     diagonal: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, one over the number of positives of each row) of unit vectors that autocast has rounded."""
+    """(loss, minus one over the number of positives of each row) of unit vectors that autocast has rounded."""
     factor = scale_tensor(scale, q)
     cache_logits = needs_grad(q, factor) or (k is not None and needs_grad(k))
     ids = labels.contiguous(), None if key_labels is None else key_labels.contiguous()
     diagonal = 0 if k is None else diagonal
-    loss, _, _, share, *_ = apply_supcon(q, k, factor, *ids, diagonal, reduction, matmul_dtype, cache_logits)
-    return loss, share
+    loss, _, _, pull, *_ = apply_supcon(q, k, factor, *ids, diagonal, reduction, matmul_dtype, cache_logits)
+    return loss, pull

@@ -5,11 +5,13 @@
     clip_loss    = (softplus(row - s.diagonal()).mean() + softplus(column - s.diagonal()).mean()) / 2
 
 x (M, D) and y (N, D) are float32, bfloat16 or float16, with sums in float32. One pass over the logits gives row and
-column sums (2 M N D flops). The gradients take two more, each of which shares a logit between both softmaxes (8 M N D).
-NT-Xent has a symmetric matrix and takes one (4 M M D). Deterministic, no atomics, no memory of order M N.
+column sums (2 M N D flops). The gradients take two more, in one launch, each of which shares a logit between both
+softmaxes (8 M N D). NT-Xent has a symmetric matrix and takes one (4 M M D). Deterministic, no memory of order M N.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,11 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import (
     Reduction,
+    autocast_enabled,
     autocast_inputs,
     check_flags,
     check_paired,
+    check_reduction,
     inverse_temperature,
     needs_grad,
     scale_tensor,
@@ -27,10 +31,9 @@ from vito_kernels._core.checks import (
 )
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
-from vito_kernels.contrastive.normalize import normalize, normalize_pair
+from vito_kernels.contrastive.normalize import normalize, normalize_pair, unit_in_turns
 from vito_kernels.contrastive.replay import replayed
-from vito_kernels.contrastive.softplus_loss import softplus_loss
-from vito_kernels.contrastive.terms import Mask
+from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
 
 # ---- custom op: rows and columns
 
@@ -85,11 +88,33 @@ def two_sided_lse_backward_op(
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, dscale), each rounded once; a gradient that is not needed is empty."""
+    sides = (row, row_residual, g_row), (column, column_residual, g_column)
+    x_softmax, y_softmax = path_of(x).softmax_grads(*sides)
+    given = x, y, scale, diagonal, logit_cache, need_x, need_y, need_scale, matmul_dtype
+    return _two_sided_gradients(None, x_softmax, y_softmax, g_pair, *given)
+
+
+def _two_sided_gradients(
+    gradient: Tensor | None,
+    x_softmax: SoftmaxGrad,
+    y_softmax: SoftmaxGrad,
+    pair_weight: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    logit_cache: Tensor,
+    need_x: bool,
+    need_y: bool,
+    need_scale: bool,
+    matmul_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale), ``gradient`` times those of the weights."""
     path, mask, side = path_of(x), Mask(diagonal=diagonal), need_x or need_scale
-    softmaxes = path.softmax_grads((row, row_residual, g_row), (column, column_residual, g_column))
-    gx, gy = path.lse_backward(x, y, scale, *softmaxes, mask, side, need_y, matmul_dtype, logit_cache, parts=True)
+    given = x_softmax, y_softmax, mask, side, need_y, matmul_dtype, logit_cache
+    gx, gy = path.lse_backward(x, y, scale, *given, parts=True)
     bases = gx if side else None, gy if need_y else None
-    dx, dscale, dy = path.grad_epilogues(*bases, scale, x, y, g_pair, diagonal, None, need_x, need_scale)
+    dx, dscale, dy = path.grad_epilogues(*bases, scale, x, y, pair_weight, diagonal, None, need_x, need_scale, gradient)
     return dx, dy, dscale
 
 
@@ -124,94 +149,191 @@ def _two_sided_backward(ctx, g_row, g_column, g_pair, *_):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
-register_flops(two_sided_lse_op, lambda x, y, **_: 2 * len(x) * len(y) * x.shape[1])
-register_flops(
-    two_sided_lse_backward_op,
-    lambda x, y, need_x, need_y, need_scale, **_: 4 * ((need_x or need_scale) + need_y) * len(x) * len(y) * x.shape[1],
-)
+def _forward_flops(x: Tensor, y: Tensor, **_: Any) -> int:
+    return 2 * len(x) * len(y) * x.shape[1]
+
+
+def _backward_flops(x: Tensor, y: Tensor, need_x: bool, need_y: bool, need_scale: bool, **_: Any) -> int:
+    return 4 * ((need_x or need_scale) + need_y) * len(x) * len(y) * x.shape[1]
+
+
+register_flops(two_sided_lse_op, _forward_flops)
+register_flops(two_sided_lse_backward_op, _backward_flops)
 apply_two_sided_lse = autograd_op(two_sided_lse_op, _two_sided_setup, _two_sided_backward)
 apply_two_sided_lse_backward = refuse_double_backward(two_sided_lse_backward_op)
 
-# ---- custom op: one set against itself
+# ---- custom op: CLIP
+
+
+@torch.library.custom_op("vito_kernels::two_sided_loss", mutates_args=())
+def two_sided_loss_op(
+    x: Tensor, y: Tensor, scale: Tensor, matmul_dtype: torch.dtype | None = None, cache_logits: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of x (M, D) and y (M, D), and the weights of its gradients.
+
+    Returns:
+        The loss (), ``SoftmaxGrad`` of the rows and of the columns as lse2 and weight (M,), the derivative by the
+        pairs' logits (M, 1) in units of log 2, and the logit cache.
+    """
+    path = path_of(x)
+    path.check_values(scale)
+    cache = path.alloc_logit_cache(x, y, scale, cache_logits)
+    found = path.two_sided_loss_forward(x, y, scale, matmul_dtype, cache)
+    row, column = found.softmaxes
+    return found.loss, row.lse2, row.weight, column.lse2, column.weight, found.pair_weight, cache
+
+
+@two_sided_loss_op.register_fake
+def _(x, y, scale, matmul_dtype=None, cache_logits=False):
+    m, cache = x.shape[0], path_of(x).alloc_logit_cache(x, y, scale, cache_logits)
+    return *(scale.new_empty(shape) for shape in ((), m, m, m, m, (m, 1))), cache
+
+
+@torch.library.custom_op("vito_kernels::two_sided_loss_backward", mutates_args=())
+def two_sided_loss_backward_op(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row: Tensor,
+    row_weight: Tensor,
+    column: Tensor,
+    column_weight: Tensor,
+    pair_weight: Tensor,
+    logit_cache: Tensor,
+    need_x: bool,
+    need_y: bool,
+    need_scale: bool,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale), each rounded once; a gradient that is not needed is empty."""
+    softmaxes, needs = (SoftmaxGrad(row, row_weight), SoftmaxGrad(column, column_weight)), (need_x, need_y, need_scale)
+    return _two_sided_gradients(gradient, *softmaxes, pair_weight, x, y, scale, 0, logit_cache, *needs, matmul_dtype)
+
+
+@two_sided_loss_backward_op.register_fake
+def _(
+    gradient, x, y, scale, row, row_weight, column, column_weight, pair_weight, logit_cache, need_x, need_y, need_scale,
+    matmul_dtype=None,
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        y.new_empty(y.shape if need_y else 0),
+        scale.new_empty(() if need_scale else 0),
+    )
+
+
+def _loss_setup(ctx, inputs, output):
+    x, y, scale, ctx.matmul_dtype, _ = inputs
+    ctx.save_for_backward(x, y, scale, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, gradient, *_):  # no gradient reaches the other outputs, which stay in this module
+    if gradient is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    grads = apply_two_sided_loss_backward(gradient, *ctx.saved_tensors, *needs, ctx.matmul_dtype)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+register_flops(two_sided_loss_op, _forward_flops)
+register_flops(two_sided_loss_backward_op, _backward_flops)
+apply_two_sided_loss = autograd_op(two_sided_loss_op, _loss_setup, _loss_backward)
+apply_two_sided_loss_backward = refuse_double_backward(two_sided_loss_backward_op)
+
+# ---- custom op: NT-Xent
 
 OTHER_SAMPLES = Mask(diagonal=0, width=2)
 
 
-@torch.library.custom_op("vito_kernels::self_lse", mutates_args=())
-def self_lse_op(
-    z: Tensor,
+@torch.library.custom_op("vito_kernels::ntxent", mutates_args=())
+def ntxent_op(
+    z1: Tensor,
+    z2: Tensor,
     scale: Tensor,
+    reduction: str,
+    decoupled: bool,
     matmul_dtype: torch.dtype | None = None,
     cache_logits: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each embedding over those of other samples, and the logit of its positive.
-
-    A sample is two adjacent rows, each the other's positive.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of views z1 and z2 (B, D) of one dtype, and what its gradient needs.
 
     Returns:
-        lse2 (M,), logits (M, 1), the residual of lse2 (M,), and the logit cache. ``matmul_dtype`` and ``cache_logits``
-        as for ``similarity_lse_op``.
+        The loss () or (2B,), the normalized rows of both in turns (2B, D), in ``matmul_dtype`` if that is given,
+        ``SoftmaxGrad`` as lse2 and weight (2B,), the derivative by the logits of positives (2B, 1) in units of log 2,
+        and the logit cache.
     """
-    path = path_of(z)
+    path = path_of(z1)
     path.check_values(scale)
+    z = unit_in_turns(z1, z2)
+    z = z if matmul_dtype is None else z.to(matmul_dtype)
     cache = path.alloc_logit_cache(z, z, scale, cache_logits, symmetric=True)
-    lse2, lse_residual, logits = path.self_forward(z, scale, OTHER_SAMPLES, matmul_dtype, cache)
-    return lse2, logits, lse_residual, cache
+    found = path.self_loss_forward(z, scale, OTHER_SAMPLES, reduction, decoupled, cache)
+    softmax = found.softmaxes[0]
+    return found.loss, z, softmax.lse2, softmax.weight, found.pair_weight, cache
 
 
-@self_lse_op.register_fake
-def _(z, scale, matmul_dtype=None, cache_logits=False):
-    cache, rows = path_of(z).alloc_logit_cache(z, z, scale, cache_logits, symmetric=True), z.shape[0]
-    return scale.new_empty(rows), scale.new_empty(rows, 1), scale.new_empty(rows), cache
+@ntxent_op.register_fake
+def _(z1, z2, scale, reduction, decoupled, matmul_dtype=None, cache_logits=False):
+    rows = 2 * z1.shape[0]
+    z, new = z1.new_empty(rows, z1.shape[1], dtype=matmul_dtype), scale.new_empty
+    cache = path_of(z).alloc_logit_cache(z, z, scale, cache_logits, symmetric=True)
+    return new(rows if reduction == "none" else ()), z, new(rows), new(rows), new(rows, 1), cache
 
 
-@torch.library.custom_op("vito_kernels::self_lse_backward", mutates_args=())
-def self_lse_backward_op(
-    g_lse2: Tensor,
-    g_positive: Tensor,
-    z: Tensor,
+@torch.library.custom_op("vito_kernels::ntxent_backward", mutates_args=())
+def ntxent_backward_op(
+    gradient: Tensor,
+    z1: Tensor,
+    z2: Tensor,
     scale: Tensor,
+    z: Tensor,
     lse2: Tensor,
-    lse_residual: Tensor,
+    softmax_weight: Tensor,
+    pair_weight: Tensor,
     logit_cache: Tensor,
     need_z: bool,
     need_scale: bool,
-    matmul_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dz, dscale). A logit serves p_ij and p_ji, so the gradient of the scale meets each logit from both ends."""
-    path, pairs = path_of(z), {"pair_weight": g_positive, "k": z, "adjacent": True}
-    softmax = path.softmax_grad(lse2, lse_residual, g_lse2)
-    grad = path.self_backward(z, scale, softmax, OTHER_SAMPLES, None, matmul_dtype, logit_cache)
-    other = z if need_scale else None
-    dz, dscale = path.grad_epilogue(grad, scale, z.dtype, store=need_z, other=other, **pairs)
-    return dz, dscale / 2 if need_scale else dscale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz1, dz2, dscale). A logit serves p_ij and p_ji, so the gradient of the scale meets each from both ends."""
+    path, factor = path_of(z), None if gradient.dim() else gradient
+    if factor is None:  # of each row
+        softmax_weight, pair_weight = softmax_weight * gradient, pair_weight * gradient[:, None]
+    softmax = SoftmaxGrad(lse2, softmax_weight)
+    base = path.self_backward(z, scale, softmax, OTHER_SAMPLES, None, None, logit_cache)
+    dz1, dz2, dscale = path.views_epilogue(base, pair_weight, z, z1, z2, scale, factor, need_z, need_scale)
+    return dz1, dz2, dscale / 2 if need_scale else dscale
 
 
-@self_lse_backward_op.register_fake
-def _(g_lse2, g_positive, z, scale, lse2, lse_residual, logit_cache, need_z, need_scale, matmul_dtype=None):
-    return z.new_empty(z.shape if need_z else 0), scale.new_empty(() if need_scale else 0)
+@ntxent_backward_op.register_fake
+def _(gradient, z1, z2, scale, z, lse2, softmax_weight, pair_weight, logit_cache, need_z, need_scale):
+    sides = (x.new_empty(x.shape if need_z else 0) for x in (z1, z2))
+    return *sides, scale.new_empty(() if need_scale else 0)
 
 
-def _self_setup(ctx, inputs, output):
-    z, scale, ctx.matmul_dtype, _ = inputs
-    lse2, _, *more = output
-    ctx.save_for_backward(z, scale, lse2, *more)
+def _ntxent_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _self_backward(ctx, g_lse2, g_positive, *_):
-    z, scale, lse2, *more = ctx.saved_tensors
-    need_z, need_scale = needs = ctx.needs_input_grad[:2]
-    g_lse2 = torch.zeros_like(lse2) if g_lse2 is None else g_lse2.contiguous()
-    g_positive = lse2.new_zeros(len(lse2), 1) if g_positive is None else g_positive.contiguous()
-    dz, dscale = apply_self_lse_backward(g_lse2, g_positive, z, scale, lse2, *more, *needs, ctx.matmul_dtype)
-    return dz if need_z else None, dscale if need_scale else None, None, None
+def _ntxent_backward(ctx, gradient, *_):  # no gradient reaches the other outputs, which stay in this module
+    if gradient is None:
+        return (None,) * 7
+    need_first, need_second, need_scale = needs = ctx.needs_input_grad[:3]
+    wanted = need_first or need_second, need_scale
+    grads = apply_ntxent_backward(gradient, *ctx.saved_tensors, *wanted)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 4
 
 
-register_flops(self_lse_op, lambda z, **_: 2 * len(z) ** 2 * z.shape[1])
-register_flops(self_lse_backward_op, lambda z, **_: 4 * len(z) ** 2 * z.shape[1])
-apply_self_lse = autograd_op(self_lse_op, _self_setup, _self_backward)
-apply_self_lse_backward = refuse_double_backward(self_lse_backward_op)
+def _ntxent_flops(z1: Tensor, **_: Any) -> int:
+    return 8 * len(z1) ** 2 * z1.shape[1]
+
+
+register_flops(ntxent_op, _ntxent_flops)
+register_flops(ntxent_backward_op, lambda z1, **_: 2 * _ntxent_flops(z1))
+apply_ntxent = autograd_op(ntxent_op, _ntxent_setup, _ntxent_backward)
+apply_ntxent_backward = refuse_double_backward(ntxent_backward_op)
 
 # ---- public functions
 
@@ -239,8 +361,9 @@ def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     if small.is_small(x, y) and len(x) == len(y):
         return small.pairs(x, y, scale, small.rows_and_columns, "mean")
     check_paired(x, y, ("x", "y"))
-    rows, columns, pairs, row_residual, column_residual = two_sided_lse(x, y, scale)
-    return softplus_loss(rows, row_residual, pairs, columns, column_residual, reduction="mean")
+    (x, y), matmul_dtype = autocast_inputs(x, y)
+    scale = scale_tensor(scale, x)
+    return apply_two_sided_loss(x, y, scale, matmul_dtype, needs_grad(x, y, scale))[0]
 
 
 def two_sided_lse(x: Tensor, y: Tensor, scale: float | Tensor, diagonal: int = 0) -> tuple[Tensor, ...]:
@@ -298,8 +421,9 @@ def ntxent_of_scale(
         terms = small.decoupled_views if decoupled else small.two_views
         return small.unit_set((z1, z2), scale, terms, reduction)
     check_paired(z1, z2, ("z1", "z2"))
-    (z,), matmul_dtype = autocast_inputs(unit_views(z1, z2))
-    factor = scale_tensor(scale, z)
-    lse2, logits, lse_residual, _ = apply_self_lse(z, factor, matmul_dtype, needs_grad(z, factor))
-    loss = softplus_loss(lse2, lse_residual, logits, reduction=reduction, decoupled=decoupled)
+    check_reduction(reduction)
+    dtype, factor = torch.promote_types(z1.dtype, z2.dtype), scale_tensor(scale, z1)
+    rounds = autocast_enabled(z1) and dtype == torch.float32
+    options = torch.get_autocast_dtype(z1.device.type) if rounds else None, needs_grad(z1, z2, factor)
+    loss, *_ = apply_ntxent(z1.to(dtype), z2.to(dtype), factor, reduction, decoupled, *options)
     return loss.view(-1, 2).T.flatten() if reduction == "none" else loss

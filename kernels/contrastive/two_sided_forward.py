@@ -99,17 +99,18 @@ def _headroom(dtype: torch.dtype) -> float:
     return 20.0 if dtype == torch.float32 else 100.0
 
 
-def launch_two_sided(x: Tensor, y: Tensor, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row lse2 (M,), its residual, column lse2 (N,), its residual)."""
+def launch_two_sided(
+    x: Tensor, y: Tensor, scale: Tensor, mask: Mask, done: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(row lse2 (M,), its residual), (column lse2 (N,), its residual)."""
     left, right = matrices(x, y)
-    headroom, no_mean = _headroom(x.dtype), scale.new_empty(0, x.shape[1])
+    headroom = _headroom(x.dtype)
     if large_dim.supports("two_sided", x.shape[1], x.dtype):
         dense = left.tensor, right.tensor
         rows, columns, _ = large_dim.exponentials(*dense, scale, mask, headroom, gather=False, columns=True)
     else:
         rows, columns = _launch_sums(left, right, scale, mask)
-    side = trusted_lse(left, right, scale, mask, rows, headroom, no_mean)
-    return *side, *trusted_lse(right, left, scale, mask.transposed(), columns, headroom, no_mean)
+    return trusted_lse(left, right, scale, mask, [rows, columns], headroom, done)
 
 
 def _launch_sums(x: Matrix, y: Matrix, scale: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,9 @@ from vito_kernels._core.checks import (
     needs_grad,
     scale_tensor,
 )
-from vito_kernels.contrastive.info_nce import lse_and_positives
 from vito_kernels.contrastive.multi_view import check_views, multi_view_info_nce
 from vito_kernels.contrastive.normalize import normalize
+from vito_kernels.contrastive.one_sided import one_sided_loss
 from vito_kernels.contrastive.siglip import apply_siglip
 from vito_kernels.contrastive.softplus_loss import softplus_loss
 from vito_kernels.contrastive.supcon import supcon_of_unit
@@ -165,8 +165,7 @@ def global_info_nce(
         sizes, offset = pending.sizes, pending.offset
         keys, ids = pending.wait()
         check_groups(q_group, ids, q, keys)
-    lse2, positives, lse_residual = lse_and_positives(q, keys, scale, None, offset, q_group, ids)
-    return _share(softplus_loss(lse2, lse_residual, positives), sizes, sum(sizes))
+    return _share(one_sided_loss(q, keys, scale, None, offset, q_group, ids, reduction="sum"), sizes, sum(sizes))
 
 
 def global_multi_view_info_nce(
@@ -318,8 +317,8 @@ def global_supcon_loss(
     keys = gather_with_grad(unit, group=group, sizes=sizes)
     ids, offset = gather_with_grad(labels, group=group, sizes=sizes), sum(sizes[: dist.get_rank(group)])
     scale = inverse_temperature(temperature)
-    losses, share = supcon_of_unit(unit, keys, scale, labels, ids, matmul_dtype, "none", offset)
-    rows = (share.detach() > 0).sum().to(losses.dtype)
+    losses, pull = supcon_of_unit(unit, keys, scale, labels, ids, matmul_dtype, "none", offset)
+    rows = (pull.detach() < 0).sum().to(losses.dtype)
     dist.all_reduce(rows, group=group)
     return losses.sum() * len(sizes) / rows.clamp(min=1)
 
@@ -375,6 +374,6 @@ def global_ntxent_of_scale(
     own = sample[2 * first : 2 * (first + z.shape[0])]
     partner = torch.arange(2 * first, 2 * first + own.shape[0], device=z.device)
     partner = partner + 1 - 2 * (partner % 2)
-    lse2, positive, lse_residual = lse_and_positives(z.flatten(0, 1), everyone, scale, partner[:, None], 0, own, sample)
-    losses = softplus_loss(lse2, lse_residual, positive, decoupled=decoupled)
-    return _share(losses, sizes, 2 * sum(sizes))
+    masks = partner[:, None], None, own, sample
+    total = one_sided_loss(z.flatten(0, 1), everyone, scale, *masks, reduction="sum", decoupled=decoupled)
+    return _share(total, sizes, 2 * sum(sizes))

@@ -22,8 +22,7 @@ from torch import Tensor
 from vito_kernels._core.autograd import once
 from vito_kernels._core.checks import autocast_inputs, needs_grad, scale_tensor
 from vito_kernels.contrastive.gpu import path_of
-from vito_kernels.contrastive.siglip import losses as siglip_losses
-from vito_kernels.contrastive.siglip import row_grads
+from vito_kernels.contrastive.sigmoid_loss import sigmoid_losses
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 from vito_kernels.distributed.collectives import Group
 
@@ -275,17 +274,20 @@ class _Sigmoid(torch.autograd.Function):
 
         ring.rotate((y,), visit)
         ctx.ring, ctx.matmul_dtype = ring, matmul_dtype
-        ctx.save_for_backward(x, y, scale, bias, pairs, *sums[1:])
-        return siglip_losses(sums[0], pairs, bias, "sum")
+        total, shares, mean = sums
+        found = sigmoid_losses(total, shares, pairs, bias)
+        weights = found.softmax.lse2, found.softmax.weight, found.weight, found.pair_weight, found.bias_weight
+        ctx.save_for_backward(x, y, scale, bias, *weights, mean)
+        return found.loss.sum()
 
     @staticmethod
     @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, bias, pairs, shares, mean = ctx.saved_tensors
+        x, y, scale, _, lse2, *weights, mean = ctx.saved_tensors
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
         path, dx, dscale = path_of(x), None, None
-        share, weight, pair, part = row_grads(gradient, pairs, shares, bias, "sum")
-        assert pair is not None
+        softmax_weight, weight, pair, part = (gradient * part for part in weights)
+        share = SoftmaxGrad(lse2, softmax_weight)
         if need_x or need_scale:
             mine = {"pair_weight": pair, "k": y, "other": x if need_scale else None}
             dx, dscale = path.grad_epilogue(mean, scale, x.dtype, store=need_x, weight=weight, **mine)

@@ -31,6 +31,7 @@ DEFAULT = (80, 89, 90, 100)  # sm_120 runs what sm_89 does, by another ptxas: on
 MAX_REGISTERS = 255
 MATRIX = {
     "similarity_lse_fwd_kernel",
+    "summed_lse_fwd_kernel",
     "similarity_lse_bwd_kernel",
     "two_sided_lse_fwd_kernel",
     "large_dim_weights_kernel",

@@ -19,6 +19,7 @@ from vito_kernels.attention_pool import launch_attention_pool, launch_attention_
 from vito_kernels.batch_norm import triton_kernels as batch_norm
 from vito_kernels.contrastive import epilogue, forward, large_dim, normalize, softplus_loss, two_sided_forward
 from vito_kernels.contrastive.backward import launch_lse_backward
+from vito_kernels.contrastive.other_sums import launch_label_lse, launch_sums
 from vito_kernels.contrastive.terms import Mask, PositiveTerm, SoftmaxGrad
 from vito_kernels.contrastive.tile_configs import choose_tile, matrices, on_tensor_cores, output_chunks, products
 from vito_kernels.photometric import op as photometric
@@ -130,10 +131,10 @@ def other_sums_spec(kind: str, width: int, dtype: torch.dtype, device: str = "me
     def launch() -> None:
         x, ids = _rows(width, dtype, device, rows), torch.arange(rows, device=device)
         if kind == "labels":
-            forward.launch_label_lse(x, x, _scale(device), mask, ids, ids)
+            launch_label_lse(x, x, _scale(device), mask, ids, ids)
         else:
             offset = torch.zeros(rows if kind == "rank" else (), device=device)
-            forward.launch_sums(kind.split()[0], x, x, _scale(device), offset, mask, with_mean)
+            launch_sums(kind.split()[0], x, x, _scale(device), offset, mask, with_mean)
 
     def flops() -> float:
         if kind.startswith("sigmoid") and large_dim.supports("mean" if with_mean else "lse", width, dtype):
@@ -282,7 +283,10 @@ def epilogues(D: int = 256) -> Iterator[Spec]:
         epilogue.grad_epilogue(grad, scale, q.dtype, weight=row, pair_weight=row, k=q, other=q)
 
     def both_sides() -> None:
-        epilogue.grad_epilogues(grad, grad, scale, q, q, row[:, None], 0, row, True, True)
+        epilogue.grad_epilogues(grad, grad, scale, q, q, row[:, None], 0, row, True, True, scale)
+
+    def views() -> None:
+        epilogue.views_epilogue(grad[None], row[:, None], q, q[::2], q[::2], scale, scale, True, True)
 
     def without_pairs() -> None:
         epilogue.grad_epilogue(grad, scale, q.dtype, weight=row)
@@ -295,23 +299,23 @@ def epilogues(D: int = 256) -> Iterator[Spec]:
     yield _memory_bound(f"epilogue merge D={D}", merge, 0, 20 * ROWS * D)
     yield _memory_bound(f"epilogue gradient D={D}", with_pairs, 0, 10 * ROWS * D)
     yield _memory_bound(f"epilogue gradient of both sides D={D}", both_sides, 0, 16 * ROWS * D)
+    yield _memory_bound(f"epilogue gradient of two views D={D}", views, 0, 12 * ROWS * D)
     yield _memory_bound(f"epilogue gradient without pairs D={D}", without_pairs, 0, 12 * ROWS * D)
     logits = partial(epilogue.positive_logits, q, q, scale, None, 0)
     yield _memory_bound(f"epilogue logits D={D}", logits, 0, 4 * ROWS * D)
     yield _memory_bound(f"epilogue sums D={D}", sums, 0, 64 * ROWS)
 
 
-def softplus_losses() -> Iterator[Spec]:
-    row, logits = _meta(ROWS), _meta(ROWS, 1)
-    for sides, name in ((1, "softplus_loss"), (2, "softplus_loss of two sides")):
-        given = (row, row, row, row) if sides == 2 else (row, row, None, None)
-
-        def launch(given: softplus_loss.Sides = given) -> None:
-            for reduction, gradient in (("none", row), ("mean", _meta())):
-                softplus_loss.launch_softplus_loss(given, logits, reduction, False)
-                softplus_loss.launch_softplus_loss_backward(gradient, given, logits, reduction, False)
-
-        yield _memory_bound(name, launch, 0, (16 + 20 * sides) * ROWS)
+def softplus_losses(D: int = 256) -> Iterator[Spec]:
+    """The end of a forward pass: of four key splits with their mean, of two sides, and of logits."""
+    row, parts, scale, q = _meta(ROWS), _meta(4, ROWS), _meta(), _meta(ROWS, D, dtype=torch.bfloat16)
+    positives, done = softplus_loss.Positives(q, q, scale), softplus_loss.new_counter(q)
+    launch = softplus_loss.launch_softplus_loss
+    splits = partial(launch, [(parts, parts)], positives, "mean", False, _meta(4, ROWS, D), done)
+    yield _memory_bound(f"softplus_loss of splits D={D}", splits, 0, 24 * ROWS * D)
+    two = partial(launch, [(row, row), (row, row)], positives, "mean", False, None, done)
+    yield _memory_bound(f"softplus_loss of two sides D={D}", two, 0, 4 * ROWS * D)
+    yield _memory_bound("softplus_loss", partial(launch, [(row, row)], row[:, None], "none", True), 0, 24 * ROWS)
 
 
 def normalization(D: int = 256) -> Iterator[Spec]:

@@ -19,9 +19,8 @@ LAUNCHING = (
     "batch_norm.op",
     "contrastive.normalize",
     "contrastive.gpu",
-    "contrastive.siglip",
+    "contrastive.sigmoid_loss",
     "contrastive.softplus_loss",
-    "contrastive.supcon",
     "lars",
     "photometric.op",
 )

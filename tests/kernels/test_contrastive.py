@@ -208,12 +208,19 @@ def test_ops_are_registered_in_full():
     scale = torch.tensor(3.0, requires_grad=True)
     ids = (torch.arange(6) // 2, torch.arange(9) // 2)
     ops = torch.ops.vito_kernels
+    locked, listed = k.detach(), torch.tensor([[1]] * 6)
     for args in (
         (q, k, scale, None, None, None, 0, True),
         (q, k, scale, *ids, None, None, True),
-        (q, k.detach(), scale.detach(), None, None, torch.tensor([[1]] * 6), None, True),
+        (q, locked, scale.detach(), None, None, listed, None, True),
     ):
         torch.library.opcheck(ops.similarity_lse.default, args)
+    for args in (
+        (q, k, None, scale, None, None, None, 0, True, "mean", False),
+        (q, locked, None, scale.detach(), *ids, listed, None, True, "none", True),
+        (q, k, k[:6], scale, None, None, None, None, True, "sum", False),
+    ):
+        torch.library.opcheck(ops.one_sided_loss.default, args)
     label, key_label, bias = torch.tensor([0, 0, 2, 2, 2, 5]), torch.arange(9) // 2, torch.tensor(-1.0)
     for diagonal in (0, None):
         torch.library.opcheck(ops.siglip.default, (q, k, scale, bias.requires_grad_(), diagonal, True, "mean"))
@@ -223,7 +230,9 @@ def test_ops_are_registered_in_full():
         torch.library.opcheck(ops.similarity_lse.default, (q, k, scale, None, None, None, 0, True, None, cache_logits))
         torch.library.opcheck(ops.two_sided_lse.default, (q, k, scale, 1, None, cache_logits))
         for times in (1, 100):  # by exponentials, and with a running maximum
-            torch.library.opcheck(ops.self_lse.default, (q, times * scale, None, cache_logits))
+            torch.library.opcheck(ops.two_sided_loss.default, (q, k[:6], times * scale, None, cache_logits))
+            given = k[:6], q, times * scale, "none" if cache_logits else "mean", False
+            torch.library.opcheck(ops.ntxent.default, (*given, None, cache_logits))
             given = q, None, times * scale, label, None, 0
             torch.library.opcheck(ops.supcon.default, (*given, "mean", None, cache_logits))
         torch.library.opcheck(ops.supcon.default, (q, k, scale, label, key_label, 1, "none", None, cache_logits))

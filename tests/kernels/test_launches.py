@@ -11,19 +11,19 @@ from rehearsal import no_gpu
 
 import vito_kernels
 from vito_kernels._core import lazy_triton
-from vito_kernels.contrastive import two_sided
+from vito_kernels.contrastive import replay, two_sided
 from vito_kernels.inspect.compiled import StandInLauncher
 
 if lazy_triton.interpreting():
     pytest.skip("kernels run in Triton's interpreter here, which compiles nothing", allow_module_level=True)
 # Functions of the same names hide these modules.
-attention_pool, info_nce, softplus_loss, normalize, supcon, per_query, siglip, topk = (
+attention_pool, one_sided, softplus_loss, normalize, supcon, per_query, siglip, topk = (
     importlib.import_module(f"vito_kernels.{name}")
     for name in (
         "attention_pool",
         *(
             f"contrastive.{name}"
-            for name in ("info_nce", "softplus_loss", "normalize", "supcon", "per_query", "siglip", "topk")
+            for name in ("one_sided", "softplus_loss", "normalize", "supcon", "per_query", "siglip", "topk")
         ),
     )
 )
@@ -53,10 +53,10 @@ def test_one_sided(layout):
     group = empty(ROWS, dtype=torch.int64) if layout == "groups" else None
     positive = empty(ROWS, 9, dtype=torch.int64) if layout == "listed" else None
     masks = group, group, positive, 0 if layout in ("diagonal", "groups") else None
-    lse2, logits, mean, rest, logit_cache = call(info_nce.similarity_lse_op, q, k, scale, *masks, True, None, False)
+    lse2, logits, mean, rest, logit_cache = call(one_sided.similarity_lse_op, q, k, scale, *masks, True, None, False)
     for asked in ASKED:
         call(
-            info_nce.similarity_lse_backward_op,
+            one_sided.similarity_lse_backward_op,
             lse2,
             logits,
             q,
@@ -81,22 +81,29 @@ def test_two_sided():
         call(two_sided.two_sided_lse_backward_op, *grads, x, y, scale, 0, *saved, *asked, None)
 
 
-def test_both_gradients_end_in_one_launch():
-    x, scale, row, pairs = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty(), empty(ROWS), empty(ROWS, 1)
-    launched = []
-    with lazy_triton.record_launches(lambda kernel, *_, **__: launched.append(kernel.__name__)):
-        saved = row, row, row, row, empty(0)
-        call(two_sided.two_sided_lse_backward_op, row, row, pairs, x, x, scale, 0, *saved, True, True, True, None)
-    assert launched.count("grad_epilogue_kernel") == 1, launched
-    call(two_sided.two_sided_lse_op, x, x, scale, 0, None, False)
+@pytest.mark.parametrize("layout", ["diagonal", "groups", "listed", "own keys"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_losses_of_one_side(layout, reduction):
+    q, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
+    own = q if layout == "own keys" else None
+    group = empty(ROWS, dtype=torch.int64) if layout == "groups" else None
+    positive = empty(ROWS, 9, dtype=torch.int64) if layout == "listed" else None
+    given = q, q, own, scale, group, group, positive, 0 if layout in ("diagonal", "groups") else None
+    loss, *saved = call(one_sided.one_sided_loss_op, *given, True, reduction, False, None, False)
+    for x, y, z in ASKED:
+        call(one_sided.one_sided_loss_backward_op, loss, *given, *saved, x, y, y and own is not None, z, None)
 
 
-def test_one_set():
-    z, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
-    lse2, _, rest, logit_cache = call(two_sided.self_lse_op, z, scale, None, False)
-    for asked in ((True, True), (True, False), (False, True)):
-        g_positive = empty(ROWS, 1)
-        call(two_sided.self_lse_backward_op, lse2, g_positive, z, scale, lse2, rest, logit_cache, *asked, None)
+def test_losses_of_two_sides():
+    x, scale = empty(ROWS, WIDTH, dtype=torch.bfloat16), empty()
+    loss, *saved = call(two_sided.two_sided_loss_op, x, x, scale, None, False)
+    for asked in ASKED:
+        call(two_sided.two_sided_loss_backward_op, loss, x, x, scale, *saved, *asked, None)
+    for reduction, dtype in (("mean", torch.bfloat16), ("none", None)):
+        z = x if dtype is None else x.float()
+        loss, *saved = call(two_sided.ntxent_op, z, z, scale, reduction, False, dtype, False)
+        for asked in ((True, True), (True, False), (False, True)):
+            call(two_sided.ntxent_backward_op, loss, z, z, scale, *saved, *asked)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -117,7 +124,7 @@ def test_sums_over_all_pairs(width):
         given = x, x, scale, scale, diagonal
         loss, *saved = call(siglip.siglip_op, *given, True, reduction, None)
         for asked in ASKED:
-            call(siglip.siglip_backward_op, loss, *given, *saved, *asked, True, reduction, None)
+            call(siglip.siglip_backward_op, loss, *given, *saved, *asked, True, None)
     for positive in (None, empty(ROWS, 1, dtype=torch.int64)):
         call(topk.positive_rank_op, x, x, scale, group, group, positive, None)
     q, negatives = empty(7, width, dtype=torch.bfloat16), empty(7, 50, width, dtype=torch.bfloat16)
@@ -134,9 +141,56 @@ def test_rows():
     call(normalize.normalize_pair_backward_op, x, x[::2], x[1::2])
     for pairs, sides in itertools.product((1, 100), (1, 2)):
         given = row, row, *((row, row) if sides == 2 else (None, None)), empty(ROWS, pairs)
-        for reduction, decoupled in (("none", False), ("mean", True)):
-            call(softplus_loss.softplus_loss_op, *given, reduction, decoupled)
-            call(softplus_loss.softplus_loss_backward_op, row, *given, reduction, decoupled)
+        for decoupled in (False, True):
+            call(softplus_loss.softplus_loss_op, *given, decoupled)
+
+
+# Kernels of the forward and of the backward pass at 2048 rows of 16 bits, whose keys are split among programs.
+LAUNCHES = {
+    "clip_loss": (3, 2),
+    "ntxent": (4, 2),
+    "info_nce": (3, 2),
+    "locked keys": (3, 1),
+    "groups": (3, 1),
+    "listed positives": (3, 1),
+    "moco_loss": (3, 1),
+    "supcon_loss": (4, 3),
+    "siglip_loss": (2, 2),
+    "multi_view_info_nce": (4, 1),
+    "float32": (4, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_number_of_launches(name, monkeypatch):
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    q, k = (torch.randn(2048, WIDTH, dtype=dtype).requires_grad_() for _ in range(2))
+    locked, views, ids = k.detach(), torch.stack([q, k]), torch.arange(2048) // 2
+    losses = {
+        "clip_loss": lambda: vito_kernels.clip_loss(q, k, 10.0),
+        "ntxent": lambda: vito_kernels.ntxent(q, k, 0.1),
+        "info_nce": lambda: vito_kernels.info_nce(q, k),
+        "locked keys": lambda: vito_kernels.info_nce(q, locked),
+        "groups": lambda: vito_kernels.info_nce(q, locked, q_group=ids, k_group=ids),
+        "listed positives": lambda: vito_kernels.info_nce(q, locked, positive=ids),
+        "moco_loss": lambda: vito_kernels.moco_loss(q, locked, locked),
+        "supcon_loss": lambda: vito_kernels.supcon_loss(q, ids),
+        "siglip_loss": lambda: vito_kernels.siglip_loss(q, k, 10.0, -10.0),
+        "multi_view_info_nce": lambda: vito_kernels.multi_view_info_nce(views, views.detach()),
+        "float32": lambda: vito_kernels.info_nce(q, k),
+    }
+    monkeypatch.setattr(replay, "ENABLED", False)
+    passes = [], []
+
+    def count(kernel, grid, *args, **kwargs):
+        passes[found is not None].append(kernel.__name__)
+        kernel.compiled[grid](*args, **kwargs)
+
+    found = None
+    with lazy_triton.record_launches(count), torch.autograd.set_multithreading_enabled(False):
+        found = losses[name]()
+        torch.autograd.grad(found, q)
+    assert tuple(map(len, passes)) == LAUNCHES[name], passes
 
 
 def test_pooling():

@@ -34,7 +34,7 @@ def test_keys_are_split_among_programs(device, monkeypatch):
 
 def test_all_pairs_take_the_launches_of_one(device, monkeypatch):
     counted, run_lse = [], forward.run_lse
-    monkeypatch.setattr(forward, "run_lse", lambda *a: (counted.append(a[0]), run_lse(*a)))
+    monkeypatch.setattr(forward, "run_lse", lambda *a, **k: (counted.append(a[0]), run_lse(*a, **k)))
     (q, k, _), _ = make((4, 8, 8, 16, 0, 0.1, False), torch.bfloat16, device)
     multi_view_info_nce(q.requires_grad_(), k).backward()
     assert counted == ["fixed", "online"]
