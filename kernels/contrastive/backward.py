@@ -181,20 +181,26 @@ def launch_lse_backward(
 ) -> list[Tensor]:
     """``W @ y`` (S, M, D) float32 of splits of y, not yet times ``scale``. The queries of ``mask`` are the rows of y.
 
-    With ``both`` also ``W.T @ x`` (S, N, D), in the same launch. float16 takes W times a gain, without which it would
-    lose the small gradients of a mean over a batch.
+    With ``both`` also ``W.T @ x`` (S, N, D), in the same launch for 16 bits. Two branches with float32 in parts do not
+    fit. float16 takes W times a gain, without which it would lose the small gradients of a mean over a batch.
     """
     gain = _gain(x.tensor, x_softmax, y_softmax)
     if gain is not None:
         x_softmax, y_softmax = (s and SoftmaxGrad(s.lse2, s.weight * gain) for s in (x_softmax, y_softmax))
         positive_term = positive_term and replace(positive_term, weight=positive_term.weight * gain)
-    if positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype):
-        found = [large_dim.gradient(x.tensor, y.tensor, scale, x_softmax, y_softmax, mask, sigmoid)[None]]
-        if both:
-            other = y.tensor, x.tensor, scale, y_softmax, x_softmax, mask.transposed(), sigmoid
-            found.append(large_dim.gradient(*other)[None])
-    else:
+    wide = positive_term is None and large_dim.supports("gradient", x.tensor.shape[1], x.tensor.dtype)
+
+    def one(x: Matrix, y: Matrix, first: SoftmaxGrad | None, second: SoftmaxGrad | None, mask: Mask) -> Tensor:
+        if wide:
+            return large_dim.gradient(x.tensor, y.tensor, scale, first, second, mask, sigmoid)[None]
+        return _launch_tiles(x, y, scale, first, second, mask, positive_term, sigmoid)[0]
+
+    if both and not wide and x.tensor.dtype != torch.float32:
         found = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid, both)
+    else:
+        found = [one(x, y, x_softmax, y_softmax, mask)]
+        if both:
+            found.append(one(y, x, y_softmax, x_softmax, mask.transposed()))
     return found if gain is None else [total.div_(gain) for total in found]
 
 
@@ -207,7 +213,7 @@ def _launch_tiles(
     mask: Mask,
     term: PositiveTerm | None,
     sigmoid: bool,
-    both: bool,
+    both: bool = False,
 ) -> list[Tensor]:
     (M, D), N, device = x.tensor.shape, y.tensor.shape[0], x.tensor.device
     tile = choose_tile("gradient both" if x_softmax and y_softmax else "gradient one", D, x.tensor.dtype)

@@ -71,7 +71,7 @@ def _mask(layout: str, rows: int, device: str) -> Mask:
     ids = torch.arange(rows, device=device)
     group = ids if layout == "groups" else None
     positive = ids[:, None].repeat(1, LISTED[layout]) if layout in LISTED else None
-    return Mask(group, group, positive, 0 if layout in ("diagonal", "supcon") else None)
+    return Mask(group, group, positive, 0 if layout in ("diagonal", "supcon", "both") else None)
 
 
 # ---- contrastive
@@ -219,9 +219,9 @@ def two_sided_spec(
 
 
 def gradient(device: str = "meta") -> Iterator[Spec]:
-    """The key gradient under every layout, and that of two-sided losses, self-similarity and SupCon."""
+    """The key gradient under every layout, those of both sides of CLIP, and those of NT-Xent and SupCon."""
     cases = [("key gradient", layout) for layout in ("none", "diagonal", "groups", "positive")]
-    cases += [("two-sided gradient", layout) for layout in ("none", "diagonal", "supcon")]
+    cases += [("two-sided gradient", layout) for layout in ("none", "diagonal", "supcon", "both")]
     cases += [("sigmoid gradient", "diagonal")]
     for width in WIDTHS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -234,7 +234,7 @@ def gradient(device: str = "meta") -> Iterator[Spec]:
 def gradient_spec(
     name: str, layout: str, width: int, dtype: torch.dtype, device: str = "meta", rows: int = ROWS
 ) -> Spec:
-    two_sided = name == "two-sided gradient"
+    two_sided, sides = name == "two-sided gradient", 1 + (layout == "both")
 
     def launch() -> None:
         x = _rows(width, dtype, device, rows)
@@ -244,24 +244,25 @@ def gradient_spec(
         term = PositiveTerm(ids, ids, y_softmax.weight) if layout == "supcon" else None
         mask = _mask(layout, rows, device)
         sigmoid = name == "sigmoid gradient"
-        launch_lse_backward(*matrices(x, x), _scale(device), x_softmax, y_softmax, mask, term, sigmoid)
+        softmaxes, both = (x_softmax, y_softmax), layout == "both"
+        launch_lse_backward(*matrices(x, x), _scale(device), *softmaxes, mask, term, sigmoid, both)
 
     def flops() -> float:
         """A launch for other columns of the output computes the logits again."""
         if layout != "supcon" and large_dim.supports("gradient", width, dtype):
-            return 4.0 * rows * rows * width
+            return sides * 4.0 * rows * rows * width
         tile = choose_tile("gradient both" if two_sided else "gradient one", width, dtype)
-        return (2.0 * len(output_chunks(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
+        return sides * (2.0 * len(output_chunks(width, tile)) + 2.0) * products(dtype, width) * rows * rows * width
 
     return Spec(
         f"{name} D={width} {str(dtype)[6:]} {layout}",
         launch,
         flops,
-        min_bytes=2.0 * rows * width * dtype.itemsize + rows * width * 4 + rows * 16,
+        min_bytes=2.0 * rows * width * dtype.itemsize + sides * rows * width * 4 + rows * 16,
         tensor_cores=partial(on_tensor_cores, dtype, width),
         rare=dtype != torch.bfloat16
         or width not in COMMON_WIDTHS
-        or layout not in (("diagonal", "supcon") if two_sided else ("none", "diagonal")),
+        or layout not in (("diagonal", "supcon", "both") if two_sided else ("none", "diagonal")),
     )
 
 
