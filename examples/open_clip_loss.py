@@ -4,6 +4,7 @@
     + from vito_kernels.adapters.open_clip import ClipLoss
 
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    task = CLIPTask(model, loss=loss)  # an open_clip with tasks takes it there
 
 Run: python examples/open_clip_loss.py
 """

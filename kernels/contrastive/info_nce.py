@@ -194,7 +194,7 @@ def against_negatives(
 ) -> Tensor:
     """InfoNCE of q (M, D) whose positives are the rows of k (M, D), against negatives (N, D) or (M, N, D)."""
     shared = negatives.dim() == 2
-    logits = len(q) * (len(q) + len(negatives))
+    logits = len(q) * max(len(q), len(negatives))
     if shared and not decoupled and logits <= small.MOST_LOGITS and small.is_small(q, k, negatives):
         return small.pairs(q, torch.cat([k, negatives]), scale, small.key_before_queue, reduction)
     if shared:
