@@ -140,7 +140,7 @@ class NTXentLoss(nn.Module):
         self.temperature, self.gather_distributed = temperature, gather_distributed
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
 
-    @property
+    @property  # an older lightly's loss is a bank itself
     def bank(self) -> Tensor:
         return self.memory_bank.bank
 
@@ -163,7 +163,8 @@ class NTXentLoss(nn.Module):
         return ntxent_of_scale(out0, out1, scale)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        options = f"memory_bank_size={self.memory_bank.size}, gather_distributed={self.gather_distributed}"
+        return f"temperature={self.temperature}, {options}"
 
 
 class DCLLoss(nn.Module):

@@ -235,3 +235,4 @@ def test_modules_show_their_options():
     )
     assert "queue=(20, 8)" in repr(vk.MoCoLoss(8, 20))
     assert "world_size=2" in repr(ClipAdapter(local_loss=True, world_size=2))
+    assert "temperature=0.1, memory_bank_size=(20, 8)" in repr(LightlyAdapter(0.1, (20, 8)))
