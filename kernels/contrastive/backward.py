@@ -156,7 +156,10 @@ def similarity_lse_bwd_kernel(
                 X_SOFTMAX, TMA, X_TMA, PRECISION, SIGMOID,
             )  # fmt: skip
     else:
-        if (tl.program_id(0) * BLOCK < M) & (tl.program_id(1) * split_tiles * TILE < N):
+        inside = True  # of one side, all programs are
+        if SIDES == 2:
+            inside = (tl.program_id(0) * BLOCK < M) & (tl.program_id(1) * split_tiles * TILE < N)
+        if inside:
             _similarity_lse_bwd_program(
                 x, x_tail, y, y_tail, scale, out, x_lse2, x_weight, y_lse2, y_weight, x_group, y_group, positive,
                 x_label, y_label, x_term, y_term, M, N, x_stride, y_stride, diagonal, split_tiles, D, W, TAIL, FIRST,
@@ -181,8 +184,10 @@ def launch_lse_backward(
 ) -> list[Tensor]:
     """``W @ y`` (S, M, D) float32 of splits of y, not yet times ``scale``. The queries of ``mask`` are the rows of y.
 
-    With ``both`` also ``W.T @ x`` (S, N, D), in the same launch for 16 bits. Two branches with float32 in parts do not
-    fit. float16 takes W times a gain, without which it would lose the small gradients of a mean over a batch.
+    With ``both`` also ``W.T @ x`` (S, N, D), in the same launch for 16 bits without a positive term. Other
+    kernels of two branches spill or do not fit.
+
+    float16 takes W times a gain, without which it would lose the small gradients of a mean over a batch.
     """
     gain = _gain(x.tensor, x_softmax, y_softmax)
     if gain is not None:
@@ -195,8 +200,8 @@ def launch_lse_backward(
             return large_dim.gradient(x.tensor, y.tensor, scale, first, second, mask, sigmoid)[None]
         return _launch_tiles(x, y, scale, first, second, mask, positive_term, sigmoid)[0]
 
-    if both and not wide and x.tensor.dtype != torch.float32:
-        found = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, positive_term, sigmoid, both)
+    if both and not wide and positive_term is None and x.tensor.dtype != torch.float32:
+        found = _launch_tiles(x, y, scale, x_softmax, y_softmax, mask, None, sigmoid, both)
     else:
         found = [one(x, y, x_softmax, y_softmax, mask)]
         if both:

@@ -116,7 +116,7 @@ def loss_forward(
     scale: Tensor,
     mask: Mask,
     compute_grad_q: bool,
-    reduction: str,
+    divisor: float | None,
     decoupled: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
@@ -125,21 +125,25 @@ def loss_forward(
     lse2, lse_residual, mean, logits = lse_forward(q, k, scale, mask, compute_grad_q, matmul_dtype, logit_cache)
     if own_key is not None:
         logits = (to_compute_dtype(q) * own_key).sum(1, keepdim=True) * (scale * LOG2E)
-    return replace(torch_softplus_loss([(lse2, lse_residual)], logits, reduction, decoupled), mean=mean)
+    return replace(torch_softplus_loss([(lse2, lse_residual)], logits, divisor, decoupled), mean=mean)
 
 
 def multi_view_forward(
-    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, weight, lse2, its residual), each (P, M), and the keys' means (P * M, D) or (0, D).
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    compute_grad_q: bool,
+    divisor: float | None,
+    matmul_dtype: torch.dtype | None = None,
+) -> RowLosses:
+    """The losses of P = V (V - 1) ordered pairs of views (P * M,), and the keys' means (P * M, D) or (0, D).
 
-    q (V, M, D) and k (V, N, D) make P = V (V - 1) ordered pairs of views, each under ``mask``, whose diagonal holds the
-    positives. ``weight`` is the derivative of the loss by lse, a sigmoid.
+    q (V, M, D) and k (V, N, D). Each pair is under ``mask``, whose diagonal holds the positives.
     """
     parts = [lse_forward(q[a], k[b], scale, mask, compute_grad_q) for a, b in ordered_pairs(len(q))]
-    lse2, lse_residual, mean, logits = (torch.stack(part) for part in zip(*parts, strict=True))
-    over = (lse2 - logits[:, :, 0]).add_(lse_residual).div_(LOG2E)
-    return softplus(over), torch.sigmoid(over), lse2, lse_residual, mean.flatten(0, 1)
+    lse2, lse_residual, mean, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+    return replace(torch_softplus_loss([(lse2, lse_residual)], logits, divisor, False), mean=mean)
 
 
 def two_sided_forward(
@@ -194,15 +198,15 @@ def two_sided_loss_forward(
     """``two_sided_forward`` and its mean loss, where row i of either belongs to row i of the other."""
     given = x, y, scale, Mask(diagonal=0), matmul_dtype, logit_cache
     row, row_residual, column, column_residual, pairs = two_sided_forward(*given)
-    return torch_softplus_loss([(row, row_residual), (column, column_residual)], pairs, "mean", False)
+    return torch_softplus_loss([(row, row_residual), (column, column_residual)], pairs, float(len(x)), False)
 
 
 def self_loss_forward(
-    z: Tensor, scale: Tensor, mask: Mask, reduction: str, decoupled: bool, logit_cache: Tensor | None = None
+    z: Tensor, scale: Tensor, mask: Mask, divisor: float | None, decoupled: bool, logit_cache: Tensor | None = None
 ) -> RowLosses:
     """``self_forward`` and the losses, where adjacent rows are each other's positives."""
     lse2, lse_residual, logits = self_forward(z, scale, mask, None, logit_cache)
-    return torch_softplus_loss([(lse2, lse_residual)], logits, reduction, decoupled)
+    return torch_softplus_loss([(lse2, lse_residual)], logits, divisor, decoupled)
 
 
 def label_forward(
@@ -275,13 +279,13 @@ def sigmoid_loss_forward(
     bias: Tensor,
     diagonal: int | None,
     compute_grad_x: bool,
-    reduction: str,
+    divisor: float | None,
     matmul_dtype: torch.dtype | None = None,
 ) -> SigmoidLosses:
     """``sigmoid_forward`` and the losses, where row i of x and row ``i + diagonal`` of y are a pair."""
     given = x, y, scale, bias, Mask(diagonal=diagonal), compute_grad_x, matmul_dtype
     sums, logits, shares, mean = sigmoid_forward(*given)
-    return torch_sigmoid_loss(sums, shares, mean, logits, bias, reduction)
+    return torch_sigmoid_loss(sums, shares, mean, logits, bias, divisor)
 
 
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:

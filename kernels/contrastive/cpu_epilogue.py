@@ -104,11 +104,12 @@ def multi_view_grad_q(
     need_q: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q (V, M, D) and of the scale (); empty where not needed. mean (P * M, D), grad_loss (P, M)."""
-    share, views = (weight * grad_loss)[:, :, None], len(q)
+    """As ``epilogue.multi_view_grad_q``."""
+    views, rows = q.shape[:2]
+    share = (weight.view(-1, rows) * grad_loss * LOG2E)[:, :, None]
     pull = (mean.view(views, views - 1, *q.shape[1:]) * share.unflatten(0, (views, views - 1))).sum(1)
     for pair, (a, b) in enumerate(ordered_pairs(views)):
-        pull[a].addcmul_(k[b, offset : offset + q.shape[1]].to(pull.dtype), share[pair], value=-1)
+        pull[a].addcmul_(k[b, offset : offset + rows].to(pull.dtype), share[pair], value=-1)
     grad_scale = (pull * q).sum() if need_scale else mean.new_empty(0)
     return pull.mul_(scale).to(q.dtype) if need_q else q.new_empty(0), grad_scale
 

@@ -9,7 +9,7 @@ PyTorch takes four to a dozen launches for each of these, which at a few thousan
     grad_epilogue    the positives' part of a gradient, its factors, one rounding
     grad_epilogues   that of queries and of keys at once
     views_epilogue   that of two views, through their length
-    multi_view_loss, multi_view_grad_q    the positives, the losses and the gradient of all ordered pairs of views
+    multi_view_grad_q    the gradient of all ordered pairs of views
 
 A program owns ROWS rows of WIDTH columns, D rounded up to a power of two. Sums are float32, in a fixed order.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous
 from vito_kernels.contrastive import cpu_epilogue
-from vito_kernels.contrastive.device_functions import merged_lse, merged_mean, sigmoid, softplus
+from vito_kernels.contrastive.device_functions import merged_lse, merged_mean
 from vito_kernels.contrastive.normalize import MIN_LENGTH, load_in_turns, store_in_turns, through_length
 from vito_kernels.contrastive.terms import SoftmaxGrad
 
@@ -200,35 +200,13 @@ def views_epilogue_kernel(
 
 
 @jit
-def multi_view_loss_kernel(
-    q, k, scale, lse2, lse_residual, loss, weight, M, N, D, offset, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    VIEWS: tl.constexpr,
-):  # fmt: skip
-    """softplus(lse - logit of the positive) and its derivative, the sigmoid, for the rows of one pair of views."""
-    pair = tl.program_id(1)
-    view, other_view = pair // (VIEWS - 1), pair % (VIEWS - 1)
-    other_view += (other_view >= view).to(tl.int32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = (row < M)[:, None] & (column < D)[None]
-    own = (tl.cast(view, tl.int64) * M + row)[:, None] * D + column[None]
-    other = (tl.cast(other_view, tl.int64) * N + row + offset)[:, None] * D + column[None]
-    queries = tl.load(q + own, mask=inside, other=0.0).to(tl.float32)
-    keys = tl.load(k + other, mask=inside, other=0.0).to(tl.float32)
-    logit2 = tl.sum(queries * keys, 1) * (tl.load(scale) * 1.4426950408889634)
-    out = tl.cast(pair, tl.int64) * M + row
-    over = tl.load(lse2 + out, mask=row < M, other=0.0) - logit2
-    x = (over + tl.load(lse_residual + out, mask=row < M, other=0.0)) * 0.6931471805599453
-    tl.store(loss + out, softplus(x), mask=row < M)
-    tl.store(weight + out, sigmoid(x), mask=row < M)
-
-
-@jit
 def multi_view_grad_q_kernel(
     q, k, scale, mean, weight, grad_loss, grad_q, dots, M, N, D, offset, pair_stride, row_stride, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, VIEWS: tl.constexpr, DOTS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """scale times the sum over the other views of grad_loss weight (mean - positive key), for rows of one view."""
+    """For rows of one view, scale times the sum over the other views of grad_loss weight (mean - positive key), weights
+    times log2(e).
+    """
     view = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -238,7 +216,7 @@ def multi_view_grad_q_kernel(
         pair = view * (VIEWS - 1) + i
         other_view = i + (i >= view).to(tl.int32)
         out = tl.cast(pair, tl.int64) * M + row
-        share = tl.load(weight + out, mask=row < M, other=0.0)
+        share = tl.load(weight + out, mask=row < M, other=0.0) * 1.4426950408889634
         share *= tl.load(grad_loss + pair * pair_stride + row.to(tl.int64) * row_stride, mask=row < M, other=0.0)
         other = (tl.cast(other_view, tl.int64) * N + row + offset)[:, None] * D + column[None]
         pull = tl.load(mean + out[:, None] * D + column[None], mask=inside, other=0.0)
@@ -443,23 +421,6 @@ def views_epilogue(
     return dz1, dz2, dots.sum() if need_scale else dots
 
 
-def multi_view_loss(
-    q: Tensor, k: Tensor, scale: Tensor, lse2: Tensor, lse_residual: Tensor, offset: int
-) -> tuple[Tensor, Tensor]:
-    """(loss, weight), each (P, M): the softplus of how far lse2 (P * M,) lies above the positive, and its derivative.
-
-    q (V, M, D), k (V, N, D), contiguous; P = V (V - 1) ordered pairs.
-    """
-    (views, M, D), N, pairs = q.shape, k.shape[1], q.shape[0] * (q.shape[0] - 1)
-    loss, weight = lse2.new_empty(pairs, M), lse2.new_empty(pairs, M)
-    width, rows = program_shape(D)
-    with on_device(q):
-        multi_view_loss_kernel[(cdiv(M, rows), pairs)](
-            q, k, scale, lse2, lse_residual, loss, weight, M, N, D, offset, width, rows, views
-        )
-    return loss, weight
-
-
 def multi_view_grad_q(
     q: Tensor,
     k: Tensor,
@@ -471,13 +432,17 @@ def multi_view_grad_q(
     need_q: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q (V, M, D) and of the scale (); empty where not needed. mean (P * M, D), grad_loss (P, M)."""
+    """The gradients of q (V, M, D) and of the scale (); empty where not needed.
+
+    mean (P * M, D), weight (P * M,), grad_loss (P, M) or ().
+    """
     (views, M, D), N = q.shape, k.shape[1]
+    strides = grad_loss.stride() if grad_loss.dim() else (0, 0)
     grad_q, dots = torch.empty_like(q) if need_q else q.new_empty(0), mean.new_empty(views * M if need_scale else 0)
     width, rows = program_shape(D)
     with on_device(q):
         multi_view_grad_q_kernel[(cdiv(M, rows), views)](
-            q, k, scale, mean, weight, grad_loss, grad_q, dots, M, N, D, offset, *grad_loss.stride(), width, rows,
+            q, k, scale, mean, weight, grad_loss, grad_q, dots, M, N, D, offset, *strides, width, rows,
             views, need_scale, need_q,
         )  # fmt: skip
     return grad_q, dots.sum() if need_scale else dots

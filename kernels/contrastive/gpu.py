@@ -22,7 +22,6 @@ from vito_kernels.contrastive.epilogue import (
     grad_epilogues,
     merge_splits,
     multi_view_grad_q,
-    multi_view_loss,
     positive_logits,
     softmax_grad,
     softmax_grads,
@@ -102,7 +101,7 @@ def loss_forward(
     scale: Tensor,
     mask: Mask,
     compute_grad_q: bool,
-    reduction: str,
+    divisor: float | None,
     decoupled: bool,
     matmul_dtype: torch.dtype | None = None,
     logit_cache: Tensor | None = None,
@@ -111,17 +110,22 @@ def loss_forward(
     sides = _cast(q, matmul_dtype), _cast(k, matmul_dtype)
     lse2, lse_residual, mean = launch_lse(*sides, scale, mask, compute_grad_q, done=done)
     positives = Positives(q, k if own_key is None else own_key, scale, mask.positive, mask.diagonal or 0)
-    return launch_softplus_loss([(lse2, lse_residual)], positives, reduction, decoupled, mean, done)
+    return launch_softplus_loss([(lse2, lse_residual)], positives, divisor, decoupled, mean, done)
 
 
 def multi_view_forward(
-    q: Tensor, k: Tensor, scale: Tensor, mask: Mask, compute_grad_q: bool, matmul_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    queries, keys = (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
-    splits = launch_lse(queries, keys, scale, mask, compute_grad_q, views=len(q))
-    lse2, lse_residual, mean = merge_splits(*splits)
-    loss, weight = multi_view_loss(q, k, scale, lse2, lse_residual, mask.diagonal or 0)
-    return loss, weight, lse2.view_as(loss), lse_residual.view_as(loss), mean
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    mask: Mask,
+    compute_grad_q: bool,
+    divisor: float | None,
+    matmul_dtype: torch.dtype | None = None,
+) -> RowLosses:
+    done, (queries, keys) = new_counter(q), (_cast(x, matmul_dtype).flatten(0, 1) for x in (q, k))
+    lse2, lse_residual, mean = launch_lse(queries, keys, scale, mask, compute_grad_q, len(q), done)
+    positives = Positives(q.flatten(0, 1), k.flatten(0, 1), scale, diagonal=mask.diagonal or 0, views=len(q))
+    return launch_softplus_loss([(lse2, lse_residual)], positives, divisor, False, mean, done)
 
 
 def two_sided_forward(
@@ -145,16 +149,16 @@ def two_sided_loss_forward(
 ) -> RowLosses:
     done, sides = new_counter(x), (_cast(x, matmul_dtype), _cast(y, matmul_dtype))
     sums = launch_two_sided(*sides, scale, Mask(diagonal=0), done)
-    return launch_softplus_loss(sums, Positives(x, y, scale), "mean", False, done=done)
+    return launch_softplus_loss(sums, Positives(x, y, scale), float(len(x)), False, done=done)
 
 
 def self_loss_forward(
-    z: Tensor, scale: Tensor, mask: Mask, reduction: str, decoupled: bool, logit_cache: Tensor | None = None
+    z: Tensor, scale: Tensor, mask: Mask, divisor: float | None, decoupled: bool, logit_cache: Tensor | None = None
 ) -> RowLosses:
     done = new_counter(z)
     lse2, lse_residual, _ = launch_lse(z, z, scale, mask, False, done=done)
     positives = Positives(z, z, scale, adjacent=True)
-    return launch_softplus_loss([(lse2, lse_residual)], positives, reduction, decoupled, done=done)
+    return launch_softplus_loss([(lse2, lse_residual)], positives, divisor, decoupled, done=done)
 
 
 def label_forward(
@@ -194,13 +198,13 @@ def sigmoid_loss_forward(
     bias: Tensor,
     diagonal: int | None,
     compute_grad_x: bool,
-    reduction: str,
+    divisor: float | None,
     matmul_dtype: torch.dtype | None = None,
 ) -> SigmoidLosses:
     done, sides, mask = new_counter(x), (_cast(x, matmul_dtype), _cast(y, matmul_dtype)), Mask(diagonal=diagonal)
     sums = launch_sums("sigmoid", *sides, scale, bias, mask, compute_grad_x, done)
     pairs = None if diagonal is None else Positives(x, y, scale, diagonal=diagonal)
-    return launch_sigmoid_loss(*sums, pairs, bias, reduction, done)
+    return launch_sigmoid_loss(*sums, pairs, bias, divisor, done)
 
 
 def rank_forward(q: Tensor, k: Tensor, scale: Tensor, mask: Mask, matmul_dtype: torch.dtype | None = None) -> Tensor:

@@ -6,7 +6,7 @@
 
 queries (V, B, D), keys (V, N, D): float32, bfloat16 or float16; sums in float32. The pairs lie along one axis of the
 launch grid of ``similarity_lse``, so that all V (V - 1) terms take the launches of one: two for the sums, one for the
-positives and losses, one for the gradient of the queries. Deterministic, no atomics.
+positives and losses, one for the gradient of the queries. Deterministic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vito_kernels._core.checks import (
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.replay import replayed
-from vito_kernels.contrastive.terms import LOG2E, Mask, ordered_pairs
+from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad, ordered_pairs
 
 # ---- custom op
 
@@ -43,6 +43,7 @@ def multi_view_op(
     k_group: Tensor | None,
     offset: int,
     compute_grad_q: bool,
+    reduction: str,
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses and what their gradients need. P = V (V - 1) ordered pairs.
@@ -52,23 +53,28 @@ def multi_view_op(
         q_group, k_group: (M,), (N,), the same for every pair.
         offset: the positive of query i is key i + offset.
         compute_grad_q: also compute ``mean``, which the gradients of q and scale need.
+        reduction: "sum" over pairs of the mean over clips, "mean" over both, or "none".
         matmul_dtype: holds the values of q and k exactly, for the tensor cores.
 
     Returns:
-        loss, its derivative by lse, lse2 over the negatives, the rounding residual of lse2, each (P, M), and mean
-        (P * M, D) or (0, D).
+        The loss () or (P, M), ``SoftmaxGrad`` as lse2 and weight (P * M,), the derivative by lse2 (P * M,) in units of
+        log 2, and mean (P * M, D) or (0, D).
     """
-    path, mask = path_of(q[0]), Mask(q_group, k_group, None, offset)
+    (views, rows), path, mask = q.shape[:2], path_of(q[0]), Mask(q_group, k_group, None, offset)
     path.check_values(scale)
-    return path.multi_view_forward(q, k, scale, mask, compute_grad_q, matmul_dtype)
+    pairs = views * (views - 1)
+    divisor = {"sum": float(rows), "mean": float(pairs * rows)}.get(reduction)
+    found = path.multi_view_forward(q, k, scale, mask, compute_grad_q, divisor, matmul_dtype)
+    loss, softmax = found.loss.view(pairs, rows) if divisor is None else found.loss, found.softmaxes[0]
+    return loss, softmax.lse2, softmax.weight, found.weights[0], found.mean
 
 
 @multi_view_op.register_fake
-def _(q, k, scale, q_group, k_group, offset, compute_grad_q, matmul_dtype=None):
-    views, rows, width = q.shape
+def _(q, k, scale, q_group, k_group, offset, compute_grad_q, reduction, matmul_dtype=None):
+    (views, rows, width), new = q.shape, scale.new_empty
     pairs = views * (views - 1)
-    new = lambda: scale.new_empty(pairs, rows)  # noqa: E731
-    return new(), new(), new(), new(), scale.new_empty(pairs * rows if compute_grad_q else 0, width)
+    loss, mean = new((pairs, rows) if reduction == "none" else ()), new(pairs * rows if compute_grad_q else 0, width)
+    return loss, *(new(pairs * rows) for _ in range(3)), mean
 
 
 @torch.library.custom_op("vito_kernels::multi_view_backward", mutates_args=())
@@ -80,9 +86,9 @@ def multi_view_backward_op(
     q_group: Tensor | None,
     k_group: Tensor | None,
     offset: int,
-    weight: Tensor,
     lse2: Tensor,
-    lse_residual: Tensor,
+    softmax_weight: Tensor,
+    weight: Tensor,
     mean: Tensor,
     need_q: bool,
     need_k: bool,
@@ -95,18 +101,20 @@ def multi_view_backward_op(
     if need_q or need_scale:
         dq, dscale = path.multi_view_grad_q(q, k, scale, mean, weight, grad_loss, offset, need_q, need_scale)
     if need_k:
-        mask, share, grads = Mask(q_group, k_group, None, offset), weight * grad_loss, scale.new_zeros(k.shape)
+        mask, grads = Mask(q_group, k_group, None, offset), scale.new_zeros(k.shape)
+        tops, softmaxes, shares = (x.view(-1, rows) for x in (lse2, softmax_weight, weight * -LOG2E))
+        softmaxes, shares = softmaxes * grad_loss, shares * grad_loss
         for pair, (a, b) in enumerate(ordered_pairs(len(q))):
-            softmax = path.softmax_grad(lse2[pair], lse_residual[pair], share[pair] / LOG2E)
+            softmax = SoftmaxGrad(tops[pair], softmaxes[pair])
             grads[b] += path.lse_backward(q[a], k[b], scale, softmax, None, mask, False, True, matmul_dtype)[1]
-            grads[b, offset : offset + rows].addcmul_(q[a].to(scale.dtype), share[pair, :, None], value=-1)
+            grads[b, offset : offset + rows].addcmul_(q[a].to(scale.dtype), shares[pair, :, None])
         dk = grads.mul_(scale).to(k.dtype)
     return dq, dk, dscale
 
 
 @multi_view_backward_op.register_fake
 def _(
-    grad_loss, q, k, scale, q_group, k_group, offset, weight, lse2, lse_residual, mean, need_q, need_k, need_scale,
+    grad_loss, q, k, scale, q_group, k_group, offset, lse2, softmax_weight, weight, mean, need_q, need_k, need_scale,
     matmul_dtype=None,
 ):  # fmt: skip
     return (
@@ -117,16 +125,19 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, scale, q_group, k_group, ctx.offset, _, ctx.matmul_dtype = inputs
+    q, k, scale, q_group, k_group, ctx.offset, _, _, ctx.matmul_dtype = inputs
     ctx.save_for_backward(q, k, scale, q_group, k_group, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):  # no gradient reaches the other outputs, which stay in this module
-    *inputs, weight, lse2, lse_residual, mean = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 9
+    q, k, scale, q_group, k_group, *more = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    saved = *inputs, ctx.offset, weight, lse2, lse_residual, mean
+    saved = q, k, scale, q_group, k_group, ctx.offset, *more
     grads = apply_multi_view_backward(grad_loss, *saved, *needs, ctx.matmul_dtype)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
 
 
 def _products(q: Tensor, k: Tensor) -> int:
@@ -190,10 +201,7 @@ def multi_view_info_nce(
     (q, k), matmul_dtype = autocast_inputs(queries, keys)
     scale = scale_tensor(scale, q)
     inputs = q.contiguous(), k.contiguous(), scale, q_group, k_group, int(positive_offset)
-    losses = apply_multi_view(*inputs, needs_grad(q, scale), matmul_dtype)[0]
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum() / losses.shape[1]
+    return apply_multi_view(*inputs, needs_grad(q, scale), reduction, matmul_dtype)[0]
 
 
 def check_views(queries: Tensor, keys: Tensor, offset: int) -> None:

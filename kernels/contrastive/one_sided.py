@@ -15,6 +15,7 @@ from torch import Tensor
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops
 from vito_kernels._core.checks import autocast_inputs, check_reduction, needs_grad, scale_tensor
 from vito_kernels.contrastive.gpu import path_of
+from vito_kernels.contrastive.softplus_loss import divisor_of
 from vito_kernels.contrastive.terms import LOG2E, Mask, SoftmaxGrad
 
 # ---- custom op: log-sum-exp
@@ -178,7 +179,8 @@ def one_sided_loss_op(
     path, mask = path_of(q), Mask(q_group, k_group, positive, diagonal)
     path.check_values(scale, positive, k)
     logit_cache = path.alloc_logit_cache(q, k, scale, cache_logits)
-    given = q, k, own_key, scale, mask, compute_grad_q, reduction, decoupled, matmul_dtype, logit_cache
+    divisor = divisor_of(reduction, len(q))
+    given = q, k, own_key, scale, mask, compute_grad_q, divisor, decoupled, matmul_dtype, logit_cache
     found = path.loss_forward(*given)
     softmax = found.softmaxes[0]
     return found.loss, softmax.lse2, softmax.weight, found.weights[0], found.pair_weight, found.mean, logit_cache

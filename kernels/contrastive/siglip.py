@@ -27,6 +27,7 @@ from vito_kernels._core.checks import (
 from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.replay import replayed
+from vito_kernels.contrastive.softplus_loss import divisor_of
 from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
 
 # ---- custom op
@@ -58,7 +59,8 @@ def siglip_op(
     """
     path = path_of(x)
     path.check_values(scale)
-    found = path.sigmoid_loss_forward(x, y, scale, bias, diagonal, compute_grad_x, reduction, matmul_dtype)
+    divisor = divisor_of(reduction, len(x))
+    found = path.sigmoid_loss_forward(x, y, scale, bias, diagonal, compute_grad_x, divisor, matmul_dtype)
     softmax = found.softmax
     return found.loss, softmax.lse2, softmax.weight, found.weight, found.pair_weight, found.bias_weight, found.mean
 

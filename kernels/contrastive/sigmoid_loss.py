@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import softplus as plain_softplus
-from vito_kernels._core.checks import reduce
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous, use_triton
 from vito_kernels.contrastive.device_functions import ends_last, ordered_sum, sigmoid, softplus
-from vito_kernels.contrastive.softplus_loss import Positives, divisor_of
+from vito_kernels.contrastive.softplus_loss import Positives
 from vito_kernels.contrastive.terms import LOG2E, SoftmaxGrad
 
 if TYPE_CHECKING:
@@ -101,16 +100,17 @@ def launch_sigmoid_loss(
     mean: Tensor,
     pairs: Positives | Tensor | None,
     bias: Tensor,
-    reduction: str,
+    divisor: float | None,
     done: Tensor | None = None,
 ) -> SigmoidLosses:
     """Of sums and shares (S, M) and mean (S, M, D) or (S, 0, D) of key splits.
 
     Args:
         pairs: row i of q and ``i + diagonal`` of k, or their logits (M, 1), or None where no row has its pair.
+        divisor: of the sum of the losses; None for the losses themselves.
         done: a counter that an earlier kernel has zeroed, for a sum or a mean.
     """
-    (splits, M), D, new, reduced = sums.shape, mean.shape[2], sums.new_empty, reduction != "none"
+    (splits, M), D, new, reduced = sums.shape, mean.shape[2], sums.new_empty, divisor is not None
     merge, paired = mean.shape[0] > 1 and mean.shape[1] > 0, pairs is not None
     x, y, scale, logits, diagonal = None, None, None, None, 0
     if isinstance(pairs, Positives):
@@ -127,30 +127,30 @@ def launch_sigmoid_loss(
         sigmoid_loss_kernel[(grid,)](
             x, y, scale, logits, bias, sums, shares, mean, found.loss, new(2 * grid) if reduced else None, done,
             found.softmax.lse2, found.softmax.weight, found.weight, found.pair_weight, found.bias_weight, found.mean, M,
-            0 if y is None else y.shape[0], D, splits, divisor_of(reduction, M), 0 if x is None else x.stride(0),
+            0 if y is None else y.shape[0], D, splits, divisor or 1.0, 0 if x is None else x.stride(0),
             0 if y is None else y.stride(0), diagonal, width, rows, paired, logits is not None, merge, reduced,
         )  # fmt: skip
     return found
 
 
 def torch_sigmoid_loss(
-    sums: Tensor, shares: Tensor, mean: Tensor, logits: Tensor, bias: Tensor, reduction: str
+    sums: Tensor, shares: Tensor, mean: Tensor, logits: Tensor, bias: Tensor, divisor: float | None
 ) -> SigmoidLosses:
     """As ``launch_sigmoid_loss`` in PyTorch, of sums (M,), mean (M, D) and the logits of pairs (M, 1) or (M, 0)."""
-    loss, weight = sums / LOG2E, torch.full_like(sums, 1 / divisor_of(reduction, len(sums)))
+    loss, weight = sums / LOG2E, torch.full_like(sums, 1 / (divisor or 1.0))
     share, pair_weight = shares * weight, logits.new_empty(logits.shape)
     if logits.shape[1]:
         over = logits[:, 0] / LOG2E + bias
         loss, pull = loss + plain_softplus(-over), -weight * torch.sigmoid(-over)
         share, pair_weight = share + pull, (pull / LOG2E)[:, None]
     softmax = SoftmaxGrad((bias * -LOG2E).expand(len(sums)).contiguous(), weight)
-    bias_weight = share if reduction == "none" else share.sum()
-    return SigmoidLosses(reduce(loss, reduction), softmax, weight / LOG2E, pair_weight, bias_weight, mean)
+    loss, bias_weight = (loss, share) if divisor is None else (loss.sum() / divisor, share.sum())
+    return SigmoidLosses(loss, softmax, weight / LOG2E, pair_weight, bias_weight, mean)
 
 
 def sigmoid_losses(sums: Tensor, shares: Tensor, logits: Tensor, bias: Tensor) -> SigmoidLosses:
     """The losses (M,) of sums and shares (M,) over all keys, with the logits of pairs (M, 1)."""
     no_mean = sums.new_empty(1, 0, 1)
     if use_triton(sums):
-        return launch_sigmoid_loss(sums[None], shares[None], no_mean, logits, bias, "none")
-    return torch_sigmoid_loss(sums, shares, no_mean[0], logits, bias, "none")
+        return launch_sigmoid_loss(sums[None], shares[None], no_mean, logits, bias, None)
+    return torch_sigmoid_loss(sums, shares, no_mean[0], logits, bias, None)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from vito_kernels._core.autograd import autograd_op, refuse_double_backward, register_flops, softplus
-from vito_kernels._core.checks import reduce
 from vito_kernels._core.lazy_triton import cdiv, jit, on_device, program_shape, rows_contiguous, use_triton
 from vito_kernels.contrastive.device_functions import merged_lse, merged_mean, sigmoid, store_total
 from vito_kernels.contrastive.device_functions import softplus as device_softplus
@@ -64,13 +63,14 @@ def softplus_loss_kernel(
     q, k, positive, scale, logits, lse2, lse_residual, mean, second, second_residual, loss, parts, done, weight, top,
     softmax, second_weight, second_top, second_softmax, pair_weight, merged, M, N, D, splits, divisor, q_stride,
     k_stride, diagonal, WIDTH: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, PAIRS: tl.constexpr,
-    ADJACENT: tl.constexpr, GIVEN: tl.constexpr, SIDES: tl.constexpr, MERGE: tl.constexpr, MEAN: tl.constexpr,
-    REDUCED: tl.constexpr, DECOUPLED: tl.constexpr,
+    ADJACENT: tl.constexpr, VIEWS: tl.constexpr, GIVEN: tl.constexpr, SIDES: tl.constexpr, MERGE: tl.constexpr,
+    MEAN: tl.constexpr, REDUCED: tl.constexpr, DECOUPLED: tl.constexpr,
 ):  # fmt: skip
     """The losses of rows, or their sum over ``divisor``, and the derivative by each lse2 and logit.
 
     The positives of row i are the keys in ``positive``, or ``i + diagonal``, or with ADJACENT the other row of a pair.
-    An index that is no key makes NaN. With GIVEN their logits are known.
+    An index that is no key makes NaN. With VIEWS > 1, rows are those of ordered pairs of views, as in ``launch_lse``.
+    With GIVEN their logits are known.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -89,8 +89,15 @@ def softplus_loss_kernel(
         other_lse = tl.load(second + row, mask=row < M, other=0.0)
         other_lost = tl.load(second_residual + row, mask=row < M, other=0.0)
         other_total = total
+    query, next_key = row, row ^ ADJACENT
+    if VIEWS > 1:
+        clips = M // (VIEWS * (VIEWS - 1))
+        pair = row // clips
+        view, other_view = pair // (VIEWS - 1), pair % (VIEWS - 1)
+        other_view += (other_view >= view).to(tl.int32)
+        query, next_key = view * clips + row % clips, other_view * (N // VIEWS) + row % clips
     if not GIVEN:
-        own = tl.load(q + row.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
+        own = tl.load(q + query.to(tl.int64)[:, None] * q_stride + column[None], mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(scale) * 1.4426950408889634
     each = 1.0 / (divisor * PAIRS * SIDES)
     for p in range(PAIRS):
@@ -98,7 +105,7 @@ def softplus_loss_kernel(
         if GIVEN:
             logit = tl.load(logits + place, mask=row < M, other=0.0)
         else:
-            key = (row ^ ADJACENT).to(tl.int64) + diagonal
+            key = next_key.to(tl.int64) + diagonal
             if LISTED:
                 key = tl.load(positive + place, mask=row < M, other=0)
             known = (key >= 0) & (key < N)
@@ -134,7 +141,8 @@ Side = tuple[Tensor, Tensor]  # lse2 and its residual, (M,), or (S, M) of splits
 class Positives:
     """The positives of q (M, D) are rows of k (N, D): those in ``positive`` (M, P), or ``i + diagonal``.
 
-    With ``adjacent`` and ``diagonal`` 0 the positive is the other row of the pair 2 i, 2 i + 1.
+    With ``adjacent`` and ``diagonal`` 0 the positive is the other row of the pair 2 i, 2 i + 1. With ``views`` > 1, q
+    and k hold views, and losses are those of their pairs, in the order of ``terms.ordered_pairs``.
     """
 
     q: Tensor
@@ -143,6 +151,7 @@ class Positives:
     positive: Tensor | None = None
     diagonal: int = 0
     adjacent: bool = False
+    views: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def new_counter(like: Tensor) -> Tensor:
 def launch_softplus_loss(
     sides: list[Side],
     positives: Positives | Tensor,
-    reduction: str,
+    divisor: float | None,
     decoupled: bool,
     mean: Tensor | None = None,
     done: Tensor | None = None,
@@ -178,19 +187,21 @@ def launch_softplus_loss(
     Args:
         sides: of splits only where there is one.
         positives: or their logits (M, P).
+        divisor: of the sum of the losses; None for the losses themselves.
         mean: (S, M, D) or (S, 0, D), of the splits.
         done: a counter that an earlier kernel has zeroed, for a sum or a mean.
     """
     (lse2, residual), (second, second_residual) = sides[0], sides[1] if len(sides) == 2 else (None, None)
     splits, M, new = lse2.shape[0] if lse2.dim() == 2 else 1, lse2.shape[-1], lse2.new_empty
-    given, reduced = isinstance(positives, Tensor), reduction != "none"
-    q, k, scale, positive, diagonal, logits, D = None, None, None, None, 0, None, 1
+    given, reduced = isinstance(positives, Tensor), divisor is not None
+    q, k, scale, positive, diagonal, logits, D, adjacent, views = None, None, None, None, 0, None, 1, 0, 1
     if isinstance(positives, Tensor):
         logits, pairs = positives.contiguous(), positives.shape[1]
         width, rows = 1, 256
     else:
         q, k, scale = rows_contiguous(positives.q), rows_contiguous(positives.k), positives.scale
         positive, diagonal, D = positives.positive, positives.diagonal, q.shape[1]
+        adjacent, views = int(positives.adjacent), positives.views
         pairs = 1 if positive is None else positive.shape[1]
         width, rows = program_shape(D)
     merged = mean = new(1, 0, D) if mean is None else mean
@@ -203,27 +214,28 @@ def launch_softplus_loss(
         softplus_loss_kernel[(grid,)](
             q, k, positive, scale, logits, lse2, residual, mean, second, second_residual, loss,
             new(grid) if reduced else None, done, *outputs, *[None] * (6 - len(outputs)), pair_weight, merged, M,
-            0 if k is None else k.shape[0], D, splits, divisor_of(reduction, M), 0 if q is None else q.stride(0),
+            0 if k is None else k.shape[0], D, splits, divisor or 1.0, 0 if q is None else q.stride(0),
             0 if k is None else k.stride(0), diagonal, width, rows, positive is not None, pairs,
-            int(isinstance(positives, Positives) and positives.adjacent), given, len(sides), splits > 1,
-            mean.shape[1] > 0, reduced, decoupled,
+            adjacent, views, given, len(sides), splits > 1, mean.shape[1] > 0, reduced, decoupled,
         )  # fmt: skip
     return RowLosses(loss, weights, softmaxes, pair_weight, merged[0])
 
 
-def torch_softplus_loss(sides: list[Side], logits: Tensor, reduction: str, decoupled: bool) -> RowLosses:
+def torch_softplus_loss(sides: list[Side], logits: Tensor, divisor: float | None, decoupled: bool) -> RowLosses:
     """As ``launch_softplus_loss`` of logits, in PyTorch; there is no mean."""
     over = torch.stack([(lse2[:, None] - logits).add_(residual[:, None]) for lse2, residual in sides]).div_(LOG2E)
     loss = (over.masked_fill(over == -torch.inf, 0) if decoupled else softplus(over)).mean((0, 2))
     shares = (over != -torch.inf).to(over.dtype) if decoupled else over.sigmoid_()
-    shares.div_(shares.shape[0] * shares.shape[2] * LOG2E * divisor_of(reduction, len(logits)))
+    shares.div_(shares.shape[0] * shares.shape[2] * LOG2E * (divisor or 1.0))
     weights = [share.sum(1) for share in shares]
     softmaxes = [SoftmaxGrad.of(*side, weight) for side, weight in zip(sides, weights, strict=True)]
-    return RowLosses(reduce(loss, reduction), weights, softmaxes, shares.sum(0).neg_(), logits.new_empty(0))
+    loss = loss if divisor is None else loss.sum() / divisor
+    return RowLosses(loss, weights, softmaxes, shares.sum(0).neg_(), logits.new_empty(0))
 
 
-def divisor_of(reduction: str, rows: int) -> float:
-    return float(rows) if reduction == "mean" else 1.0
+def divisor_of(reduction: str, rows: int) -> float | None:
+    """Of the sum of the losses; None for "none"."""
+    return {"mean": float(rows), "sum": 1.0}.get(reduction)
 
 
 # ---- custom op, of logits that are known
@@ -248,9 +260,9 @@ def softplus_loss_op(
     """The losses of the rows (M,), and their derivatives by lse2 (M,), by ``second``, (M,) or (0,), and by logits."""
     sides = _sides(lse2, lse_residual, second, second_residual)
     if use_triton(lse2):
-        found = launch_softplus_loss(sides, logits, "none", decoupled)
+        found = launch_softplus_loss(sides, logits, None, decoupled)
     else:
-        found = torch_softplus_loss(sides, logits, "none", decoupled)
+        found = torch_softplus_loss(sides, logits, None, decoupled)
     weight, second_weight = (*found.weights, lse2.new_empty(0))[:2]
     return found.loss, weight, second_weight, found.pair_weight
 

@@ -33,6 +33,7 @@ from vito_kernels.contrastive import small
 from vito_kernels.contrastive.gpu import path_of
 from vito_kernels.contrastive.normalize import normalize, normalize_pair, unit_in_turns
 from vito_kernels.contrastive.replay import replayed
+from vito_kernels.contrastive.softplus_loss import divisor_of
 from vito_kernels.contrastive.terms import Mask, SoftmaxGrad
 
 # ---- custom op: rows and columns
@@ -269,7 +270,7 @@ def ntxent_op(
     z = unit_in_turns(z1, z2)
     z = z if matmul_dtype is None else z.to(matmul_dtype)
     cache = path.alloc_logit_cache(z, z, scale, cache_logits, symmetric=True)
-    found = path.self_loss_forward(z, scale, OTHER_SAMPLES, reduction, decoupled, cache)
+    found = path.self_loss_forward(z, scale, OTHER_SAMPLES, divisor_of(reduction, len(z)), decoupled, cache)
     softmax = found.softmaxes[0]
     return found.loss, z, softmax.lse2, softmax.weight, found.pair_weight, cache
 

@@ -182,11 +182,12 @@ def multi_view_spec(width: int, layout: str, device: str = "meta", rows: int = R
 def multi_view_epilogue_spec(width: int, rows: int = ROWS // 4, views: int = 3) -> Spec:
     pairs = views * (views - 1)
     q, mean, scale = _meta(views, rows, width, dtype=torch.bfloat16), _meta(pairs * rows, width), _meta()
-    row = _meta(pairs, rows)
+    row, views_of = _meta(pairs * rows), q.flatten(0, 1)
+    positives, done = softplus_loss.Positives(views_of, views_of, scale, views=views), softplus_loss.new_counter(q)
 
     def launch() -> None:
-        epilogue.multi_view_loss(q, q, scale, row.flatten(), row.flatten(), 0)
-        epilogue.multi_view_grad_q(q, q, scale, mean, row, row, 0, True, True)
+        softplus_loss.launch_softplus_loss([(row, row)], positives, 1.0, False, None, done)
+        epilogue.multi_view_grad_q(q, q, scale, mean, row, scale, 0, True, True)
 
     return _memory_bound(f"multi-view epilogue V={views} D={width}", launch, 0, pairs * rows * width * 8, width != 256)
 
@@ -312,11 +313,11 @@ def softplus_losses(D: int = 256) -> Iterator[Spec]:
     row, parts, scale, q = _meta(ROWS), _meta(4, ROWS), _meta(), _meta(ROWS, D, dtype=torch.bfloat16)
     positives, done = softplus_loss.Positives(q, q, scale), softplus_loss.new_counter(q)
     launch = softplus_loss.launch_softplus_loss
-    splits = partial(launch, [(parts, parts)], positives, "mean", False, _meta(4, ROWS, D), done)
+    splits = partial(launch, [(parts, parts)], positives, 1.0, False, _meta(4, ROWS, D), done)
     yield _memory_bound(f"softplus_loss of splits D={D}", splits, 0, 24 * ROWS * D)
-    two = partial(launch, [(row, row), (row, row)], positives, "mean", False, None, done)
+    two = partial(launch, [(row, row), (row, row)], positives, 1.0, False, None, done)
     yield _memory_bound(f"softplus_loss of two sides D={D}", two, 0, 4 * ROWS * D)
-    yield _memory_bound("softplus_loss", partial(launch, [(row, row)], row[:, None], "none", True), 0, 24 * ROWS)
+    yield _memory_bound("softplus_loss", partial(launch, [(row, row)], row[:, None], None, True), 0, 24 * ROWS)
 
 
 def normalization(D: int = 256) -> Iterator[Spec]:

@@ -156,7 +156,7 @@ LAUNCHES = {
     "moco_loss": (3, 1),
     "supcon_loss": (4, 3),
     "siglip_loss": (2, 2),
-    "multi_view_info_nce": (4, 1),
+    "multi_view_info_nce": (3, 1),
     "float32": (4, 4),
 }
 
