@@ -361,11 +361,14 @@ def trusted_lse(
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse2 (M,), lse_residual (M,)) of sums (parts, M) of exponentials relative to |scale| log2(e) - ``headroom``.
 
-    With the ``sums`` of columns too, (parts, N), also those of the keys, in the same launch; the mask is a diagonal
-    then. The online variant repeats the rows that are not trusted.
+    With the ``sums`` of columns too, (parts, N), also those of the keys, for 16 bits in the same launch; the mask is a
+    diagonal then. The online variant repeats the rows that are not trusted.
     """
+    if len(sums) == 2 and q.tensor.dtype == torch.float32:
+        rows = trusted_lse(q, k, scale, mask, sums[:1], headroom, done)
+        return rows + trusted_lse(k, q, scale, mask.transposed(), sums[1:], headroom, done)
     M, N, D = q.tensor.shape[0], k.tensor.shape[0], q.tensor.shape[1]
-    tile = lse_tile("online", D, q.tensor.dtype, mask, False)
+    tile = lse_tile("summed", D, q.tensor.dtype, mask, False)
     found = [(part.new_empty(part.shape[1]), part.new_empty(part.shape[1])) for part in sums]
     (queries, keys), second = _operands(q, k, tile), list[Any]([None] * 7 + [0])
     if len(sums) == 2:

@@ -83,6 +83,14 @@ TILES: dict[tuple[int, str], dict[int, Tile]] = {
     (80, "mean masked"): MASKED_80,
     (80, "mean online"): MASKED_80 | {64: Tile(128, 64, 64, 8, 2)},
     (80, "lse"): {256: Tile(128, 64, 256, 8, 3), 512: Tile(128, 16, 256, 8, 3), 1024: Tile(64, 16, 128, 8, 2)},
+    # Of two branches, one for each side.
+    (80, "lse summed"): {
+        128: Tile(128, 64, 256, 8, 3),
+        192: Tile(128, 32, 256, 8, 3),
+        256: Tile(128, 64, 256, 8, 3),
+        512: Tile(128, 16, 256, 8, 3),
+        1024: Tile(64, 16, 128, 8, 2),
+    },
     (80, "lse labels"): {
         128: Tile(64, 64, 128, 8, 3),
         192: Tile(128, 32, 128, 8, 3),
