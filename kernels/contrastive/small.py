@@ -99,8 +99,8 @@ def rows(groups: tuple[Tensor, Tensor] | None, index: Tensor | None) -> Terms:
         rest = p.scatter_(1, index, 0.0).sum(1, keepdim=True)
         p.scatter_(1, index, rest.neg())
         if far:
-            return softplus(rest.log_().sub_(torch.log_softmax(s, 1).gather(1, index)))[:, 0], p
-        return rest.div_(own).log1p_()[:, 0], p
+            return softplus(rest.log_().sub_(torch.log_softmax(s, 1).gather(1, index))).view(-1), p
+        return rest.div_(own).log1p_().view(-1), p
 
     return terms
 
