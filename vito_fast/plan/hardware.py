@@ -175,7 +175,7 @@ COMMON: dict[str, Constant] = {
     "slowdown": Constant(
         1.155,
         "measured / planned",
-        "measured: 105.6 ms for 91.4, the compiled step of ResNet-50 with 256 clips on one H200",
+        "measured: 105.6 ms for 91.5, the compiled step of ResNet-50 with 256 clips on one H200",
     ),
     "power_share": Constant(0.85, "share", "assumption: of the node's maximum power while training"),
 }  # fmt: skip
