@@ -1,4 +1,7 @@
-"""Every run of the suite tries the same cases, at whatever speed: a failure is the change's, not the day's."""
+"""Every run of the suite tries the same cases, at whatever speed: a failure is the change's, not the day's.
+
+``--hypothesis-seed=N`` tries others.
+"""
 
 import contextlib
 import os
@@ -9,9 +12,14 @@ with contextlib.suppress(ModuleNotFoundError):  # `make gpu-check` needs pytest 
     from hypothesis import settings
 
     settings.register_profile("fixed", derandomize=True, deadline=None)
-    settings.load_profile("fixed")
+    settings.register_profile("seeded", derandomize=False, deadline=None, database=None)
 
 POLICY = os.sched_getscheduler(0), os.sched_getparam(0)
+
+
+def pytest_configure(config):
+    with contextlib.suppress(NameError):  # without hypothesis
+        settings.load_profile("fixed" if config.getoption("--hypothesis-seed", None) is None else "seeded")
 
 
 def _time_shared():

@@ -1,7 +1,7 @@
 """Replayed calls give what the calls themselves give, bit by bit, whatever came before.
 
 ``REPLAY_SEQUENCES=1000 TRITON_INTERPRET=1 pytest --timeout=0 -k another tests/kernels/test_replay_kernel.py`` searches
-longer.
+longer, and with ``--hypothesis-seed=N`` elsewhere.
 """
 
 from __future__ import annotations
