@@ -103,7 +103,7 @@ def test_chart_places_points_on_logarithmic_axes():
 def test_results_files_say_where_they_come_from(path):
     content = json.loads(path.read_text())
     assert content["schema"] == 1
-    assert path.stem == "counted" or re.sub("-(quick|steps|study)$", "", path.stem) == content["machine"]["name"]
+    assert path.stem == "counted" or re.sub("-(quick|steps|study|data)$", "", path.stem) == content["machine"]["name"]
     assert {"python", "torch"} <= set(content["versions"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+Z", content["date"])
     for record in content["cases"]:
